@@ -1,0 +1,1 @@
+"""Moving KV cache blocks between workers: layouts, handoffs, connectors."""

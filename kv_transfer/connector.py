@@ -1,0 +1,159 @@
+"""The KV connector as a worker sees it: reserve on decode, push from prefill, events on both.
+
+A handoff in order:
+
+    decode   expect(handoff, blocks)            reserves; the prefill worker is sent a grant
+    prefill  begin(handoff), push(part)…        parts pushed before the grant arrives wait for it
+    prefill  finish(handoff, first token)
+    decode   HandoffReceived                    every block of every layer was counted
+    prefill  HandoffSent                        nothing is in flight: its blocks are its own again
+
+Whatever goes wrong, decode gets `HandoffFailed` at once and `HandoffReleased` when nobody can write to its blocks any
+more; prefill gets `HandoffAborted` when nothing reads its blocks any more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kv_transfer.layout import KVLayout
+from kv_transfer.messages import HandoffKey
+from kv_transfer.transport import EngineInfo
+
+
+class ReadyEvent(Protocol):
+    """Something to wait for before memory may be read; `torch.cuda.Event` is one."""
+
+    def synchronize(self) -> None:
+        """Block until it has happened."""
+
+
+@dataclass(frozen=True)
+class HandoffReceived:
+    """Decode: the whole cache has landed; nobody will write to its blocks any more."""
+
+    key: HandoffKey
+    first_token: int
+
+
+@dataclass(frozen=True)
+class HandoffFailed:
+    """Decode: the cache will not become whole. The blocks are not safe yet: wait for `HandoffReleased`."""
+
+    key: HandoffKey
+    reason: str
+
+
+@dataclass(frozen=True)
+class HandoffReleased:
+    """Decode: after a failure or `cancel`, nobody can write to the blocks any more."""
+
+    key: HandoffKey
+
+
+@dataclass(frozen=True)
+class HandoffSent:
+    """Prefill: everything has landed on the other side. Sizes in bytes, times in seconds."""
+
+    handoff_id: bytes
+    num_bytes: int
+    num_parts: int
+    transfer_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True)
+class HandoffAborted:
+    """Prefill: the handoff has ended without success and nothing of it is in flight."""
+
+    handoff_id: bytes
+    reason: str
+
+
+DecodeEvent = HandoffReceived | HandoffFailed | HandoffReleased
+PrefillEvent = HandoffSent | HandoffAborted
+ConnectorEvent = DecodeEvent | PrefillEvent
+
+
+class KVConnector(ABC):
+    """Hands KV cache from prefill to decode workers. One object serves both roles.
+
+    Every method returns at once; the network is another thread's business. What happens comes out of `poll`.
+    """
+
+    @abstractmethod
+    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+        """Register the cache, (num_layers, num_blocks, *block), and start under a new incarnation of `name`."""
+
+    @abstractmethod
+    def connect(self, peer: EngineInfo, timeout_s: float) -> None:
+        """Meet a peer. Called on both sides; the path itself is proved by `probe`.
+
+        Raises:
+            LayoutMismatchError: its layout differs; the text lists how.
+            PeerError: it cannot be added.
+        """
+
+    @abstractmethod
+    def probe(self, engine_id: str, timeout_s: float) -> float:
+        """Send a message to a connected peer and wait for its answer; seconds it took.
+
+        Raises:
+            PeerError: no answer in time.
+        """
+
+    @abstractmethod
+    def disconnect(self, engine_id: str) -> None:
+        """The peer's process is gone: end its handoffs and, once nothing of it can arrive, release their blocks."""
+
+    # decode
+
+    @abstractmethod
+    def expect(self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int]) -> HandoffKey:
+        """Reserve these blocks for a handoff and grant them to the prefill worker."""
+
+    @abstractmethod
+    def cancel(self, key: HandoffKey) -> None:
+        """Stop expecting; `HandoffReleased` says when the blocks are safe."""
+
+    # prefill
+
+    @abstractmethod
+    def begin(self, handoff_id: bytes, decode_engine: str) -> None:
+        """A handoff will be pushed to this decode worker."""
+
+    @abstractmethod
+    def push(
+        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+    ) -> None:
+        """Write these blocks of these layers; `first_block` is the place of the first one in the sequence.
+
+        The source blocks are in use until `HandoffSent` or `HandoffAborted`. Every (layer, block) is pushed once.
+        """
+
+    @abstractmethod
+    def finish(self, handoff_id: bytes, first_token: int) -> None:
+        """Everything has been pushed; hand over the first token."""
+
+    @abstractmethod
+    def abort(self, handoff_id: bytes, reason: str) -> None:
+        """Stop pushing; the decode side is told, `HandoffAborted` says when the source blocks are free."""
+
+    # both
+
+    @abstractmethod
+    def poll(self) -> list[ConnectorEvent]:
+        """What has happened since the last call."""
+
+    @abstractmethod
+    def set_listener(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, from any thread, whenever `poll` has something new."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop, and give everything back."""

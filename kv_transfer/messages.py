@@ -1,0 +1,141 @@
+"""What two workers tell each other about a handoff, and its encoding.
+
+Messages travel as NIXL notifications, which arrive in any order. They are packed with `struct`, never pickled, so that
+nothing that arrives can do more than be refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from kv_transfer.errors import ProtocolError
+
+_VERSION = 1
+_HEADER = struct.Struct("<BB16sQI")
+_PART = struct.Struct("<IHHII")
+_FINAL = struct.Struct("<II")
+_MAX_REASON_BYTES = 512
+
+
+@dataclass(frozen=True)
+class HandoffKey:
+    """Names one reservation of one handoff.
+
+    Attributes:
+        handoff_id: 16 random bytes, given by the gateway to both sides.
+        incarnation: of the decode engine that made the reservation.
+        generation: counts that engine's reservations, so that no two are ever taken for each other.
+    """
+
+    handoff_id: bytes
+    incarnation: int
+    generation: int
+
+    def __str__(self) -> str:
+        return f"{self.handoff_id.hex()[:8]}/{self.generation}"
+
+
+@dataclass(frozen=True)
+class Hello:
+    """First contact: proves that the path works in both directions."""
+
+    key: HandoffKey
+    reply: bool
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Decode → prefill: these blocks are yours to write to, in the order of the sequence."""
+
+    key: HandoffKey
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Prefill → decode, attached to a WRITE: this rectangle of (layers × blocks of the sequence) has landed."""
+
+    key: HandoffKey
+    index: int
+    first_layer: int
+    num_layers: int
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Final:
+    """Prefill → decode: the first token, and how many parts there are in all."""
+
+    key: HandoffKey
+    first_token: int
+    num_parts: int
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Decode → prefill: stop writing, and confirm with `Closed`."""
+
+    key: HandoffKey
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Prefill → decode: nothing of this handoff is in flight and nothing more will be written."""
+
+    key: HandoffKey
+    reason: str
+
+
+Message = Hello | Grant | Part | Final | Cancel | Closed
+_KINDS: tuple[type, ...] = (Hello, Grant, Part, Final, Cancel, Closed)
+
+
+def encode(message: Message) -> bytes:
+    """The message as bytes."""
+    key = message.key
+    header = _HEADER.pack(_VERSION, _KINDS.index(type(message)), key.handoff_id, key.incarnation, key.generation)
+    match message:
+        case Hello(_, reply):
+            return header + bytes([reply])
+        case Grant(_, block_ids):
+            return header + struct.pack(f"<{len(block_ids)}I", *block_ids)
+        case Part(_, index, first_layer, num_layers, first_block, num_blocks):
+            return header + _PART.pack(index, first_layer, num_layers, first_block, num_blocks)
+        case Final(_, first_token, num_parts):
+            return header + _FINAL.pack(first_token, num_parts)
+        case Cancel():
+            return header
+        case Closed(_, reason):
+            return header + reason.encode()[:_MAX_REASON_BYTES]
+
+
+def decode(data: bytes) -> Message:
+    """The message in `data`.
+
+    Raises:
+        ProtocolError: another version, an unknown kind or a wrong length.
+    """
+    try:
+        version, kind, handoff_id, incarnation, generation = _HEADER.unpack_from(data)
+        if version != _VERSION:
+            raise ProtocolError(f"handoff message of version {version}; this worker speaks {_VERSION}")
+        key = HandoffKey(handoff_id, incarnation, generation)
+        return _decode_body(_KINDS[kind], key, data[_HEADER.size :])
+    except (struct.error, IndexError) as error:
+        raise ProtocolError(f"malformed handoff message of {len(data)} bytes: {error}") from error
+
+
+def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
+    if kind is Hello:
+        return Hello(key, bool(body[0]))
+    if kind is Grant:
+        return Grant(key, struct.unpack(f"<{len(body) // 4}I", body))
+    if kind is Part:
+        return Part(key, *_PART.unpack(body))
+    if kind is Final:
+        return Final(key, *_FINAL.unpack(body))
+    if kind is Cancel:
+        return Cancel(key)
+    return Closed(key, body.decode(errors="replace"))

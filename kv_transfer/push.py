@@ -1,0 +1,247 @@
+"""The connector that pushes: the handoff protocol over a transport, on a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+
+from kv_transfer.connector import ConnectorEvent, KVConnector, ReadyEvent
+from kv_transfer.errors import KVTransferError, PeerError, ProtocolError
+from kv_transfer.incoming import IncomingHandoffs
+from kv_transfer.layout import KVLayout
+from kv_transfer.messages import Cancel, Closed, Final, Grant, HandoffKey, Hello, Part, decode, encode
+from kv_transfer.outgoing import OutgoingHandoffs
+from kv_transfer.transport import EngineInfo, Transport
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_ACTIVE_POLL_S = 0.0002
+_IDLE_POLL_S = 0.005
+_IDLE_AFTER_S = 0.02
+
+
+def _nothing() -> None:
+    """The command to do nothing but look."""
+
+
+def _STOP() -> None:  # noqa: N802
+    """The command to end the owner thread; recognised by identity."""
+
+
+class PushConnector(KVConnector):
+    """Decode reserves, prefill pushes, over any transport.
+
+    All transport calls are made by one owner thread, because posting a WRITE can block for milliseconds and transports
+    are not thread-safe. With `threaded=False` there is no thread: `poll` does the work, which suits tests.
+
+    Args:
+        transport: moves bytes and messages; must be new.
+        drain_s: see `IncomingHandoffs`.
+        threaded: whether to start the owner thread.
+    """
+
+    def __init__(self, transport: Transport, *, drain_s: float = 1.0, threaded: bool = True) -> None:
+        self._transport = transport
+        self._drain_s = drain_s
+        self._threaded = threaded
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._events: deque[ConnectorEvent] = deque()
+        self._wake: Callable[[], None] = lambda: None
+        self._thread: threading.Thread | None = None
+        self._generation = 0
+        self._hellos: dict[HandoffKey, threading.Event] = {}
+
+    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+        """See `KVConnector.register_kv_caches`."""
+        self._incarnation = secrets.randbits(64)
+        self._layout = layout
+        engine_id = f"{name}.{self._incarnation:016x}"
+        self._outgoing = OutgoingHandoffs(self._transport, layout.block_bytes, self._emit)
+        self._incoming = IncomingHandoffs(self._transport, layout.num_layers, self._drain_s, self._emit)
+        if self._threaded:
+            self._thread = threading.Thread(target=self._run, name=f"kv-connector-{name}", daemon=True)
+            self._thread.start()
+        return self._call(lambda: self._transport.register(engine_id, self._incarnation, kv_cache, layout))
+
+    def connect(self, peer: EngineInfo, timeout_s: float) -> None:
+        """See `KVConnector.connect`."""
+        self._layout.check_compatible(peer.layout, peer.engine_id)
+        self._call(lambda: self._transport.add_peer(peer), timeout_s)
+
+    def probe(self, engine_id: str, timeout_s: float) -> float:
+        """See `KVConnector.probe`."""
+        key = HandoffKey(secrets.token_bytes(16), self._incarnation, 0)
+        answered = threading.Event()
+        self._hellos[key] = answered
+        started = time.monotonic()
+        try:
+            self._call(lambda: self._transport.send(engine_id, encode(Hello(key, reply=False))), timeout_s)
+            while not answered.wait(0.001):
+                if not self._threaded:
+                    self.progress()
+                if time.monotonic() - started > timeout_s:
+                    raise PeerError(f"{engine_id} did not answer within {timeout_s:g} s")
+        finally:
+            del self._hellos[key]
+        return time.monotonic() - started
+
+    def disconnect(self, engine_id: str) -> None:
+        """See `KVConnector.disconnect`."""
+        self._post(lambda: self._peer_lost(engine_id))
+
+    def expect(self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int]) -> HandoffKey:
+        """See `KVConnector.expect`."""
+        self._generation += 1
+        key = HandoffKey(handoff_id, self._incarnation, self._generation)
+        blocks = tuple(block_ids)
+        self._post(lambda: self._incoming.expect(key, prefill_engine, blocks))
+        return key
+
+    def cancel(self, key: HandoffKey) -> None:
+        """See `KVConnector.cancel`."""
+        self._post(lambda: self._incoming.cancel(key))
+
+    def begin(self, handoff_id: bytes, decode_engine: str) -> None:
+        """See `KVConnector.begin`."""
+        self._post(lambda: self._outgoing.begin(handoff_id, decode_engine))
+
+    def push(
+        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+    ) -> None:
+        """See `KVConnector.push`."""
+        blocks = tuple(src_blocks)
+        self._post(lambda: self._outgoing.push(handoff_id, layers, first_block, blocks, ready))
+
+    def finish(self, handoff_id: bytes, first_token: int) -> None:
+        """See `KVConnector.finish`."""
+        finished_at = time.monotonic()
+        self._post(lambda: self._outgoing.finish(handoff_id, first_token, finished_at))
+
+    def abort(self, handoff_id: bytes, reason: str) -> None:
+        """See `KVConnector.abort`."""
+        self._post(lambda: self._outgoing.abort(handoff_id, reason))
+
+    def poll(self) -> list[ConnectorEvent]:
+        """See `KVConnector.poll`."""
+        if not self._threaded:
+            self.progress()
+        events: list[ConnectorEvent] = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def set_listener(self, wake: Callable[[], None]) -> None:
+        """See `KVConnector.set_listener`."""
+        self._wake = wake
+
+    def close(self) -> None:
+        """See `KVConnector.close`."""
+        if self._thread is not None:
+            self._commands.put(_STOP)
+            self._thread.join(timeout=5)
+            self._thread = None
+        else:
+            self._transport.close()
+
+    def progress(self) -> bool:
+        """One round of the owner's work: commands, messages, transfers. Whether more is expected soon."""
+        for _ in range(self._commands.qsize()):
+            command = self._commands.get_nowait()
+            if command is _STOP:
+                self._commands.put(_STOP)  # for the thread's loop to see
+                break
+            command()
+        for sender, data in self._transport.receive():
+            self._dispatch(sender, data)
+        self._outgoing.progress()
+        self._incoming.progress()
+        return self._outgoing.active or self._incoming.active or bool(self._hellos)
+
+    def _run(self) -> None:
+        """The owner thread: look often while something is under way, seldom when nothing is."""
+        command = self._commands.get()  # the registration: before it there is nothing to poll
+        last_active = 0.0
+        while command is not _STOP:
+            try:
+                command()
+                active = self.progress()
+            except Exception:
+                logger.exception("the KV connector goes on after an unexpected error")
+                active = False
+            now = time.monotonic()
+            last_active = now if active else last_active
+            patience = _ACTIVE_POLL_S if now - last_active < _IDLE_AFTER_S else _IDLE_POLL_S
+            try:
+                command = self._commands.get(timeout=patience)
+            except queue.Empty:
+                command = _nothing
+        self._transport.close()
+
+    def _dispatch(self, sender: str, data: bytes) -> None:
+        try:
+            message = decode(data)
+        except ProtocolError as error:
+            logger.warning("ignored a message from %s: %s", sender, error)
+            return
+        match message:
+            case Part():
+                self._incoming.on_part(sender, message)
+            case Final():
+                self._incoming.on_final(sender, message)
+            case Closed():
+                self._incoming.on_closed(sender, message)
+            case Grant():
+                self._outgoing.on_grant(sender, message)
+            case Cancel():
+                self._outgoing.on_cancel(sender, message)
+            case Hello():
+                self._on_hello(sender, message)
+
+    def _on_hello(self, sender: str, hello: Hello) -> None:
+        if not hello.reply:
+            try:
+                self._transport.send(sender, encode(Hello(hello.key, reply=True)))
+            except PeerError as error:
+                logger.warning("cannot answer %s: %s", sender, error)
+        elif answered := self._hellos.get(hello.key):
+            answered.set()
+
+    def _peer_lost(self, engine_id: str) -> None:
+        self._transport.remove_peer(engine_id)
+        self._outgoing.peer_lost(engine_id)
+        self._incoming.peer_lost(engine_id)
+
+    def _emit(self, event: ConnectorEvent) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+
+    def _call(self, command: Callable[[], T], timeout_s: float = 60.0) -> T:
+        """Run a command where the transport lives, and wait for what it returns or raises."""
+        if not self._threaded:
+            return command()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(command())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError as error:
+            raise KVTransferError(f"the KV connector did not answer within {timeout_s:g} s") from error
