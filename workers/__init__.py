@@ -1,0 +1,1 @@
+"""What one prefill or decode worker does. Knows neither Ray nor gRPC."""

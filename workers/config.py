@@ -1,0 +1,46 @@
+"""How one worker is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Everything that a worker needs to know of the configuration.
+
+    Attributes:
+        name: in status and logs, such as "prefill-0".
+        role: "prefill" or "decode".
+        model: checkpoint folder.
+        dtype: auto, float32, bfloat16 or float16.
+        load_format: auto reads the weights; dummy makes random ones.
+        device: "cpu" or "cuda".
+        threads: CPU threads for torch; None leaves torch's default.
+        attention_backend: by name; None chooses.
+        block_size: tokens in a KV block.
+        num_blocks: of the KV cache; None derives it from `kv_cache_bytes`, or else from the free memory.
+        kv_cache_bytes: size of the KV cache; None derives it from the free memory.
+        max_model_len: tokens of prompt and output together; None takes the model's own.
+        max_num_seqs: sequences in one batch.
+        max_num_batched_tokens: token budget of one prefill step.
+        layers_per_group: layers that one WRITE carries.
+        handoff_timeout_s: a handoff that takes longer than this after prefill has ended has failed.
+    """
+
+    name: str
+    role: str
+    model: str
+    dtype: str = "auto"
+    load_format: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    attention_backend: str | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    layers_per_group: int = 1
+    handoff_timeout_s: float = 30.0

@@ -1,0 +1,186 @@
+"""The decode worker: reserves blocks, waits for the KV cache to arrive whole, decodes in a continuous batch."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from kv_transfer.connector import ConnectorEvent, HandoffFailed, HandoffReceived, HandoffReleased, KVConnector
+from kv_transfer.messages import HandoffKey
+from workers.block_manager import BlockManager, blocks_for
+from workers.decode_batch import DecodeBatch, Sequence
+from workers.errors import CapacityError, DeadlineExceededError, HandoffError, SamplingError
+from workers.messages import DecodeReport, DecodeRequest, Load, RequestFailed, TokenOutput, WorkerEvent
+from workers.model_runner import ModelRunner, Row
+from workers.sampling.isolation import sample_isolated
+from workers.sampling.state import SamplingState, finish_reason
+
+
+class DecodeWorker:
+    """Decodes sequences whose prompts were computed elsewhere. A plain object: call `step` as long as `has_work`.
+
+    A request waits for blocks, then for its KV cache, then runs. Memory grows on demand: when no block is left, the
+    newest sequence makes room by moving its blocks to host memory, and comes back before anything new is admitted.
+
+    Args:
+        runner: the model and its cache.
+        connector: with the cache registered.
+        max_num_seqs: sequences in the batch.
+        max_model_len: context window, tokens.
+    """
+
+    def __init__(self, runner: ModelRunner, connector: KVConnector, *, max_num_seqs: int, max_model_len: int) -> None:
+        self._runner = runner
+        self._connector = connector
+        self._blocks = BlockManager(runner.kv_cache.shape[1])
+        self._batch = DecodeBatch(self._blocks, runner, max_num_seqs)
+        self._max_model_len = max_model_len
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._expected: dict[HandoffKey, Sequence] = {}
+        self._events: list[WorkerEvent] = []
+
+    def reserve(self, request: DecodeRequest) -> None:
+        """Queue a request for blocks. One that can never fit ends in `RequestFailed`."""
+        needed = blocks_for(len(request.prompt_token_ids) + 1, self._runner.block_size)
+        if needed > self._blocks.num_blocks:
+            message = f"the prompt needs {needed} KV blocks, a decode worker has {self._blocks.num_blocks}"
+            self._events.append(RequestFailed(request.request_id, CapacityError(message)))
+            return
+        state = SamplingState(
+            request.sampling,
+            request.prompt_token_ids,
+            frozenset(self._runner.model.config.eos_token_ids),
+            self._max_model_len,
+        )
+        sequence = Sequence(request, state, deadline=time.monotonic() + request.timeout_s)
+        self._sequences[request.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request, wherever it is; nothing more is said of it."""
+        if sequence := self._sequences.pop(request_id, None):
+            self._stop(sequence)
+
+    def disconnect(self, engine_id: str) -> None:
+        """A prefill worker's process is gone."""
+        self._connector.disconnect(engine_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do at once."""
+        return self._batch.size > 0 or self._batch.can_resume or bool(self._events) or self._can_admit()
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether anything is under way, or blocks are held for someone who might still write to them."""
+        return bool(self._sequences) or bool(self._expected)
+
+    @property
+    def load(self) -> Load:
+        """The load now."""
+        wanted = [s for s in self._expected.values() if s.request.request_id in self._sequences]
+        unwanted = [s for s in self._expected.values() if s.request.request_id not in self._sequences]
+        return Load(
+            total_blocks=self._blocks.num_blocks,
+            free_blocks=self._blocks.num_free,
+            reserved_blocks=sum(len(s.blocks) for s in wanted),
+            quarantined_blocks=sum(len(s.blocks) for s in unwanted),
+            running=self._batch.size,
+            waiting=len(self._waiting) + len(wanted),
+            waiting_tokens=sum(len(s.request.prompt_token_ids) for s in (*self._waiting, *wanted)),
+            preempted=self._batch.num_preempted,
+        )
+
+    def step(self) -> list[WorkerEvent]:
+        """Do what is due: arrivals, deadlines, reservations, then one token for every sequence in the batch."""
+        for event in self._connector.poll():
+            self._on_connector_event(event)
+        self._enforce_deadlines()
+        self._batch.resume_preempted()
+        while self._can_admit():
+            self._admit(self._waiting.popleft())
+        if batch := self._batch.schedule():
+            self._decode(batch)
+        events, self._events = self._events, []
+        return events
+
+    def _can_admit(self) -> bool:
+        if not self._waiting or self._batch.num_preempted:
+            return False
+        needed = blocks_for(len(self._waiting[0].request.prompt_token_ids) + 1, self._runner.block_size)
+        wanted = sum(s.request.request_id in self._sequences for s in self._expected.values())
+        return self._batch.size + wanted < self._batch.max_num_seqs and needed <= self._blocks.num_free
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Set blocks aside for the prompt and grant them to the prefill worker."""
+        request = sequence.request
+        needed = blocks_for(len(request.prompt_token_ids), self._runner.block_size)
+        sequence.blocks = self._blocks.allocate(needed)
+        sequence.key = self._connector.expect(request.handoff_id, request.prefill_engine, sequence.blocks)
+        self._expected[sequence.key] = sequence
+
+    def _decode(self, batch: list[Sequence]) -> None:
+        rows = [Row((s.state.output_token_ids[-1],), s.num_tokens - 1, s.blocks) for s in batch]
+        logits = self._runner.forward(rows)
+        now = time.monotonic()
+        for sequence, sampled in zip(batch, sample_isolated(logits, [s.state for s in batch]), strict=True):
+            request_id = sequence.request.request_id
+            if isinstance(sampled, SamplingError):
+                self._events.append(RequestFailed(request_id, sampled))
+                self.abort(request_id)
+                continue
+            sequence.state.output_token_ids.append(sampled.token_id)
+            if len(sequence.state.output_token_ids) == 2:
+                self._events.append(DecodeReport(request_id, now - sequence.received))
+            reason = finish_reason(sequence.state)
+            output = TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+            self._events.append(output)
+            if reason is not None:
+                self._batch.remove(sequence)
+                del self._sequences[request_id]
+
+    def _on_connector_event(self, event: ConnectorEvent) -> None:
+        match event:
+            case HandoffReceived(key, first_token):
+                self._join(self._expected.pop(key), first_token)
+            case HandoffFailed(key, reason):
+                sequence = self._expected[key]
+                if self._sequences.pop(sequence.request.request_id, None) is not None:
+                    self._events.append(RequestFailed(sequence.request.request_id, HandoffError(reason)))
+            case HandoffReleased(key):
+                self._blocks.free(self._expected.pop(key).blocks)
+            case _:
+                raise TypeError(f"a decode worker has no use for {event}")
+
+    def _join(self, sequence: Sequence, first_token: int) -> None:
+        """The KV cache is whole: the sequence goes on where prefill left it."""
+        request_id = sequence.request.request_id
+        if request_id not in self._sequences:  # aborted while the last part was on its way
+            self._blocks.free(sequence.blocks)
+            return
+        sequence.received = time.monotonic()
+        sequence.state.output_token_ids.append(first_token)
+        if finish_reason(sequence.state) is not None:  # the prefill worker has told the client
+            self._blocks.free(sequence.blocks)
+            del self._sequences[request_id]
+        else:
+            self._batch.add(sequence)
+
+    def _enforce_deadlines(self) -> None:
+        now = time.monotonic()
+        for request_id, sequence in [(r, s) for r, s in self._sequences.items() if s.deadline <= now]:
+            del self._sequences[request_id]
+            waiting = sequence.key is None or sequence.key in self._expected
+            where = "waiting for the KV cache" if waiting else "decoding"
+            self._events.append(RequestFailed(request_id, DeadlineExceededError(f"the deadline passed while {where}")))
+            self._stop(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """End a sequence that is no longer in `_sequences`; its blocks follow when they are safe."""
+        if sequence.key is None:
+            self._waiting.remove(sequence)
+        elif sequence.key in self._expected:
+            self._connector.cancel(sequence.key)
+        else:
+            self._batch.remove(sequence)

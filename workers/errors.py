@@ -1,0 +1,46 @@
+"""What can go wrong in a worker, as types. `cluster.errors` maps each to a gRPC status."""
+
+
+class BatonError(Exception):
+    """Base of every error that Baton raises on purpose; its text is fit for a user."""
+
+
+class InvalidRequestError(BatonError):
+    """The request itself is wrong; the text names the value and the limit."""
+
+
+class CapacityError(BatonError):
+    """The request is valid but can never fit this worker (more blocks than it has)."""
+
+
+class CheckpointError(BatonError):
+    """A checkpoint is missing, truncated, or of a kind that Baton does not run."""
+
+
+class ConfigError(BatonError):
+    """A configuration value is wrong; the text names the key and what would be right."""
+
+
+class HandoffError(BatonError):
+    """The KV cache did not arrive whole; the request cannot go on."""
+
+
+class DeadlineExceededError(BatonError):
+    """The request's deadline passed."""
+
+
+class RequestCancelledError(BatonError):
+    """The client gave up."""
+
+
+class SamplingError(BatonError):
+    """No token can be chosen from a sequence's logits: NaN, infinity, or every token masked.
+
+    Attributes:
+        rows: the rows of the batch that are at fault. Sampling changes nothing, so the caller may fail these
+            sequences and sample the others again.
+    """
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows

@@ -1,0 +1,117 @@
+"""Gives a worker a thread: commands go in from any thread, each step's output comes out."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from workers.messages import Load, StepOutput, WorkerEvent
+
+logger = logging.getLogger(__name__)
+
+_HOUSEKEEPING_S = 0.05
+_LOAD_REPORT_S = 1.0
+
+
+class Worker(Protocol):
+    """What `PrefillWorker` and `DecodeWorker` have in common."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do at once."""
+        ...
+
+    @property
+    def load(self) -> Load:
+        """The load now."""
+        ...
+
+    def step(self) -> list[WorkerEvent]:
+        """Do what is due."""
+        ...
+
+
+W = TypeVar("W", bound=Worker)
+
+
+class WorkerLoop(Generic[W]):
+    """Runs a worker's steps on one thread for as long as there is work, and sleeps otherwise.
+
+    Args:
+        engine_id: of the worker, for its output.
+        worker: touched by this thread only, once started.
+        emit: takes each step's output, on the loop's thread; not called for a step with nothing to say, except that
+            the load is told whenever it has changed, and every second.
+        on_crash: told of an unexpected error; the loop has ended then.
+    """
+
+    def __init__(
+        self,
+        engine_id: str,
+        worker: W,
+        emit: Callable[[StepOutput], None],
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        self._engine_id = engine_id
+        self._worker = worker
+        self._emit = emit
+        self._on_crash = on_crash
+        self._commands: queue.SimpleQueue[Callable[[W], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._last_load: Load | None = None
+        self._last_report = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"worker-{engine_id}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def post(self, command: Callable[[W], None]) -> None:
+        """Have a command run on the worker, in order, before its next step. From any thread."""
+        self._commands.put(command)
+
+    def wake(self) -> None:
+        """Have the worker look at once. From any thread."""
+        self._commands.put(_nothing)
+
+    def stop(self) -> None:
+        """End the thread after the current step and wait for it."""
+        self._stopping = True
+        self.wake()
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                events = self._worker.step()
+                self._report(events)
+        except BaseException as error:
+            logger.exception("worker %s stops after an unexpected error", self._engine_id)
+            self._on_crash(error)
+
+    def _take_commands(self) -> None:
+        """Run what is queued; if there is nothing else to do, wait for more, but not past the next housekeeping."""
+        if not self._worker.has_work:
+            try:
+                self._commands.get(timeout=_HOUSEKEEPING_S)(self._worker)
+            except queue.Empty:
+                return
+        for _ in range(self._commands.qsize()):
+            self._commands.get_nowait()(self._worker)
+
+    def _report(self, events: list[WorkerEvent]) -> None:
+        load = self._worker.load
+        now = time.monotonic()
+        if events or load != self._last_load or now - self._last_report > _LOAD_REPORT_S:
+            self._last_load, self._last_report = load, now
+            self._emit(StepOutput(self._engine_id, tuple(events), load))
+
+
+def _nothing(worker: object) -> None:
+    """The command that only wakes."""

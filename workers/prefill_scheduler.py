@@ -1,0 +1,138 @@
+"""Which prompt tokens a prefill step computes. Plain integers; knows neither tensors nor the network."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from workers.block_manager import BlockManager, blocks_for
+
+
+@dataclass(eq=False)
+class PromptProgress:
+    """How far a prompt has come.
+
+    Attributes:
+        request_id: whose prompt it is.
+        num_tokens: its length.
+        blocks: its block table; empty until it is admitted.
+        num_computed_tokens: tokens that are in the cache.
+        num_pushed_blocks: blocks whose tokens have all been computed and handed to the connector.
+        num_chunks: steps that it took so far.
+    """
+
+    request_id: str
+    num_tokens: int
+    blocks: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_pushed_blocks: int = 0
+    num_chunks: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.num_computed_tokens == self.num_tokens
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` to `end` of a prompt, computed in one step."""
+
+    prompt: PromptProgress
+    start: int
+    end: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the prompt is complete with it."""
+        return self.end == self.prompt.num_tokens
+
+
+class PrefillScheduler:
+    """First come, first served, in chunks under a token budget.
+
+    A prompt is admitted when blocks for all of it are free, so that one under way always ends. Prompts under way go
+    before new ones.
+
+    Args:
+        blocks: of the worker's cache.
+        block_size: tokens in a block.
+        max_num_batched_tokens: token budget of a step.
+        max_num_seqs: prompts in a step.
+    """
+
+    def __init__(self, blocks: BlockManager, block_size: int, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        self._blocks = blocks
+        self._block_size = block_size
+        self._budget = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._waiting: deque[PromptProgress] = deque()
+        self._running: list[PromptProgress] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts not admitted yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Prompts under way."""
+        return len(self._running)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens still to compute, of prompts waiting and under way."""
+        return sum(p.num_tokens - p.num_computed_tokens for p in (*self._waiting, *self._running))
+
+    def add(self, prompt: PromptProgress) -> None:
+        """Queue a prompt."""
+        self._waiting.append(prompt)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks; empty when there is nothing to do or no block to do it in."""
+        budget = self._budget
+        chunks: list[Chunk] = []
+        for prompt in self._running[: self._max_num_seqs]:
+            budget -= self._take(prompt, budget, chunks)
+        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
+            prompt = self._waiting[0]
+            needed = blocks_for(prompt.num_tokens, self._block_size)
+            if needed > self._blocks.num_free:
+                break
+            self._waiting.popleft()
+            prompt.blocks = self._blocks.allocate(needed)
+            self._running.append(prompt)
+            budget -= self._take(prompt, budget, chunks)
+        return chunks
+
+    def advance(self, chunk: Chunk) -> range:
+        """A chunk has been computed. Returns which of the prompt's blocks are now complete and not yet pushed."""
+        prompt = chunk.prompt
+        prompt.num_computed_tokens = chunk.end
+        prompt.num_chunks += 1
+        if chunk.last:
+            self._running.remove(prompt)
+        complete = self.pushable(chunk)
+        prompt.num_pushed_blocks = complete.stop
+        return complete
+
+    def pushable(self, chunk: Chunk) -> range:
+        """The prompt's blocks that this chunk completes; a half-filled one only with the last chunk.
+
+        A block is pushed once: two WRITEs of one block could land in either order.
+        """
+        end = blocks_for(chunk.end, self._block_size) if chunk.last else chunk.end // self._block_size
+        return range(chunk.prompt.num_pushed_blocks, end)
+
+    def remove(self, prompt: PromptProgress) -> None:
+        """Forget a prompt that is waiting or under way; its blocks stay the caller's to free."""
+        if prompt in self._running:
+            self._running.remove(prompt)
+        elif prompt in self._waiting:
+            self._waiting.remove(prompt)
+
+    def _take(self, prompt: PromptProgress, budget: int, chunks: list[Chunk]) -> int:
+        length = min(budget, prompt.num_tokens - prompt.num_computed_tokens)
+        if length > 0:
+            chunks.append(Chunk(prompt, prompt.num_computed_tokens, prompt.num_computed_tokens + length))
+        return length

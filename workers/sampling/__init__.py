@@ -1,0 +1,1 @@
+"""Choosing the next token: parameters, penalties, sampling, stop conditions."""
