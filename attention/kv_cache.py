@@ -1,0 +1,106 @@
+"""The paged KV cache: how big it is, how it is laid out, and how tokens get into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from attention.backend import AttentionBackend
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """The KV cache of a model (or of a shard of it) without its size.
+
+    Attributes:
+        num_layers: L.
+        num_kv_heads: Hkv.
+        head_size: D.
+        block_size: tokens in a block.
+        dtype: of keys and values.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token, all layers together."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_size * self.dtype.itemsize
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values of one block, all layers together."""
+        return self.block_size * self.bytes_per_token
+
+    def blocks_that_fit(self, num_bytes: int) -> int:
+        """How many blocks `num_bytes` hold, 0 when not even one."""
+        return max(0, num_bytes // self.bytes_per_block)
+
+    def shape(self, num_blocks: int) -> tuple[int, ...]:
+        """(L, num_blocks, 2, block_size, Hkv, D); see `AttentionBackend.get_kv_cache_shape`."""
+        layer = AttentionBackend.get_kv_cache_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_size)
+        return (self.num_layers, *layer)
+
+    def allocate(self, num_blocks: int, device: torch.device | str) -> torch.Tensor:
+        """One zeroed, contiguous tensor of `shape(num_blocks)`; layer i's cache is its view `[i]`.
+
+        Raises:
+            ValueError: `num_blocks` is not positive.
+        """
+        if num_blocks < 1:
+            raise ValueError(f"a KV cache needs at least one block, not {num_blocks}")
+        return torch.zeros(self.shape(num_blocks), dtype=self.dtype, device=device)
+
+
+def key_rows(slots: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Where the keys of `slots` lie in a layer's cache seen as rows of one token each; values lie `block_size` later.
+
+    A block is `block_size` rows of keys and then as many of values, so slot `b * block_size + i` has its key in row
+    `2 * b * block_size + i`.
+
+    Args:
+        slots: int64, any shape, `block * block_size + offset`.
+        block_size: tokens in a block.
+    """
+    return slots + slots.div(block_size, rounding_mode="floor") * block_size
+
+
+def token_rows(kv_cache: torch.Tensor) -> torch.Tensor:
+    """One layer's cache as (num_blocks * 2 * block_size, Hkv * D), a view."""
+    num_blocks, two, block_size, num_kv_heads, head_size = kv_cache.shape
+    return kv_cache.view(num_blocks * two * block_size, num_kv_heads * head_size)
+
+
+def store_rows(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write keys to the given `key_rows` and values beside them.
+
+    Args:
+        key: (T, Hkv, D).
+        value: (T, Hkv, D).
+        kv_cache: one layer's cache, written.
+        rows: (2, T) int64, rows of the keys, then of the values.
+    """
+    cache = token_rows(kv_cache)
+    cache.index_copy_(0, rows[0], key.flatten(1))
+    cache.index_copy_(0, rows[1], value.flatten(1))
+
+
+def reshape_and_cache(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write each token's key and value into its slot.
+
+    Args:
+        key: (T, Hkv, D).
+        value: (T, Hkv, D).
+        kv_cache: one layer's cache, written.
+        slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+    """
+    block_size = kv_cache.shape[2]
+    keys = key_rows(slot_mapping, block_size)
+    store_rows(key, value, kv_cache, torch.stack((keys, keys + block_size)))
