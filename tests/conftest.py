@@ -1,0 +1,118 @@
+"""Tiny random checkpoints in Hugging Face format, for every test that needs a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TinyCheckpoint = Callable[..., Path]
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,  # large enough that attention matters and greedy choices are not near ties
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# family: (prefix of the transformers classes, settings on top of the common ones)
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+}
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_TOKENIZER_TEXT = [
+    "the quick brown fox jumps over the lazy dog and the cat sat on the mat",
+    "a block table names the blocks of a sequence in order; a slot is one token of one block",
+    "numbers 0 1 2 3 4 5 6 7 8 9 10 42 100 1234 and names ada bob eve",
+]
+
+
+def _save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A byte-level BPE of at most `vocab_size` tokens: <pad> 0, <s> 1, </s> 2, then bytes, then merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, 320),
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TOKENIZER_TEXT, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = _CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+
+
+def _build(folder: Path, family: str, seed: int, max_shard_size: str, overrides: dict[str, Any]) -> None:
+    import transformers
+
+    prefix, settings = _FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")(**{**_COMMON, **settings, **overrides})
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # ones and zeros would hide a weight that is never applied
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3, generator=generator)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    _save_tokenizer(folder, config.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """`tiny_checkpoint(family, seed=0, max_shard_size="1GB", **config_overrides) -> Path`, built once per arguments.
+
+    Families: llama, llama3 (llama3 rope scaling), mistral (sliding window of 24), qwen2, qwen3. The folder holds
+    config.json, safetensors, generation_config.json and a byte-level tokenizer with a chat template. It is shared:
+    copy it before changing it.
+    """
+    built: dict[str, Path] = {}
+
+    def make(family: str, *, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any) -> Path:
+        key = json.dumps([family, seed, max_shard_size, overrides], sort_keys=True)
+        if key not in built:
+            folder = tmp_path_factory.mktemp(family)
+            _build(folder, family, seed, max_shard_size, overrides)
+            built[key] = folder
+        return built[key]
+
+    return make

@@ -1,0 +1,113 @@
+"""Reading values of a known type out of a checkpoint's JSON, with errors that name the file and the key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from workers.errors import CheckpointError
+
+_Number = TypeVar("_Number", int, float)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+class ConfigReader:
+    """Typed access to one JSON object; a null counts as absent.
+
+    Attributes:
+        source: the file, named in errors.
+        prefix: put before keys in errors, for objects inside objects.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
+        self._values = values
+        self.source = source
+        self.prefix = prefix
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        """An error that names the file and the key."""
+        return CheckpointError(f"{self.source}: {self.prefix}{key}: {problem}")
+
+    def get(self, key: str) -> Any:
+        """The value as it is, None when absent."""
+        return self._values.get(key)
+
+    def optional_int(self, key: str) -> int | None:
+        """An integer, or None when absent."""
+        value = self._values.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise self.error(key, f"must be an integer, not {value!r}")
+        return value
+
+    def optional_positive_int(self, key: str) -> int | None:
+        """An integer of at least 1, or None when absent."""
+        value = self.optional_int(key)
+        if value is not None and value < 1:
+            raise self.error(key, f"must be at least 1, not {value}")
+        return value
+
+    def positive_int(self, key: str, default: int | None = None) -> int:
+        """An integer of at least 1; without a default it must be there."""
+        value = self.optional_positive_int(key)
+        return self._present(key, default if value is None else value)
+
+    def non_negative_int(self, key: str, default: int | None = None) -> int:
+        """An integer of at least 0; without a default it must be there."""
+        value = self.optional_int(key)
+        if value is not None and value < 0:
+            raise self.error(key, f"must be at least 0, not {value}")
+        return self._present(key, default if value is None else value)
+
+    def positive_float(self, key: str, default: float | None = None) -> float:
+        """A number above 0; without a default it must be there."""
+        value = self._values.get(key)
+        if value is None:
+            return self._present(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.error(key, f"must be a number above 0, not {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+    def int_list(self, key: str) -> list[int]:
+        """An integer or a list of integers, as a list; empty when absent."""
+        value = self._values.get(key)
+        if value is None:
+            return []
+        items = value if isinstance(value, list) else [value]
+        if any(not isinstance(item, int) or isinstance(item, bool) for item in items):
+            raise self.error(key, f"must be an integer or a list of integers, not {value!r}")
+        return items
+
+    def _present(self, key: str, value: _Number | None) -> _Number:
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
