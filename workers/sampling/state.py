@@ -1,0 +1,95 @@
+"""What sampling knows of one sequence, and when the sequence ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from workers.messages import FinishReason
+from workers.sampling.params import SamplingParams
+from workers.sampling.penalties import TokenHistory
+
+
+@dataclass(eq=False)
+class SamplingState:
+    """One sequence as the sampler sees it.
+
+    Everything here follows from the request and its tokens, so a decode worker that is told the first token
+    stands exactly where the prefill worker stood: no generator state is handed over.
+
+    Attributes:
+        params: the request's parameters, with `seed` set.
+        prompt_token_ids: the prompt.
+        eos_token_ids: the model's end-of-sequence tokens.
+        max_model_len: the context window in tokens, prompt and output together.
+        output_token_ids: tokens generated so far; the worker appends each one that it accepts.
+
+    Raises:
+        ValueError: `params.seed` is not set.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: tuple[int, ...]
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    output_token_ids: list[int] = field(default_factory=list)
+    stop_ids: frozenset[int] = field(init=False)
+    """Tokens that end the text: the stop tokens, and end-of-sequence unless it is ignored."""
+    penalized: bool = field(init=False)
+    """Whether any penalty changes the logits."""
+    _plain: bool = field(init=False, repr=False)
+    _history: TokenHistory | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        if params.seed is None:
+            raise ValueError("SamplingParams.seed must be set before sampling")
+        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        self.stop_ids = eos | frozenset(params.stop_token_ids)
+        self.penalized = (
+            params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+        )
+        self._plain = params.greedy and not self.penalized and params.logprobs is None
+
+    @property
+    def seed(self) -> int:
+        """The request's seed."""
+        assert self.params.seed is not None  # checked when the state was made
+        return self.params.seed
+
+    @property
+    def below_min_tokens(self) -> bool:
+        """Whether the next token must not end the text."""
+        return len(self.output_token_ids) < self.params.min_tokens
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the next token is the argmax of the logits as they are, and nothing else is asked for."""
+        return self._plain and not self.below_min_tokens
+
+    def history(self) -> TokenHistory:
+        """The tokens seen so far, counted; kept up to date at a cost that follows the new tokens alone."""
+        if self._history is None:
+            # Only the repetition penalty looks at the prompt.
+            prompt = self.prompt_token_ids if self.params.repetition_penalty != 1.0 else ()
+            self._history = TokenHistory(prompt)
+        self._history.update(self.output_token_ids)
+        return self._history
+
+
+def finish_reason(state: SamplingState) -> FinishReason | None:
+    """Why the sequence ends with its last output token, or None if it goes on.
+
+    A function of the token history alone: prefill (after the first token) and decode (after every other one)
+    ask it and cannot disagree. A token that ends the text wins over the length limits.
+    """
+    num_output = len(state.output_token_ids)
+    if num_output == 0:
+        return None
+    params = state.params
+    if num_output > params.min_tokens and state.output_token_ids[-1] in state.stop_ids:
+        return FinishReason.STOP
+    if params.max_tokens is not None and num_output >= params.max_tokens:
+        return FinishReason.LENGTH
+    if len(state.prompt_token_ids) + num_output >= state.max_model_len:
+        return FinishReason.LENGTH
+    return None
