@@ -39,6 +39,8 @@ class WorkerInfo:
         device: such as "cpu" or the card's name.
         attention_backend: the chosen one.
         max_model_len: context window, tokens.
+        max_num_seqs: sequences that it takes at once.
+        num_blocks: of its KV cache.
         capability: measured on its device.
     """
 
@@ -48,6 +50,8 @@ class WorkerInfo:
     device: str
     attention_backend: str
     max_model_len: int
+    max_num_seqs: int
+    num_blocks: int
     capability: Capability
 
 
@@ -97,6 +101,8 @@ class WorkerHost:
             torch.cuda.get_device_name() if config.device == "cuda" else config.device,
             model.backend.name,
             config.max_model_len,
+            config.max_num_seqs,
+            runner.kv_cache.shape[1],
             measure(
                 runner,
                 config.role,
