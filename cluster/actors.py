@@ -1,0 +1,95 @@
+"""A worker as a Ray actor: one process, one worker, one token stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from kv_transfer.nixl.connector import NixlConnector
+from kv_transfer.transport import EngineInfo
+from workers.config import WorkerConfig
+from workers.host import WorkerHost, WorkerInfo
+from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+
+CONNECT_TIMEOUT_S = 30.0
+
+
+class WorkerActor:
+    """Runs a `WorkerHost`. Its methods are asynchronous, so that Ray runs them in the order of their calls."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._loop = asyncio.get_event_loop()
+        self._host: WorkerHost | None = None
+        self._outputs: list[StepOutput] = []
+        self._news = asyncio.Event()
+        self._crash: BaseException | None = None
+        self._loaded = (0, 0)
+
+    async def start(self) -> WorkerInfo:
+        """Build the worker; takes as long as loading does."""
+        self._host = await asyncio.to_thread(self._build)
+        return self._host.info
+
+    def _build(self) -> WorkerHost:
+        return WorkerHost(self._config, NixlConnector(), self._emit, self._on_crash, self._on_progress)
+
+    async def loaded(self) -> tuple[int, int]:
+        """(bytes read, bytes of all weights) so far."""
+        return self._loaded
+
+    async def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+        """See `WorkerHost.submit`."""
+        self._started.submit(request)
+
+    async def abort(self, request_id: str) -> None:
+        """See `WorkerHost.abort`."""
+        self._started.abort(request_id)
+
+    async def connect(self, peer: EngineInfo) -> None:
+        """See `WorkerHost.connect`."""
+        await asyncio.to_thread(self._started.connect, peer, CONNECT_TIMEOUT_S)
+
+    async def probe(self, engine_id: str) -> float:
+        """See `WorkerHost.probe`."""
+        return await asyncio.to_thread(self._started.probe, engine_id, CONNECT_TIMEOUT_S)
+
+    async def disconnect(self, engine_id: str) -> None:
+        """See `WorkerHost.disconnect`."""
+        self._started.disconnect(engine_id)
+
+    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+        """Everything the worker says, in lists of what has gathered since the last one."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            batch, self._outputs = self._outputs, []
+            if batch:
+                yield batch
+            if self._crash is not None:
+                raise self._crash
+
+    async def stop(self) -> None:
+        """End the worker in good order."""
+        if self._host is not None:
+            await asyncio.to_thread(self._host.close)
+
+    @property
+    def _started(self) -> WorkerHost:
+        if self._host is None:
+            raise RuntimeError(f"{self._config.name} has not started")
+        return self._host
+
+    def _emit(self, output: StepOutput) -> None:
+        self._loop.call_soon_threadsafe(self._gather, output)
+
+    def _gather(self, output: StepOutput) -> None:
+        self._outputs.append(output)
+        self._news.set()
+
+    def _on_crash(self, error: BaseException) -> None:
+        self._crash = RuntimeError(f"{self._config.name} crashed: {type(error).__name__}: {error}")
+        self._loop.call_soon_threadsafe(self._news.set)
+
+    def _on_progress(self, done: int, total: int) -> None:
+        self._loaded = (done, total)

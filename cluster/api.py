@@ -1,0 +1,119 @@
+"""The engine as the server sees it: token ids in, tokens and a report out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.messages import Load, TokenOutput
+from workers.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A validated request. `timeout_s` is what is left of its deadline; `request_id` is the client's, for logs."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Tokens that left a worker together. The last one of the last chunk carries the finish reason."""
+
+    tokens: tuple[TokenOutput, ...]
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """Where a request went and where its time went. Seconds; workers are named by engine id.
+
+    Attributes:
+        queue_s: from arrival to the first chunk being computed (gateway queue and prefill queue together).
+        prefill_s: from there to the sampled first token.
+        ttft_s: from arrival to the first token reaching the gateway.
+        transfer_s: time during which KV was in flight.
+        exposed_transfer_s: the part of it after prefill had ended, which a client can notice.
+        first_decode_s: from the complete KV cache to the first decoded token.
+        kv_bytes: KV cache bytes moved.
+        attempts: 1, or more when a lost prefill worker made the request start again.
+    """
+
+    prefill_worker: str
+    decode_worker: str
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    ttft_s: float = 0.0
+    transfer_s: float = 0.0
+    exposed_transfer_s: float = 0.0
+    first_decode_s: float = 0.0
+    kv_bytes: int = 0
+    attempts: int = 1
+
+    @property
+    def hidden_fraction(self) -> float:
+        """The share of the transfer that prefill hid, 0 to 1."""
+        return 1.0 - min(1.0, self.exposed_transfer_s / self.transfer_s) if self.transfer_s > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker as `baton status` shows it. `state` is starting, ready, draining or lost."""
+
+    engine_id: str
+    role: str
+    state: str
+    device: str
+    attention_backend: str
+    block_size: int
+    load: Load
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of a request; `completion_tokens` has the token that ended the text too."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The served model, as clients see it.
+
+    Attributes:
+        name: the name it is served under.
+        architecture: its family, such as "llama" or "qwen3".
+        dtype: what it is computed in: "float32", "bfloat16" or "float16".
+        max_model_len: tokens of prompt and answer together, at most.
+        vocab_size: token ids are below this.
+        eos_token_ids: tokens that end a text.
+        has_chat_template: whether chat messages are accepted.
+    """
+
+    name: str
+    architecture: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+
+
+class Engine(Protocol):
+    """What the server needs of the cluster."""
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[TokenChunk | RequestReport]:
+        """Run one request; the report comes last. Closing the iterator cancels the request on both sides.
+
+        Raises:
+            BatonError: a subclass that `cluster.errors` maps to a gRPC status.
+        """
+        ...
+
+    def workers(self) -> list[WorkerStatus]:
+        """Every worker, prefill first."""
+        ...

@@ -1,0 +1,248 @@
+"""The engine: admits requests, sends each to a pair of workers, follows it to its end, starts again where it can."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.admission import AdmissionQueue
+from cluster.api import EngineRequest, RequestReport, TokenChunk, WorkerStatus
+from cluster.errors import NoWorkersError, WorkerLostError
+from cluster.flight import Flight
+from cluster.pool import Member, WorkerPools
+from cluster.router import Candidate, NoPlacement, Placement, place
+from cluster.worker_handle import LoadProgress, WorkerHandle
+from workers.block_manager import blocks_for
+from workers.errors import CapacityError, DeadlineExceededError, HandoffError
+from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+
+logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 3
+_REPORT_PATIENCE_S = 0.25
+_MIN_TIMEOUT_S = 0.001
+
+
+class ServingEngine:
+    """An `Engine` over two pools of workers.
+
+    Args:
+        prefill: makes each prefill worker.
+        decode: makes each decode worker.
+        max_queue: requests that may wait for room.
+        progress: told how far loading is.
+    """
+
+    def __init__(
+        self,
+        prefill: Sequence[Callable[[], WorkerHandle]],
+        decode: Sequence[Callable[[], WorkerHandle]],
+        *,
+        max_queue: int,
+        progress: LoadProgress = lambda name, done, total: None,
+    ) -> None:
+        self._pools = WorkerPools(
+            prefill, decode, on_output=self._on_output, on_change=self._on_change, progress=progress
+        )
+        self._queue: AdmissionQueue[Flight] = AdmissionQueue(max_queue)
+        self._flights: dict[str, Flight] = {}
+
+    async def start(self) -> None:
+        """Start all workers; see `WorkerPools.start`."""
+        await self._pools.start()
+
+    async def stop(self) -> None:
+        """End all requests, then all workers."""
+        for flight in list(self._flights.values()):
+            flight.fail(WorkerLostError("the service is shutting down"))
+        await asyncio.sleep(0)
+        await self._pools.stop()
+
+    @property
+    def max_model_len(self) -> int:
+        """The context window that every worker can serve, tokens; after `start`."""
+        return min(member.info.max_model_len for member in self._pools.members if member.info is not None)
+
+    def workers(self) -> list[WorkerStatus]:
+        """See `Engine.workers`."""
+        return self._pools.status()
+
+    def generate(self, request: EngineRequest) -> RunningRequest:
+        """See `Engine.generate`."""
+        return RunningRequest(self, request)
+
+    async def take_off(self, request: EngineRequest, deadline: float, arrived: float, attempts: int) -> Flight:
+        """Wait for room, choose a pair of workers and send them the request.
+
+        Raises:
+            QueueFullError: too many requests are waiting.
+            CapacityError: no pair of workers could ever hold the request.
+            NoWorkersError: a pool has no worker, and none is starting.
+        """
+        flight = await self._queue.admit(lambda: self._try_to_place(request, arrived, attempts))
+        if flight.error is None:
+            self._dispatch(flight, request, max(_MIN_TIMEOUT_S, deadline - time.monotonic()))
+        return flight
+
+    def land(self, flight: Flight) -> None:
+        """A flight is over: stop whatever is still under way of it."""
+        if self._flights.pop(flight.flight_id, None) is None:
+            return
+        if not flight.finished:
+            for engine_id in (flight.prefill, flight.decode):
+                member = self._pools.find(engine_id)
+                if member is not None and member.state != "lost":
+                    member.handle.abort(flight.flight_id)
+        self._queue.retry()
+
+    def _try_to_place(self, request: EngineRequest, arrived: float, attempts: int) -> Flight | None:
+        """Book a pair of workers, or None if there is no room now."""
+        prompt_tokens = len(request.prompt_token_ids)
+        max_tokens = request.sampling.max_tokens or 1
+        placement = place(prompt_tokens, max_tokens, self._candidates("prefill"), self._candidates("decode"))
+        if isinstance(placement, NoPlacement):
+            if placement.hopeless:
+                raise CapacityError("no pair of workers can serve this request: " + "; ".join(placement.reasons))
+            if not self._pool_has_a_future("prefill") or not self._pool_has_a_future("decode"):
+                raise NoWorkersError("no worker is ready: " + "; ".join(placement.reasons))
+            return None
+        return self._book(placement, prompt_tokens, arrived, attempts)
+
+    def _book(self, placement: Placement, prompt_tokens: int, arrived: float, attempts: int) -> Flight:
+        logger.debug("placed on %s, %s: %s", placement.prefill, placement.decode, "; ".join(placement.explanation))
+        flight = Flight(secrets.token_hex(8), placement.prefill, placement.decode, prompt_tokens, arrived, attempts)
+        self._flights[flight.flight_id] = flight
+        return flight
+
+    def _dispatch(self, flight: Flight, request: EngineRequest, timeout_s: float) -> None:
+        """Send the request to both workers at once."""
+        prefill, decode = self._pools.find(flight.prefill), self._pools.find(flight.decode)
+        if prefill is None or decode is None:
+            flight.fail(WorkerLostError("a worker was lost before the request reached it"))
+            return
+        handoff_id = secrets.token_bytes(16)
+        alone = request.sampling.max_tokens == 1
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        flight.dispatched = time.monotonic()
+        if not alone:
+            decode.handle.submit(
+                DecodeRequest(flight.flight_id, handoff_id, prompt, sampling, flight.prefill, timeout_s)
+            )
+        prefill.handle.submit(
+            PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, None if alone else flight.decode, timeout_s)
+        )
+
+    def _candidates(self, role: str) -> list[Candidate]:
+        return [self._candidate(member) for member in self._pools.pool(role) if member.info is not None]
+
+    def _candidate(self, member: Member) -> Candidate:
+        """A worker with the gateway's own books: they know of requests that the worker has not heard of yet."""
+        info = member.info
+        assert info is not None
+        block_size = info.engine.layout.block_size
+        mine = [f for f in self._flights.values() if member.engine_id in (f.prefill, f.decode)]
+        if info.role == "prefill":
+            mine = [f for f in mine if not f.first_token_at]
+        used = sum(blocks_for(f.num_tokens + 1, block_size) for f in mine)
+        return Candidate(
+            engine_id=member.engine_id,
+            ready=member.state == "ready",
+            max_model_len=info.max_model_len,
+            block_size=block_size,
+            total_blocks=info.num_blocks,
+            free_blocks=info.num_blocks - used - member.load.quarantined_blocks,
+            free_slots=info.max_num_seqs - len(mine),
+            running=len(mine),
+            queued_tokens=sum(f.num_tokens for f in mine) if info.role == "prefill" else 0,
+            capability=info.capability,
+            refusals=member.refusals,
+        )
+
+    def _pool_has_a_future(self, role: str) -> bool:
+        """Whether some worker of this pool is ready, starting or being replaced."""
+        return any(member.state in ("starting", "ready", "lost") for member in self._pools.pool(role))
+
+    def _on_output(self, output: StepOutput) -> None:
+        for event in output.events:
+            if flight := self._flights.get(event.request_id):
+                flight.take(output.engine_id, event)
+        self._queue.retry()
+
+    def _on_change(self, lost: str | None) -> None:
+        if lost is not None:
+            for flight in list(self._flights.values()):
+                flight.worker_lost(lost)
+        self._queue.retry()
+
+
+class RunningRequest:
+    """One request under way: an asynchronous iterator of `TokenChunk`s.
+
+    Closing it, or leaving it by an exception, cancels the request on both sides. A request whose worker is lost, or
+    whose handoff fails, before its first token left starts again on other workers.
+    """
+
+    def __init__(self, engine: ServingEngine, request: EngineRequest) -> None:
+        self._engine = engine
+        self._request = request
+        self._arrived = time.monotonic()
+        self._deadline = self._arrived + request.timeout_s
+        self._flight: Flight | None = None
+        self._delivered = False
+        self._over = False
+
+    def __aiter__(self) -> RunningRequest:
+        return self
+
+    async def __anext__(self) -> TokenChunk:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                chunk = await self._next_chunk()
+        except TimeoutError:
+            await self.aclose()
+            raise DeadlineExceededError(f"the deadline of {self._request.timeout_s:.3g} s passed") from None
+        except BaseException:
+            await self.aclose()
+            raise
+        self._delivered = True
+        if chunk.tokens[-1].finish_reason is not None:
+            await self.aclose()
+        return chunk
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        self._over = True
+        if self._flight is not None:
+            self._engine.land(self._flight)
+
+    async def report(self) -> RequestReport:
+        """Where the request went and where its time went, as far as it is known.
+
+        Raises:
+            RuntimeError: it has not been placed yet.
+        """
+        if self._flight is None:
+            raise RuntimeError("the request has not been placed yet")
+        if self._flight.finished:
+            await self._flight.handoff_reported(_REPORT_PATIENCE_S)
+        return self._flight.report()
+
+    async def _next_chunk(self) -> TokenChunk:
+        attempts = self._flight.attempts if self._flight is not None else 0
+        while True:
+            if self._flight is None:
+                attempts += 1
+                self._flight = await self._engine.take_off(self._request, self._deadline, self._arrived, attempts)
+            try:
+                return await self._flight.next_chunk()
+            except (WorkerLostError, HandoffError) as error:
+                if self._delivered or attempts >= _MAX_ATTEMPTS:
+                    raise
+                logger.info("request %s starts again: %s", self._request.request_id, error)
+                self._engine.land(self._flight)
+                self._flight = None

@@ -1,0 +1,87 @@
+"""A worker in the gateway's own process, joined to its peers by a `LocalFabric`: for tests, and for trying things."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from cluster.errors import WorkerLostError
+from cluster.worker_handle import LoadProgress
+from kv_transfer.local import LocalConnector, LocalFabric
+from kv_transfer.transport import EngineInfo
+from workers.config import WorkerConfig
+from workers.host import WorkerHost, WorkerInfo
+from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+
+_TIMEOUT_S = 10.0
+
+
+class InProcessWorker:
+    """A `WorkerHandle` whose worker is a thread here.
+
+    Args:
+        config: the worker's.
+        fabric: shared with its peers.
+    """
+
+    def __init__(self, config: WorkerConfig, fabric: LocalFabric) -> None:
+        self.name = config.name
+        self.role = config.role
+        self._config = config
+        self._fabric = fabric
+        self._queue: asyncio.Queue[StepOutput | BaseException] = asyncio.Queue()
+
+    async def start(self, progress: LoadProgress) -> WorkerInfo:
+        """See `WorkerHandle.start`."""
+        loop = asyncio.get_running_loop()
+
+        def deliver(item: StepOutput | BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+        def build() -> WorkerHost:
+            connector = LocalConnector(self._fabric, threaded=True)
+            return WorkerHost(
+                self._config, connector, deliver, deliver, lambda done, total: progress(self.name, done, total)
+            )
+
+        self._host = await asyncio.to_thread(build)
+        return self._host.info
+
+    async def connect(self, peer: EngineInfo) -> None:
+        """See `WorkerHandle.connect`."""
+        await asyncio.to_thread(self._host.connect, peer, _TIMEOUT_S)
+
+    async def probe(self, engine_id: str) -> float:
+        """See `WorkerHandle.probe`."""
+        return await asyncio.to_thread(self._host.probe, engine_id, _TIMEOUT_S)
+
+    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+        """See `WorkerHandle.submit`."""
+        self._host.submit(request)
+
+    def abort(self, request_id: str) -> None:
+        """See `WorkerHandle.abort`."""
+        self._host.abort(request_id)
+
+    def disconnect(self, engine_id: str) -> None:
+        """See `WorkerHandle.disconnect`."""
+        self._host.disconnect(engine_id)
+
+    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+        """See `WorkerHandle.outputs`."""
+        while True:
+            item = await self._queue.get()
+            if isinstance(item, BaseException):
+                raise WorkerLostError(f"{self.name} is gone: {item}") from item
+            yield [item]
+
+    async def stop(self) -> None:
+        """See `WorkerHandle.stop`."""
+        if hasattr(self, "_host"):
+            await asyncio.to_thread(self._host.close)
+
+    def crash(self, reason: str) -> None:
+        """End the worker as if its process had died."""
+        self._host.close()
+        self._queue.put_nowait(WorkerLostError(reason))

@@ -1,0 +1,71 @@
+"""A worker as the gateway holds it, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from kv_transfer.transport import EngineInfo
+from workers.host import WorkerInfo
+from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+
+LoadProgress = Callable[[str, int, int], None]
+"""Told of (worker's name, bytes read, bytes of all weights) while it loads."""
+
+
+class WorkerHandle(Protocol):
+    """Two implementations: `RayWorker`, an actor in a process of its own, and `InProcessWorker`."""
+
+    name: str
+    role: str
+
+    async def start(self, progress: LoadProgress) -> WorkerInfo:
+        """Load the model and get ready.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be loaded.
+            ConfigError: the configuration does not fit.
+            WorkerLostError: the worker died.
+        """
+        ...
+
+    async def connect(self, peer: EngineInfo) -> None:
+        """Make a peer known.
+
+        Raises:
+            LayoutMismatchError: its KV cache is laid out differently.
+            KVTransferError: it cannot be reached.
+        """
+        ...
+
+    async def probe(self, engine_id: str) -> float:
+        """Prove the path to a connected peer; seconds for the round trip.
+
+        Raises:
+            KVTransferError: no answer.
+        """
+        ...
+
+    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+        """Send a request; what becomes of it comes out of `outputs`."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request."""
+        ...
+
+    def disconnect(self, engine_id: str) -> None:
+        """Tell it that a peer's process is gone."""
+        ...
+
+    def outputs(self) -> AsyncIterator[list[StepOutput]]:
+        """Each step's output, one stream for the whole worker.
+
+        Raises:
+            WorkerLostError: the worker died or crashed.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """End the worker; never fails."""
+        ...
