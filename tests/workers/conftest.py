@@ -82,11 +82,9 @@ class LocalCluster:
                 if peer is not own:
                     connector.connect(peer, 1.0)
 
-    def _end(self, name: str, num_blocks: int, connector_class: type[LocalConnector]):  # noqa: ANN202
+    def _end(self, name: str, num_blocks: int, connector_class: type[LocalConnector]):
         config, block_size = self.model.config, self.model.block_size
-        spec = KVCacheSpec(
-            config.num_layers, config.num_kv_heads, config.head_size, block_size, self.model.dtype
-        )
+        spec = KVCacheSpec(config.num_layers, config.num_kv_heads, config.head_size, block_size, self.model.dtype)
         cache = spec.allocate(num_blocks, "cpu")
         cache.fill_(float("nan"))  # a block that was never written must never matter
         connector = connector_class(self.fabric)
@@ -109,9 +107,7 @@ class LocalCluster:
         d = list(self.decode)[decode if decode is not None else self.random.randrange(len(self.decode))]
         handoff_id = self.random.randbytes(16)
         sides: list[Callable[[], None]] = [
-            lambda: self.prefill[p].add(
-                PrefillRequest(request_id, handoff_id, tuple(prompt), sampling, d, timeout_s)
-            ),
+            lambda: self.prefill[p].add(PrefillRequest(request_id, handoff_id, tuple(prompt), sampling, d, timeout_s)),
             lambda: self.decode[d].reserve(
                 DecodeRequest(request_id, handoff_id, tuple(prompt), sampling, p, timeout_s)
             ),

@@ -49,9 +49,7 @@ def test_concurrent_mixed_lengths(family, num_prefill, num_decode, tiny_checkpoi
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("budget", [7, 33, 1024])
 @pytest.mark.parametrize("layers_per_group", [1, 2, 3])
-def test_block_sizes_and_chunks(
-    block_size, budget, layers_per_group, tiny_checkpoint, local_cluster, reference_greedy
-):
+def test_block_sizes_and_chunks(block_size, budget, layers_per_group, tiny_checkpoint, local_cluster, reference_greedy):
     checkpoint = tiny_checkpoint("llama")
     cluster = local_cluster(
         checkpoint, block_size=block_size, max_num_batched_tokens=budget, layers_per_group=layers_per_group

@@ -1,0 +1,61 @@
+"""A peer in a process of its own, driven over a pipe."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("UCX_NET_DEVICES", "lo")
+os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+
+_SCRIPT = Path(__file__).with_name("nixl_peer.py")
+
+
+class Peer:
+    """A `NixlConnector` in another process; `peer.method(...)` calls it there."""
+
+    def __init__(self, name: str) -> None:
+        listener = Listener(("127.0.0.1", 0), authkey=b"nixl-peer")
+        host, port = listener.address
+        root = str(Path(__file__).parents[2])
+        self.process = subprocess.Popen(
+            [sys.executable, str(_SCRIPT), name, host, str(port)], env={**os.environ, "PYTHONPATH": root}
+        )
+        self._pipe: Connection = listener.accept()
+        listener.close()
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self._pipe.send((method, args))
+            assert self._pipe.poll(30), f"{method} did not return"
+            ok, value = self._pipe.recv()
+            if not ok:
+                raise value
+            return value
+
+        return call
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def make_peer() -> Iterator[Callable[[str], Peer]]:
+    peers: list[Peer] = []
+
+    def make(name: str) -> Peer:
+        peers.append(Peer(name))
+        return peers[-1]
+
+    yield make
+    for peer in peers:
+        peer.kill()

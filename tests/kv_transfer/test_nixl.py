@@ -1,0 +1,84 @@
+"""Real NIXL between real processes, over host memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReceived, HandoffReleased, HandoffSent
+
+pytestmark = pytest.mark.nixl
+
+
+def introduce(prefill, decode) -> tuple[str, str]:
+    prefill_info, decode_info = prefill.info(), decode.info()
+    prefill.connect(decode_info)
+    decode.connect(prefill_info)
+    assert prefill.probe(decode_info.engine_id) < 10
+    return prefill_info.engine_id, decode_info.engine_id
+
+
+def hand_over(prefill, decode, ids, handoff_id: bytes, src, dst, token: int) -> None:
+    prefill.begin(handoff_id, ids[1])
+    key = decode.expect(handoff_id, ids[0], dst)
+    for layer in range(4):
+        prefill.push(handoff_id, layer, layer + 1, src)
+    prefill.finish(handoff_id, token)
+    assert decode.events(1) == [HandoffReceived(key, token)]
+    (sent,) = prefill.events(1)
+    assert isinstance(sent, HandoffSent)
+    assert sent.num_parts == 4
+    assert np.array_equal(decode.blocks(dst), prefill.blocks(src))
+
+
+def test_blocks_arrive_whole(make_peer):
+    prefill, decode = make_peer("prefill"), make_peer("decode")
+    ids = introduce(prefill, decode)
+    before = decode.blocks(range(64))
+    hand_over(prefill, decode, ids, b"a" * 16, (1, 2, 3), (40, 7, 9), 11)
+    hand_over(prefill, decode, ids, b"b" * 16, (60,), (0,), 12)
+    untouched = [block for block in range(64) if block not in (40, 7, 9, 0)]
+    assert np.array_equal(decode.blocks(range(64))[:, untouched], before[:, untouched])
+
+
+def test_a_killed_prefill_process(make_peer):
+    lost, other, decode = make_peer("prefill-0"), make_peer("prefill-1"), make_peer("decode")
+    lost_ids, other_ids = introduce(lost, decode), introduce(other, decode)
+    lost.begin(b"a" * 16, lost_ids[1])
+    key = decode.expect(b"a" * 16, lost_ids[0], (1, 2))
+    lost.push(b"a" * 16, 0, 2, (1, 2))
+    lost.kill()
+    assert decode.events(1, 0.3) == [], "two of four layers are not a whole cache"
+    decode.disconnect(lost_ids[0])
+    failed, released = decode.events(2)
+    assert isinstance(failed, HandoffFailed)
+    assert "is gone" in failed.reason
+    assert released == HandoffReleased(key)
+    hand_over(other, decode, other_ids, b"b" * 16, (5, 6), (1, 2), 3)
+
+
+def test_a_killed_decode_process(make_peer):
+    prefill, lost, other = make_peer("prefill"), make_peer("decode-0"), make_peer("decode-1")
+    lost_ids, other_ids = introduce(prefill, lost), introduce(prefill, other)
+    prefill.begin(b"a" * 16, lost_ids[1])
+    lost.expect(b"a" * 16, lost_ids[0], (1, 2))
+    prefill.push(b"a" * 16, 0, 2, (1, 2))
+    lost.kill()
+    prefill.push(b"a" * 16, 2, 4, (1, 2))
+    prefill.finish(b"a" * 16, 5)
+    prefill.disconnect(lost_ids[1])
+    (aborted,) = prefill.events(1)
+    assert isinstance(aborted, HandoffAborted)
+    hand_over(prefill, other, other_ids, b"b" * 16, (1, 2), (3, 4), 5)
+
+
+def test_a_restarted_peer_is_a_new_peer(make_peer):
+    decode = make_peer("decode")
+    first = make_peer("prefill-0")
+    first_ids = introduce(first, decode)
+    first.kill()
+    decode.disconnect(first_ids[0])
+    second = make_peer("prefill-0")
+    second_ids = introduce(second, decode)
+    assert second_ids[0] != first_ids[0]
+    hand_over(second, decode, second_ids, b"c" * 16, (9,), (8,), 1)
