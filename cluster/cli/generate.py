@@ -1,0 +1,149 @@
+"""`baton generate`: send a prompt, stream the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from cluster.api import RequestReport, Usage
+from cluster.cli.connection import add_connection_arguments, connection_of
+from cluster.client import BatonClient
+from cluster.client_messages import GenerateChunk, TokenLogprob
+from workers.errors import InvalidRequestError
+from workers.messages import FinishReason
+from workers.sampling.params import SamplingParams
+
+_EPILOG = """\
+examples:
+  baton generate "The capital of France is" --max-tokens 16 --temperature 0
+  baton generate --chat "Who wrote Faust?" --stats
+  cat prompt.txt | baton generate - --json
+
+What is not given has the server's default: temperature 1, up to the end of the context window.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.description = "Send a prompt to a Baton server and print the answer as it comes."
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "prompt", metavar="PROMPT", help="the prompt; - reads it from standard input, less a last newline"
+    )
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="deadline, seconds (default: 600)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    parser.add_argument("--stats", action="store_true", help="print token counts and timings to standard error")
+    add_connection_arguments(parser)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate at most")
+    group.add_argument("--min-tokens", type=int, metavar="N", help="tokens before the text may end")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the most likely tokens that make up this share")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep this many most likely tokens; 0 keeps all")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens less likely than this share of the best")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="against tokens used before, -2 to 2")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="the same, for each use, -2 to 2")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="against tokens of prompt and text; 1 is none"
+    )
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
+    group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and of the N best")
+
+
+_SAMPLING_FLAGS = (
+    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "ignore_eos", "logprobs",
+)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    sampling = _sampling(args)
+    prompt = _read_standard_input() if args.prompt == "-" else args.prompt
+    if args.timeout <= 0:
+        raise InvalidRequestError(f"--timeout is {args.timeout:g}, it must be more than 0")
+    with BatonClient(connection_of(args)) as client:
+        if args.chat:
+            chunks = client.generate(chat=[("user", prompt)], sampling=sampling, timeout_s=args.timeout)
+        else:
+            chunks = client.generate(prompt, sampling=sampling, timeout_s=args.timeout)
+        last = _print_json(list(chunks)) if args.json else _print_text(chunks)
+    if args.stats and last.usage is not None:
+        print(_stats(last.usage, last.finish_reason, last.report), file=sys.stderr)
+    return 0
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    values: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
+    return SamplingParams(stop=tuple(args.stop or ()), **values)
+
+
+def _read_standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"standard input is not UTF-8: byte {error.start} is wrong") from error
+
+
+def _print_text(chunks: Iterator[GenerateChunk]) -> GenerateChunk:
+    chunk: GenerateChunk | None = None
+    try:
+        for chunk in chunks:
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    finally:
+        if chunk is not None:
+            print(flush=True)
+    return _last(chunk)
+
+
+def _print_json(chunks: list[GenerateChunk]) -> GenerateChunk:
+    last = _last(chunks[-1] if chunks else None)
+    answer: dict[str, Any] = {
+        "request_id": last.request_id,
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": [token_id for chunk in chunks for token_id in chunk.token_ids],
+        "finish_reason": last.finish_reason and last.finish_reason.value,
+        "usage": last.usage and asdict(last.usage),
+        "timings": last.report and {**asdict(last.report), "hidden_fraction": last.report.hidden_fraction},
+    }
+    logprobs = [entry for chunk in chunks for entry in chunk.logprobs]
+    if logprobs:
+        answer["logprobs"] = [{**_logprob(p.chosen), "top": [_logprob(entry) for entry in p.top]} for p in logprobs]
+    print(json.dumps(answer, ensure_ascii=False))
+    return last
+
+
+def _last(chunk: GenerateChunk | None) -> GenerateChunk:
+    if chunk is None:
+        raise InvalidRequestError("the server ended the answer before it began")
+    return chunk
+
+
+def _logprob(entry: TokenLogprob) -> dict[str, Any]:
+    return asdict(entry)
+
+
+def _stats(usage: Usage, finish_reason: FinishReason | None, report: RequestReport | None) -> str:
+    reason = finish_reason.value if finish_reason else "unknown"
+    lines = [f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated, ended by {reason}"]
+    if report is not None:
+        lines += [
+            f"first token {_ms(report.ttft_s)}: queue {_ms(report.queue_s)}, prefill {_ms(report.prefill_s)}",
+            f"handoff {report.kv_bytes / 2**20:.2f} MiB of KV cache in {_ms(report.transfer_s)}, "
+            f"{report.hidden_fraction:.0%} of it hidden behind prefill, {_ms(report.exposed_transfer_s)} exposed",
+            f"first decode {_ms(report.first_decode_s)}",
+            f"workers {report.prefill_worker} → {report.decode_worker or 'none needed'}, attempts {report.attempts}",
+        ]
+    return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"

@@ -1,0 +1,102 @@
+"""The `baton` command: finds the subcommand, runs it, and turns errors into one readable line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+from workers.errors import BatonError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "up": ("start the service here, in the foreground", "cluster.cli.up"),
+    "generate": ("send a prompt and stream the answer", "cluster.cli.generate"),
+    "status": ("show pools, workers, load and KV blocks", "cluster.cli.status"),
+    "demo": ("start a small service, send it prompts, show where the time went, stop it", "cluster.cli.demo"),
+    "bench": ("measure latency and throughput under load", "benchmarks.bench"),
+}
+"""Name to (summary, module). A module is imported when it is needed: it has `add_arguments(parser)` and `run(args)`."""
+
+_DESCRIPTION = """\
+usage: baton COMMAND [OPTIONS]
+
+Baton serves large language models with prefill and decode on separate pools of workers.
+
+commands:
+{commands}
+
+`baton COMMAND --help` says what a command takes. To begin with:
+  baton up --model DIR|HUB_ID          in one terminal, and
+  baton generate "The sky is"          in another
+
+options:
+  -h, --help     show this and exit
+  --version      show the version and exit
+"""
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `baton` with these arguments (by default the process's own) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help(), end="")
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] == "--version":
+        print(f"baton {_version()}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        return _fail("baton", _unknown(name), EXIT_USAGE)
+    return _run_command(name, arguments[1:])
+
+
+def _run_command(name: str, arguments: Sequence[str]) -> int:
+    try:
+        module = importlib.import_module(COMMANDS[name][1])
+        parser = argparse.ArgumentParser(f"baton {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(parser)
+        code: int = module.run(parser.parse_args(arguments))
+        sys.stdout.flush()
+        return code
+    except BatonError as error:
+        return _fail(f"baton {name}", str(error), EXIT_ERROR)
+    except KeyboardInterrupt:
+        return _fail(f"baton {name}", "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has gone; without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _fail(program: str, message: str, code: int) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    return _DESCRIPTION.format(commands="\n".join(f"  {name:<12} {text}" for name, (text, _) in COMMANDS.items()))
+
+
+def _unknown(name: str) -> str:
+    if name.startswith("-"):
+        return f"the command comes first, before options such as {name}; `baton --help` lists the commands"
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+    return f"there is no command {name}; {hint}"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("baton")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from a checkout)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""`baton up`: the whole service in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.config import ServiceConfig, describe_settings, load_config
+from workers.errors import ConfigError
+
+_EPILOG = """\
+Settings come from the defaults, then the file, then the environment (BATON_SECTION__KEY, as in BATON_SERVER__PORT, and
+BATON_ATTENTION_BACKEND for both pools), then the command line; the later one wins.
+
+settings (section.key, default, meaning):
+{settings}
+
+examples:
+  baton up --model ~/models/llama --prefill 2 --decode 1
+  baton up --config service.yaml --set decode.max_num_seqs=128 --set server.auth_token_file=token.txt
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.description = "Start Ray if needed, the workers and the gRPC server; Ctrl-C or SIGTERM stops all of it."
+    parser.epilog = _EPILOG.format(settings=describe_settings())
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--model", metavar="DIR|HUB_ID", help="checkpoint to serve (model.path)")
+    parser.add_argument("--host", help="address to listen on (server.host)")
+    parser.add_argument("--port", metavar="N", help="port to listen on (server.port)")
+    parser.add_argument("--prefill", metavar="N", help="prefill workers (prefill.replicas)")
+    parser.add_argument("--decode", metavar="N", help="decode workers (decode.replicas)")
+    parser.add_argument(
+        "--attention-backend", metavar="NAME", help="of both pools ({prefill,decode}.attention_backend)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
+    parser.add_argument("--verbose", action="store_true", help="log what happens inside")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    config = load_config(args.config, overrides=overrides_of(args))
+    if config.model.path is None:
+        raise ConfigError("no model to serve: give --model DIR|HUB_ID, or model.path in the configuration")
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(_until_signal(config))
+    return 0
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, str]:
+    """The settings that the command line gives, `--set` over the named flags.
+
+    Raises:
+        ConfigError: a `--set` that is not KEY=VALUE.
+    """
+    flags = {
+        "model.path": args.model,
+        "server.host": args.host,
+        "server.port": args.port,
+        "prefill.replicas": args.prefill,
+        "decode.replicas": args.decode,
+        "prefill.attention_backend": args.attention_backend,
+        "decode.attention_backend": args.attention_backend,
+    }
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    for setting in args.set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting} must be KEY=VALUE, such as --set server.port=50052")
+        overrides[key.strip()] = value
+    return overrides
+
+
+async def _until_signal(config: ServiceConfig) -> None:
+    """Serve until SIGINT or SIGTERM; a second signal does not wait for the end."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        console.print("Stopping; once more to stop at once.")
+        serving.cancel()
+
+    def take_signals() -> None:
+        for number in signals:
+            loop.add_signal_handler(number, stop)
+
+    serving = asyncio.create_task(_serve(config, console, take_signals))
+    take_signals()
+    try:
+        await serving
+    except asyncio.CancelledError:
+        console.print("Stopped.")
+
+
+async def _serve(config: ServiceConfig, console: Any, take_signals: Callable[[], None]) -> None:
+    from cluster.server.serve import check_server, exposure_warnings, start_server
+
+    await check_server(config.server)
+    from cluster.launch import launch
+
+    began = time.monotonic()
+    with console.status("Starting") as status:
+
+        def report(step: str) -> None:
+            console.print(f"{time.monotonic() - began:6.1f} s  {step}", markup=False, highlight=False)
+            status.update(step)
+
+        async with launch(config, report) as service:
+            # Ray puts its own SIGTERM handler in place when it starts.
+            take_signals()
+            server = await start_server(config.server, service.generation, service.engine, service.model_info)
+            status.stop()
+            for warning in exposure_warnings(config.server):
+                console.print(f"warning: {warning}", style="yellow", markup=False)
+            print(_welcome(config, server.address, service.model_info), flush=True)
+            try:
+                await server.wait()
+            finally:
+                await server.stop()
+
+
+def _welcome(config: ServiceConfig, address: str, model: Any) -> str:
+    tls, token = config.server.tls_cert is not None, config.server.auth_token is not None
+    client = "" if address == "127.0.0.1:50051" else f" --server {address}"
+    client += " --tls-ca CA.pem" if tls else ""
+    curl = "" if tls else "-plaintext "
+    curl += '-H "authorization: Bearer $BATON_TOKEN" ' if token else ""
+    lines = [
+        f"Baton serves {model.name} on {address} "
+        f"({config.prefill.replicas} prefill, {config.decode.replicas} decode, context {model.max_model_len} tokens).",
+        "Try it:",
+        f'  baton generate "Hello"{client}',
+        f"  baton status{client}",
+    ]
+    if config.server.reflection:
+        lines.append(f'  grpcurl {curl}-d \'{{"text": "Hello"}}\' {address} baton.v1.Baton/Generate')
+    if token:
+        lines.insert(2, "  export BATON_TOKEN=…   the server asks for its token")
+    return "\n".join([*lines, "Ctrl-C stops it."])

@@ -1,0 +1,63 @@
+"""One table: which error becomes which gRPC status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+
+from workers.errors import (
+    BatonError,
+    CapacityError,
+    DeadlineExceededError,
+    HandoffError,
+    InvalidRequestError,
+    RequestCancelledError,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFullError(BatonError):
+    """Every place in the queue is taken; the request was not accepted."""
+
+
+class NoWorkersError(BatonError):
+    """A pool has no worker that could serve the request."""
+
+
+class WorkerLostError(BatonError):
+    """A worker's process ended while it held the request."""
+
+
+class AuthenticationError(BatonError):
+    """The call carries no bearer token, or a wrong one."""
+
+
+STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    CapacityError: grpc.StatusCode.INVALID_ARGUMENT,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    RequestCancelledError: grpc.StatusCode.CANCELLED,
+    asyncio.CancelledError: grpc.StatusCode.CANCELLED,
+    WorkerLostError: grpc.StatusCode.UNAVAILABLE,
+    NoWorkersError: grpc.StatusCode.UNAVAILABLE,
+    HandoffError: grpc.StatusCode.UNAVAILABLE,
+    AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+}
+"""A subclass has the status of its nearest base in this table; what is not in it is INTERNAL."""
+
+
+def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
+    """The status and the message that a client sees for `error`.
+
+    What is not in the table is a defect of the server: it is logged with its traceback, and the client is told no more
+    than that it happened.
+    """
+    for base in type(error).__mro__:
+        if base in STATUS_BY_ERROR:
+            return STATUS_BY_ERROR[base], str(error) or base.__name__
+    logger.error("unexpected %s", type(error).__name__, exc_info=error)
+    return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"

@@ -1,0 +1,106 @@
+"""Between the wire's messages and Baton's own types. Each pair of functions is its own inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from typing import Any
+
+from cluster.api import ModelInfo, RequestReport, Usage, WorkerStatus
+from protos import baton_pb2
+from workers.messages import FinishReason, Load
+from workers.sampling.params import SamplingParams
+
+_FINISH_REASONS = {
+    FinishReason.STOP: baton_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: baton_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_REASONS_BACK = {number: reason for reason, number in _FINISH_REASONS.items()}
+_REPORT_FIELDS = [field.name for field in fields(RequestReport)]
+_LOAD_FIELDS = [field.name for field in fields(Load)]
+
+
+def sampling_to_proto(params: SamplingParams) -> baton_pb2.SamplingParams:
+    """Every parameter that has a value is set, defaults too."""
+    return baton_pb2.SamplingParams(**{name: value for name, value in asdict(params).items() if value is not None})
+
+
+def sampling_from_proto(message: baton_pb2.SamplingParams) -> SamplingParams:
+    """What is not set has its default.
+
+    Raises:
+        InvalidRequestError: a value out of range.
+    """
+    values: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
+    for name in ("stop", "stop_token_ids"):
+        values[name] = tuple(getattr(message, name))
+    return SamplingParams(**values)
+
+
+def finish_reason_to_proto(reason: FinishReason | None) -> baton_pb2.FinishReason:
+    """None, still running, is UNSPECIFIED."""
+    return baton_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASONS[reason]
+
+
+def finish_reason_from_proto(number: int) -> FinishReason | None:
+    """UNSPECIFIED is None, still running."""
+    return _FINISH_REASONS_BACK.get(number)  # type: ignore[call-overload,no-any-return]
+
+
+def usage_to_proto(usage: Usage) -> baton_pb2.Usage:
+    """Token counts."""
+    return baton_pb2.Usage(**asdict(usage))
+
+
+def usage_from_proto(message: baton_pb2.Usage) -> Usage:
+    """Token counts."""
+    return Usage(prompt_tokens=message.prompt_tokens, completion_tokens=message.completion_tokens)
+
+
+def report_to_proto(report: RequestReport) -> baton_pb2.Timings:
+    """Timings and workers of a request."""
+    return baton_pb2.Timings(hidden_fraction=report.hidden_fraction, **asdict(report))
+
+
+def report_from_proto(message: baton_pb2.Timings) -> RequestReport:
+    """Timings and workers of a request."""
+    return RequestReport(**{name: getattr(message, name) for name in _REPORT_FIELDS})
+
+
+def worker_to_proto(worker: WorkerStatus) -> baton_pb2.WorkerStatus:
+    """One worker's status."""
+    return baton_pb2.WorkerStatus(**asdict(worker))
+
+
+def workers_from_proto(messages: Iterable[baton_pb2.WorkerStatus]) -> list[WorkerStatus]:
+    """Workers' status, in order."""
+    return [
+        WorkerStatus(
+            engine_id=m.engine_id,
+            role=m.role,
+            state=m.state,
+            device=m.device,
+            attention_backend=m.attention_backend,
+            block_size=m.block_size,
+            load=Load(**{name: getattr(m.load, name) for name in _LOAD_FIELDS}),
+        )
+        for m in messages
+    ]
+
+
+def model_info_to_proto(info: ModelInfo) -> baton_pb2.GetModelInfoResponse:
+    """The served model."""
+    return baton_pb2.GetModelInfoResponse(**asdict(info))
+
+
+def model_info_from_proto(message: baton_pb2.GetModelInfoResponse) -> ModelInfo:
+    """The served model."""
+    return ModelInfo(
+        name=message.name,
+        architecture=message.architecture,
+        dtype=message.dtype,
+        max_model_len=message.max_model_len,
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        has_chat_template=message.has_chat_template,
+    )

@@ -1,0 +1,1 @@
+"""The wire format (`baton.v1`) and its generated code."""

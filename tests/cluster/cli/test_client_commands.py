@@ -1,0 +1,167 @@
+"""`baton generate` and `baton status` against a real server."""
+
+import asyncio
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.cli.main import main
+from workers.errors import HandoffError
+from workers.messages import FinishReason
+from workers.sampling.params import SamplingParams
+
+ROOT = Path(__file__).parents[3]
+Serve = Callable[..., Awaitable]
+Answer = Callable[..., list]
+
+
+async def baton(*arguments: str) -> int:
+    return await asyncio.to_thread(main, arguments)
+
+
+async def test_generate_prints_the_answer(serve: Serve, answer: Answer, capsys: pytest.CaptureFixture[str]) -> None:
+    served = await serve(answer("héllo", FinishReason.STOP))
+    assert await baton("generate", "ping", "--server", served.server.address) == 0
+    assert capsys.readouterr().out == "héllo\n"
+    assert served.tokenizer.decode(served.engine.requests[0].prompt_token_ids) == "ping"
+
+
+async def test_generate_sends_every_sampling_flag(serve: Serve, answer: Answer) -> None:
+    served = await serve(answer("a"))
+    flags = (
+        "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 7 "
+        "--presence-penalty 1 --frequency-penalty -1 --repetition-penalty 1.5 "
+        "--stop END --stop . --ignore-eos --logprobs 3"
+    )
+    assert await baton("generate", "x", "--server", served.server.address, *flags.split()) == 0
+    assert served.engine.requests[0].sampling == SamplingParams(
+        max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7, presence_penalty=1.0,
+        frequency_penalty=-1.0, repetition_penalty=1.5, stop=("END", "."), ignore_eos=True, logprobs=3,
+    )  # fmt: skip
+
+
+async def test_generate_prints_json_and_stats(serve: Serve, answer: Answer, capsys: pytest.CaptureFixture[str]) -> None:
+    served = await serve(answer("hello", chunk=2))
+    assert await baton("generate", "ping", "--json", "--stats", "--server", served.server.address) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert (result["text"], result["finish_reason"]) == ("hello", "length")
+    assert result["token_ids"] == served.tokenizer.encode("hello")
+    assert result["usage"] == {"prompt_tokens": 4, "completion_tokens": 5}
+    assert result["timings"]["hidden_fraction"] == pytest.approx(0.75)
+    assert "4 prompt tokens, 5 generated" in err
+    assert "75% of it hidden" in err
+    assert "p-1 → d-1" in err
+
+
+async def test_generate_reads_standard_input_and_chats(
+    serve: Serve, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve(answer("a"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("two\nlines é\n".encode())))
+    assert await baton("generate", "-", "--chat", "--server", served.server.address) == 0
+    assert served.tokenizer.decode(served.engine.requests[0].prompt_token_ids) == "[user]two\nlines é[assistant]"
+
+
+async def test_standard_input_that_is_not_utf8_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ok \xff")))
+    assert await baton("generate", "-") == 1
+    assert capsys.readouterr().err == "baton generate: standard input is not UTF-8: byte 3 is wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "INVALID_ARGUMENT: the prompt is empty"),
+        (("x" * 64,), "INVALID_ARGUMENT: the prompt has 64 tokens"),
+        (("x", "--temperature", "-1"), "temperature is -1.0, it must be in [0.0, 100.0]"),
+        (("x", "--timeout", "0"), "--timeout is 0, it must be more than 0"),
+        (("\udcff",), "the request cannot be sent"),
+    ],
+)
+async def test_a_users_mistake_is_one_line(
+    serve: Serve, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve([])
+    assert await baton("generate", *arguments, "--server", served.server.address) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("baton generate: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+async def test_an_answer_that_breaks_off_fails(
+    serve: Serve, answer: Answer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve([answer("ab")[0], HandoffError("the KV cache did not arrive")])
+    assert await baton("generate", "x", "--server", served.server.address) == 1
+    out, err = capsys.readouterr()
+    assert out == "a\n"
+    assert err == "baton generate: UNAVAILABLE: the KV cache did not arrive\n"
+
+
+@pytest.mark.parametrize("command", [("generate", "x"), ("status",)])
+async def test_no_server_is_one_line_that_says_what_to_check(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await baton(*command, "--server", "127.0.0.1:1") == 1
+    err = capsys.readouterr().err
+    assert "cannot reach a Baton server at 127.0.0.1:1" in err
+    assert "baton up" in err
+    assert err.count("\n") == 1
+
+
+async def test_the_token_comes_from_flag_or_environment(
+    serve: Serve, answer: Answer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve(answer("a"), auth_token="s3cret")
+    monkeypatch.delenv("BATON_TOKEN", raising=False)
+    assert await baton("status", "--server", served.server.address) == 1
+    assert "UNAUTHENTICATED: the call carries no bearer token" in capsys.readouterr().err
+    assert await baton("status", "--server", served.server.address, "--token", "s3cret") == 0
+    monkeypatch.setenv("BATON_TOKEN", "s3cret")
+    assert await baton("status", "--server", served.server.address) == 0
+
+
+async def test_status_shows_workers(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve([])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert await baton("status", "--server", served.server.address) == 0
+    text = capsys.readouterr().out
+    for word in ("tiny", "p-1", "d-1", "ready", "draining", "FLASHINFER", "77"):
+        assert word in text
+    assert "prefill pool: 1 of 1 workers ready, 90 of 100 blocks free" in text
+    assert "decode pool: 0 of 1 workers ready, 150 of 200 blocks free" in text
+
+
+async def test_status_as_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    served = await serve([])
+    assert await baton("status", "--json", "--server", served.server.address) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"]["name"] == "tiny"
+    assert result["model"]["eos_token_ids"] == [256]
+    assert [worker["engine_id"] for worker in result["workers"]] == ["p-1", "d-1"]
+    assert result["workers"][0]["load"]["reserved_blocks"] == 5
+
+
+async def test_a_reader_that_goes_away_is_no_traceback(serve: Serve, answer: Answer) -> None:
+    served = await serve(answer("hello"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "cluster.cli.main", "generate", "x", "--server", served.server.address]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 141
+    assert err == b""

@@ -1,0 +1,146 @@
+"""`baton up` as a process of its own, with a launch that starts no workers."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.cli.main import main
+
+ROOT = Path(__file__).parents[3]
+
+# Stands in for the cluster: an engine that echoes one token, and a line on stderr when it is told to stop.
+PROGRAM = """
+import asyncio, contextlib, sys, types
+from cluster.api import ModelInfo, TokenChunk
+from workers.errors import CheckpointError
+from workers.messages import FinishReason, TokenOutput
+
+class Engine:
+    async def generate(self, request):
+        yield TokenChunk((TokenOutput("r", request.prompt_token_ids[0], finish_reason=FinishReason.LENGTH),))
+    def workers(self):
+        return []
+
+@contextlib.asynccontextmanager
+async def launch(config, report):
+    from cluster.generation import Generation
+    report("loading " + config.model.path)
+    try:
+        if config.model.path == "missing":
+            raise CheckpointError("no checkpoint at missing")
+        if config.model.path == "slow":
+            await asyncio.sleep(60)
+        info = ModelInfo("echo", "llama", "float32", 64, 256, (), False)
+        yield types.SimpleNamespace(engine=Engine(), generation=Generation(Engine(), None, info), model_info=info)
+    finally:
+        print("launch closed", file=sys.stderr)
+
+sys.modules["cluster.launch"] = module = types.ModuleType("cluster.launch")
+module.launch = launch
+from cluster.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def up() -> Iterator[Callable[..., subprocess.Popen]]:
+    processes: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", PROGRAM, "up", *arguments]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen, text: str) -> str:
+    lines = ""
+    for line in process.stdout:
+        lines += line
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} was not printed: {lines!r} {process.stderr.read()!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_serves_until_a_signal_and_exits_with_0(up: Callable, number: int, capsys: pytest.CaptureFixture) -> None:
+    process = up("--model", "some/model", "--port", "0")
+    welcome = read_until(process, "Ctrl-C")
+    address = re.search(r"on (127\.0\.0\.1:\d+)", welcome)[1]
+    assert f'baton generate "Hello" --server {address}' in welcome
+    assert f'grpcurl -plaintext -d \'{{"text": "Hello"}}\' {address} baton.v1.Baton/Generate' in welcome
+    assert main(["status", "--server", address]) == 0
+    assert "echo" in capsys.readouterr().out
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "loading some/model" in err
+    assert "launch closed" in err
+    assert "Traceback" not in err
+
+
+def test_a_signal_while_loading_stops_what_was_started(up: Callable) -> None:
+    process = up("--model", "slow", "--port", "0")
+    for line in process.stderr:
+        if "loading slow" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "launch closed" in err
+    assert "Traceback" not in err
+
+
+def test_a_taken_port_is_noticed_before_the_model_is_loaded(up: Callable) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = up("--model", "some/model", "--port", str(port))
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.startswith(f"baton up: cannot listen on 127.0.0.1:{port}: address already in use")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_an_error_of_the_launch_is_one_line(up: Callable) -> None:
+    process = up("--model", "missing", "--port", "0")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.endswith("baton up: no checkpoint at missing\n")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no model to serve"),
+        (("--model", "m", "--port", "x"), "server.port is 'x', it must be a whole number"),
+        (
+            ("--model", "m", "--set", "server.prot=1"),
+            "unknown configuration key server.prot; did you mean server.port?",
+        ),
+        (("--model", "m", "--set", "server.port"), "--set server.port must be KEY=VALUE"),
+        (("--model", "m", "--decode", "0"), "decode.replicas is 0, it must be at least 1"),
+        (("--config", "/none.yaml"), "cannot read the configuration file /none.yaml: No such file or directory"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["up", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1

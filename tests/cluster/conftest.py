@@ -1,0 +1,123 @@
+"""A served model without workers: a real tokenizer, server and client around an engine that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.api import EngineRequest, ModelInfo, RequestReport, TokenChunk, WorkerStatus
+from cluster.client import Connection
+from cluster.config import load_config
+from cluster.generation import Generation
+from cluster.server.serve import Server, start_server
+from cluster.text.tokenizer import Tokenizer
+from workers.messages import FinishReason, Load, TokenOutput
+
+EOS = 256
+MODEL = ModelInfo("tiny", "llama", "float32", 64, 257, (EOS,), True)
+REPORT = RequestReport("p-1", "d-1", 0.01, 0.02, 0.035, 0.004, 0.001, 0.005, 4096, 1)
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
+Step = TokenChunk | RequestReport | Exception | asyncio.Event
+"""Something to yield, to raise, or to wait for."""
+
+
+@dataclass
+class ScriptedEngine:
+    """Yields the same script for every request, and remembers what was asked and whether it was closed early."""
+
+    script: Sequence[Step] = ()
+    requests: list[EngineRequest] = field(default_factory=list)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk | RequestReport, None]:
+        self.requests.append(request)
+        self.started.set()
+        done = False
+        try:
+            for step in self.script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                else:
+                    yield step
+            done = True
+        finally:
+            if not done:
+                self.closed.set()
+
+    def workers(self) -> list[WorkerStatus]:
+        return [
+            WorkerStatus("p-1", "prefill", "ready", "cpu", "TORCH_SDPA", 16, Load(100, 90, 5, 1, 2, 3, 77, 0)),
+            WorkerStatus("d-1", "decode", "draining", "cuda:0", "FLASHINFER", 16, Load(200, 150)),
+        ]
+
+
+@dataclass
+class Served:
+    """A running server, its engine, and how to reach it."""
+
+    server: Server
+    engine: ScriptedEngine
+    connection: Connection
+    tokenizer: Tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and token 256 that ends a text."""
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    rust = RustTokenizer(models.BPE(vocab=vocab, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    hf = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<eos>")
+    hf.chat_template = CHAT_TEMPLATE
+    return Tokenizer(hf)
+
+
+@pytest.fixture
+def answer(byte_tokenizer: Tokenizer) -> Callable[..., list[Step]]:
+    """A script that answers a text, `chunk` tokens at a time, and reports."""
+
+    def script(text: str, finish: FinishReason = FinishReason.LENGTH, chunk: int = 1) -> list[Step]:
+        ids = byte_tokenizer.encode(text)
+        if finish is FinishReason.STOP:
+            ids.append(EOS)
+        tokens = [TokenOutput("r", i, finish_reason=finish if n == len(ids) else None) for n, i in enumerate(ids, 1)]
+        chunks = [TokenChunk(tuple(tokens[at : at + chunk])) for at in range(0, len(tokens), chunk)]
+        return [*chunks, REPORT]
+
+    return script
+
+
+@pytest.fixture
+def scripted() -> Callable[[Sequence[Step]], tuple[ScriptedEngine, ModelInfo]]:
+    """An engine that follows a script, and the model that it pretends to serve."""
+    return lambda script: (ScriptedEngine(script), MODEL)
+
+
+@pytest.fixture
+async def serve(byte_tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
+    """Start a server on a free loopback port; keyword arguments are settings of its section."""
+    servers: list[Server] = []
+
+    async def start(script: Sequence[Step] = (), **settings: object) -> Served:
+        overrides = {"server.port": 0, **{f"server.{name}": value for name, value in settings.items()}}
+        config = load_config(environ={}, overrides=overrides).server
+        engine = ScriptedEngine(script)
+        server = await start_server(config, Generation(engine, byte_tokenizer, MODEL), engine, MODEL)
+        servers.append(server)
+        return Served(server, engine, Connection(server.address), byte_tokenizer)
+
+    yield start
+    for server in servers:
+        await server.stop(grace_s=0)
