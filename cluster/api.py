@@ -32,6 +32,8 @@ class RequestReport:
     """Where a request went and where its time went. Seconds; workers are named by engine id.
 
     Attributes:
+        prefill_worker: computed the prompt and the first token.
+        decode_worker: the other tokens; empty when one was all that was wanted.
         queue_s: from arrival to the first chunk being computed (gateway queue and prefill queue together).
         prefill_s: from there to the sampled first token.
         ttft_s: from arrival to the first token reaching the gateway.
@@ -103,15 +105,31 @@ class ModelInfo:
     has_chat_template: bool
 
 
-class Engine(Protocol):
-    """What the server needs of the cluster."""
+class TokenStream(Protocol):
+    """One request under way."""
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[TokenChunk | RequestReport]:
-        """Run one request; the report comes last. Closing the iterator cancels the request on both sides.
+    def __aiter__(self) -> AsyncIterator[TokenChunk]:
+        """The tokens as they come; ends after the chunk with the finish reason.
 
         Raises:
             BatonError: a subclass that `cluster.errors` maps to a gRPC status.
         """
+        ...
+
+    async def report(self) -> RequestReport:
+        """Where the request went and where its time went, as far as it is known."""
+        ...
+
+    async def aclose(self) -> None:
+        """Cancel what is still under way, on both sides."""
+        ...
+
+
+class Engine(Protocol):
+    """What the server needs of the cluster."""
+
+    def generate(self, request: EngineRequest) -> TokenStream:
+        """Run one request."""
         ...
 
     def workers(self) -> list[WorkerStatus]:

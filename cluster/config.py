@@ -26,7 +26,9 @@ def _setting(default: Any, doc: str, **rules: Any) -> Any:
 class ModelConfig:
     """What is served."""
 
-    path: str | None = _setting(None, "checkpoint: a local folder or a Hugging Face hub id")
+    path: str | None = _setting(
+        None, "checkpoint: a local folder or a Hugging Face hub id; default: the one that comes with Baton"
+    )
     served_name: str | None = _setting(None, "the name clients know it by; default: the last part of the path")
     dtype: str = _setting("auto", "auto takes the checkpoint's own", choices=("auto", "float32", "bfloat16", "float16"))
     max_model_len: int | None = _setting(None, "tokens of prompt and answer together; default: the model's own", low=1)

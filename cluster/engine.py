@@ -124,16 +124,14 @@ class ServingEngine:
             flight.fail(WorkerLostError("a worker was lost before the request reached it"))
             return
         handoff_id = secrets.token_bytes(16)
-        alone = request.sampling.max_tokens == 1
         prompt, sampling = request.prompt_token_ids, request.sampling
         flight.dispatched = time.monotonic()
-        if not alone:
-            decode.handle.submit(
-                DecodeRequest(flight.flight_id, handoff_id, prompt, sampling, flight.prefill, timeout_s)
-            )
-        prefill.handle.submit(
-            PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, None if alone else flight.decode, timeout_s)
-        )
+        if sampling.max_tokens == 1:  # nothing to decode, so nothing to hand over
+            flight.serve_alone()
+            prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, None, timeout_s))
+            return
+        decode.handle.submit(DecodeRequest(flight.flight_id, handoff_id, prompt, sampling, flight.prefill, timeout_s))
+        prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, flight.decode, timeout_s))
 
     def _candidates(self, role: str) -> list[Candidate]:
         return [self._candidate(member) for member in self._pools.pool(role) if member.info is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ class Flight:
     Attributes:
         flight_id: the request's name on its workers.
         prefill: engine id.
-        decode: engine id.
+        decode: engine id; empty when there is nothing to decode.
         num_tokens: prompt and output tokens so far, for the books.
         arrived: when the request came, monotonic time.
         attempts: this one included.
@@ -100,13 +101,15 @@ class Flight:
         tokens, self._ready = tuple(self._ready), []
         return TokenChunk(tokens)
 
+    def serve_alone(self) -> None:
+        """The prefill worker's one token is all that is wanted: there is no handoff to hear of."""
+        self.decode = ""
+        self._handoff_reported.set()
+
     async def handoff_reported(self, patience_s: float) -> None:
         """Give the handoff's report, which may come after the last token, a moment to arrive."""
-        if self._handoff_report is None:
-            try:
-                await asyncio.wait_for(self._handoff_reported.wait(), patience_s)
-            except TimeoutError:
-                return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._handoff_reported.wait(), patience_s)
 
     def report(self) -> RequestReport:
         """Where the time went, as far as it is known."""

@@ -12,9 +12,8 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import cast
 
-from cluster.api import Engine, EngineRequest, ModelInfo, RequestReport, TokenChunk, Usage
+from cluster.api import Engine, EngineRequest, ModelInfo, RequestReport, Usage
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import ChatMessage, Tokenizer
@@ -49,7 +48,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A part of an answer. `finish_reason` and `usage` are in the last one, and `report` if the engine gave one."""
+    """A part of an answer. `finish_reason`, `usage` and `report` are in the last one."""
 
     text: str
     tokens: tuple[TokenOutput, ...] = ()
@@ -88,17 +87,14 @@ class Generation:
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
         text = _TextAssembler(self._tokenizer, sampling)
-        report: RequestReport | None = None
-        outputs = self._engine.generate(EngineRequest(request.request_id, prompt, sampling, timeout_s))
-        async with aclosing(cast(AsyncGenerator[TokenChunk | RequestReport, None], outputs)) as items:
-            async for item in items:
-                if isinstance(item, RequestReport):
-                    report = item
-                    continue
-                chunk = text.push(item.tokens)
-                yield chunk
+        async with aclosing(
+            self._engine.generate(EngineRequest(request.request_id, prompt, sampling, timeout_s))
+        ) as stream:
+            async for chunk in stream:
+                yield text.push(chunk.tokens)
                 if text.stopped:
-                    break  # Closes the engine's iterator: there is more on its way that nobody wants.
+                    break  # There is more on its way that nobody wants: closing the stream stops it.
+            report = await stream.report()
         if text.finish_reason is None:
             raise RuntimeError(f"the engine ended request {request.request_id} without a finish reason")
         rest = text.finish()

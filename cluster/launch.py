@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ray
 
+from attention.registry import PRIORITY
 from cluster.api import ModelInfo
 from cluster.config import PoolConfig, ServiceConfig
 from cluster.engine import ServingEngine
@@ -30,6 +31,9 @@ from workers.models.config import ModelConfig
 from workers.models.loader import resolve_dtype
 
 logger = logging.getLogger(__name__)
+
+SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "models" / "recall"
+"""The checkpoint that is served when none is named; it comes with a checkout."""
 
 _SHUTDOWN_TIMEOUT_S = 20.0
 _Spawn = Callable[[WorkerConfig, PoolConfig], WorkerHandle]
@@ -62,9 +66,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         CheckpointError: the model cannot be loaded.
         ConfigError: the configuration does not fit the model or the machine.
     """
-    if config.model.path is None:
-        raise ConfigError("no model is given: set model.path, or use --model with a checkpoint folder or a hub id")
-    folder = await asyncio.to_thread(resolve_checkpoint, config.model.path)
+    path = config.model.path or str(SHIPPED_MODEL)
+    folder = await asyncio.to_thread(resolve_checkpoint, path)
     model = ModelConfig.from_file(folder)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
@@ -92,7 +95,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
                 f"{worker.load.total_blocks} KV blocks of {worker.block_size} tokens"
             )
         info = ModelInfo(
-            name=config.model.served_name or Path(config.model.path).name,
+            name=config.model.served_name or Path(path).name,
             architecture=model.family,
             dtype=str(resolve_dtype(config.model.dtype, model)).removeprefix("torch."),
             max_model_len=engine.max_model_len,
@@ -116,13 +119,14 @@ def _places(
 
 def _worker_config(config: ServiceConfig, role: str, pool: PoolConfig, folder: Path, number: int) -> WorkerConfig:
     workers = config.prefill.replicas + config.decode.replicas
+    device = _device(pool, workers)
     return WorkerConfig(
         name=f"{role}-{number}",
         role=role,
         model=str(folder),
         dtype=config.model.dtype,
         load_format=config.model.load_format,
-        device="cuda" if pool.device == "cuda" else "cpu",
+        device=device,
         threads=pool.threads or max(1, (os.cpu_count() or 1) // workers),
         attention_backend=pool.attention_backend,
         block_size=pool.block_size,
@@ -134,6 +138,14 @@ def _worker_config(config: ServiceConfig, role: str, pool: PoolConfig, folder: P
         layers_per_group=config.handoff.layers_per_group,
         handoff_timeout_s=config.handoff.timeout_s,
     )
+
+
+def _device(pool: PoolConfig, workers: int) -> str:
+    """The pool's device; `auto` takes the GPUs of the Ray cluster if every worker of the service gets one."""
+    if pool.device != "auto":
+        return pool.device
+    gpus = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
+    return "cuda" if gpus >= workers and "cuda" in PRIORITY else "cpu"
 
 
 def _spawn_in_process(worker: WorkerConfig, _: PoolConfig, *, fabric: LocalFabric) -> InProcessWorker:

@@ -12,9 +12,9 @@ from cluster.cli.connection import add_connection_arguments, connection_of
 from cluster.client import BatonClient
 
 _EPILOG = """\
-free, reserved and quarantined are KV blocks: what can be allocated, what is set aside for handoffs under way, and
-what a lost worker might still write to. waiting tokens are prompt tokens that are not computed yet (prefill) or have
-not arrived yet (decode).
+run, wait, swapped: sequences in the batch, waiting for blocks or their KV cache, in host memory for lack of blocks.
+free, reserved and quarantined are KV blocks: what can be allocated, what is set aside for handoffs under way, and what
+a lost worker might still write to. --json has every field, with the workers' full names.
 """
 _COLORS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
 _TIMEOUT_S = 10.0
@@ -48,21 +48,27 @@ def _print_tables(model: ModelInfo, workers: Sequence[WorkerStatus]) -> None:
     console.print(
         f"[bold]{escape(model.name)}[/]  {model.architecture}, {model.dtype}, context {model.max_model_len} tokens"
     )
-    table = Table("worker", "pool", "state", "device", "attention")
-    for name in ("running", "waiting", "waiting tokens", "preempted"):
-        table.add_column(name, justify="right")
-    for name in ("block size", "blocks", "free", "reserved", "quarantined"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    for name in ("worker", "state", "runs on"):
+        table.add_column(name, no_wrap=True)
+    for name in ("run", "wait", "swap-\nped", "blocks\nfree", "\nof", "re-\nserved", "quaran-\ntined"):
+        table.add_column(name, justify="right", no_wrap=True)
     for w in workers:
-        state = f"[{_COLORS.get(w.state, 'default')}]{escape(w.state)}[/]"
+        load = w.load
         numbers = (
-            w.load.running, w.load.waiting, w.load.waiting_tokens, w.load.preempted, w.block_size, w.load.total_blocks,
-            w.load.free_blocks, w.load.reserved_blocks, w.load.quarantined_blocks,
+            load.running, load.waiting, load.preempted, load.free_blocks, load.total_blocks, load.reserved_blocks,
+            load.quarantined_blocks,
         )  # fmt: skip
-        table.add_row(escape(w.engine_id), w.role, state, w.device, w.attention_backend, *map(str, numbers))
+        state = f"[{_COLORS.get(w.state, 'default')}]{escape(w.state)}[/]"
+        runs_on = f"{w.device} {w.attention_backend}"
+        table.add_row(escape(w.engine_id.partition(".")[0]), state, escape(runs_on), *map(str, numbers))
     console.print(table)
     for role in ("prefill", "decode"):
         pool = [w for w in workers if w.role == role]
         ready = sum(w.state == "ready" for w in pool)
         free, total = sum(w.load.free_blocks for w in pool), sum(w.load.total_blocks for w in pool)
-        console.print(f"{role} pool: {ready} of {len(pool)} workers ready, {free} of {total} blocks free")
+        tokens = sum(w.load.waiting_tokens for w in pool)
+        console.print(
+            f"{role} pool: {ready} of {len(pool)} workers ready, {free} of {total} blocks free, "
+            f"{tokens} prompt tokens waiting"
+        )

@@ -46,8 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     config = load_config(args.config, overrides=overrides_of(args))
-    if config.model.path is None:
-        raise ConfigError("no model to serve: give --model DIR|HUB_ID, or model.path in the configuration")
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(_until_signal(config))
@@ -114,7 +112,7 @@ async def _serve(config: ServiceConfig, console: Any, take_signals: Callable[[],
     with console.status("Starting") as status:
 
         def report(step: str) -> None:
-            console.print(f"{time.monotonic() - began:6.1f} s  {step}", markup=False, highlight=False)
+            console.print(f"{time.monotonic() - began:6.1f} s  {step}", markup=False, highlight=False, soft_wrap=True)
             status.update(step)
 
         async with launch(config, report) as service:

@@ -34,12 +34,38 @@ class ScriptedEngine:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk | RequestReport, None]:
+    def generate(self, request: EngineRequest) -> ScriptedStream:
         self.requests.append(request)
-        self.started.set()
+        return ScriptedStream(self)
+
+    def workers(self) -> list[WorkerStatus]:
+        return [
+            WorkerStatus("p-1", "prefill", "ready", "cpu", "TORCH_SDPA", 16, Load(100, 90, 5, 1, 2, 3, 77, 0)),
+            WorkerStatus("d-1", "decode", "draining", "cuda:0", "FLASHINFER", 16, Load(200, 150)),
+        ]
+
+
+class ScriptedStream:
+    """One request to a `ScriptedEngine`."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self._engine = engine
+        self._steps = self._run()
+
+    def __aiter__(self) -> AsyncIterator[TokenChunk]:
+        return self._steps
+
+    async def report(self) -> RequestReport:
+        return REPORT
+
+    async def aclose(self) -> None:
+        await self._steps.aclose()
+
+    async def _run(self) -> AsyncGenerator[TokenChunk, None]:
+        self._engine.started.set()
         done = False
         try:
-            for step in self.script:
+            for step in self._engine.script:
                 if isinstance(step, Exception):
                     raise step
                 if isinstance(step, asyncio.Event):
@@ -49,13 +75,7 @@ class ScriptedEngine:
             done = True
         finally:
             if not done:
-                self.closed.set()
-
-    def workers(self) -> list[WorkerStatus]:
-        return [
-            WorkerStatus("p-1", "prefill", "ready", "cpu", "TORCH_SDPA", 16, Load(100, 90, 5, 1, 2, 3, 77, 0)),
-            WorkerStatus("d-1", "decode", "draining", "cuda:0", "FLASHINFER", 16, Load(200, 150)),
-        ]
+                self._engine.closed.set()
 
 
 @dataclass
@@ -94,7 +114,7 @@ def answer(byte_tokenizer: Tokenizer) -> Callable[..., list[Step]]:
             ids.append(EOS)
         tokens = [TokenOutput("r", i, finish_reason=finish if n == len(ids) else None) for n, i in enumerate(ids, 1)]
         chunks = [TokenChunk(tuple(tokens[at : at + chunk])) for at in range(0, len(tokens), chunk)]
-        return [*chunks, REPORT]
+        return list(chunks)
 
     return script
 

@@ -17,13 +17,23 @@ ROOT = Path(__file__).parents[3]
 # Stands in for the cluster: an engine that echoes one token, and a line on stderr when it is told to stop.
 PROGRAM = """
 import asyncio, contextlib, sys, types
-from cluster.api import ModelInfo, TokenChunk
+from cluster.api import ModelInfo, RequestReport, TokenChunk
 from workers.errors import CheckpointError
 from workers.messages import FinishReason, TokenOutput
 
+class Stream:
+    def __init__(self, token):
+        self.token = token
+    async def __aiter__(self):
+        yield TokenChunk((TokenOutput("r", self.token, finish_reason=FinishReason.LENGTH),))
+    async def report(self):
+        return RequestReport("p-0", "d-0")
+    async def aclose(self):
+        pass
+
 class Engine:
-    async def generate(self, request):
-        yield TokenChunk((TokenOutput("r", request.prompt_token_ids[0], finish_reason=FinishReason.LENGTH),))
+    def generate(self, request):
+        return Stream(request.prompt_token_ids[0])
     def workers(self):
         return []
 
@@ -126,7 +136,6 @@ def test_an_error_of_the_launch_is_one_line(up: Callable) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no model to serve"),
         (("--model", "m", "--port", "x"), "server.port is 'x', it must be a whole number"),
         (
             ("--model", "m", "--set", "server.prot=1"),
