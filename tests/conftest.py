@@ -116,3 +116,32 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         return built[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reference_greedy() -> Callable[..., list[int]]:
+    """`reference_greedy(checkpoint, prompt, num_tokens)`: what transformers generates, end-of-sequence ignored."""
+    import transformers
+
+    models: dict[Path, torch.nn.Module] = {}
+    answers: dict[tuple[Path, tuple[int, ...]], list[int]] = {}
+
+    def generate(checkpoint: Path, prompt: list[int], num_tokens: int) -> list[int]:
+        if checkpoint not in models:
+            models[checkpoint] = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        key = (checkpoint, tuple(prompt))
+        if len(answers.get(key, [])) < num_tokens:
+            with torch.inference_mode():
+                output = models[checkpoint].generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=num_tokens,
+                    min_new_tokens=num_tokens,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            answers[key] = output[0, len(prompt) :].tolist()
+        return answers[key][:num_tokens]
+
+    return generate

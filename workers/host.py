@@ -42,6 +42,7 @@ class WorkerInfo:
         max_num_seqs: sequences that it takes at once.
         num_blocks: of its KV cache.
         capability: measured on its device.
+        pid: of its process.
     """
 
     name: str
@@ -53,6 +54,7 @@ class WorkerInfo:
     max_num_seqs: int
     num_blocks: int
     capability: Capability
+    pid: int
 
 
 class WorkerHost:
@@ -109,6 +111,7 @@ class WorkerHost:
                 max_tokens=min(config.max_model_len, config.max_num_batched_tokens),
                 max_num_seqs=config.max_num_seqs,
             ),
+            os.getpid(),
         )
         self._loop = WorkerLoop(engine.engine_id, _worker(config, runner, connector), emit, on_crash)
         connector.set_listener(self._loop.wake)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from attention.kv_cache import KVCacheSpec
 from kv_transfer.layout import KVLayout
@@ -183,32 +182,3 @@ def _model(checkpoint: Path, block_size: int, backend: str | None) -> Decoder:
 def local_cluster() -> type[LocalCluster]:
     """The class, so that a test gives its own sizes and faults."""
     return LocalCluster
-
-
-@pytest.fixture(scope="session")
-def reference_greedy() -> Callable[..., list[int]]:
-    """`reference_greedy(checkpoint, prompt, num_tokens)`: what transformers generates, end-of-sequence ignored."""
-    import transformers
-
-    models: dict[Path, torch.nn.Module] = {}
-    answers: dict[tuple[Path, tuple[int, ...]], list[int]] = {}
-
-    def generate(checkpoint: Path, prompt: list[int], num_tokens: int) -> list[int]:
-        if checkpoint not in models:
-            models[checkpoint] = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        key = (checkpoint, tuple(prompt))
-        if len(answers.get(key, [])) < num_tokens:
-            with torch.inference_mode():
-                output = models[checkpoint].generate(
-                    torch.tensor([prompt]),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                    max_new_tokens=num_tokens,
-                    min_new_tokens=num_tokens,
-                    do_sample=False,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                )
-            answers[key] = output[0, len(prompt) :].tolist()
-        return answers[key][:num_tokens]
-
-    return generate
