@@ -1,0 +1,92 @@
+"""The tables in the docs are those of the result files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.disaggregation_cost import LABELS
+from benchmarks.environment import Environment
+
+_PAGE = """# Page
+
+before
+<!-- table: engine_vs_transformers -->
+stale
+<!-- end of table -->
+between
+<!-- table: disaggregation_cost -->
+<!-- end of table -->
+after
+"""
+
+
+def _results(folder: Path, ratio: float = 2.5) -> None:
+    environment = Environment.capture(threads=2, argv=["python", "-m", "x"]).to_json()
+    side = {"decode_median": 10.0, "total_median": 8.0}
+    comparison: dict[str, Any] = {
+        "dtype": "float32", "case": "batch 1", "engine": side, "transformers": side, "decode_ratio": ratio,
+        "total_ratio": 1.0, "target": 1.0, "equal_jobs": 1, "jobs": [{}],
+    }  # fmt: skip
+    case = {"model": "100M", "prompt_tokens": 64, "medians": {**dict.fromkeys(LABELS, 0.0125), "kv_bytes": 2048.0}}
+    for name, content in (
+        ("engine_vs_transformers", {"comparisons": [comparison]}),
+        ("disaggregation_cost", {"cases": [case]}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps({"environment": environment, **content}))
+
+
+def _run(page: Path, results: Path, *more: str) -> int:
+    return tables.main(["--page", str(page), "--results", str(results), *more])
+
+
+def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(_PAGE)
+    _results(tmp_path)
+    assert _run(page, tmp_path, "--check") == 1
+    assert page.read_text() == _PAGE
+    assert "out of date" in capsys.readouterr().err
+    assert _run(page, tmp_path) == 0
+    assert _run(page, tmp_path, "--check") == 0
+    text = page.read_text()
+    assert "stale" not in text
+    assert "**2.50×**" in text
+    assert "| prefill alone | 12.50 |" in text
+    assert "| KV cache moved, KiB | 2 |" in text
+    assert "`python -m x`" in text
+    assert all(line in text for line in ("# Page", "before", "between", "after"))
+
+
+def test_a_new_result_makes_the_page_out_of_date(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(_PAGE)
+    _results(tmp_path)
+    assert _run(page, tmp_path) == 0
+    _results(tmp_path, ratio=3.0)
+    assert _run(page, tmp_path, "--check") == 1
+
+
+@pytest.mark.parametrize("page_text", ["no markers", _PAGE.replace("disaggregation_cost", "unknown")])
+def test_a_page_without_the_right_markers_is_refused(
+    page_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(page_text)
+    _results(tmp_path)
+    assert _run(page, tmp_path) == 1
+    assert "markers" in capsys.readouterr().err
+    assert page.read_text() == page_text
+
+
+def test_a_missing_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(_PAGE)
+    assert _run(page, tmp_path) == 1
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_the_page_of_this_repository_is_up_to_date() -> None:
+    assert tables.main(["--check"]) == 0

@@ -1,0 +1,197 @@
+"""The decode batch grows and makes room: the oldest go on, nobody's cache is lost or mixed up."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from workers.block_manager import BlockManager, blocks_for
+from workers.decode_batch import DecodeBatch, Sequence
+from workers.messages import DecodeRequest
+from workers.sampling.params import SamplingParams
+from workers.sampling.state import SamplingState
+
+BLOCK_SIZE = 4
+
+
+class MemoryStore:
+    """Blocks of one number for each slot; -1 where nothing was written since the block was given away."""
+
+    block_size = BLOCK_SIZE
+
+    def __init__(self, num_blocks: int) -> None:
+        self.slots = torch.full((1, num_blocks, BLOCK_SIZE), -1)
+
+    def read_blocks(self, blocks: list[int]) -> torch.Tensor:
+        return self.slots[:, blocks].clone()
+
+    def write_blocks(self, blocks: list[int], data: torch.Tensor) -> None:
+        self.slots[:, blocks] = data
+
+    def put(self, blocks: list[int], position: int, value: int) -> None:
+        self.slots[0, blocks[position // BLOCK_SIZE], position % BLOCK_SIZE] = value
+
+    def get(self, blocks: list[int], length: int) -> list[int]:
+        return self.slots[0, blocks].flatten()[:length].tolist()
+
+
+class Harness:
+    """A batch whose sequences write their own numbers into the cache, and check that they read them back."""
+
+    def __init__(self, num_blocks: int, max_num_seqs: int = 8) -> None:
+        self.blocks = BlockManager(num_blocks)
+        self.store = MemoryStore(num_blocks)
+        self.batch = DecodeBatch(self.blocks, self.store, max_num_seqs)
+        self.alive: list[Sequence] = []
+        self._clock = count(1)
+
+    def join(self, prompt_len: int) -> Sequence:
+        """A sequence whose prompt is in the cache and whose first token was sampled."""
+        number = next(self._clock)
+        sampling = SamplingParams(seed=0, max_tokens=1000)
+        request = DecodeRequest(f"s{number}", b"h" * 16, (0,) * prompt_len, sampling, "prefill", 1.0)
+        sequence = Sequence(request, SamplingState(sampling, request.prompt_token_ids, frozenset(), 1000), 0.0)
+        sequence.received = float(number)
+        sequence.blocks = self.blocks.allocate(blocks_for(prompt_len, BLOCK_SIZE))
+        for position in range(prompt_len):
+            self.store.put(sequence.blocks, position, number * 1000 + position)
+        sequence.state.output_token_ids.append(0)
+        self.alive.append(sequence)
+        self.batch.add(sequence)
+        return sequence
+
+    def step(self) -> list[Sequence]:
+        """One decode step: everyone who is scheduled writes one more number and gets one more token."""
+        self.batch.resume_preempted()
+        ready = self.batch.schedule()
+        for sequence in ready:
+            number, written = int(sequence.received), sequence.num_tokens - 1
+            assert len(sequence.blocks) * BLOCK_SIZE >= sequence.num_tokens
+            expected = [number * 1000 + position for position in range(written)]
+            assert self.store.get(sequence.blocks, written) == expected
+            self.store.put(sequence.blocks, written, number * 1000 + written)
+            sequence.state.output_token_ids.append(0)
+        return ready
+
+    def end(self, sequence: Sequence) -> None:
+        self.alive.remove(sequence)
+        self.batch.remove(sequence)
+
+
+def test_sequences_grow_by_a_block_when_they_need_one():
+    harness = Harness(8)
+    sequence = harness.join(3)
+    lengths = []
+    for _ in range(6):
+        harness.step()
+        lengths.append(len(sequence.blocks))
+    assert lengths == [1, 2, 2, 2, 2, 3]
+    harness.end(sequence)
+    assert harness.blocks.num_free == 8
+
+
+def test_the_newest_makes_room_and_comes_back():
+    harness = Harness(4)
+    old, new = harness.join(7), harness.join(7)
+    assert harness.step() == [old, new]
+    assert harness.step() == [old], "the newest gives its blocks to the oldest"
+    assert (harness.batch.size, harness.batch.num_preempted) == (1, 1)
+    assert new.blocks == []
+    assert not harness.batch.can_resume
+    for _ in range(3):
+        assert harness.step() == [old]
+    harness.end(old)
+    assert harness.batch.can_resume
+    assert harness.step() == [new]
+    assert new.host_copy is None
+
+
+def test_the_oldest_comes_back_first_and_keeps_its_place():
+    harness = Harness(7)
+    a, b, c = (harness.join(7) for _ in range(3))
+    assert harness.step() == [a, b, c]
+    assert harness.step() == [a, b]
+    for _ in range(4):
+        ready = harness.step()
+    assert ready == [a], "there is a fourth block for one of them only"
+    harness.end(a)
+    assert harness.step() == [b, c]
+
+
+def test_a_preempted_sequence_may_end():
+    harness = Harness(4)
+    old, new = harness.join(7), harness.join(7)
+    harness.step()
+    harness.step()
+    harness.end(new)
+    assert harness.batch.num_preempted == 0
+    harness.end(old)
+    assert harness.blocks.num_free == 4
+
+
+def test_a_sequence_that_is_not_there_cannot_be_removed():
+    harness = Harness(4)
+    sequence = harness.join(3)
+    harness.end(sequence)
+    with pytest.raises(ValueError, match="not in list"):
+        harness.batch.remove(sequence)
+
+
+class DecodeBatchMachine(RuleBasedStateMachine):
+    """Sequences join, decode and end at random in a cache that is too small for them all."""
+
+    @initialize(num_blocks=st.integers(4, 20), max_num_seqs=st.integers(1, 6))
+    def start(self, num_blocks: int, max_num_seqs: int) -> None:
+        self.harness = Harness(num_blocks, max_num_seqs)
+
+    @rule(prompt_len=st.integers(1, 16))
+    def join(self, prompt_len: int) -> None:
+        harness = self.harness
+        room = blocks_for(prompt_len + 1, BLOCK_SIZE) <= harness.blocks.num_free
+        if room and not harness.batch.num_preempted and harness.batch.size < harness.batch.max_num_seqs:
+            harness.join(prompt_len)
+
+    @rule()
+    def step(self) -> None:
+        harness = self.harness
+        ready = harness.step()
+        running = [s for s in harness.alive if s.host_copy is None]
+        assert ready == running, "whoever was not put aside decodes, oldest first"
+        assert len(ready) <= harness.batch.max_num_seqs
+        for sequence in ready:  # none may grow past the whole cache: a worker's context window rules that out
+            if blocks_for(sequence.num_tokens, BLOCK_SIZE) > harness.blocks.num_blocks:
+                harness.end(sequence)
+
+    @precondition(lambda self: self.harness.alive)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.harness.end(data.draw(st.sampled_from(self.harness.alive)))
+
+    @invariant()
+    def blocks_have_one_owner(self) -> None:
+        if not hasattr(self, "harness"):
+            return
+        harness = self.harness
+        owned = [block for sequence in harness.alive for block in sequence.blocks]
+        assert len(owned) == len(set(owned)) == harness.blocks.num_blocks - harness.blocks.num_free
+        for sequence in harness.alive:
+            assert bool(sequence.blocks) != (sequence.host_copy is not None), "in the cache or in host memory"
+        assert harness.batch.size + harness.batch.num_preempted == len(harness.alive)
+
+    def teardown(self) -> None:
+        """The oldest always goes on, so that everybody ends."""
+        if hasattr(self, "harness"):
+            while self.harness.alive:
+                oldest = self.harness.alive[0]
+                assert oldest in self.harness.step()
+                self.harness.end(oldest)
+            assert self.harness.blocks.num_free == self.harness.blocks.num_blocks
+
+
+TestDecodeBatchMachine = DecodeBatchMachine.TestCase
+TestDecodeBatchMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
