@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 MODEL ?= deploy/models/recall
-# The first Python here that Baton runs on.
+# The first Python here that Baton runs on; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test check lint typecheck imports protos protos-check format bench clean
+.PHONY: help install demo test check lint typecheck imports tables protos protos-check format clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -16,11 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Baton needs Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "installing PyTorch, Ray, NIXL and the rest (a minute or two; the versions are those of constraints.txt)"
-	@$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt \
-		'torch==2.13.0' | grep --line-buffered -E '^(Collecting|Downloading|Installing)' | cut -c -100
-	@$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[dev]' \
-		| grep --line-buffered -E '^(Collecting|Installing)' | cut -c -100
+	@echo "installing PyTorch, Ray, NIXL and the rest; the versions are those of constraints.txt"
+	@$(PIP) 'torch==2.13.0'
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 install: $(VENV)/.installed  ## Create the environment and install everything
@@ -31,7 +30,7 @@ demo: $(VENV)/.installed  ## Start a service on this machine, send it prompts, s
 test: check  ## Install and run every check
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-check: lint typecheck imports protos-check
+check: lint typecheck imports protos-check tables  ## Every check but the tests
 
 lint: $(VENV)/.installed  ## Style and formatting
 	@$(BIN)/ruff check .
@@ -42,6 +41,9 @@ typecheck: $(VENV)/.installed  ## Types
 
 imports: $(VENV)/.installed  ## Who may import whom
 	@$(BIN)/lint-imports
+
+tables: $(VENV)/.installed  ## Whether the tables in the docs are those of benchmarks/results
+	@$(BIN)/python -m benchmarks.tables --check
 
 protos: $(VENV)/.installed  ## Generate the code of protos/baton.proto
 	@PYTHON=$(abspath $(BIN)/python) protos/generate.sh
