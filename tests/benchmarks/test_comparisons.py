@@ -10,7 +10,7 @@ import pytest
 from benchmarks.disaggregation_cost import Case as CostCase
 from benchmarks.disaggregation_cost import Cost
 from benchmarks.engine_alone import BatchRun, EngineAlone, Job
-from benchmarks.engine_vs_transformers import Case, compare, make_cases, verdicts
+from benchmarks.engine_vs_transformers import Case, Comparison, Measurement, compare, make_cases, noise, verdicts
 from benchmarks.environment import Environment
 from benchmarks.measure import Row
 from benchmarks.transformers_generate import TransformersGenerate
@@ -56,6 +56,16 @@ def test_rates_count_wanted_tokens_and_targets_and_tokens_are_judged() -> None:
     assert len(verdicts([slow])) == 2
     assert len(verdicts([replace(slow, dtype="bfloat16")])) == 1  # rounding may decide near ties there
     assert not slow.to_json()["target_met"]
+
+
+def test_runs_that_differ_too_much_are_called_noise() -> None:
+    case = Case("one", (Job((1,), 5),), target=1.0)
+    quiet, noisy = Measurement((10.0, 9.0, 11.0), (1.0,)), Measurement((10.0, 2.0, 11.0), (1.0,))
+    assert (quiet.decode, quiet.spread) == (10.0, 0.2)
+    assert noise([Comparison(case, "float32", quiet, quiet, 1)]) == []
+    found = noise([Comparison(case, "float32", quiet, noisy, 1)])
+    assert len(found) == 1
+    assert "runs of transformers differ by 90%" in found[0]
 
 
 def test_cases_follow_the_seed() -> None:

@@ -1,0 +1,1 @@
+"""What measures Baton; raw results are kept in `benchmarks/results/`."""
