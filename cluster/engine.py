@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 3
 _REPORT_PATIENCE_S = 0.25
 _MIN_TIMEOUT_S = 0.001
+_SHUTTING_DOWN = "the service is shutting down"
 
 
 class ServingEngine:
@@ -49,15 +50,18 @@ class ServingEngine:
         )
         self._queue: AdmissionQueue[Flight] = AdmissionQueue(max_queue)
         self._flights: dict[str, Flight] = {}
+        self._stopping = False
 
     async def start(self) -> None:
         """Start all workers; see `WorkerPools.start`."""
         await self._pools.start()
 
     async def stop(self) -> None:
-        """End all requests, then all workers."""
+        """End all requests, those that wait too, then all workers."""
+        self._stopping = True
+        self._queue.retry()
         for flight in list(self._flights.values()):
-            flight.fail(WorkerLostError("the service is shutting down"))
+            flight.fail(NoWorkersError(_SHUTTING_DOWN))
         await asyncio.sleep(0)
         await self._pools.stop()
 
@@ -100,6 +104,8 @@ class ServingEngine:
 
     def _try_to_place(self, request: EngineRequest, arrived: float, attempts: int) -> Flight | None:
         """Book a pair of workers, or None if there is no room now."""
+        if self._stopping:
+            raise NoWorkersError(_SHUTTING_DOWN)
         prompt_tokens = len(request.prompt_token_ids)
         max_tokens = request.sampling.max_tokens or 1
         placement = place(prompt_tokens, max_tokens, self._candidates("prefill"), self._candidates("decode"))
@@ -130,8 +136,9 @@ class ServingEngine:
             flight.serve_alone()
             prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, None, timeout_s))
             return
-        decode.handle.submit(DecodeRequest(flight.flight_id, handoff_id, prompt, sampling, flight.prefill, timeout_s))
+        # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.
         prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, flight.decode, timeout_s))
+        decode.handle.submit(DecodeRequest(flight.flight_id, handoff_id, prompt, sampling, flight.prefill, timeout_s))
 
     def _candidates(self, role: str) -> list[Candidate]:
         return [self._candidate(member) for member in self._pools.pool(role) if member.info is not None]
@@ -141,7 +148,8 @@ class ServingEngine:
         info = member.info
         assert info is not None
         block_size = info.engine.layout.block_size
-        mine = [f for f in self._flights.values() if member.engine_id in (f.prefill, f.decode)]
+        flights = (f for f in self._flights.values() if not f.finished)
+        mine = [f for f in flights if member.engine_id in (f.prefill, f.decode)]
         if info.role == "prefill":
             mine = [f for f in mine if not f.first_token_at]
         used = sum(blocks_for(f.num_tokens + 1, block_size) for f in mine)
@@ -167,7 +175,16 @@ class ServingEngine:
         for event in output.events:
             if flight := self._flights.get(event.request_id):
                 flight.take(output.engine_id, event)
+                if flight.finished:
+                    self._see_off(flight)
         self._queue.retry()
+
+    def _see_off(self, flight: Flight) -> None:
+        """The last token is here: land, but give the report of the handoff a moment to arrive before."""
+        if flight.reported:
+            self.land(flight)
+        else:
+            asyncio.get_running_loop().call_later(_REPORT_PATIENCE_S, self.land, flight)
 
     def _on_change(self, lost: str | None) -> None:
         if lost is not None:
@@ -208,8 +225,8 @@ class RunningRequest:
             await self.aclose()
             raise
         self._delivered = True
-        if chunk.tokens[-1].finish_reason is not None:
-            await self.aclose()
+        if self._flight is not None and self._flight.finished:
+            self._over = True
         return chunk
 
     async def aclose(self) -> None:

@@ -106,6 +106,11 @@ class Flight:
         self.decode = ""
         self._handoff_reported.set()
 
+    @property
+    def reported(self) -> bool:
+        """Whether nothing more is to be heard of the handoff."""
+        return self._handoff_reported.is_set()
+
     async def handoff_reported(self, patience_s: float) -> None:
         """Give the handoff's report, which may come after the last token, a moment to arrive."""
         with contextlib.suppress(TimeoutError):
@@ -132,11 +137,11 @@ class Flight:
             if not self.first_token_at:
                 self._held.append(token)
                 return
-            self._ready.append(token)
+            tokens = [token]
         else:
             self.first_token_at = time.monotonic()
-            self._ready += [token, *self._held]
-            self._held = []
-        self.num_tokens += 1
+            tokens, self._held = [token, *self._held], []
+        self._ready += tokens
+        self.num_tokens += len(tokens)
         self.finished = self._ready[-1].finish_reason is not None
         self._news.set()

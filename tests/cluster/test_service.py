@@ -184,3 +184,10 @@ async def test_a_killed_worker(role, running, reference_greedy):
     assert victim not in after
     tokens, _ = await running.generate(pool[0], 30)
     assert tokens == expected[0]
+
+
+async def test_every_answer_has_the_report_of_its_handoff(running):
+    """Also short ones, whose last token may overtake the prefill worker's report."""
+    pool = prompts(40, seed=6, longest=30)
+    answers = await asyncio.gather(*(running.generate(prompt, 2) for prompt in pool))
+    assert all(report.kv_bytes > 0 for _, report in answers)
