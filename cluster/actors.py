@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 
 from kv_transfer.nixl.connector import NixlConnector
@@ -12,10 +13,15 @@ from workers.host import WorkerHost, WorkerInfo
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
 
 CONNECT_TIMEOUT_S = 30.0
+_REMEMBERED_ABORTS = 4096
 
 
 class WorkerActor:
-    """Runs a `WorkerHost`. Its methods are asynchronous, so that Ray runs them in the order of their calls."""
+    """Runs a `WorkerHost`.
+
+    Its methods are asynchronous, so that a slow one holds up no other. Ray then starts calls in order except that one
+    with a large argument (a long prompt) may be overtaken while the argument travels.
+    """
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
@@ -25,6 +31,7 @@ class WorkerActor:
         self._news = asyncio.Event()
         self._crash: BaseException | None = None
         self._loaded = (0, 0)
+        self._aborted: OrderedDict[str, None] = OrderedDict()
 
     async def start(self) -> WorkerInfo:
         """Build the worker; takes as long as loading does."""
@@ -39,11 +46,15 @@ class WorkerActor:
         return self._loaded
 
     async def submit(self, request: PrefillRequest | DecodeRequest) -> None:
-        """See `WorkerHost.submit`."""
-        self._started.submit(request)
+        """See `WorkerHost.submit`. A request whose abort has overtaken it is not started."""
+        if request.request_id not in self._aborted:
+            self._started.submit(request)
 
     async def abort(self, request_id: str) -> None:
         """See `WorkerHost.abort`."""
+        self._aborted[request_id] = None
+        if len(self._aborted) > _REMEMBERED_ABORTS:
+            self._aborted.popitem(last=False)
         self._started.abort(request_id)
 
     async def connect(self, peer: EngineInfo) -> None:

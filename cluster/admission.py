@@ -15,13 +15,16 @@ T = TypeVar("T")
 class AdmissionQueue(Generic[T]):
     """A bounded first-come-first-served queue in front of something that may or may not have room.
 
+    What is taken is taken by the one who waited for it, in one go with its return: nobody can be cancelled between
+    getting room and knowing of it, so that no room is lost.
+
     Args:
         max_waiting: requests that may wait.
     """
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
-        self._waiting: OrderedDict[asyncio.Future[T], Callable[[], T | None]] = OrderedDict()
+        self._waiting: OrderedDict[asyncio.Event, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -31,7 +34,7 @@ class AdmissionQueue(Generic[T]):
 
         Args:
             attempt: takes what it needs and returns it, or None when there is no room now; what it raises ends the
-                wait. Called once per change of circumstances, in the order of arrival.
+                wait. Called after each change of circumstances, for whoever is at the head of the queue.
 
         Raises:
             QueueFullError: there is no room and every place in the queue is taken.
@@ -40,25 +43,19 @@ class AdmissionQueue(Generic[T]):
             return result
         if len(self._waiting) >= self._max_waiting:
             raise QueueFullError(f"the service is at capacity and {self._max_waiting} requests are waiting already")
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting[future] = attempt
+        turn = asyncio.Event()
+        self._waiting[turn] = None
         try:
-            return await future
+            while True:
+                await turn.wait()
+                turn.clear()
+                if (result := attempt()) is not None:
+                    return result
         finally:
-            if self._waiting.pop(future, None) is not None:
-                self.retry()  # the head of the queue may have been what held the others up
+            del self._waiting[turn]
+            self.retry()  # there may be room for the next one too
 
     def retry(self) -> None:
-        """Circumstances have changed: let those at the head of the queue try again."""
-        while self._waiting:
-            future, attempt = next(iter(self._waiting.items()))
-            if not future.done():
-                try:
-                    result = attempt()
-                except Exception as error:
-                    future.set_exception(error)
-                else:
-                    if result is None:
-                        return
-                    future.set_result(result)
-            self._waiting.pop(future, None)
+        """Circumstances have changed: let whoever is at the head of the queue try again."""
+        if self._waiting:
+            next(iter(self._waiting)).set()

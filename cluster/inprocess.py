@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 from cluster.errors import WorkerLostError
@@ -30,6 +31,7 @@ class InProcessWorker:
         self._config = config
         self._fabric = fabric
         self._queue: asyncio.Queue[StepOutput | BaseException] = asyncio.Queue()
+        self._building: asyncio.Future[WorkerHost] | None = None
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """See `WorkerHandle.start`."""
@@ -45,7 +47,8 @@ class InProcessWorker:
                 self._config, connector, deliver, deliver, lambda done, total: progress(self.name, done, total)
             )
 
-        self._host = await asyncio.to_thread(build)
+        self._building = asyncio.ensure_future(asyncio.to_thread(build))
+        self._host = await asyncio.shield(self._building)  # a thread cannot be cancelled: `stop` ends what it built
         return self._host.info
 
     async def connect(self, peer: EngineInfo) -> None:
@@ -78,8 +81,11 @@ class InProcessWorker:
 
     async def stop(self) -> None:
         """See `WorkerHandle.stop`."""
-        if hasattr(self, "_host"):
-            await asyncio.to_thread(self._host.close)
+        if self._building is None:
+            return
+        with contextlib.suppress(Exception):
+            host = await self._building
+            await asyncio.to_thread(host.close)
 
     def crash(self, reason: str) -> None:
         """End the worker as if its process had died."""

@@ -12,7 +12,7 @@ from cluster.api import WorkerStatus
 from cluster.errors import WorkerLostError
 from cluster.worker_handle import LoadProgress, WorkerHandle
 from kv_transfer.errors import KVTransferError, LayoutMismatchError
-from workers.errors import BatonError, ConfigError
+from workers.errors import ConfigError
 from workers.host import WorkerInfo
 from workers.messages import Load, StepOutput
 
@@ -145,7 +145,7 @@ class WorkerPools:
     def _check_some_pair_works(self) -> None:
         refusals = [reason for member in self.members for reason in member.refusals.values()]
         pairs = len(self.pool("prefill")) * len(self.pool("decode"))
-        if len(refusals) == pairs:
+        if refusals and len(refusals) == pairs:
             raise ConfigError("no prefill worker can hand over to any decode worker: " + refusals[0])
 
     async def _watch(self, member: Member) -> None:
@@ -182,9 +182,10 @@ class WorkerPools:
             member.state = "starting"
             try:
                 await self._start_member(member)
-            except BatonError as error:
-                logger.warning("could not replace %s: %s", member.handle.name, error)
+            except Exception as error:
+                logger.warning("could not replace %s: %s: %s", member.handle.name, type(error).__name__, error)
                 member.state = "lost"
+                member.info = None
                 with contextlib.suppress(Exception):
                     await member.handle.stop()
             else:

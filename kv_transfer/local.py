@@ -60,6 +60,16 @@ class LocalFabric:
                 if arrival.copy is not None:
                     arrival.copy.transfer.ended = TransferState.FAILED
 
+    def cut(self, sender: str, peer: str) -> None:
+        """`peer` takes nothing more from `sender`: WRITEs on their way fail, messages are lost."""
+        with self._lock:
+            if (end := self._ends.get(peer)) is None:
+                return
+            for arrival in end.arrivals:
+                if arrival.sender == sender and arrival.copy is not None:
+                    arrival.copy.transfer.ended = TransferState.FAILED
+            end.arrivals = [arrival for arrival in end.arrivals if arrival.sender != sender]
+
     def send(self, sender: str, peer: str, message: bytes) -> None:
         """Put a message on its way."""
         with self._lock:
@@ -177,6 +187,7 @@ class LocalTransport(Transport):
     def remove_peer(self, engine_id: str) -> None:
         """See `Transport.remove_peer`."""
         self._peers.discard(engine_id)
+        self._fabric.cut(engine_id, self._engine_id)
 
     def write(
         self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes

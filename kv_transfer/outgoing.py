@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from kv_transfer.connector import HandoffAborted, HandoffSent, PrefillEvent, Rea
 from kv_transfer.errors import PeerError
 from kv_transfer.messages import Cancel, Closed, Final, Grant, HandoffKey, Part, encode
 from kv_transfer.transport import Transfer, TransferState, Transport
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED = 65_536
 _GRANT_PATIENCE_S = 300.0
@@ -42,6 +45,15 @@ class _Outgoing:
     finished_at: float = 0.0
     last_landed_at: float = 0.0
 
+    @property
+    def busy(self) -> bool:
+        """Whether the network or the peer has something to do for it; a prompt still being computed has not."""
+        return bool(self.in_flight or self.waiting) or self.final_sent or self.failure is not None
+
+    def may_be_told(self, sender: str, key: HandoffKey) -> bool:
+        """Whether a message about this reservation is about this handoff."""
+        return self.peer == sender and (self.grant is None or self.grant.key == key)
+
 
 class OutgoingHandoffs:
     """Every handoff that this worker pushes. Used by the connector's owner thread only.
@@ -58,12 +70,12 @@ class OutgoingHandoffs:
         self._emit = emit
         self._open: dict[bytes, _Outgoing] = {}
         self._early_grants: OrderedDict[bytes, tuple[str, Grant, float]] = OrderedDict()
-        self._ended: OrderedDict[bytes, None] = OrderedDict()
+        self._ended: OrderedDict[bytes, HandoffKey | None] = OrderedDict()  # with the key of one that was sent whole
 
     @property
     def active(self) -> bool:
-        """Whether anything is open."""
-        return bool(self._open)
+        """Whether the network must be looked at often."""
+        return any(handoff.busy for handoff in self._open.values())
 
     def begin(self, handoff_id: bytes, peer: str) -> None:
         """Open a handoff; a grant may have come before, and so may its cancellation."""
@@ -102,24 +114,25 @@ class OutgoingHandoffs:
         handoff = self._open.get(grant.key.handoff_id)
         if handoff is None:
             self._keep_early(sender, grant)
-        elif handoff.peer != sender:
-            self._close(sender, grant.key, f"handoff {grant.key} belongs to another decode worker")
-        elif handoff.failure is None:
-            handoff.grant = grant
-            self._flush(handoff)
-        else:
-            handoff.grant = grant  # so that its key is confirmed as closed
+        elif not handoff.may_be_told(sender, grant.key):
+            self._close(sender, grant.key, f"handoff {grant.key} belongs to another reservation")
+        elif handoff.grant is None:
+            handoff.grant = grant  # of a failed handoff too, so that its key is confirmed as closed
+            if handoff.failure is None:
+                self._flush(handoff)
 
     def on_cancel(self, sender: str, cancel: Cancel) -> None:
         """The decode worker wants its blocks back; it is answered once nothing is in flight."""
         handoff = self._open.get(cancel.key.handoff_id)
-        if handoff is None or handoff.peer != sender:
+        if handoff is None:
             self._early_grants.pop(cancel.key.handoff_id, None)
             self._remember(cancel.key.handoff_id)
             self._close(sender, cancel.key, "cancelled")
-            return
-        handoff.grant = handoff.grant or Grant(cancel.key, ())
-        self._fail(handoff, "cancelled by the decode worker")
+        elif not handoff.may_be_told(sender, cancel.key):
+            self._close(sender, cancel.key, "cancelled")  # nothing was ever written for that reservation
+        else:
+            handoff.grant = handoff.grant or Grant(cancel.key, ())
+            self._fail(handoff, "cancelled by the decode worker")
 
     def peer_lost(self, engine_id: str) -> None:
         """A decode worker is gone; its handoffs end when their WRITEs have."""
@@ -132,7 +145,7 @@ class OutgoingHandoffs:
 
     def progress(self) -> None:
         """Look after everything in flight, and end what has ended."""
-        for handoff in list(self._open.values()):
+        for handoff in [handoff for handoff in self._open.values() if handoff.busy]:
             self._reap(handoff)
             self._settle(handoff)
         now = time.monotonic()
@@ -154,6 +167,9 @@ class OutgoingHandoffs:
                 handoff.final_sent = True
         except PeerError as error:
             self._fail(handoff, str(error))
+        except Exception as error:
+            logger.exception("pushing to %s failed", handoff.peer)
+            self._fail(handoff, f"pushing to {handoff.peer} failed: {error}")
 
     def _post(self, handoff: _Outgoing, grant: Grant, part: _Part) -> None:
         if part.ready is not None:
@@ -199,7 +215,7 @@ class OutgoingHandoffs:
         elif handoff.final_sent:
             exposed_s = max(0.0, handoff.last_landed_at - handoff.finished_at)
             sent = HandoffSent(handoff.handoff_id, handoff.num_bytes, handoff.posted, handoff.busy_s, exposed_s)
-            self._forget(handoff, sent)
+            self._forget(handoff, sent, handoff.grant.key if handoff.grant is not None else None)
 
     def _fail(self, handoff: _Outgoing, reason: str, *, tell_peer: bool = True) -> None:
         if handoff.failure is None:
@@ -207,22 +223,25 @@ class OutgoingHandoffs:
             handoff.waiting.clear()
         handoff.tell_peer = handoff.tell_peer and tell_peer
 
-    def _forget(self, handoff: _Outgoing, event: PrefillEvent) -> None:
+    def _forget(self, handoff: _Outgoing, event: PrefillEvent, served: HandoffKey | None = None) -> None:
         del self._open[handoff.handoff_id]
-        self._remember(handoff.handoff_id)
+        self._remember(handoff.handoff_id, served)
         self._emit(event)
 
-    def _remember(self, handoff_id: bytes) -> None:
+    def _remember(self, handoff_id: bytes, served: HandoffKey | None = None) -> None:
         """Keep the ids of ended handoffs, so that a late grant or cancel is answered rightly."""
-        self._ended[handoff_id] = None
+        self._ended[handoff_id] = served
         if len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
 
     def _keep_early(self, sender: str, grant: Grant) -> None:
         if grant.key.handoff_id in self._ended:
-            self._close(sender, grant.key, "the prefill worker has given up this request")
+            if self._ended[grant.key.handoff_id] != grant.key:  # the same: only a repetition of what has been served
+                self._close(sender, grant.key, "the prefill worker has given up this request")
             return
-        self._early_grants[grant.key.handoff_id] = (sender, grant, time.monotonic())
+        first = self._early_grants.setdefault(grant.key.handoff_id, (sender, grant, time.monotonic()))
+        if first[1].key != grant.key:
+            self._close(sender, grant.key, f"handoff {grant.key} belongs to another reservation")
 
     def _close(self, peer: str, key: HandoffKey, reason: str) -> None:
         try:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -160,9 +161,8 @@ class PushConnector(KVConnector):
             if command is _STOP:
                 self._commands.put(_STOP)  # for the thread's loop to see
                 break
-            command()
-        for sender, data in self._transport.receive():
-            self._dispatch(sender, data)
+            self._attempt(command)
+        self._receive()
         self._outgoing.progress()
         self._incoming.progress()
         return self._outgoing.active or self._incoming.active or bool(self._hellos)
@@ -171,13 +171,16 @@ class PushConnector(KVConnector):
         """The owner thread: look often while something is under way, seldom when nothing is."""
         command = self._commands.get()  # the registration: before it there is nothing to poll
         last_active = 0.0
+        failing = False
         while command is not _STOP:
+            self._attempt(command)
             try:
-                command()
                 active = self.progress()
+                failing = False
             except Exception:
-                logger.exception("the KV connector goes on after an unexpected error")
-                active = False
+                if not failing:  # a broken network would fail at every look
+                    logger.exception("the KV connector goes on after an unexpected error")
+                active, failing = False, True
             now = time.monotonic()
             last_active = now if active else last_active
             patience = _ACTIVE_POLL_S if now - last_active < _IDLE_AFTER_S else _IDLE_POLL_S
@@ -186,6 +189,19 @@ class PushConnector(KVConnector):
             except queue.Empty:
                 command = _nothing
         self._transport.close()
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Run a command or take a message; on the owner thread one that fails does not take others with it."""
+        try:
+            action()
+        except Exception:
+            if not self._threaded:
+                raise
+            logger.exception("the KV connector goes on after an unexpected error")
+
+    def _receive(self) -> None:
+        for sender, data in self._transport.receive():
+            self._attempt(partial(self._dispatch, sender, data))
 
     def _dispatch(self, sender: str, data: bytes) -> None:
         try:
@@ -217,6 +233,7 @@ class PushConnector(KVConnector):
             answered.set()
 
     def _peer_lost(self, engine_id: str) -> None:
+        self._receive()  # what it said before it was lost still counts
         self._transport.remove_peer(engine_id)
         self._outgoing.peer_lost(engine_id)
         self._incoming.peer_lost(engine_id)
@@ -232,6 +249,8 @@ class PushConnector(KVConnector):
         """Run a command where the transport lives, and wait for what it returns or raises."""
         if not self._threaded:
             return command()
+        if self._thread is None:
+            raise KVTransferError("the KV connector is not running")
         future: Future[T] = Future()
 
         def run() -> None:

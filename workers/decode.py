@@ -9,7 +9,8 @@ from kv_transfer.connector import ConnectorEvent, HandoffFailed, HandoffReceived
 from kv_transfer.messages import HandoffKey
 from workers.block_manager import BlockManager, blocks_for
 from workers.decode_batch import DecodeBatch, Sequence
-from workers.errors import CapacityError, DeadlineExceededError, HandoffError, SamplingError
+from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
+from workers.intake import check_capacity, check_prompt
 from workers.messages import DecodeReport, DecodeRequest, Load, RequestFailed, TokenOutput, WorkerEvent
 from workers.model_runner import ModelRunner, Row
 from workers.sampling.isolation import sample_isolated
@@ -41,11 +42,13 @@ class DecodeWorker:
         self._events: list[WorkerEvent] = []
 
     def reserve(self, request: DecodeRequest) -> None:
-        """Queue a request for blocks. One that can never fit ends in `RequestFailed`."""
-        needed = blocks_for(len(request.prompt_token_ids) + 1, self._runner.block_size)
-        if needed > self._blocks.num_blocks:
-            message = f"the prompt needs {needed} KV blocks, a decode worker has {self._blocks.num_blocks}"
-            self._events.append(RequestFailed(request.request_id, CapacityError(message)))
+        """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
+        num_tokens = len(request.prompt_token_ids)
+        try:
+            check_prompt(num_tokens, request.sampling, self._max_model_len)
+            check_capacity(num_tokens + 1, self._runner.block_size, self._blocks.num_blocks, "decode")
+        except BatonError as error:
+            self._events.append(RequestFailed(request.request_id, error))
             return
         state = SamplingState(
             request.sampling,

@@ -92,10 +92,16 @@ class WorkerHost:
             config.load_format,
         )
         config = replace(config, max_model_len=resolve_max_model_len(config, model))
+        assert config.max_model_len is not None
         runner = ModelRunner(model, _allocate_cache(config, model))
+        capability = measure(
+            runner,
+            config.role,
+            max_tokens=min(config.max_model_len, config.max_num_batched_tokens),
+            max_num_seqs=config.max_num_seqs,
+        )
         self._connector = connector
         engine = connector.register_kv_caches(config.name, runner.kv_cache, _layout(model, config.block_size))
-        assert config.max_model_len is not None
         self.info = WorkerInfo(
             config.name,
             config.role,
@@ -105,12 +111,7 @@ class WorkerHost:
             config.max_model_len,
             config.max_num_seqs,
             runner.kv_cache.shape[1],
-            measure(
-                runner,
-                config.role,
-                max_tokens=min(config.max_model_len, config.max_num_batched_tokens),
-                max_num_seqs=config.max_num_seqs,
-            ),
+            capability,
             os.getpid(),
         )
         self._loop = WorkerLoop(engine.engine_id, _worker(config, runner, connector), emit, on_crash)
@@ -118,15 +119,19 @@ class WorkerHost:
         self._loop.start()
 
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
-        """Give the worker a request of its role."""
+        """Give the worker a request of its role.
+
+        Raises:
+            TypeError: it is one of the other role.
+        """
+        if isinstance(request, PrefillRequest) != (self.info.role == "prefill"):
+            raise TypeError(f"{type(request).__name__} sent to {self.info.name}")
 
         def deliver(worker: PrefillWorker | DecodeWorker) -> None:
             if isinstance(worker, PrefillWorker) and isinstance(request, PrefillRequest):
                 worker.add(request)
             elif isinstance(worker, DecodeWorker) and isinstance(request, DecodeRequest):
                 worker.reserve(request)
-            else:
-                raise TypeError(f"{type(request).__name__} sent to {self.info.name}")
 
         self._loop.post(deliver)
 

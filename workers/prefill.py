@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
-from workers.block_manager import BlockManager, blocks_for
-from workers.errors import BatonError, CapacityError, DeadlineExceededError, HandoffError, SamplingError
+from workers.block_manager import BlockManager
+from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
+from workers.intake import check_capacity, check_prompt, check_token_ids
 from workers.messages import (
     HandoffReport,
     Load,
@@ -70,16 +71,19 @@ class PrefillWorker:
         self._events: list[WorkerEvent] = []
 
     def add(self, request: PrefillRequest) -> None:
-        """Queue a prompt. A prompt that can never fit ends in `RequestFailed`."""
-        needed = blocks_for(len(request.prompt_token_ids), self._runner.block_size)
-        if needed > self._blocks.num_blocks:
-            message = f"the prompt needs {needed} KV blocks, a prefill worker has {self._blocks.num_blocks}"
-            self._events.append(RequestFailed(request.request_id, CapacityError(message)))
+        """Queue a prompt. One that is wrong or can never fit ends in `RequestFailed`."""
+        num_tokens = len(request.prompt_token_ids)
+        try:
+            check_prompt(num_tokens, request.sampling, self._max_model_len)
+            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_capacity(num_tokens, self._runner.block_size, self._blocks.num_blocks, "prefill")
+        except BatonError as error:
+            self._events.append(RequestFailed(request.request_id, error))
             return
         now = time.monotonic()
         prompt = _Prompt(
             request,
-            PromptProgress(request.request_id, len(request.prompt_token_ids)),
+            PromptProgress(request.request_id, num_tokens),
             SamplingState(
                 request.sampling,
                 request.prompt_token_ids,
@@ -107,7 +111,7 @@ class PrefillWorker:
     @property
     def has_work(self) -> bool:
         """Whether a step has something to do at once."""
-        return self._scheduler.num_waiting > 0 or self._scheduler.num_running > 0 or bool(self._events)
+        return self._scheduler.can_schedule or bool(self._events)
 
     @property
     def has_requests(self) -> bool:
@@ -117,13 +121,17 @@ class PrefillWorker:
     @property
     def load(self) -> Load:
         """The load now."""
-        in_flight = [p for p in self._handoffs.values() if p.computed]
-        stopped = [p for p in self._handoffs.values() if p.request.request_id not in self._prompts]
+        reserved = quarantined = 0
+        for prompt in self._handoffs.values():
+            if prompt.request.request_id not in self._prompts:
+                quarantined += len(prompt.progress.blocks)
+            elif prompt.computed:
+                reserved += len(prompt.progress.blocks)
         return Load(
             total_blocks=self._blocks.num_blocks,
             free_blocks=self._blocks.num_free,
-            reserved_blocks=sum(len(p.progress.blocks) for p in in_flight if p not in stopped),
-            quarantined_blocks=sum(len(p.progress.blocks) for p in stopped),
+            reserved_blocks=reserved,
+            quarantined_blocks=quarantined,
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.num_waiting_tokens,

@@ -84,8 +84,13 @@ class PrefillScheduler:
         """Prompt tokens still to compute, of prompts waiting and under way."""
         return sum(p.num_tokens - p.num_computed_tokens for p in (*self._waiting, *self._running))
 
+    @property
+    def can_schedule(self) -> bool:
+        """Whether `schedule` would return a chunk now."""
+        return bool(self._running) or (bool(self._waiting) and self._fits(self._waiting[0]))
+
     def add(self, prompt: PromptProgress) -> None:
-        """Queue a prompt."""
+        """Queue a prompt of at least one token."""
         self._waiting.append(prompt)
 
     def schedule(self) -> list[Chunk]:
@@ -94,13 +99,9 @@ class PrefillScheduler:
         chunks: list[Chunk] = []
         for prompt in self._running[: self._max_num_seqs]:
             budget -= self._take(prompt, budget, chunks)
-        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
-            prompt = self._waiting[0]
-            needed = blocks_for(prompt.num_tokens, self._block_size)
-            if needed > self._blocks.num_free:
-                break
-            self._waiting.popleft()
-            prompt.blocks = self._blocks.allocate(needed)
+        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs and self._fits(self._waiting[0]):
+            prompt = self._waiting.popleft()
+            prompt.blocks = self._blocks.allocate(blocks_for(prompt.num_tokens, self._block_size))
             self._running.append(prompt)
             budget -= self._take(prompt, budget, chunks)
         return chunks
@@ -130,6 +131,9 @@ class PrefillScheduler:
             self._running.remove(prompt)
         elif prompt in self._waiting:
             self._waiting.remove(prompt)
+
+    def _fits(self, prompt: PromptProgress) -> bool:
+        return blocks_for(prompt.num_tokens, self._block_size) <= self._blocks.num_free
 
     def _take(self, prompt: PromptProgress, budget: int, chunks: list[Chunk]) -> int:
         length = min(budget, prompt.num_tokens - prompt.num_computed_tokens)

@@ -86,6 +86,7 @@ class NixlTransport(Transport):
     def remove_peer(self, engine_id: str) -> None:
         """See `Transport.remove_peer`."""
         handle = self._remote.pop(engine_id, None)
+        self._blocks.pop(engine_id, None)
         if handle is None:
             return
         with contextlib.suppress(Exception):  # a lost peer may have taken its half with it

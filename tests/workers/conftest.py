@@ -182,3 +182,33 @@ def _model(checkpoint: Path, block_size: int, backend: str | None) -> Decoder:
 def local_cluster() -> type[LocalCluster]:
     """The class, so that a test gives its own sizes and faults."""
     return LocalCluster
+
+
+@pytest.fixture
+def one_pair(tiny_checkpoint, local_cluster) -> Callable[..., tuple[LocalCluster, PrefillWorker, DecodeWorker]]:
+    """`one_pair(**sizes)`: a cluster with its only prefill and its only decode worker."""
+
+    def make(**kwargs):
+        cluster = local_cluster(tiny_checkpoint("llama"), **kwargs)
+        (prefill,), (decode,) = cluster.prefill.values(), cluster.decode.values()
+        return cluster, prefill, decode
+
+    return make
+
+
+class Clock:
+    """Stands in for the module `time` in the workers; stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("workers.prefill.time", clock)
+    monkeypatch.setattr("workers.decode.time", clock)
+    return clock

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.capability import Capability, measure
-from workers.model_runner import ModelRunner
+from workers.model_runner import ModelRunner, Row
 from workers.models.loader import load_model
 
 POINTS = ((32, 0.010), (128, 0.020), (512, 0.100))
@@ -65,11 +65,11 @@ def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_t
     assert [tokens for tokens, _ in capability.prefill] == [longest]
 
 
-@pytest.mark.parametrize(("num_blocks", "max_num_seqs", "batches"), [(1, 64, [1]), (8, 5, [1, 4]), (64, 16, [1, 4, 16])])
+@pytest.mark.parametrize(
+    ("num_blocks", "max_num_seqs", "batches"), [(1, 64, [1]), (8, 5, [1, 4]), (64, 16, [1, 4, 16])]
+)
 def test_decode_is_measured_at_batches_that_fit(model, num_blocks, max_num_seqs, batches):
-    capability = measure(
-        runner(model, num_blocks), "decode", max_tokens=600, max_num_seqs=max_num_seqs, budget_s=60
-    )
+    capability = measure(runner(model, num_blocks), "decode", max_tokens=600, max_num_seqs=max_num_seqs, budget_s=60)
     assert [sequences for sequences, _ in capability.decode] == batches
 
 
@@ -80,8 +80,6 @@ def test_a_spent_budget_leaves_one_point(model):
 
 def test_measuring_leaves_a_usable_runner(model):
     """What is left in the cache is overwritten by the first prompt."""
-    from workers.model_runner import Row
-
     measured, fresh = runner(model, 8), runner(model, 8)
     measure(measured, "prefill", max_tokens=128, max_num_seqs=4, budget_s=60)
     row = [Row([5, 6, 7], 0, [3])]

@@ -1,0 +1,44 @@
+"""What a worker refuses at its door, so that one wrong request cannot harm those it would share a batch with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from workers.block_manager import blocks_for
+from workers.errors import CapacityError, InvalidRequestError
+from workers.sampling.params import SamplingParams
+
+
+def check_prompt(num_tokens: int, sampling: SamplingParams, max_model_len: int) -> None:
+    """Refuse what cannot run on any worker.
+
+    Raises:
+        InvalidRequestError: the prompt is empty or leaves no room for a token, or the sampling has no seed.
+    """
+    if num_tokens == 0:
+        raise InvalidRequestError("the prompt is empty")
+    if num_tokens >= max_model_len:
+        raise InvalidRequestError(f"the prompt has {num_tokens} tokens, the context window {max_model_len}")
+    if sampling.seed is None:
+        raise InvalidRequestError("the sampling parameters have no seed; both workers must draw with the same one")
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Refuse ids that have no embedding.
+
+    Raises:
+        InvalidRequestError: an id out of range.
+    """
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise InvalidRequestError(f"prompt token {wrong} is out of range: the vocabulary has {vocab_size} tokens")
+
+
+def check_capacity(num_tokens: int, block_size: int, num_blocks: int, role: str) -> None:
+    """Refuse what needs more blocks than there are.
+
+    Raises:
+        CapacityError: with both numbers.
+    """
+    if (needed := blocks_for(num_tokens, block_size)) > num_blocks:
+        raise CapacityError(f"the prompt needs {needed} KV blocks, a {role} worker has {num_blocks}")
