@@ -84,11 +84,14 @@ class ServingEngine:
         Raises:
             QueueFullError: too many requests are waiting.
             CapacityError: no pair of workers could ever hold the request.
-            NoWorkersError: a pool has no worker, and none is starting.
+            NoWorkersError: a pool has no worker, and none is likely to come back soon.
         """
         flight = await self._queue.admit(lambda: self._try_to_place(request, arrived, attempts))
         if flight.error is None:
-            self._dispatch(flight, request, max(_MIN_TIMEOUT_S, deadline - time.monotonic()))
+            try:
+                self._dispatch(flight, request, max(_MIN_TIMEOUT_S, deadline - time.monotonic()))
+            except Exception as error:
+                flight.fail(error)
         return flight
 
     def land(self, flight: Flight) -> None:
@@ -112,7 +115,7 @@ class ServingEngine:
         if isinstance(placement, NoPlacement):
             if placement.hopeless:
                 raise CapacityError("no pair of workers can serve this request: " + "; ".join(placement.reasons))
-            if not self._pool_has_a_future("prefill") or not self._pool_has_a_future("decode"):
+            if not all(any(m.has_a_future for m in self._pools.pool(role)) for role in ("prefill", "decode")):
                 raise NoWorkersError("no worker is ready: " + "; ".join(placement.reasons))
             return None
         return self._book(placement, prompt_tokens, arrived, attempts)
@@ -165,11 +168,8 @@ class ServingEngine:
             queued_tokens=sum(f.num_tokens for f in mine) if info.role == "prefill" else 0,
             capability=info.capability,
             refusals=member.refusals,
+            estranged=member.estranged,
         )
-
-    def _pool_has_a_future(self, role: str) -> bool:
-        """Whether some worker of this pool is ready, starting or being replaced."""
-        return any(member.state in ("starting", "ready", "lost") for member in self._pools.pool(role))
 
     def _on_output(self, output: StepOutput) -> None:
         for event in output.events:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,9 @@ from workers.messages import Load, StepOutput
 logger = logging.getLogger(__name__)
 
 _RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
+_HOPELESS_AFTER_RESTARTS = 6
+_STEADY_AFTER_S = 60.0
+_RECONCILE_INTERVAL_S = 2.0
 
 
 @dataclass(eq=False)
@@ -31,8 +35,10 @@ class Member:
         info: what it said of itself; None until it is ready.
         state: starting, ready or lost.
         load: last reported.
-        refusals: engine ids of the other pool that it cannot work with, and why.
-        restarts: workers that this place has lost.
+        refusals: engine ids of the other pool whose KV cache is laid out differently, and how.
+        estranged: engine ids of the other pool that it cannot reach at present, and why.
+        restarts: workers that this place has lost in a row.
+        ready_since: monotonic time.
     """
 
     spawn: Callable[[], WorkerHandle]
@@ -41,7 +47,14 @@ class Member:
     state: str = "starting"
     load: Load = field(default_factory=lambda: Load(0, 0))
     refusals: dict[str, str] = field(default_factory=dict)
+    estranged: dict[str, str] = field(default_factory=dict)
     restarts: int = 0
+    ready_since: float = 0.0
+
+    @property
+    def has_a_future(self) -> bool:
+        """Whether it is ready, or likely to be soon."""
+        return self.state == "ready" or self.restarts < _HOPELESS_AFTER_RESTARTS
 
     @property
     def engine_id(self) -> str:
@@ -116,12 +129,13 @@ class WorkerPools:
         async with self._introductions:
             await self._introduce(member)
             member.state = "ready"
+            member.ready_since = time.monotonic()
         self._spawn_task(self._watch(member))
         self._on_change(None)
 
     async def _introduce(self, member: Member) -> None:
         """Make a new worker and every ready one of the other pool known to each other."""
-        member.refusals = {}
+        member.refusals, member.estranged = {}, {}
         for peer in self.members:
             if peer.state != "ready" or peer.handle.role == member.handle.role:
                 continue
@@ -131,8 +145,22 @@ class WorkerPools:
                 member.refusals[peer.engine_id] = str(error)
                 logger.warning("%s", error)
             except (KVTransferError, WorkerLostError) as error:
-                member.refusals[peer.engine_id] = str(error)
+                member.estranged[peer.engine_id] = str(error)
                 logger.warning("%s and %s cannot meet: %s", member.engine_id, peer.engine_id, error)
+                self._spawn_task(self._reconcile(member, peer))
+
+    async def _reconcile(self, one: Member, other: Member) -> None:
+        """Introduce two workers again and again until they reach each other or one of them is gone."""
+        names = (one.engine_id, other.engine_id)
+        while True:
+            await asyncio.sleep(_RECONCILE_INTERVAL_S)
+            if (one.engine_id, other.engine_id) != names or "lost" in (one.state, other.state):
+                return
+            with contextlib.suppress(KVTransferError, WorkerLostError):
+                await self._meet(one, other)
+                one.estranged.pop(names[1], None)
+                self._on_change(None)
+                return
 
     async def _meet(self, one: Member, other: Member) -> None:
         assert one.info is not None
@@ -143,7 +171,7 @@ class WorkerPools:
         logger.info("%s and %s: round trip %.1f ms", one.engine_id, other.engine_id, seconds * 1e3)
 
     def _check_some_pair_works(self) -> None:
-        refusals = [reason for member in self.members for reason in member.refusals.values()]
+        refusals = [why for member in self.members for why in (member.refusals | member.estranged).values()]
         pairs = len(self.pool("prefill")) * len(self.pool("decode"))
         if refusals and len(refusals) == pairs:
             raise ConfigError("no prefill worker can hand over to any decode worker: " + refusals[0])
@@ -164,9 +192,12 @@ class WorkerPools:
     async def _lose(self, member: Member) -> None:
         lost = member.engine_id
         member.state = "lost"
+        if time.monotonic() - member.ready_since > _STEADY_AFTER_S:
+            member.restarts = 0
         await member.handle.stop()  # before its peers are told: then nothing of it writes any more
         for peer in self.members:
             peer.refusals.pop(lost, None)
+            peer.estranged.pop(lost, None)
             if peer.state == "ready" and peer.handle.role != member.handle.role:
                 peer.handle.disconnect(lost)
         self._on_change(lost)

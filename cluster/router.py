@@ -30,7 +30,8 @@ class Candidate:
         running: requests under way on it.
         queued_tokens: prompt tokens waiting to be computed (prefill).
         capability: measured costs.
-        refusals: peers that it cannot work with, and why.
+        refusals: peers that it can never work with, and why.
+        estranged: peers that it cannot reach at present, and why.
     """
 
     engine_id: str
@@ -44,6 +45,7 @@ class Candidate:
     queued_tokens: int = 0
     capability: Capability = field(default_factory=Capability)
     refusals: Mapping[str, str] = field(default_factory=dict)
+    estranged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def place(
     best: tuple[float, int, str, str] | None = None
     explanation: list[str] = []
     for p in prefill:
-        p_reason, p_hopeless = _unfit(p, prompt_tokens, p_needs_free_blocks=False)
+        p_reason, p_hopeless = _unfit(p, prompt_tokens, needs_room=False)
         if p_reason:
             reasons.append(p_reason)
             hopeless = hopeless and p_hopeless
@@ -119,10 +121,12 @@ def _unfit_pair(p: Candidate, d: Candidate, prompt_tokens: int) -> tuple[str, bo
     for one, other in ((p, d), (d, p)):
         if other.engine_id in one.refusals:
             return f"{p.engine_id} -> {d.engine_id}: {one.refusals[other.engine_id]}", True
-    return _unfit(d, prompt_tokens, p_needs_free_blocks=True)
+        if other.engine_id in one.estranged:
+            return f"{p.engine_id} -> {d.engine_id}: {one.estranged[other.engine_id]}", False
+    return _unfit(d, prompt_tokens, needs_room=True)
 
 
-def _unfit(worker: Candidate, prompt_tokens: int, *, p_needs_free_blocks: bool) -> tuple[str, bool]:
+def _unfit(worker: Candidate, prompt_tokens: int, *, needs_room: bool) -> tuple[str, bool]:
     """Why a worker cannot take the prompt now (empty if it can), and whether waiting would not help."""
     needed = blocks_for(prompt_tokens + 1, worker.block_size)
     if prompt_tokens + 1 > worker.max_model_len:
@@ -131,9 +135,9 @@ def _unfit(worker: Candidate, prompt_tokens: int, *, p_needs_free_blocks: bool) 
         return f"{worker.engine_id}: {needed} blocks needed, {worker.total_blocks} in all", True
     if not worker.ready:
         return f"{worker.engine_id}: not ready", False
-    if p_needs_free_blocks and worker.free_slots < 1:
+    if needs_room and worker.free_slots < 1:
         return f"{worker.engine_id}: its batch is full", False
-    if p_needs_free_blocks and needed > worker.free_blocks:
+    if needs_room and needed > worker.free_blocks:
         return f"{worker.engine_id}: {needed} blocks needed, {worker.free_blocks} free", False
     return "", False
 

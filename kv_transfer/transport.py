@@ -62,7 +62,7 @@ class Transport(ABC):
 
     @abstractmethod
     def add_peer(self, peer: EngineInfo) -> None:
-        """Make a peer reachable.
+        """Make a peer reachable; one that is already stays so.
 
         Raises:
             PeerError: it cannot be.

@@ -179,7 +179,8 @@ class PrefillWorker:
             for prompt, sampled in zip(finished, sample_isolated(logits, [p.state for p in finished]), strict=True):
                 if isinstance(sampled, SamplingError):
                     self._events.append(RequestFailed(prompt.request.request_id, sampled))
-                    self.abort(prompt.request.request_id)
+                    del self._prompts[prompt.request.request_id]
+                    self._stop(prompt, str(sampled))
                     continue
                 prompt.state.output_token_ids.append(sampled.token_id)
                 self._finish(

@@ -76,6 +76,8 @@ class NixlTransport(Transport):
 
     def add_peer(self, peer: EngineInfo) -> None:
         """See `Transport.add_peer`."""
+        if peer.engine_id in self._remote:
+            return
         try:
             self._started.add_remote_agent(peer.metadata)
             self._remote[peer.engine_id] = self._prepare(peer.engine_id, peer)

@@ -198,14 +198,30 @@ async def test_an_error_in_taking_output_costs_one_worker_not_the_service():
     await stage.pools.stop()
 
 
-async def test_two_that_cannot_reach_each_other_are_not_a_pair():
+async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monkeypatch):
+    monkeypatch.setattr(pool_module, "_RECONCILE_INTERVAL_S", 0.0)
     deaf = {"prefill-0": [{"unreachable": "decode-1.0"}], "decode-1": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 2, deaf)
     await stage.pools.start()
-    refusals = [reason for member in stage.pools.members for reason in member.refusals.values()]
-    assert len(refusals) == 1
-    assert "did not answer" in refusals[0]
-    assert stage.member("decode-0").refusals == {}
+    estranged = [reason for member in stage.pools.members for reason in member.estranged.values()]
+    assert len(estranged) == 1
+    assert "did not answer" in estranged[0]
+    assert stage.member("decode-0").estranged == {}
+    assert all(member.refusals == {} for member in stage.pools.members), "it may pass, so it is no refusal"
+    for member in stage.pools.members:
+        member.handle._unreachable = None
+    await until(lambda: all(member.estranged == {} for member in stage.pools.members))
+    await stage.pools.stop()
+
+
+async def test_a_place_that_fails_again_and_again_has_no_future():
+    stage = Stage(1, 1, {"decode-0": [{}, *[{"error": CheckpointError("no checkpoint")}] * 50]})
+    await stage.pools.start()
+    member = stage.member("decode-0")
+    assert member.has_a_future
+    member.handle.said.put_nowait(WorkerLostError("killed"))
+    await until(lambda: not member.has_a_future)
+    assert stage.member("prefill-0").has_a_future
     await stage.pools.stop()
 
 

@@ -85,6 +85,8 @@ def test_what_waiting_does_not_help_is_hopeless(prefill, decode, reason):
         ({}, {"ready": False}, "d: not ready"),
         ({}, {"free_slots": 0}, "d: its batch is full"),
         ({}, {"free_blocks": 6}, "d: 7 blocks needed, 6 free"),
+        ({"estranged": {"d": "no answer"}}, {}, "p -> d: no answer"),
+        ({}, {"estranged": {"p": "no answer"}}, "p -> d: no answer"),
     ],
 )
 def test_what_waiting_helps_is_not_hopeless(prefill, decode, reason):

@@ -24,10 +24,12 @@ class Peer:
     def __init__(self, name: str) -> None:
         listener = Listener(("127.0.0.1", 0), authkey=b"nixl-peer")
         host, port = listener.address
-        root = str(Path(__file__).parents[2])
+        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, str(_SCRIPT), name, host, str(port)], env={**os.environ, "PYTHONPATH": root}
+            [sys.executable, str(_SCRIPT), name, host, str(port)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         )
+        listener._listener._socket.settimeout(60)  # type: ignore[attr-defined]  # it offers no other way
         self._pipe: Connection = listener.accept()
         listener.close()
 
