@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "models" / "rec
 """The checkpoint that is served when none is named; it comes with a checkout."""
 
 _SHUTDOWN_TIMEOUT_S = 20.0
+_REACH_TIMEOUT_S = 5.0
 _Spawn = Callable[[WorkerConfig, PoolConfig], WorkerHandle]
 
 
@@ -167,6 +169,7 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
     needed = sum(pool.replicas * pool.num_cpus for pool in (config.prefill, config.decode))
     local = config.ray.address is None
     report("starting Ray on this machine" if local else f"joining the Ray cluster at {config.ray.address}")
+    _check_reachable(config.ray.address)
     try:
         ray.init(
             address="local" if local else config.ray.address,
@@ -184,6 +187,17 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
         ray.shutdown()
         raise ConfigError(f"the workers need {needed:g} CPUs, the Ray cluster has {available:g}")
     return local
+
+
+def _check_reachable(address: str | None) -> None:
+    """Refuse an address where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", or a form that Ray resolves itself
+    try:
+        socket.create_connection((host, int(port)), _REACH_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot reach Ray at {address}: {error}") from error
 
 
 def _worker_environment(local: bool) -> dict[str, str]:
