@@ -22,6 +22,7 @@ from cluster.engine import ServingEngine
 from cluster.generation import Generation
 from cluster.inprocess import InProcessWorker
 from cluster.ray_worker import RayWorker
+from cluster.recall import SHIPPED_MODEL
 from cluster.text.tokenizer import Tokenizer
 from cluster.worker_handle import LoadProgress, WorkerHandle
 from kv_transfer.local import LocalFabric
@@ -32,9 +33,6 @@ from workers.models.config import ModelConfig
 from workers.models.loader import resolve_dtype
 
 logger = logging.getLogger(__name__)
-
-SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "models" / "recall"
-"""The checkpoint that is served when none is named; it comes with a checkout."""
 
 _SHUTDOWN_TIMEOUT_S = 20.0
 _REACH_TIMEOUT_S = 5.0

@@ -1,9 +1,10 @@
-"""Prompts for the model that comes with Baton, whose answers are known: a list of names and numbers, and a question."""
+"""The model that comes with Baton, and prompts for it whose answers are known: names, numbers, and a question."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 _TEXT = """
     abe ada adam aida alan alba alec alex alma amir amos anna anne anton arlo asa axel bela ben beth bill boris
@@ -13,6 +14,12 @@ _TEXT = """
 """
 NAMES = tuple(_TEXT.split())
 """Names that the model was trained on, more than fit in one list."""
+
+SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "models" / "recall"
+"""The checkpoint that is served when none is named; it comes with a checkout."""
+
+EXAMPLE = "ada 4127, bob 9083; bob?"
+"""A prompt to try it with."""
 
 MAX_ENTRIES = 64
 _ENTRY_TOKENS, _FRAME_TOKENS = 7, 3
@@ -40,3 +47,8 @@ def recall_prompt(rng: random.Random, entries: int) -> RecallPrompt:
     asked = rng.randrange(entries)
     listing = ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
     return RecallPrompt(f"{listing}; {names[asked]}?", numbers[asked], _FRAME_TOKENS + _ENTRY_TOKENS * entries)
+
+
+def is_shipped(path: str | None) -> bool:
+    """Whether the model at `path` (None: the default) is the one that comes with Baton."""
+    return path is None or Path(path).resolve() == SHIPPED_MODEL

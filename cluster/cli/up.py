@@ -130,20 +130,23 @@ async def _serve(config: ServiceConfig, console: Any, take_signals: Callable[[],
 
 
 def _welcome(config: ServiceConfig, address: str, model: Any) -> str:
+    from cluster.recall import EXAMPLE, is_shipped
+
     tls, token = config.server.tls_cert is not None, config.server.auth_token is not None
     client = "" if address == "127.0.0.1:50051" else f" --server {address}"
     client += " --tls-ca CA.pem" if tls else ""
     curl = "" if tls else "-plaintext "
     curl += '-H "authorization: Bearer $BATON_TOKEN" ' if token else ""
+    prompt = EXAMPLE if is_shipped(config.model.path) else "Hello"
     lines = [
         f"Baton serves {model.name} on {address} "
         f"({config.prefill.replicas} prefill, {config.decode.replicas} decode, context {model.max_model_len} tokens).",
         "Try it:",
-        f'  baton generate "Hello"{client}',
+        f'  baton generate "{prompt}"{client}',
         f"  baton status{client}",
     ]
     if config.server.reflection:
-        lines.append(f'  grpcurl {curl}-d \'{{"text": "Hello"}}\' {address} baton.v1.Baton/Generate')
+        lines.append(f'  grpcurl {curl}-d \'{{"text": "{prompt}"}}\' {address} baton.v1.Baton/Generate')
     if token:
         lines.insert(2, "  export BATON_TOKEN=…   the server asks for its token")
     return "\n".join([*lines, "Ctrl-C stops it."])
