@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.api import RequestReport, TokenChunk
 from cluster.errors import WorkerLostError
+from workers.errors import HandoffError
 from workers.messages import (
     DecodeReport,
     HandoffReport,
@@ -17,6 +18,8 @@ from workers.messages import (
     TokenOutput,
     WorkerEvent,
 )
+
+_CAUSE_PATIENCE_S = 0.05
 
 
 @dataclass(eq=False)
@@ -69,6 +72,9 @@ class Flight:
                 self._handoff_reported.set()
             case DecodeReport():
                 self._decode_report = event
+            case RequestFailed(_, HandoffError() as error) if engine_id == self.decode:
+                # Decode knows only that the handoff ended; if prefill ended it, prefill says why.
+                asyncio.get_running_loop().call_later(_CAUSE_PATIENCE_S, self.fail, error)
             case RequestFailed(_, error):
                 self.fail(error)
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import WorkerLostError
 from cluster.flight import Flight
-from workers.errors import HandoffError
+from workers.errors import HandoffError, SamplingError
 from workers.messages import DecodeReport, FinishReason, HandoffReport, PrefillReport, RequestFailed, TokenOutput
 
 
@@ -52,7 +52,7 @@ async def test_each_token_is_given_once():
 async def test_an_error_comes_after_the_tokens_that_are_here():
     one = flight()
     one.take("p", token(1))
-    one.take("d", RequestFailed("f", HandoffError("lost a part")))
+    one.take("p", RequestFailed("f", HandoffError("lost a part")))
     one.fail(WorkerLostError("only the first error counts"))
     assert await ids(one) == [1]
     with pytest.raises(HandoffError, match="lost a part"):
@@ -124,3 +124,13 @@ async def test_a_request_for_one_token_is_served_by_prefill_alone():
     await asyncio.wait_for(one.handoff_reported(1000), 5)
     assert await ids(one) == [1]
     assert one.report().decode_worker == ""
+
+
+@pytest.mark.parametrize("first", ["p", "d"])
+async def test_the_cause_of_a_failed_handoff_is_what_prefill_says(first):
+    one = flight()
+    said = {"p": SamplingError("row 0 has no finite logit"), "d": HandoffError("the prefill worker has given up")}
+    for engine_id in sorted(said, key=lambda name: name != first):
+        one.take(engine_id, RequestFailed("f", said[engine_id]))
+    with pytest.raises(SamplingError):
+        await one.next_chunk()
