@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from attention.kv_cache import KVCacheSpec
-from kv_transfer.layout import KVLayout
 from kv_transfer.local import LocalConnector, LocalFabric
 from workers.block_manager import blocks_for
 from workers.decode import DecodeWorker
+from workers.kv_memory import kv_layout
 from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
 from workers.model_runner import ModelRunner
-from workers.models.decoder import Decoder
 from workers.models.loader import load_model
 from workers.prefill import PrefillWorker
 from workers.sampling.params import SamplingParams
@@ -83,7 +81,7 @@ class EngineAlone:
         for name in (_PREFILL, _DECODE):
             connector = LocalConnector(fabric)
             runner = ModelRunner(model, model.kv_cache_spec.allocate(num_blocks, "cpu"))
-            engine = connector.register_kv_caches(name, runner.kv_cache, _layout(model, model.kv_cache_spec))
+            engine = connector.register_kv_caches(name, runner.kv_cache, kv_layout(model.kv_cache_spec))
             ends.append((runner, connector, engine))
         (prefill_runner, prefill_connector, prefill_end), (decode_runner, decode_connector, decode_end) = ends
         prefill_connector.connect(decode_end, 1.0)
@@ -143,17 +141,6 @@ class EngineAlone:
             PrefillRequest(request_id, handoff_id, job.prompt, sampling, self._decode_id, _TIMEOUT_S),
             DecodeRequest(request_id, handoff_id, job.prompt, sampling, self._prefill_id, _TIMEOUT_S),
         )
-
-
-def _layout(model: Decoder, spec: KVCacheSpec) -> KVLayout:
-    return KVLayout(
-        "mha",
-        spec.num_layers,
-        spec.block_size,
-        spec.num_kv_heads,
-        spec.head_size,
-        str(model.dtype).removeprefix("torch."),
-    )
 
 
 def _take(progress: _Progress, events: Sequence[WorkerEvent]) -> None:

@@ -18,6 +18,7 @@ from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import ChatMessage, Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
+from workers.intake import check_token_ids
 from workers.messages import FinishReason, TokenOutput
 from workers.sampling.params import SamplingParams
 
@@ -110,7 +111,7 @@ class Generation:
         if model and model != self._model.name:
             raise InvalidRequestError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
         if isinstance(prompt, tuple):
-            self._check_ids("prompt token", prompt)
+            check_token_ids(prompt, self._model.vocab_size)
             self._check_length(len(prompt))
             return prompt
         loop = asyncio.get_running_loop()
@@ -142,15 +143,9 @@ class Generation:
                 f"of {limit} tokens"
             )
 
-    def _check_ids(self, what: str, token_ids: Sequence[int]) -> None:
-        size = self._model.vocab_size
-        if token_ids and (max(token_ids) >= size or min(token_ids) < 0):
-            wrong = next(i for i in token_ids if not 0 <= i < size)
-            raise InvalidRequestError(f"{what} {wrong} is out of range: the vocabulary has {size} tokens")
-
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
         """Keep `max_tokens` within the context window, and draw a seed if none was given."""
-        self._check_ids("stop token", sampling.stop_token_ids)
+        check_token_ids(sampling.stop_token_ids, self._model.vocab_size, "stop token")
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(

@@ -35,7 +35,7 @@ def _nothing() -> None:
     """The command to do nothing but look."""
 
 
-def _STOP() -> None:  # noqa: N802
+def _end() -> None:
     """The command to end the owner thread; recognised by identity."""
 
 
@@ -148,7 +148,7 @@ class PushConnector(KVConnector):
     def close(self) -> None:
         """See `KVConnector.close`."""
         if self._thread is not None:
-            self._commands.put(_STOP)
+            self._commands.put(_end)
             self._thread.join(timeout=5)
             self._thread = None
         else:
@@ -158,8 +158,8 @@ class PushConnector(KVConnector):
         """One round of the owner's work: commands, messages, transfers. Whether more is expected soon."""
         for _ in range(self._commands.qsize()):
             command = self._commands.get_nowait()
-            if command is _STOP:
-                self._commands.put(_STOP)  # for the thread's loop to see
+            if command is _end:
+                self._commands.put(_end)  # for the thread's loop to see
                 break
             self._attempt(command)
         self._receive()
@@ -172,7 +172,7 @@ class PushConnector(KVConnector):
         command = self._commands.get()  # the registration: before it there is nothing to poll
         last_active = 0.0
         failing = False
-        while command is not _STOP:
+        while command is not _end:
             self._attempt(command)
             try:
                 active = self.progress()

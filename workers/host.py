@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from attention.kv_cache import KVCacheSpec
 from kv_transfer.connector import KVConnector
-from kv_transfer.layout import KVLayout
 from kv_transfer.transport import EngineInfo
-from workers.block_manager import blocks_for
 from workers.capability import Capability, measure
 from workers.config import WorkerConfig
 from workers.decode import DecodeWorker
 from workers.errors import ConfigError
+from workers.kv_memory import allocate_kv_cache, kv_layout
 from workers.loop import WorkerLoop
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
 from workers.model_runner import ModelRunner
 from workers.models.decoder import Decoder
 from workers.models.loader import load_model
 from workers.prefill import PrefillWorker
-
-_CPU_MEMORY_SHARE = 0.1
-_CUDA_MEMORY_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -91,30 +86,29 @@ class WorkerHost:
             progress,
             config.load_format,
         )
-        config = replace(config, max_model_len=resolve_max_model_len(config, model))
-        assert config.max_model_len is not None
-        runner = ModelRunner(model, _allocate_cache(config, model))
+        spec, max_model_len = model.kv_cache_spec, resolve_max_model_len(config, model)
+        runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len))
         capability = measure(
             runner,
             config.role,
-            max_tokens=min(config.max_model_len, config.max_num_batched_tokens),
+            max_tokens=min(max_model_len, config.max_num_batched_tokens),
             max_num_seqs=config.max_num_seqs,
         )
         self._connector = connector
-        engine = connector.register_kv_caches(config.name, runner.kv_cache, _layout(model, config.block_size))
+        engine = connector.register_kv_caches(config.name, runner.kv_cache, kv_layout(spec))
         self.info = WorkerInfo(
             config.name,
             config.role,
             engine,
             torch.cuda.get_device_name() if config.device == "cuda" else config.device,
             model.backend.name,
-            config.max_model_len,
+            max_model_len,
             config.max_num_seqs,
             runner.kv_cache.shape[1],
             capability,
             os.getpid(),
         )
-        self._loop = WorkerLoop(engine.engine_id, _worker(config, runner, connector), emit, on_crash)
+        self._loop = WorkerLoop(engine.engine_id, _worker(config, max_model_len, runner, connector), emit, on_crash)
         connector.set_listener(self._loop.wake)
         self._loop.start()
 
@@ -171,56 +165,17 @@ def resolve_max_model_len(config: WorkerConfig, model: Decoder) -> int:
     return config.max_model_len
 
 
-def _worker(config: WorkerConfig, runner: ModelRunner, connector: KVConnector) -> PrefillWorker | DecodeWorker:
-    assert config.max_model_len is not None
+def _worker(
+    config: WorkerConfig, max_model_len: int, runner: ModelRunner, connector: KVConnector
+) -> PrefillWorker | DecodeWorker:
     if config.role == "decode":
-        return DecodeWorker(runner, connector, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len)
+        return DecodeWorker(runner, connector, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
     return PrefillWorker(
         runner,
         connector,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
+        max_model_len=max_model_len,
         layers_per_group=config.layers_per_group,
         handoff_timeout_s=config.handoff_timeout_s,
     )
-
-
-def _layout(model: Decoder, block_size: int) -> KVLayout:
-    config = model.config
-    return KVLayout(
-        kind="mha",
-        num_layers=config.num_layers,
-        block_size=block_size,
-        num_kv_heads=config.num_kv_heads,
-        head_size=config.head_size,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-
-
-def _allocate_cache(config: WorkerConfig, model: Decoder) -> torch.Tensor:
-    spec = KVCacheSpec(
-        model.config.num_layers, model.config.num_kv_heads, model.config.head_size, config.block_size, model.dtype
-    )
-    assert config.max_model_len is not None
-    longest = blocks_for(config.max_model_len, config.block_size)
-    if config.num_blocks is not None:
-        num_blocks = config.num_blocks
-    elif config.kv_cache_bytes is not None:
-        num_blocks = spec.blocks_that_fit(config.kv_cache_bytes)
-    else:  # no more than a full batch of the longest sequences can use
-        num_blocks = min(spec.blocks_that_fit(_free_memory_share(config.device)), longest * config.max_num_seqs)
-    if num_blocks < longest:
-        raise ConfigError(
-            f"{config.role} worker: a KV cache of {num_blocks} blocks of {config.block_size} tokens cannot hold one "
-            f"sequence of max_model_len {config.max_model_len} ({longest} blocks); enlarge {config.role}.num_blocks or "
-            f"{config.role}.kv_cache_gb, or lower model.max_model_len"
-        )
-    return spec.allocate(num_blocks, config.device)
-
-
-def _free_memory_share(device: str) -> int:
-    """Bytes that a KV cache may take when nobody has said."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0] * _CUDA_MEMORY_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_MEMORY_SHARE)

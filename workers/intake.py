@@ -23,15 +23,15 @@ def check_prompt(num_tokens: int, sampling: SamplingParams, max_model_len: int) 
         raise InvalidRequestError("the sampling parameters have no seed; both workers must draw with the same one")
 
 
-def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
-    """Refuse ids that have no embedding.
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, what: str = "prompt token") -> None:
+    """Refuse ids outside the vocabulary; the message calls one of them `what`.
 
     Raises:
         InvalidRequestError: an id out of range.
     """
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise InvalidRequestError(f"prompt token {wrong} is out of range: the vocabulary has {vocab_size} tokens")
+        raise InvalidRequestError(f"{what} {wrong} is out of range: the vocabulary has {vocab_size} tokens")
 
 
 def check_capacity(num_tokens: int, block_size: int, num_blocks: int, role: str) -> None:

@@ -34,8 +34,7 @@ class NixlTransport(Transport):
         self._local: nixl_prepped_dlist_handle | None = None
         self._remote: dict[str, nixl_prepped_dlist_handle] = {}
         self._blocks: dict[str, int] = {}
-        self._mem_type = "DRAM"
-        self._layout: KVLayout | None = None
+        self._own_id = ""
 
     def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
         """See `Transport.register`."""
@@ -43,8 +42,6 @@ class NixlTransport(Transport):
             torch.cuda.set_device(kv_cache.device)
             torch.cuda.synchronize(kv_cache.device)
         self._agent = nixl_agent(engine_id, nixl_agent_config(enable_prog_thread=False))
-        self._mem_type = "VRAM" if kv_cache.is_cuda else "DRAM"
-        self._layout = layout
         self._registration = self._agent.register_memory(kv_cache)
         info = EngineInfo(
             engine_id=engine_id,

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from attention.kv_cache import KVCacheSpec
-from kv_transfer.layout import KVLayout
 from kv_transfer.local import Faults, LocalConnector, LocalFabric
 from workers.decode import DecodeWorker
+from workers.kv_memory import kv_layout
 from workers.messages import (
     DecodeRequest,
     HandoffReport,
@@ -82,13 +81,11 @@ class LocalCluster:
                     connector.connect(peer, 1.0)
 
     def _end(self, name: str, num_blocks: int, connector_class: type[LocalConnector]):
-        config, block_size = self.model.config, self.model.block_size
-        spec = KVCacheSpec(config.num_layers, config.num_kv_heads, config.head_size, block_size, self.model.dtype)
+        spec = self.model.kv_cache_spec
         cache = spec.allocate(num_blocks, "cpu")
         cache.fill_(float("nan"))  # a block that was never written must never matter
         connector = connector_class(self.fabric)
-        layout = KVLayout("mha", config.num_layers, block_size, config.num_kv_heads, config.head_size, "float32")
-        info = connector.register_kv_caches(name, cache, layout)
+        info = connector.register_kv_caches(name, cache, kv_layout(spec))
         return ModelRunner(self.model, cache), connector, info
 
     def submit(

@@ -154,6 +154,15 @@ def test_thousands_of_handoffs_with_random_cancels(tiny_checkpoint, local_cluste
     cluster.assert_all_blocks_free()
 
 
+def lose_the_first(cluster, pool, peers) -> None:
+    """The first worker of a pool is gone, and its peers are told, as the gateway does."""
+    lost = next(iter(pool))
+    del pool[lost]
+    cluster.fabric.detach(lost)
+    for worker in peers.values():
+        worker.disconnect(lost)
+
+
 def test_a_lost_prefill_worker_fails_its_handoffs_and_the_blocks_come_back(
     tiny_checkpoint, local_cluster, reference_greedy
 ):
@@ -164,11 +173,7 @@ def test_a_lost_prefill_worker_fails_its_handoffs_and_the_blocks_come_back(
         cluster.submit(f"r{i}", prompt, greedy(20), prefill=i % 2)
     for _ in range(5):
         cluster.step()
-    lost = next(iter(cluster.prefill))
-    del cluster.prefill[lost]
-    cluster.fabric.detach(lost)
-    for worker in cluster.decode.values():
-        worker.disconnect(lost)
+    lose_the_first(cluster, cluster.prefill, cluster.decode)
     cluster.run()
     for i, prompt in enumerate(pool):
         if i % 2:
@@ -188,11 +193,7 @@ def test_a_lost_decode_worker_fails_its_handoffs_and_the_blocks_come_back(
         cluster.submit(f"r{i}", prompt, greedy(20), decode=i % 2)
     for _ in range(5):
         cluster.step()
-    lost = next(iter(cluster.decode))
-    del cluster.decode[lost]
-    cluster.fabric.detach(lost)
-    for worker in cluster.prefill.values():
-        worker.disconnect(lost)
+    lose_the_first(cluster, cluster.decode, cluster.prefill)
     cluster.run()
     for i, prompt in enumerate(pool):
         if i % 2:
