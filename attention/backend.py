@@ -1,5 +1,8 @@
 """The interface that every attention backend implements.
 
+A backend is used in FlashInfer's two verbs: its builder plans a batch once (`AttentionMetadataBuilder.build`), and
+every layer's implementation runs with that plan (`AttentionImpl.forward`).
+
 Symbols: B sequences, T query tokens of all of them, Hq query heads, Hkv key/value heads, D head size.
 """
 
@@ -7,97 +10,127 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+
+from attention.capability import Capabilities
+from attention.errors import AttentionInputError
+from attention.metadata import CommonAttentionMetadata
+from attention.platform import Platform
+from attention.spec import AttentionNeeds, AttentionSpec, Feature
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """One batch, described once for all layers. Queries are packed: no padding anywhere.
-
-    A sequence of `seq_lens[i]` tokens brings its last `cu_seqlens_q[i + 1] - cu_seqlens_q[i]` tokens as queries; the
-    earlier ones are in the cache already (an earlier chunk, or the prompt when decoding).
+    """A batch as a backend wants it: what all layers of one kind share. Backends add fields in a subclass.
 
     Attributes:
-        cu_seqlens_q: (B + 1,) int32, where each sequence's queries begin in T.
-        seq_lens: (B,) int32, keys of each sequence, this batch's tokens included.
-        block_tables: (B, max_blocks) int32, the blocks of each sequence in order; padded with 0.
-        slot_mapping: (T,) int64, `block * block_size + offset` where each token's key and value are stored.
-        query_lens: the lengths behind `cu_seqlens_q`, as Python ints.
-        context_lens: `seq_lens` as Python ints.
+        common: the batch.
     """
 
-    cu_seqlens_q: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
-    slot_mapping: torch.Tensor
-    query_lens: tuple[int, ...]
-    context_lens: tuple[int, ...]
+    common: CommonAttentionMetadata
 
-    @property
-    def decode_only(self) -> bool:
-        """Whether every sequence brings exactly one token."""
-        return all(n == 1 for n in self.query_lens)
+
+class AttentionMetadataBuilder:
+    """Plans batches for all layers of one kind. Made once per model, so it may keep workspaces.
+
+    Args:
+        spec: the layers.
+        dtype: of queries.
+        block_size: tokens in a KV block.
+        device: where the batches are.
+    """
+
+    graph_safe_decode: bool = False
+    """Whether what `build` makes of a batch of one token each, and the layers' run with it, can be captured in a CUDA
+    graph and replayed: it depends on the contents of the batch's tensors, and on `context_lens` only as limits."""
+
+    def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
+        self.spec = spec
+        self.dtype = dtype
+        self.block_size = block_size
+        self.device = device
+
+    def build(self, common: CommonAttentionMetadata) -> AttentionMetadata:
+        """Prepare one batch.
+
+        Raises:
+            AttentionInputError: the batch brings what the layers or the backend cannot do (a mask, say).
+        """
+        return AttentionMetadata(common)
 
 
 @dataclass(frozen=True)
-class AttentionSpec:
-    """What one layer asks of its backend.
+class KVScales:
+    """What an FP8 KV cache is multiplied by when it is read: stored = key / k, attended = stored * k.
 
     Attributes:
-        num_heads: Hq.
-        num_kv_heads: Hkv; divides Hq.
-        head_size: D.
-        scale: multiplies q·k, usually D**-0.5.
-        sliding_window: a query sees itself and this many minus one tokens before it; None sees all.
+        k: of keys.
+        v: of values.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    scale: float
-    sliding_window: int | None = None
+    k: float = 1.0
+    v: float = 1.0
 
 
 class AttentionImpl(ABC):
-    """One layer's attention."""
+    """One layer's attention.
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    Args:
+        spec: the layer.
+        sinks: (Hq,) float32, where `spec.has_sinks`.
+    """
+
+    def __init__(self, spec: AttentionSpec, sinks: torch.Tensor | None = None) -> None:
+        if spec.has_sinks != (sinks is not None):
+            raise AttentionInputError(f"has_sinks is {spec.has_sinks}, and sinks are {'not ' * (sinks is None)}given")
+        if sinks is not None and sinks.shape != (spec.num_heads,):
+            raise AttentionInputError(f"sinks of shape {tuple(sinks.shape)}, expected ({spec.num_heads},)")
         self.spec = spec
+        self.sinks = sinks
+        self.kv_scales = KVScales()
+        """Of an FP8 cache; assigned when they are known, see `attention.fp8`."""
 
     @abstractmethod
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
         metadata: AttentionMetadata,
-        plan: object,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Store the new keys and values in the cache, then attend, causally, over the whole sequences.
+        """Store the new keys and values in the cache, then attend over the whole sequences.
+
+        Queries, keys and values may be strided cuts of one projection; the last dimension is contiguous. With an FP8
+        cache every key is seen as the cache holds it, also this batch's own, so that chunking changes nothing.
 
         Args:
             query: (T, Hq, D).
-            key: (T, Hkv, D).
-            value: (T, Hkv, D).
-            kv_cache: this layer's cache, of `AttentionBackend.get_kv_cache_shape`.
-            metadata: the batch.
-            plan: what `AttentionBackend.plan` made of it.
-            output: (T, Hq, D), written and returned when given.
+            key: (Tk, Hkv, D), Tk being T except in cross attention, where it is the encoder's tokens; None when all
+                are in the cache already.
+            value: (Tk, Hkv, D), or None with `key`.
+            kv_cache: this layer's cache, of `AttentionBackend.get_kv_cache_shape`; None where nothing is cached
+                (encoders).
+            metadata: what the backend's builder made of the batch.
+            output: (T, Hq, D), of the query's dtype, written and returned when given; may hold anything before.
 
         Returns:
-            (T, Hq, D), of the query's dtype.
+            (T, Hq, D), of the query's dtype. A query that sees no key gives zeros.
         """
 
 
 class AttentionBackend(ABC):
-    """A way to compute attention over a paged KV cache. Stateless: layers hold `AttentionImpl`s."""
+    """A way to compute attention over a paged KV cache. Stateless: models have builders, layers implementations."""
 
-    name: str
+    name: ClassVar[str]
     """The name that selects it, upper case, as in vLLM."""
-    impl_class: type[AttentionImpl]
+    impl_class: ClassVar[type[AttentionImpl]]
+    metadata_class: ClassVar[type[AttentionMetadata]] = AttentionMetadata
+    builder_class: ClassVar[type[AttentionMetadataBuilder]] = AttentionMetadataBuilder
+    capabilities: ClassVar[Capabilities]
 
     @staticmethod
     def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
@@ -105,11 +138,21 @@ class AttentionBackend(ABC):
         return (num_blocks, 2, block_size, num_kv_heads, head_size)
 
     @classmethod
-    @abstractmethod
-    def refuse(cls, device: torch.device, dtype: torch.dtype, spec: AttentionSpec, block_size: int) -> list[str]:
-        """Why this backend cannot run that; empty when it can."""
+    def refuse(cls, platform: Platform, needs: AttentionNeeds) -> list[str]:
+        """Why this backend cannot run that there; empty when it can."""
+        return [*cls.capabilities.refuse(platform, needs), *cls.refuse_more(platform, needs)]
 
     @classmethod
-    def plan(cls, spec: AttentionSpec, metadata: AttentionMetadata, block_size: int) -> object:
-        """Prepare once per batch and attention kind what every layer's `forward` shares."""
-        return None
+    def refuse_more(cls, platform: Platform, needs: AttentionNeeds) -> list[str]:
+        """Reasons that the table has no column for: combinations of what is accepted one by one."""
+        return []
+
+
+def refuse_masks(common: CommonAttentionMetadata, supported: frozenset[Feature], backend: str) -> None:
+    """Check at the start of a batch that its masks are among what the backend supports.
+
+    Raises:
+        AttentionInputError: a mask that it cannot apply.
+    """
+    for feature in common.features - supported:
+        raise AttentionInputError(f"{backend} cannot run a batch with a {feature}")

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from attention.backend import AttentionBackend
+from attention.backend import AttentionBackend, KVScales
+from attention.fp8 import quantize
+from attention.spec import FP8
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,10 @@ class KVCacheSpec:
         head_size: D.
         block_size: tokens in a block.
         dtype: of keys and values.
+        mla: whether a token has one latent of `head_size` (`MLASpec.latent_size`) in place of keys and values.
+
+    Raises:
+        ValueError: MLA with more than one key/value head.
     """
 
     num_layers: int
@@ -26,15 +32,21 @@ class KVCacheSpec:
     head_size: int
     block_size: int
     dtype: torch.dtype
+    mla: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mla and self.num_kv_heads != 1:
+            raise ValueError(f"a latent is one for all heads: 1 key/value head, not {self.num_kv_heads}")
 
     @property
     def bytes_per_token(self) -> int:
-        """Keys and values of one token, all layers together."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_size * self.dtype.itemsize
+        """Keys and values (or the latent) of one token, all layers together."""
+        parts = 1 if self.mla else 2
+        return self.num_layers * parts * self.num_kv_heads * self.head_size * self.dtype.itemsize
 
     @property
     def bytes_per_block(self) -> int:
-        """Keys and values of one block, all layers together."""
+        """Keys and values (or the latents) of one block, all layers together."""
         return self.block_size * self.bytes_per_token
 
     def blocks_that_fit(self, num_bytes: int) -> int:
@@ -42,7 +54,9 @@ class KVCacheSpec:
         return max(0, num_bytes // self.bytes_per_block)
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
-        """(L, num_blocks, 2, block_size, Hkv, D); see `AttentionBackend.get_kv_cache_shape`."""
+        """(L, num_blocks, 2, block_size, Hkv, D), with MLA (L, num_blocks, block_size, D); a backend's, L times."""
+        if self.mla:
+            return (self.num_layers, *latent_cache_shape(num_blocks, self.block_size, self.head_size))
         layer = AttentionBackend.get_kv_cache_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_size)
         return (self.num_layers, *layer)
 
@@ -55,6 +69,11 @@ class KVCacheSpec:
         if num_blocks < 1:
             raise ValueError(f"a KV cache needs at least one block, not {num_blocks}")
         return torch.zeros(self.shape(num_blocks), dtype=self.dtype, device=device)
+
+
+def latent_cache_shape(num_blocks: int, block_size: int, latent_size: int) -> tuple[int, int, int]:
+    """One layer's cache with multi-head latent attention: (num_blocks, block_size, latent_size)."""
+    return (num_blocks, block_size, latent_size)
 
 
 def key_rows(slots: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -76,7 +95,13 @@ def token_rows(kv_cache: torch.Tensor) -> torch.Tensor:
     return kv_cache.view(num_blocks * two * block_size, num_kv_heads * head_size)
 
 
-def store_rows(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, rows: torch.Tensor) -> None:
+def store_rows(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    rows: torch.Tensor,
+    scales: KVScales = KVScales(),  # noqa: B008 (frozen)
+) -> None:
     """Write keys to the given `key_rows` and values beside them.
 
     Args:
@@ -84,14 +109,25 @@ def store_rows(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, r
         value: (T, Hkv, D).
         kv_cache: one layer's cache, written.
         rows: (2, T) int64, rows of the keys, then of the values.
+        scales: of an FP8 cache.
     """
     cache = token_rows(kv_cache)
+    if cache.dtype == FP8:  # copied as bytes: indexing knows no FP8
+        cache, key, value = (
+            cache.view(torch.uint8),
+            quantize(key, scales.k).view(torch.uint8),
+            quantize(value, scales.v).view(torch.uint8),
+        )
     cache.index_copy_(0, rows[0], key.flatten(1))
     cache.index_copy_(0, rows[1], value.flatten(1))
 
 
 def reshape_and_cache(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    scales: KVScales = KVScales(),  # noqa: B008 (frozen)
 ) -> None:
     """Write each token's key and value into its slot.
 
@@ -100,7 +136,27 @@ def reshape_and_cache(
         value: (T, Hkv, D).
         kv_cache: one layer's cache, written.
         slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+        scales: of an FP8 cache.
     """
     block_size = kv_cache.shape[2]
     keys = key_rows(slot_mapping, block_size)
-    store_rows(key, value, kv_cache, torch.stack((keys, keys + block_size)))
+    store_rows(key, value, kv_cache, torch.stack((keys, keys + block_size)), scales)
+
+
+def concat_and_cache_mla(
+    kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, scale: float = 1.0
+) -> None:
+    """Write each token's latent and rotary key, one after the other, into its slot.
+
+    Args:
+        kv_c: (T, kv_lora_rank), normalised.
+        k_pe: (T, qk_rope_head_dim), rotated.
+        kv_cache: one layer's cache, (num_blocks, block_size, kv_lora_rank + qk_rope_head_dim), written.
+        slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+        scale: of an FP8 cache.
+    """
+    rows = kv_cache.view(-1, kv_cache.shape[-1])
+    latent = torch.cat((kv_c, k_pe), dim=-1)
+    if rows.dtype == FP8:  # copied as bytes: indexing knows no FP8
+        rows, latent = rows.view(torch.uint8), quantize(latent, scale).view(torch.uint8)
+    rows.index_copy_(0, slot_mapping, latent)

@@ -1,4 +1,4 @@
-"""Every attention backend by name. One is imported only when it is asked for: its kernels may not be installed."""
+"""Every attention backend by name. One is imported only when it is asked for, and its kernels only when it runs."""
 
 from __future__ import annotations
 
@@ -12,29 +12,41 @@ from attention.errors import AttentionBackendError
 
 BACKENDS: Mapping[str, str] = MappingProxyType(
     {
-        "CPU_ATTN": "attention.backends.cpu_attn:CpuAttnBackend",
+        "FLASH_ATTN": "attention.backends.flash_attn:FlashAttnBackend",
+        "FLASHINFER": "attention.backends.flashinfer:FlashInferBackend",
+        "TRITON_ATTN": "attention.backends.triton_attn:TritonAttnBackend",
+        "FLEX_ATTENTION": "attention.backends.flex_attention:FlexAttentionBackend",
+        "XFORMERS": "attention.backends.xformers:XFormersBackend",
+        "TREE_ATTN": "attention.backends.tree_attn:TreeAttnBackend",
         "TORCH_SDPA": "attention.backends.torch_sdpa:TorchSdpaBackend",
+        "CPU_ATTN": "attention.backends.cpu_attn:CpuAttnBackend",
+        "ROCM_AITER_FA": "attention.backends.rocm_aiter_fa:RocmAiterFaBackend",
+        "ROCM_ATTN": "attention.backends.rocm_attn:RocmAttnBackend",
+        "ROCM_FLASH": "attention.backends.rocm_flash:RocmFlashBackend",
+        "PALLAS": "attention.backends.pallas:PallasBackend",
+        "IPEX": "attention.backends.ipex:IpexBackend",
+        "FLASHMLA": "attention.backends.mla.flashmla:FlashMLABackend",
+        "CUTLASS_MLA": "attention.backends.mla.cutlass_mla:CutlassMLABackend",
+        "FLASHINFER_MLA": "attention.backends.mla.flashinfer_mla:FlashInferMLABackend",
+        "FLASH_ATTN_MLA": "attention.backends.mla.flash_attn_mla:FlashAttnMLABackend",
+        "TRITON_MLA": "attention.backends.mla.triton_mla:TritonMLABackend",
+        "CPU_MLA": "attention.backends.mla.cpu_mla:CpuMLABackend",
+        "NO_ATTENTION": "attention.backends.no_attention:NoAttentionBackend",
     }
 )
 """Name to `module:class`."""
-
-PRIORITY: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("CPU_ATTN", "TORCH_SDPA")})
-"""For each device type the backends to try, best first."""
 
 
 def get_backend(name: str) -> type[AttentionBackend]:
     """The backend of that name.
 
     Raises:
-        AttentionBackendError: no such name (the text lists the right ones), or its library cannot be imported.
+        AttentionBackendError: no such name; the text lists the right ones and the nearest.
     """
     if name not in BACKENDS:
         nearest = difflib.get_close_matches(name.upper(), BACKENDS, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise AttentionBackendError(f"unknown attention backend {name!r}: one of {', '.join(sorted(BACKENDS))}{hint}")
     module, _, attribute = BACKENDS[name].partition(":")
-    try:
-        backend: type[AttentionBackend] = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise AttentionBackendError(f"attention backend {name} cannot be loaded: {error}") from error
+    backend: type[AttentionBackend] = getattr(importlib.import_module(module), attribute)
     return backend

@@ -1,14 +1,18 @@
-"""Tiny random checkpoints in Hugging Face format, for every test that needs a model."""
+"""Tiny random checkpoints in Hugging Face format, for every test that needs a model, and options of the test run."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when a kernel is defined: before anything imports one
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -51,6 +55,18 @@ _TOKENIZER_TEXT = [
     "a block table names the blocks of a sequence in order; a slot is one token of one block",
     "numbers 0 1 2 3 4 5 6 7 8 9 10 42 100 1234 and names ada bob eve",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance-summary", metavar="FILE", help="write what the conformance suite found as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--conformance-summary")
+    if path and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to this process
+        from conformance_summary import ConformanceSummary
+
+        config.pluginmanager.register(ConformanceSummary(Path(path)), "conformance-summary")
 
 
 def _save_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""How a packed, paged batch becomes calls of `scaled_dot_product_attention`: planned once, used by every layer.
+"""How a packed, paged batch becomes tiles of attention: planned once, used by every layer.
 
 Keys and values are gathered token by token, never block by block: the unused slots of a last block may hold anything,
 and a weight of zero does not tame a NaN.
@@ -6,118 +6,237 @@ and a weight of zero does not tame a NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
-from attention.backend import AttentionMetadata, AttentionSpec
+from attention.backend import AttentionMetadata
+from attention.backends.sdpa_tiles import Band, Reach, Tile, masked_tiles, scored_tiles
+from attention.backends.sdpa_workspace import Landing, Workspace
+from attention.errors import AttentionInputError
 from attention.kv_cache import key_rows
-
-TILE = 256
-"""Query rows per call where a mask is needed: bounds the mask, and the keys a tile cannot see are left out."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Query rows of one sequence that attend together.
-
-    Attributes:
-        q_begin: first row in T.
-        q_end: one past the last row in T.
-        k_begin: first visible key, counted in the sequence's keys.
-        k_end: one past the last visible key.
-        mask: (q_end - q_begin, k_end - k_begin) float32, added to the scores; None: causal and square.
-    """
-
-    q_begin: int
-    q_end: int
-    k_begin: int
-    k_end: int
-    mask: torch.Tensor | None
+from attention.metadata import CommonAttentionMetadata
+from attention.spec import FP8, AttentionSpec, AttentionType
 
 
 @dataclass(frozen=True)
-class PrefillSequence:
-    """A sequence that brings several tokens.
+class Piece:
+    """Some keys of one work, all of which are at hand at once.
 
     Attributes:
-        rows: (2 * S,) int64, rows of its keys, then of its values, in the cache; None: all of them are this
-            batch's own tokens `q_begin` to `q_end`, and nothing is gathered.
+        rows: (2 * N * S,) int64, rows of its keys, then of its values, in the cache (see `kv_cache.key_rows`); None:
+            they are the batch's own tokens.
+        own: those tokens, in T.
+        tiles: who attends to them.
+        landing: where rows are gathered; None: in fresh memory.
     """
 
-    q_begin: int
-    q_end: int
     rows: torch.Tensor | None
+    own: slice
     tiles: tuple[Tile, ...]
+    landing: Landing | None = None
 
 
 @dataclass(frozen=True)
-class DecodeGroup:
-    """Sequences that bring one token each and attend together.
+class Work:
+    """N sequences that attend together: one of any kind, or several that bring one token each.
 
     Attributes:
-        size: how many sequences.
-        tokens: (size,) int64, their rows in T; None: all of T, in order.
-        rows: (2 * size * S,) int64, rows of their keys, then of their values, in the cache; a shorter sequence
-            repeats its last token.
-        mask: (size, 1, 1, S) float32, -inf on the repeated ones; None: nothing is repeated.
+        size: N.
+        one_each: whether each brings one token, and sees all of the keys.
+        tokens: their queries in T, a slice of one sequence or (N,) int64; None: all of T, in order.
+        pieces: their keys; empty where there are none.
     """
 
     size: int
-    tokens: torch.Tensor | None
-    rows: torch.Tensor
-    mask: torch.Tensor | None
+    one_each: bool
+    tokens: slice | torch.Tensor | None
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class SdpaPlan:
-    """What all layers of one kind share for one batch. `store` is (2, T) int64, see `kv_cache.store_rows`."""
+class SdpaMetadata(AttentionMetadata):
+    """A planned batch.
+
+    Attributes:
+        store: (2, Tk) int64, see `kv_cache.store_rows`.
+        works: everything there is to do.
+        scored: whether scores must be written out, because `scaled_dot_product_attention` cannot express them.
+        merges: whether any work has several pieces, whose denominators are needed.
+        alibi_slopes: (Hq,) float32, or None.
+    """
 
     store: torch.Tensor
-    prefill: tuple[PrefillSequence, ...]
-    decode: tuple[DecodeGroup, ...]
+    works: tuple[Work, ...]
+    scored: bool
+    merges: bool
+    alibi_slopes: torch.Tensor | None
 
 
-def make_plan(spec: AttentionSpec, metadata: AttentionMetadata, block_size: int, max_group_tokens: int) -> SdpaPlan:
-    """Plan a batch; one-token sequences are grouped up to `max_group_tokens` keys, 0 for one at a time."""
-    keys = key_rows(metadata.slot_mapping, block_size)
-    tables = metadata.block_tables.long()
-    longest = max((c for q, c in zip(metadata.query_lens, metadata.context_lens, strict=True) if q > 1), default=0)
-    band = band_mask(TILE, longest, spec.sliding_window) if longest else None
-    prefill: list[PrefillSequence] = []
-    single: list[tuple[int, int, int]] = []
-    begin = 0
-    for i, query_len in enumerate(metadata.query_lens):
-        if query_len == 1:
-            seen = visible(metadata.context_lens[i], spec.sliding_window)
-            single.append((seen, i, begin))
-        elif band is not None:
-            sequence = _plan_sequence(
-                begin, query_len, metadata.context_lens[i], tables[i], block_size, spec.sliding_window, band
-            )
-            prefill.append(sequence)
-        begin += query_len
-    groups = group_by_length(single, max_group_tokens)
-    whole = len(groups) == 1 and not prefill
-    decode = tuple(_plan_group(group, metadata, tables, block_size, whole) for group in groups)
-    return SdpaPlan(torch.stack((keys, keys + block_size)), tuple(prefill), decode)
+@dataclass(frozen=True)
+class Limits:
+    """What a backend wants at a time, in tokens.
 
-
-def visible(context_len: int, sliding_window: int | None) -> int:
-    """How many tokens the last of `context_len` tokens sees, itself included."""
-    return context_len if sliding_window is None else min(context_len, sliding_window)
-
-
-def band_mask(num_queries: int, num_keys: int, sliding_window: int | None) -> torch.Tensor:
-    """(num_queries, num_keys) float32, 0 where a query sees a key and -inf elsewhere; the last query has the last key.
-
-    Because it is aligned at its lower right corner, a smaller tile is this mask's lower right part.
+    Attributes:
+        group: keys of decoding sequences that attend together, padding included; 0: every sequence on its own.
+        piece: keys that one sequence gathers at a time; None: all of them.
+        workspace: holds a group, and a piece; None: every layer takes fresh memory.
     """
-    behind = torch.arange(num_queries - 1, -1, -1)[:, None] - torch.arange(num_keys - 1, -1, -1)[None, :]
-    hidden = behind > 0
-    if sliding_window is not None:
-        hidden |= behind <= -sliding_window
-    return torch.zeros(num_queries, num_keys).masked_fill_(hidden, float("-inf"))
+
+    group: int
+    piece: int | None
+    workspace: Workspace | None = None
+
+
+SCORED_KEYS = 512
+"""Keys per piece where scores are written out."""
+
+
+def needs_scores(spec: AttentionSpec, common: CommonAttentionMetadata) -> bool:
+    """Whether `scaled_dot_product_attention` cannot express what is asked, or not without masks as large as scores."""
+    layer = spec.logits_soft_cap is not None or spec.alibi_slopes is not None
+    return layer or common.tree_mask is not None or common.custom_mask is not None
+
+
+class Planner:
+    """Plans one batch.
+
+    Args:
+        spec: the layers.
+        common: the batch.
+        block_size: tokens in a block.
+        limits: what to do at a time.
+        scored: whether scores are written out.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, common: CommonAttentionMetadata, block_size: int, limits: Limits, scored: bool
+    ) -> None:
+        self._spec = spec
+        self._common = common
+        self._block_size = block_size
+        self._scored = scored
+        self._fp8 = spec.kv_cache_dtype == FP8 and spec.attn_type.cached
+        self._device = common.block_tables.device
+        self._limits = replace(limits, piece=min(limits.piece or SCORED_KEYS, SCORED_KEYS)) if scored else limits
+        keys = key_rows(common.slot_mapping, block_size)
+        self._store = torch.stack((keys, keys + block_size))
+        self._tables = common.block_tables.long()
+
+    def plan(self, alibi_slopes: torch.Tensor | None) -> SdpaMetadata:
+        """The whole batch; `alibi_slopes` is handed on."""
+        common, spec = self._common, self._spec
+        masked = common.tree_mask is not None or common.custom_mask is not None
+        single: list[tuple[int, int, int]] = []
+        works: list[Work] = []
+        begin = area = 0
+        band: Band | None = None
+        for i, (queries, keys) in enumerate(zip(common.query_lens, common.context_lens, strict=True)):
+            if queries == 1 and keys and spec.attn_type.cached and not masked:
+                single.append((_visible(keys, spec.sliding_window), i, begin))
+            else:
+                band = band or Band(Reach.of(spec), common.max_seq_len, self._device, self._device.type == "cpu")
+                works.append(self._sequence(i, begin, area, band))
+            begin += queries
+            area += queries * keys
+        groups = group_by_length(single, self._limits.group)
+        whole = len(groups) == 1 and not works
+        works += [self._group(group, whole) for group in groups]
+        merges = any(len(work.pieces) > 1 for work in works)
+        return SdpaMetadata(common, self._store, tuple(works), self._scored, merges, alibi_slopes)
+
+    def _sequence(self, i: int, begin: int, area: int, band: Band) -> Work:
+        common, reach = self._common, Reach.of(self._spec)
+        num_queries, num_keys = common.query_lens[i], common.context_lens[i]
+        cross = self._spec.attn_type is AttentionType.ENCODER_DECODER
+        prefix = 0 if cross else num_keys - num_queries
+        queries = range(prefix, prefix + num_queries)
+        custom = None
+        if common.custom_mask is not None:
+            custom = common.custom_mask[area : area + num_queries * num_keys].view(num_queries, num_keys)
+        pieces = []
+        for keys in self._cut(num_keys, num_keys if cross else prefix, custom is not None):
+            own = slice(begin + keys.start - prefix, begin + keys.stop - prefix)
+            rows = None
+            if cross or keys.start < prefix:
+                rows = self._rows(i, keys)
+            elif self._fp8:
+                rows = self._store[:, own].flatten()
+            if self._scored:
+                mask = self._mask(custom, keys, prefix)
+                tiles = tuple(scored_tiles(queries, keys, reach, mask))
+            else:
+                tiles = tuple(masked_tiles(queries, keys, reach, band))
+            pieces.append(Piece(rows, own, tiles, self._land(rows, 1, len(keys))))
+        return Work(1, False, slice(begin, begin + num_queries), tuple(pieces))
+
+    def _cut(self, num_keys: int, prefix: int, all_visible: bool) -> Iterator[range]:
+        """A sequence's keys in pieces; those before and those among its queries apart, where there are several."""
+        window = self._spec.sliding_window
+        first = max(0, prefix + 1 - window) if window is not None and not all_visible else 0
+        limit = self._limits.piece
+        if not self._scored and (prefix == 0 or limit is None or num_keys - first <= limit):
+            gathered = prefix or self._fp8
+            yield from _split(first, num_keys, limit if gathered else None)
+            return
+        yield from _split(first, prefix, limit)
+        yield from _split(prefix, num_keys, limit if self._scored or self._fp8 else None)
+
+    def _mask(self, custom: torch.Tensor | None, keys: range, prefix: int) -> torch.Tensor | None:
+        if custom is not None:
+            return custom[:, keys.start : keys.stop]
+        if self._common.tree_mask is not None and keys.start >= prefix:
+            return self._common.tree_mask[:, keys.start - prefix : keys.stop - prefix]
+        return None
+
+    def _rows(self, i: int, keys: range) -> torch.Tensor:
+        positions = torch.arange(keys.start, keys.stop, device=self._device)
+        slots = self._tables[i][positions // self._block_size] * self._block_size + positions % self._block_size
+        rows = key_rows(slots, self._block_size)
+        return torch.cat((rows, rows + self._block_size))
+
+    def _group(self, group: list[tuple[int, int, int]], whole_batch: bool) -> Work:
+        """Decoding sequences; the shorter ones repeat their first key before it, so that all end together."""
+        longest = max(seen for seen, _, _ in group)
+        if len(group) == 1:
+            (_, i, row) = group[0]
+            pieces = tuple(self._single(i, longest))
+            return Work(1, True, None if whole_batch else slice(row, row + 1), pieces)
+        sequences, last, lengths = (
+            torch.tensor(column, device=self._device)
+            for column in zip(*((i, self._common.context_lens[i] - 1, seen) for seen, i, _ in group), strict=True)
+        )
+        offsets = torch.arange(1 - longest, 1, device=self._device)
+        positions = torch.maximum(last[:, None] + offsets, (last + 1 - lengths)[:, None])
+        blocks = self._tables[sequences].gather(1, positions // self._block_size)
+        keys = key_rows(blocks * self._block_size + positions % self._block_size, self._block_size).flatten()
+        mask = None
+        if any(seen != longest for seen, _, _ in group):
+            seen = offsets > -lengths[:, None]
+            mask = seen[:, None] if self._scored else self._additive(seen)[:, None, None]
+        tile = Tile(0, 1, 0, longest, mask, behind=longest - 1)
+        rows = torch.cat((keys, keys + self._block_size))
+        tokens = None if whole_batch else torch.tensor([row for _, _, row in group], device=self._device)
+        return Work(
+            len(group), True, tokens, (Piece(rows, slice(0, 0), (tile,), self._land(rows, len(group), longest)),)
+        )
+
+    def _single(self, i: int, seen: int) -> Iterator[Piece]:
+        context = self._common.context_lens[i]
+        for keys in _split(context - seen, context, self._limits.piece):
+            tile = Tile(0, 1, 0, len(keys), behind=context - 1 - keys.start)
+            rows = self._rows(i, keys)
+            yield Piece(rows, slice(0, 0), (tile,), self._land(rows, 1, len(keys)))
+
+    def _land(self, rows: torch.Tensor | None, count: int, keys: int) -> Landing | None:
+        workspace = self._limits.workspace
+        return None if rows is None or workspace is None else workspace.land(count, keys)
+
+    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
+        if self._device.type != "cpu":
+            return seen
+        return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
 def group_by_length(single: list[tuple[int, int, int]], max_group_tokens: int) -> list[list[tuple[int, int, int]]]:
@@ -141,53 +260,25 @@ def group_by_length(single: list[tuple[int, int, int]], max_group_tokens: int) -
     return groups
 
 
-def _plan_sequence(
-    begin: int,
-    query_len: int,
-    context_len: int,
-    table: torch.Tensor,
-    block_size: int,
-    window: int | None,
-    band: torch.Tensor,
-) -> PrefillSequence:
-    prefix = context_len - query_len
-    first_key = max(0, prefix + 1 - window) if window is not None else 0
-    rows = None
-    if prefix:
-        positions = torch.arange(first_key, context_len)
-        keys = key_rows(table[positions // block_size] * block_size + positions % block_size, block_size)
-        rows = torch.cat((keys, keys + block_size))
-    elif window is None or window >= context_len:
-        tile = Tile(begin, begin + query_len, 0, query_len, None)
-        return PrefillSequence(begin, begin + query_len, None, (tile,))
-    tiles = []
-    for q_begin in range(0, query_len, TILE):
-        q_end = min(q_begin + TILE, query_len)
-        k_end = prefix + q_end
-        k_begin = max(0, prefix + q_begin + 1 - window) if window is not None else 0
-        mask = band[TILE - (q_end - q_begin) :, band.shape[1] - (k_end - k_begin) :]
-        tiles.append(Tile(begin + q_begin, begin + q_end, k_begin - first_key, k_end - first_key, mask))
-    return PrefillSequence(begin, begin + query_len, rows, tuple(tiles))
+def check_batch(spec: AttentionSpec, common: CommonAttentionMetadata) -> None:
+    """Refuse masks that contradict the layer.
+
+    Raises:
+        AttentionInputError: a tree or custom mask for cross attention.
+    """
+    if spec.attn_type is AttentionType.ENCODER_DECODER and common.tree_mask is not None:
+        raise AttentionInputError("a tree mask is of tokens among themselves; cross attention has none")
 
 
-def _plan_group(
-    group: list[tuple[int, int, int]],
-    metadata: AttentionMetadata,
-    tables: torch.Tensor,
-    block_size: int,
-    whole_batch: bool,
-) -> DecodeGroup:
-    lengths = torch.tensor([seen for seen, _, _ in group])
-    sequences = torch.tensor([i for _, i, _ in group])
-    last = torch.tensor([metadata.context_lens[i] - 1 for _, i, _ in group])
-    longest = max(seen for seen, _, _ in group)
-    offsets = torch.arange(longest)
-    positions = torch.minimum((last + 1 - lengths)[:, None] + offsets, last[:, None])
-    blocks = tables[sequences].gather(1, positions // block_size)
-    keys = key_rows(blocks * block_size + positions % block_size, block_size).flatten()
-    mask = None
-    if any(seen != longest for seen, _, _ in group):
-        padding = offsets >= lengths[:, None]
-        mask = torch.zeros(len(group), longest).masked_fill_(padding, float("-inf"))[:, None, None, :]
-    tokens = None if whole_batch else torch.tensor([row for _, _, row in group])
-    return DecodeGroup(len(group), tokens, torch.cat((keys, keys + block_size)), mask)
+def _visible(context_len: int, sliding_window: int | None) -> int:
+    """How many tokens the last of `context_len` tokens sees, itself included."""
+    return context_len if sliding_window is None else min(context_len, sliding_window)
+
+
+def _split(begin: int, end: int, limit: int | None) -> Iterator[range]:
+    """A range in pieces of similar length, at most `limit` each."""
+    if begin >= end:
+        return
+    pieces = 1 if limit is None else -(-(end - begin) // limit)
+    for i in range(pieces):
+        yield range(begin + (end - begin) * i // pieces, begin + (end - begin) * (i + 1) // pieces)

@@ -2,110 +2,107 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
-from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionSpec
-from attention.backends.sdpa_plan import DecodeGroup, PrefillSequence, SdpaPlan, make_plan
-from attention.kv_cache import store_rows, token_rows
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from attention.backends.sdpa_kernels import DotProduct, Kernel, WrittenOut
+from attention.backends.sdpa_plan import Limits, Planner, SdpaMetadata, check_batch, needs_scores
+from attention.backends.sdpa_run import Finish, Keys, run
+from attention.capability import FLOATS, Capabilities, DeviceSupport
+from attention.errors import AttentionInputError
+from attention.kv_cache import store_rows
+from attention.metadata import CommonAttentionMetadata
+from attention.ops.merge_attn_states import apply_sinks
+from attention.ops.torch_attention import Scores
+from attention.platform import DeviceKind
+from attention.spec import FP8, AttentionSpec, AttentionType, Feature
 
 
 class TorchSdpaImpl(AttentionImpl):
-    """One layer's attention through `scaled_dot_product_attention`.
-
-    Query heads that share a key/value head are never given copies of it: in prefill they are a stride of zero, in
-    decode they are the query rows.
-    """
+    """One layer's attention through `scaled_dot_product_attention`, or with scores written out where it cannot."""
 
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
         metadata: AttentionMetadata,
-        plan: object,
         output: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `AttentionImpl.forward`; `plan` is an `SdpaPlan`."""
-        plan = cast(SdpaPlan, plan)
-        store_rows(key, value, kv_cache, plan.store)
-        if output is None:
-            if len(plan.decode) == 1 and plan.decode[0].tokens is None:
-                return self._decode(query, kv_cache, plan.decode[0])
-            output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        for sequence in plan.prefill:
-            self._prefill(query, key, value, kv_cache, sequence, output)
-        for group in plan.decode:
-            if group.tokens is None:
-                output.copy_(self._decode(query, kv_cache, group))
-            else:
-                output[group.tokens] = self._decode(query[group.tokens], kv_cache, group)
-        return output
+        """See `AttentionImpl.forward`.
 
-    def _prefill(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        sequence: PrefillSequence,
-        output: torch.Tensor,
-    ) -> None:
-        heads, size = self.spec.num_kv_heads, self.spec.head_size
-        group = self.spec.num_heads // heads
-        if sequence.rows is None:
-            keys, values = key[sequence.q_begin : sequence.q_end], value[sequence.q_begin : sequence.q_end]
-        else:
-            keys, values = token_rows(kv_cache).index_select(0, sequence.rows).view(2, -1, heads, size).unbind(0)
-        for tile in sequence.tiles:
-            q = query[tile.q_begin : tile.q_end].unflatten(1, (heads, group)).permute(1, 2, 0, 3)
-            k = keys[tile.k_begin : tile.k_end].transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-            v = values[tile.k_begin : tile.k_end].transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-            attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=tile.mask, is_causal=tile.mask is None, scale=self.spec.scale
-            )
-            output[tile.q_begin : tile.q_end].unflatten(1, (heads, group)).copy_(attended.permute(2, 0, 1, 3))
+        Raises:
+            AttentionInputError: there are neither keys nor a cache that holds them.
+        """
+        plan = cast(SdpaMetadata, metadata)
+        if kv_cache is None:
+            if key is None or self.spec.attn_type.cached:
+                raise AttentionInputError(f"{self.spec.attn_type} attention without a KV cache, or without keys")
+        elif key is not None and value is not None:
+            store_rows(key, value, kv_cache, plan.store, self.kv_scales)
+        fp8 = kv_cache is not None and kv_cache.dtype == FP8
+        scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
+        kernel = self._written_out(plan, scale) if plan.scored else self._kernel(plan, scale)
+        finish: Finish | None = partial(self._finish, fp8) if fp8 or self.sinks is not None else None
+        return run(plan, query, Keys(key, value, kv_cache, plan.store), kernel, finish, output)
 
-    def _decode(self, query: torch.Tensor, kv_cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
-        heads, size = self.spec.num_kv_heads, self.spec.head_size
-        gathered = token_rows(kv_cache).index_select(0, group.rows).view(2, group.size, -1, heads, size)
-        keys, values = gathered.transpose(2, 3).unbind(0)
-        q = query.reshape(group.size, heads, -1, size)
-        if q.shape[2] == 1 and q.dtype == torch.bfloat16:  # a single row takes a path that is several times slower
-            q = q.expand(-1, -1, 2, -1)
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=self.spec.scale)
-        attended = attended[:, :, : self.spec.num_heads // heads]
-        return attended.reshape(group.size, self.spec.num_heads, size)
+    def _kernel(self, plan: SdpaMetadata, scale: float) -> Kernel:
+        return DotProduct(scale)
+
+    def _written_out(self, plan: SdpaMetadata, scale: float) -> Kernel:
+        spec = self.spec
+        by_rule = Scores(scale, spec.causal, spec.sliding_window, spec.logits_soft_cap, plan.alibi_slopes)
+        by_mask = Scores(scale, False, None, spec.logits_soft_cap, plan.alibi_slopes)
+        return WrittenOut(by_rule, by_mask)
+
+    def _finish(self, fp8: bool, attended: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
+        if self.sinks is not None:
+            assert lse is not None
+            attended, _ = apply_sinks(attended, lse, self.sinks)
+        return attended * self.kv_scales.v if fp8 else attended
+
+
+class SdpaBuilder(AttentionMetadataBuilder):
+    """Plans batches for `TorchSdpaImpl`: every decoding sequence on its own."""
+
+    def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
+        super().__init__(spec, dtype, block_size, device)
+        self._slopes = None if spec.alibi_slopes is None else torch.tensor(spec.alibi_slopes, device=device)
+
+    def build(self, common: CommonAttentionMetadata) -> SdpaMetadata:
+        """See `AttentionMetadataBuilder.build`.
+
+        Raises:
+            AttentionInputError: a mask that contradicts the layer.
+        """
+        check_batch(self.spec, common)
+        scored = needs_scores(self.spec, common) or self._sinks_are_scored
+        return Planner(self.spec, common, self.block_size, self._limits(), scored).plan(self._slopes)
+
+    @property
+    def _sinks_are_scored(self) -> bool:
+        """Whether attention sinks need written-out scores: the public operator gives no denominators."""
+        return self.spec.has_sinks
+
+    def _limits(self) -> Limits:
+        return Limits(group=0, piece=None)
 
 
 class TorchSdpaBackend(AttentionBackend):
-    """Runs on any CPU, in any floating dtype that PyTorch's attention knows."""
+    """Runs on any CPU and any NVIDIA GPU, in any floating dtype that PyTorch's attention knows."""
 
     name = "TORCH_SDPA"
-    impl_class: type[AttentionImpl] = TorchSdpaImpl
-
-    @classmethod
-    def refuse(cls, device: torch.device, dtype: torch.dtype, spec: AttentionSpec, block_size: int) -> list[str]:
-        """See `AttentionBackend.refuse`."""
-        reasons = []
-        if device.type != "cpu":
-            reasons.append(f"runs on cpu, not on {device.type}")
-        if dtype not in _DTYPES:
-            reasons.append(f"dtype {dtype} is not one of {', '.join(str(d) for d in _DTYPES)}")
-        if spec.num_kv_heads < 1 or spec.num_heads % spec.num_kv_heads:
-            reasons.append(f"{spec.num_heads} query heads do not divide among {spec.num_kv_heads} key/value heads")
-        if spec.sliding_window is not None and spec.sliding_window < 1:
-            reasons.append(f"a sliding window holds at least 1 token, not {spec.sliding_window}")
-        if block_size < 1:
-            reasons.append(f"a block holds at least 1 token, not {block_size}")
-        return reasons
-
-    @classmethod
-    def plan(cls, spec: AttentionSpec, metadata: AttentionMetadata, block_size: int) -> SdpaPlan:
-        """See `AttentionBackend.plan`: every decoding sequence on its own."""
-        return make_plan(spec, metadata, block_size, max_group_tokens=0)
+    impl_class = TorchSdpaImpl
+    metadata_class = SdpaMetadata
+    builder_class = SdpaBuilder
+    capabilities = Capabilities(
+        devices=(DeviceSupport(DeviceKind.CPU), DeviceSupport(DeviceKind.CUDA)),
+        dtypes=FLOATS,
+        features=frozenset(Feature) - {Feature.CASCADE},
+        refused={Feature.CASCADE: "attends to every sequence on its own, shared prefix or not"},
+        attention_types=tuple(AttentionType),
+    )

@@ -1,0 +1,137 @@
+"""A batch in two parts: sequences that bring one token (decode), and those that bring more (prefill).
+
+For backends whose libraries have one kernel for each: attention over contiguous keys, and paged decode. Split once per
+batch, by the builder; no method here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attention.kv_cache import key_rows, token_rows
+from attention.metadata import CommonAttentionMetadata
+
+
+@dataclass(frozen=True)
+class PrefillPart:
+    """Sequences that bring several tokens.
+
+    Attributes:
+        query_lens: tokens that each brings.
+        context_lens: tokens that each has.
+        tokens: (Tp,) int64, their rows in T; None: all of T, in order.
+        cu_seqlens_q: (P + 1,) int32, where each sequence's queries begin in Tp.
+        cu_seqlens_k: (P + 1,) int32, where each sequence's keys begin in Sp.
+        slots: (Sp,) int64, cache slots of their tokens, sequence after sequence.
+        whole: whether every one brings all of its tokens, so that Sp is Tp and nothing must be read from the cache.
+    """
+
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    tokens: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    slots: torch.Tensor
+    whole: bool
+
+
+@dataclass(frozen=True)
+class DecodePart:
+    """Sequences that bring one token.
+
+    Attributes:
+        context_lens: tokens that each has.
+        tokens: (B1,) int64, their rows in T; None: all of T, in order.
+        seq_lens: (B1,) int32, `context_lens` on the device.
+        block_tables: (B1, max_blocks) int32.
+    """
+
+    context_lens: tuple[int, ...]
+    tokens: torch.Tensor | None
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """Both parts; None: there is no such sequence."""
+
+    prefill: PrefillPart | None
+    decode: DecodePart | None
+
+
+def split_batch(common: CommonAttentionMetadata, block_size: int) -> BatchSplit:
+    """Split a batch of a decoder."""
+    query_lens = np.asarray(common.query_lens, dtype=np.int64)
+    single = query_lens == 1
+    first = np.concatenate(([0], np.cumsum(query_lens)))[:-1]
+    several, ones = np.flatnonzero(~single), np.flatnonzero(single)
+    prefill = _prefill(common, several, first, block_size) if len(several) else None
+    decode = _decode(common, ones, first) if len(ones) else None
+    return BatchSplit(prefill, decode)
+
+
+def take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """These rows of a tensor, the tensor itself for None."""
+    return tensor if rows is None else tensor.index_select(0, rows)
+
+
+def put(output: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor) -> None:
+    """Write `values` to these rows of `output`, to all of them for None."""
+    if rows is None:
+        output.copy_(values)
+    else:
+        output.index_copy_(0, rows, values.to(output.dtype))
+
+
+def gather_kv(kv_cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of these slots, copied out of the cache: each (S, Hkv, D), of the cache's dtype."""
+    _, _, block_size, heads, head_size = kv_cache.shape
+    keys = key_rows(slots, block_size)
+    rows = token_rows(kv_cache)
+    if rows.dtype.itemsize == 1:  # indexing knows no FP8
+        rows = rows.view(torch.uint8)
+    gathered = rows.index_select(0, torch.cat((keys, keys + block_size))).view(kv_cache.dtype)
+    key, value = gathered.view(2, -1, heads, head_size).unbind(0)
+    return key, value
+
+
+def _prefill(common: CommonAttentionMetadata, sequences: np.ndarray, first: np.ndarray, block_size: int) -> PrefillPart:
+    device = common.block_tables.device
+    queries = tuple(common.query_lens[i] for i in sequences)
+    contexts = tuple(common.context_lens[i] for i in sequences)
+    positions = torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in contexts])).to(device)
+    owners = torch.from_numpy(np.repeat(sequences, contexts)).to(device)
+    blocks = common.block_tables.long()[owners, positions // block_size]
+    tokens = None
+    if len(sequences) < common.num_seqs:
+        rows = np.concatenate([np.arange(first[i], first[i] + common.query_lens[i]) for i in sequences])
+        tokens = torch.from_numpy(rows).to(device)
+    return PrefillPart(
+        query_lens=queries,
+        context_lens=contexts,
+        tokens=tokens,
+        cu_seqlens_q=_offsets(queries, device),
+        cu_seqlens_k=_offsets(contexts, device),
+        slots=blocks * block_size + positions % block_size,
+        whole=queries == contexts,
+    )
+
+
+def _decode(common: CommonAttentionMetadata, sequences: np.ndarray, first: np.ndarray) -> DecodePart:
+    contexts = tuple(common.context_lens[i] for i in sequences)
+    if len(sequences) == common.num_seqs:
+        return DecodePart(contexts, None, common.seq_lens, common.block_tables)
+    device = common.block_tables.device
+    chosen = torch.from_numpy(sequences).to(device)
+    tokens = torch.from_numpy(first[sequences]).to(device)
+    return DecodePart(contexts, tokens, common.seq_lens[chosen], common.block_tables[chosen])
+
+
+def _offsets(lens: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    offsets = np.zeros(len(lens) + 1, dtype=np.int32)
+    np.cumsum(lens, out=offsets[1:])
+    return torch.from_numpy(offsets).to(device)

@@ -1,0 +1,1 @@
+"""Backends for multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), one file each."""

@@ -1,0 +1,123 @@
+"""CPU_MLA: multi-head latent attention in plain torch, one sequence at a time.
+
+Latents are gathered token by token, never block by block: the unused slots of a last block may hold anything, and a
+weight of zero does not tame a NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from attention.backends.batch_split import DecodePart, PrefillPart
+from attention.backends.mla.base import MLABackend, MLABuilder, MLAImpl, MLAMetadata
+from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence
+from attention.metadata import CommonAttentionMetadata
+from attention.platform import DeviceKind
+from attention.spec import FP8, Feature
+
+TILE = 256
+"""Query rows that attend together in prefill: bounds the mask, and keys that a tile cannot see are left out."""
+
+
+@dataclass(frozen=True)
+class CpuMLAMetadata(MLAMetadata):
+    """A batch with the slots of its decoding sequences.
+
+    Attributes:
+        decode_slots: for each sequence that decodes, (S,) int64, the slots of its tokens.
+    """
+
+    decode_slots: tuple[torch.Tensor, ...]
+
+
+class CpuMLABuilder(MLABuilder):
+    """Finds every token's slot once for all layers."""
+
+    def build(self, common: CommonAttentionMetadata) -> CpuMLAMetadata:
+        """See `AttentionMetadataBuilder.build`."""
+        split = super().build(common).split
+        slots: tuple[torch.Tensor, ...] = ()
+        if split.decode is not None:
+            tables = split.decode.block_tables.long()
+            positions = [torch.arange(n) for n in split.decode.context_lens]
+            slots = tuple(
+                table[at // self.block_size] * self.block_size + at % self.block_size
+                for table, at in zip(tables, positions, strict=True)
+            )
+        return CpuMLAMetadata(common, split, slots)
+
+
+class CpuMLAImpl(MLAImpl):
+    """One layer through `scaled_dot_product_attention`."""
+
+    def forward_prefill(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, part: PrefillPart, metadata: MLAMetadata
+    ) -> torch.Tensor:
+        """See `MLAImpl.forward_prefill`."""
+        latents = self._gather(kv_cache, part.slots, query.dtype).split(list(part.context_lens))
+        queries = query.split(list(part.query_lens))
+        return torch.cat([self._attend(q, latent) for q, latent in zip(queries, latents, strict=True)])
+
+    def forward_decode(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, part: DecodePart, metadata: MLAMetadata
+    ) -> torch.Tensor:
+        """See `MLAImpl.forward_decode`; `metadata` is a `CpuMLAMetadata`."""
+        nope, rope = query.split((self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim), dim=-1)
+        absorbed = torch.cat((torch.einsum("bhn,hnr->bhr", nope, self.w_uk), rope), dim=-1)
+        attended = []
+        for q, slots in zip(absorbed, cast(CpuMLAMetadata, metadata).decode_slots, strict=True):
+            latent = self._gather(kv_cache, slots, query.dtype)
+            attended.append(
+                F.scaled_dot_product_attention(
+                    q[None, None],
+                    latent[None, None],
+                    latent[None, None, :, : self.mla.kv_lora_rank],
+                    scale=self.spec.scale,
+                )[0, 0]
+            )
+        return torch.einsum("bhr,hvr->bhv", torch.stack(attended), self.w_uv)
+
+    def _attend(self, query: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """The last tokens of one sequence, (n, Hq, Dqk), to its latents, (S, latent size): (n, Hq, Dv)."""
+        heads = self.spec.num_heads
+        c, k_pe = latent.split((self.mla.kv_lora_rank, self.mla.qk_rope_head_dim), dim=-1)
+        keys = torch.cat((torch.einsum("sr,hnr->hsn", c, self.w_uk), k_pe.expand(heads, -1, -1)), dim=-1)
+        values = torch.einsum("sr,hvr->hsv", c, self.w_uv)
+        prefix = latent.shape[0] - query.shape[0]
+        tiles = []
+        for begin in range(0, query.shape[0], TILE):
+            tile = query[begin : begin + TILE].transpose(0, 1)
+            end = prefix + begin + tile.shape[1]
+            seen = torch.arange(end) <= torch.arange(prefix + begin, end)[:, None]
+            tiles.append(
+                F.scaled_dot_product_attention(
+                    tile, keys[:, :end], values[:, :end], attn_mask=seen, scale=self.spec.scale
+                ).transpose(0, 1)
+            )
+        return torch.cat(tiles)
+
+    def _gather(self, kv_cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows = kv_cache.view(-1, self.mla.latent_size)
+        if rows.dtype == FP8:  # indexing knows no FP8
+            stored = rows.view(torch.uint8).index_select(0, slots).view(FP8)
+            return (stored.float() * self.kv_scales.k).to(dtype)
+        return rows.index_select(0, slots)
+
+
+class CpuMLABackend(MLABackend):
+    """Multi-head latent attention on a CPU."""
+
+    name = "CPU_MLA"
+    impl_class = CpuMLAImpl
+    metadata_class = CpuMLAMetadata
+    builder_class = CpuMLABuilder
+    capabilities = Capabilities(
+        devices=(DeviceSupport(DeviceKind.CPU, evidence=Evidence.RAN),),
+        dtypes=FLOATS,
+        features=frozenset({Feature.GQA, Feature.PREFIX, Feature.FP8_KV}),
+        mla=True,
+    )

@@ -1,0 +1,1 @@
+"""Attention layers of particular kinds, each on top of any backend."""

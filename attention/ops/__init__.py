@@ -1,0 +1,1 @@
+"""Attention kernels, one package per language they are written in."""
