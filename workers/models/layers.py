@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from workers.fused_ops.rms_norm import rms_norm
+from workers.fused_ops.silu_and_mul import silu_and_mul
+
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """An uninitialised parameter that asks for no gradient; a loader fills it."""
@@ -24,13 +27,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = empty_parameter(*shape, dtype=dtype, device=device)
         self._normalized = (shape[-1],)
-        self._eps = eps
+        self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise and scale; of the input's shape and dtype."""
         if self.weight.dim() == 1:
-            return F.rms_norm(x, self._normalized, self.weight, self._eps)
-        return F.rms_norm(x, self._normalized, None, self._eps) * self.weight
+            return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self._normalized, None, self.eps) * self.weight
 
 
 class Linear(nn.Module):
@@ -63,9 +66,11 @@ class Linear(nn.Module):
         return F.linear(x, self._unpacked(), self.bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`residual + self(x)` in one call where there is one."""
+        """`residual + self(x)` in one call where there is one; may overwrite `residual`."""
         if self._packed is not None:
             return packed_linear_add(residual, x, self._packed, self.bias)
+        if x.is_cuda and self.bias is None:  # cuBLAS adds before the result is rounded, and needs no copy to add to
+            return torch.addmm(residual, x, self._unpacked().t(), out=residual)
         return residual + F.linear(x, self._unpacked(), self.bias)
 
     def _unpacked(self) -> nn.Parameter:
@@ -110,6 +115,5 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias, dtype, device)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`residual` plus the MLP of `x`, both (T, hidden_size)."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj.add_to(residual, F.silu(gate).mul_(up))
+        """`residual` plus the MLP of `x`, both (T, hidden_size); may overwrite `residual`."""
+        return self.down_proj.add_to(residual, silu_and_mul(self.gate_up_proj(x)))
