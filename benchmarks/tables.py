@@ -1,4 +1,4 @@
-"""Writes the tables in docs/benchmarks.md from the raw results, so that no figure there is typed by hand.
+"""Writes the generated tables in docs/, so that nothing there that is measured or stated by the code is typed by hand.
 
 python -m benchmarks.tables            write them
 python -m benchmarks.tables --check    fail if they are out of date
@@ -7,19 +7,23 @@ python -m benchmarks.tables --check    fail if they are out of date
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import attention_tables
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.markdown import provenance, read_result, table
 from workers.errors import ConfigError
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Maker = Callable[[Path], str]
+"""Makes a table, with what there is to say about its origin, given the folder of the raw results."""
 
 
 def engine_vs_transformers(result: Mapping[str, Any]) -> str:
@@ -51,7 +55,7 @@ def engine_vs_transformers(result: Mapping[str, Any]) -> str:
         )
         for c in result["comparisons"]
     ]
-    return _table(header, rows, num_text_columns=2)
+    return table(header, rows, num_text_columns=2)
 
 
 def disaggregation_cost(result: Mapping[str, Any]) -> str:
@@ -60,78 +64,66 @@ def disaggregation_cost(result: Mapping[str, Any]) -> str:
     header = ("ms", *(f"{case['model']}, {case['prompt_tokens']} tokens" for case in cases))
     rows = [(label, *(f"{case['medians'][name] * 1e3:.2f}" for case in cases)) for name, label in LABELS.items()]
     rows.append(("KV cache moved, KiB", *(f"{case['medians']['kv_bytes'] / 1024:.0f}" for case in cases)))
-    return _table(header, rows, num_text_columns=1)
+    return table(header, rows, num_text_columns=1)
 
 
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "engine_vs_transformers": engine_vs_transformers,
-    "disaggregation_cost": disaggregation_cost,
+def _of_result(name: str, make: Callable[[Mapping[str, Any]], str]) -> Maker:
+    """A table of the result file of that name, with its provenance below."""
+
+    def make_table(results: Path) -> str:
+        result = read_result(results / f"{name}.json")
+        return f"{make(result)}\n\n{provenance(result['environment'])}"
+
+    return make_table
+
+
+PAGES: Mapping[str, Mapping[str, Maker]] = {
+    "benchmarks.md": {
+        "engine_vs_transformers": _of_result("engine_vs_transformers", engine_vs_transformers),
+        "disaggregation_cost": _of_result("disaggregation_cost", disaggregation_cost),
+    },
+    "attention.md": attention_tables.TABLES,
 }
-"""Name of a result file (and of its marker in the page) to what makes its table."""
+"""Page to its tables; a table to what makes it."""
 
 
-def provenance(environment: Mapping[str, Any]) -> str:
-    """One line: where, when and with what a result was measured."""
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    dirty = " with changes" if environment["dirty"] else ""
-    threads = "" if environment["threads"] is None else f", {environment['threads']} thread(s)"
-    return (
-        f"`{environment['command']}`, {environment['date']}, commit {environment['commit'][:12]}{dirty}; "
-        f"{environment['cpu']}, {environment['cores']} cores{threads}; Python {environment['python']}, {packages}."
-    )
-
-
-def fill(text: str, results: Path) -> str:
-    """`text` with the content of every marked table made anew from `results`.
+def fill(text: str, tables: Mapping[str, Maker], results: Path) -> str:
+    """`text` with the content of every marked table made anew.
 
     Raises:
         ConfigError: a marker without a table maker, a table without its marker, or a result file that is not there.
     """
     names = [match["name"] for match in _BLOCK.finditer(text)]
-    if sorted(names) != sorted(TABLES):
-        raise ConfigError(f"the page has markers for {sorted(names)}, there are tables for {sorted(TABLES)}")
-
-    def replacement(match: re.Match[str]) -> str:
-        result = _read(results / f"{match['name']}.json")
-        table = TABLES[match["name"]](result)
-        return f"{match[1]}\n{table}\n\n{provenance(result['environment'])}\n\n{match[3]}"
-
-    return _BLOCK.sub(replacement, text)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    return content
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int) -> str:
-    rule = ["---" if column < num_text_columns else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    if sorted(names) != sorted(tables):
+        raise ConfigError(f"the page has markers for {sorted(names)}, there are tables for {sorted(tables)}")
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{tables[match['name']](results)}\n\n{match[3]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables, or check them."""
     parser = argparse.ArgumentParser("tables", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
-    parser.add_argument("--page", type=Path, default=PAGE, help="default: %(default)s")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages; default: %(default)s")
+    parser.add_argument("--page", action="append", choices=tuple(PAGES), help="only this page; may be repeated")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
-        before = args.page.read_text(encoding="utf-8")
-        after = fill(before, args.results)
+        codes = [_write(args.docs / name, PAGES[name], args.results, args.check) for name in args.page or PAGES]
     except (ConfigError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 1
-    if args.check:
-        if before != after:
-            print(f"tables: {args.page} is out of date; run python -m benchmarks.tables", file=sys.stderr)
-        return int(before != after)
-    args.page.write_text(after, encoding="utf-8")
+    return max(codes)
+
+
+def _write(page: Path, tables: Mapping[str, Maker], results: Path, check: bool) -> int:
+    """Write one page, or check it: 1 if it is out of date."""
+    before = page.read_text(encoding="utf-8")
+    after = fill(before, tables, results)
+    if not check:
+        page.write_text(after, encoding="utf-8")
+    elif before != after:
+        print(f"tables: {page} is out of date; run python -m benchmarks.tables", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -39,11 +39,11 @@ def _results(folder: Path, ratio: float = 2.5) -> None:
 
 
 def _run(page: Path, results: Path, *more: str) -> int:
-    return tables.main(["--page", str(page), "--results", str(results), *more])
+    return tables.main(["--docs", str(page.parent), "--page", page.name, "--results", str(results), *more])
 
 
 def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "page.md"
+    page = tmp_path / "benchmarks.md"
     page.write_text(_PAGE)
     _results(tmp_path)
     assert _run(page, tmp_path, "--check") == 1
@@ -61,7 +61,7 @@ def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest
 
 
 def test_a_new_result_makes_the_page_out_of_date(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
+    page = tmp_path / "benchmarks.md"
     page.write_text(_PAGE)
     _results(tmp_path)
     assert _run(page, tmp_path) == 0
@@ -73,7 +73,7 @@ def test_a_new_result_makes_the_page_out_of_date(tmp_path: Path) -> None:
 def test_a_page_without_the_right_markers_is_refused(
     page_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = tmp_path / "page.md"
+    page = tmp_path / "benchmarks.md"
     page.write_text(page_text)
     _results(tmp_path)
     assert _run(page, tmp_path) == 1
@@ -82,11 +82,11 @@ def test_a_page_without_the_right_markers_is_refused(
 
 
 def test_a_missing_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "page.md"
+    page = tmp_path / "benchmarks.md"
     page.write_text(_PAGE)
     assert _run(page, tmp_path) == 1
     assert "cannot read" in capsys.readouterr().err
 
 
-def test_the_page_of_this_repository_is_up_to_date() -> None:
+def test_the_pages_of_this_repository_are_up_to_date() -> None:
     assert tables.main(["--check"]) == 0

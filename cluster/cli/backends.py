@@ -1,0 +1,163 @@
+"""`baton backends`: which attention backends run a model, which would be chosen, and why not the others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from attention.errors import AttentionBackendError
+from attention.measure import measure
+from attention.measurements import FILE_NAME, load_ranking, save_record
+from attention.platform import SIMULATED, Platform
+from attention.priority import candidates
+from attention.registry import BACKENDS, get_backend
+from attention.selector import refusals, select_backend
+from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, Phase
+from cluster.cli.backends_report import Choice, Question, Report, Row, as_json, print_report
+from cluster.config import ServiceConfig, cache_dir, load_config
+from workers.errors import ConfigError
+from workers.models.checkpoint import resolve_checkpoint
+from workers.models.config import DTYPES, ModelConfig
+from workers.models.decoder import attention_specs
+from workers.models.loader import resolve_dtype
+
+_EPILOG = """\
+A backend is taken from BATON_ATTENTION_BACKEND or {prefill,decode}.attention_backend; else it is the one that was
+measured to be the fastest here (--measure); else the first that can run the model, in an order made for the device.
+
+evidence: "ran" means that Baton's tests have run on an H200 (SM 9.0) or on a CPU; what other devices of the family do
+is taken from the kernels' own documentation. (+2) means two more reasons, which --explain shows.
+
+examples:
+  baton backends --model ~/models/llama --measure
+  baton backends --simulate sm90 --kv-cache-dtype fp8 --explain
+"""
+_DEFAULT_NAME = "the shape of Llama 3.1 8B (--model takes another)"
+_DEFAULT_LAYER = AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, scale=128**-0.5)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.description = "Show which attention backend would be chosen for prefill and decode, and why not the others."
+    parser.epilog = _EPILOG
+    parser.add_argument("--simulate", metavar="NAME", help=f"another platform than this one: {', '.join(SIMULATED)}")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--model", metavar="DIR|HUB_ID", help="model to run; default: 32 query and 8 KV heads of 128")
+    parser.add_argument(
+        "--dtype", default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} or auto: the model's own, else bfloat16"
+    )
+    parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens per KV block (%(default)s)")
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="auto stores what the model computes"
+    )
+    parser.add_argument("--explain", action="store_true", help="give every reason, not only the first")
+    parser.add_argument("--measure", action="store_true", help="time the backends here, and keep the result")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    try:
+        device = _device(args)
+        platform = Platform.simulate(args.simulate) if device is None else Platform.of(device)
+        question = _question(args, platform)
+        path = cache_dir() / FILE_NAME
+        if args.measure and device is not None:
+            _measure(question, device, path)
+        report = _answer(question, load_config(), path)
+    except AttentionBackendError as error:
+        raise ConfigError(str(error)) from error
+    if args.json:
+        print(json.dumps(as_json(report), indent=2))
+    else:
+        print_report(report, explain=args.explain)
+    return 0 if all(choice.backend for choice in report.choices.values()) else 1
+
+
+def _device(args: argparse.Namespace) -> torch.device | None:
+    """The device to look at; None when it is simulated."""
+    if args.simulate is not None:
+        if args.measure or args.device is not None:
+            flag = "--measure" if args.measure else "--device"
+            raise ConfigError(f"{flag} is about a device of this machine, --simulate about one that is not here")
+        return None
+    available = torch.cuda.is_available()
+    if args.device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device is {args.device!r}, it must be cpu or cuda")
+    if args.device == "cuda" and not available:
+        raise ConfigError("--device is cuda, and PyTorch sees no such device here")
+    return torch.device(args.device or ("cuda" if available else "cpu"))
+
+
+def _question(args: argparse.Namespace, platform: Platform) -> Question:
+    if args.block_size < 1:
+        raise ConfigError(f"--block-size is {args.block_size}, it must be at least 1")
+    if args.model is not None:
+        config = ModelConfig.from_file(resolve_checkpoint(args.model))
+        name, layers, dtype = args.model, list(attention_specs(config)), resolve_dtype(args.dtype, config)
+    elif args.dtype in ("auto", *DTYPES):
+        name, layers = _DEFAULT_NAME, [_DEFAULT_LAYER]
+        dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    else:
+        raise ConfigError(f"dtype {args.dtype!r} is none of auto, {', '.join(DTYPES)}")
+    if args.kv_cache_dtype == "fp8":
+        layers = [replace(layer, kv_cache_dtype=FP8) for layer in layers]
+    return Question(platform, name, layers, dtype, args.block_size)
+
+
+def _needs(question: Question, phase: Phase) -> list[AttentionNeeds]:
+    """What a worker of that phase asks for; prompts come in chunks."""
+    features = frozenset({Feature.PREFIX}) if phase is Phase.PREFILL else frozenset[Feature]()
+    return [AttentionNeeds(layer, question.dtype, question.block_size, phase, features) for layer in question.layers]
+
+
+def _measure(question: Question, device: torch.device, path: Path) -> None:
+    """Measure every kind of layer and keep the results."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+
+    def report(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    for need in _needs(question, Phase.PREFILL):
+        window = need.spec.sliding_window
+        report(f"measuring on {question.platform}" + (f", window of {window} tokens" if window is not None else ""))
+        record = measure(question.platform, device, need, report=report)
+        try:
+            save_record(path, record)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    report(f"kept in {path}")
+
+
+def _answer(question: Question, config: ServiceConfig, path: Path) -> Report:
+    configured = {Phase.PREFILL: config.prefill.attention_backend, Phase.DECODE: config.decode.attention_backend}
+    choices = {phase: _choose(question, phase, configured[phase], path) for phase in Phase}
+    return Report(question, choices, _rows(question))
+
+
+def _choose(question: Question, phase: Phase, configured: str | None, path: Path) -> Choice:
+    if configured is not None:
+        get_backend(configured)  # a name that does not exist is a mistake, and no reason against the model
+    needs = _needs(question, phase)
+    try:
+        selection = select_backend(question.platform, needs, configured, load_ranking(path, question.platform, needs))
+    except AttentionBackendError as error:
+        return Choice(None, "all refuse" if configured is None else str(error))
+    return Choice(selection.backend.name, selection.because)
+
+
+def _rows(question: Question) -> list[Row]:
+    """Every backend; first those that are tried on the platform, in that order."""
+    needs = {phase: _needs(question, phase) for phase in Phase}
+    tried = [name for kinds in needs.values() for need in kinds for name in candidates(question.platform, need)]
+    rows = []
+    for name in dict.fromkeys([*tried, *BACKENDS]):
+        evidence = get_backend(name).capabilities.evidence(question.platform)
+        rows.append(Row(name, evidence, {phase: refusals(name, question.platform, needs[phase]) for phase in Phase}))
+    return rows
