@@ -56,18 +56,31 @@ class ServerConfig:
 class PoolConfig:
     """A pool of equal workers.
 
-    A worker's KV cache has `num_blocks` blocks, or as many as fit in `kv_cache_gb`, or a share of the device's memory.
+    A worker's KV cache has `num_blocks` blocks, or as many as fit in `kv_cache_gb`, or what `gpu_memory_utilization`
+    leaves of a GPU's memory, or a share of the host's.
     """
 
     replicas: int = _setting(1, "workers in the pool", low=1)
     num_cpus: float = _setting(1.0, "CPUs that Ray reserves for a worker", low=0)
-    num_gpus: float | None = _setting(None, "GPUs that Ray reserves for a worker; default: 1 on cuda, else 0", low=0)
+    num_gpus: float | None = _setting(
+        None,
+        "GPUs that Ray reserves for a worker; default: on cuda 1, or a part where there are too few",
+        low=0,
+    )
     device: str = _setting(
-        "auto", "auto, cpu or cuda; auto takes a GPU where Ray has one", choices=("auto", "cpu", "cuda")
+        "auto", "auto, cpu or cuda; auto takes the GPUs that Ray has", choices=("auto", "cpu", "cuda")
+    )
+    gpu_memory_utilization: float | None = _setting(
+        None,
+        "share of a GPU's memory for a worker; default: 0.9, or a part of it where workers share",
+        above=0,
+        high=1,
     )
     threads: int | None = _setting(None, "CPU threads of a worker; default: its share of the cores", low=1)
     attention_backend: str | None = _setting(None, "backend by name, such as FLASHINFER; default: the best that runs")
-    block_size: int = _setting(16, "tokens per KV block", low=1, high=1024)
+    enforce_eager: bool = _setting(False, "run the model without CUDA graphs")
+    block_size: int | None = _setting(None, "tokens per KV block; default: 64 on cuda, else 16", low=1, high=1024)
+    kv_cache_dtype: str = _setting("auto", "auto as the model computes, fp8 for half the size", choices=("auto", "fp8"))
     kv_cache_gb: float | None = _setting(None, "size of a worker's KV cache in GB (10^9 bytes)", above=0)
     num_blocks: int | None = _setting(None, "size of a worker's KV cache in blocks", low=1)
     max_num_seqs: int = _setting(16, "sequences in a batch", low=1)
@@ -113,6 +126,7 @@ class ServiceConfig:
 SECTIONS: dict[str, type[Any]] = get_type_hints(ServiceConfig)
 
 CLIENT_TOKEN_VARIABLE = "BATON_TOKEN"
+CACHE_VARIABLE = "BATON_CACHE_DIR"
 _BACKEND_VARIABLE = "BATON_ATTENTION_BACKEND"
 _PREFIX = "BATON_"
 
@@ -146,6 +160,14 @@ def load_config(
 def client_token(environ: Mapping[str, str] | None = None) -> str | None:
     """The bearer token that client commands send, from BATON_TOKEN; None when it is not set."""
     return (os.environ if environ is None else environ).get(CLIENT_TOKEN_VARIABLE) or None
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where Baton keeps what it can find again: BATON_CACHE_DIR, else baton/ in XDG_CACHE_HOME, else ~/.cache/baton."""
+    variables = os.environ if environ is None else environ
+    if given := variables.get(CACHE_VARIABLE):
+        return Path(given).expanduser()
+    return Path(variables.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "baton"
 
 
 def split_key(key: str) -> tuple[str, str]:

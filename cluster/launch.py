@@ -14,13 +14,16 @@ from functools import partial
 from pathlib import Path
 
 import ray
+import torch
 
-from attention.registry import PRIORITY
-from cluster.api import ModelInfo
-from cluster.config import PoolConfig, ServiceConfig
+from attention.kv_cache import KVCacheSpec
+from attention.measurements import FILE_NAME
+from cluster.api import ModelInfo, WorkerStatus
+from cluster.config import PoolConfig, ServiceConfig, cache_dir
 from cluster.engine import ServingEngine
 from cluster.generation import Generation
 from cluster.inprocess import InProcessWorker
+from cluster.placement import Placement, place_pools
 from cluster.ray_worker import RayWorker
 from cluster.recall import SHIPPED_MODEL
 from cluster.text.tokenizer import Tokenizer
@@ -30,13 +33,13 @@ from workers.config import WorkerConfig
 from workers.errors import ConfigError
 from workers.models.checkpoint import resolve_checkpoint
 from workers.models.config import ModelConfig
-from workers.models.loader import resolve_dtype
+from workers.models.loader import KV_CACHE_DTYPES, model_bytes, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_TIMEOUT_S = 20.0
 _REACH_TIMEOUT_S = 5.0
-_Spawn = Callable[[WorkerConfig, PoolConfig], WorkerHandle]
+_Spawn = Callable[[WorkerConfig, PoolConfig, Placement], WorkerHandle]
 
 
 @dataclass(frozen=True)
@@ -73,31 +76,34 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     async with contextlib.AsyncExitStack() as stack:
         if config.handoff.connector == "local":
             spawn: _Spawn = partial(_spawn_in_process, fabric=LocalFabric())
+            gpus = None
         else:
             local = await asyncio.to_thread(_start_ray, config, report)
             stack.push_async_callback(asyncio.to_thread, ray.shutdown)
             env = _worker_environment(local)
             spawn = partial(_spawn_actor, env=env)
+            gpus = ray.cluster_resources().get("GPU", 0.0)
+        prefill, decode = place_pools(config, gpus)
+        dtype = resolve_dtype(config.model.dtype, model)
         engine = ServingEngine(
-            _places(config, "prefill", config.prefill, folder, spawn),
-            _places(config, "decode", config.decode, folder, spawn),
+            _places(config, "prefill", config.prefill, prefill, folder, spawn),
+            _places(config, "decode", config.decode, decode, folder, spawn),
             max_queue=config.server.max_queue,
             progress=_loading_lines(report),
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         report(
-            f"loading {folder.name} into {config.prefill.replicas} prefill and {config.decode.replicas} decode workers"
+            f"loading {folder.name} into {config.prefill.replicas} prefill workers on {prefill.device} and "
+            f"{config.decode.replicas} decode workers on {decode.device}, {_size(model_bytes(model, dtype))} each"
         )
         await engine.start()
         for worker in engine.workers():
-            report(
-                f"{worker.role} worker {worker.engine_id} on {worker.device}: {worker.attention_backend}, "
-                f"{worker.load.total_blocks} KV blocks of {worker.block_size} tokens"
-            )
+            pool = config.prefill if worker.role == "prefill" else config.decode
+            report(_worker_line(worker, model, KV_CACHE_DTYPES[pool.kv_cache_dtype] or dtype))
         info = ModelInfo(
             name=config.model.served_name or Path(path).name,
             architecture=model.family,
-            dtype=str(resolve_dtype(config.model.dtype, model)).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             max_model_len=engine.max_model_len,
             vocab_size=model.vocab_size,
             eos_token_ids=model.eos_token_ids,
@@ -110,28 +116,37 @@ def _places(
     config: ServiceConfig,
     role: str,
     pool: PoolConfig,
+    placement: Placement,
     folder: Path,
     spawn: _Spawn,
 ) -> list[Callable[[], WorkerHandle]]:
     """For every place in a pool, how to make a worker for it."""
-    return [partial(spawn, _worker_config(config, role, pool, folder, number), pool) for number in range(pool.replicas)]
+    return [
+        partial(spawn, _worker_config(config, role, pool, placement, folder, number), pool, placement)
+        for number in range(pool.replicas)
+    ]
 
 
-def _worker_config(config: ServiceConfig, role: str, pool: PoolConfig, folder: Path, number: int) -> WorkerConfig:
+def _worker_config(
+    config: ServiceConfig, role: str, pool: PoolConfig, placement: Placement, folder: Path, number: int
+) -> WorkerConfig:
     workers = config.prefill.replicas + config.decode.replicas
-    device = _device(pool, workers)
     return WorkerConfig(
         name=f"{role}-{number}",
         role=role,
         model=str(folder),
         dtype=config.model.dtype,
         load_format=config.model.load_format,
-        device=device,
+        device=placement.device,
         threads=pool.threads or max(1, (os.cpu_count() or 1) // workers),
         attention_backend=pool.attention_backend,
-        block_size=pool.block_size,
+        block_size=placement.block_size,
         num_blocks=pool.num_blocks,
         kv_cache_bytes=int(pool.kv_cache_gb * 1e9) if pool.kv_cache_gb is not None else None,
+        kv_cache_dtype=pool.kv_cache_dtype,
+        gpu_memory_utilization=placement.gpu_memory_utilization,
+        enforce_eager=pool.enforce_eager,
+        attention_measurements=str(cache_dir() / FILE_NAME),
         max_model_len=config.model.max_model_len,
         max_num_seqs=pool.max_num_seqs,
         max_num_batched_tokens=pool.max_num_batched_tokens,
@@ -140,22 +155,29 @@ def _worker_config(config: ServiceConfig, role: str, pool: PoolConfig, folder: P
     )
 
 
-def _device(pool: PoolConfig, workers: int) -> str:
-    """The pool's device; `auto` takes the GPUs of the Ray cluster if every worker of the service gets one."""
-    if pool.device != "auto":
-        return pool.device
-    gpus = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
-    return "cuda" if gpus >= workers and "cuda" in PRIORITY else "cpu"
-
-
-def _spawn_in_process(worker: WorkerConfig, _: PoolConfig, *, fabric: LocalFabric) -> InProcessWorker:
+def _spawn_in_process(
+    worker: WorkerConfig, pool: PoolConfig, placement: Placement, *, fabric: LocalFabric
+) -> InProcessWorker:
     return InProcessWorker(worker, fabric)
 
 
-def _spawn_actor(worker: WorkerConfig, pool: PoolConfig, *, env: dict[str, str]) -> RayWorker:
-    num_gpus = pool.num_gpus if pool.num_gpus is not None else float(worker.device == "cuda")
+def _spawn_actor(worker: WorkerConfig, pool: PoolConfig, placement: Placement, *, env: dict[str, str]) -> RayWorker:
     threads = {"OMP_NUM_THREADS": str(worker.threads)} if worker.threads else {}
-    return RayWorker(worker, num_cpus=pool.num_cpus, num_gpus=num_gpus, env={**env, **threads})
+    return RayWorker(worker, num_cpus=pool.num_cpus, num_gpus=placement.num_gpus, env={**env, **threads})
+
+
+def _worker_line(worker: WorkerStatus, model: ModelConfig, kv_dtype: torch.dtype) -> str:
+    """What a worker that is ready has: its device, its backend and its KV cache."""
+    blocks, size = worker.load.total_blocks, worker.block_size
+    spec = KVCacheSpec(model.num_layers, model.num_kv_heads, model.head_size, size, kv_dtype)
+    return (
+        f"{worker.role} worker {worker.engine_id} on {worker.device}: {worker.attention_backend}, "
+        f"{blocks} KV blocks of {size} tokens ({blocks * size} tokens, {_size(blocks * spec.bytes_per_block)})"
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:

@@ -21,6 +21,10 @@ class WorkerConfig:
         block_size: tokens in a KV block.
         num_blocks: of the KV cache; None derives it from `kv_cache_bytes`, or else from the free memory.
         kv_cache_bytes: size of the KV cache; None derives it from the free memory.
+        kv_cache_dtype: auto (as the activations) or fp8.
+        gpu_memory_utilization: the share of a GPU's whole memory that this worker may use, all it holds there included.
+        enforce_eager: run the model without CUDA graphs.
+        attention_measurements: file of measured attention backends; None: the choice follows their priority.
         max_model_len: tokens of prompt and output together; None takes the model's own.
         max_num_seqs: sequences in one batch.
         max_num_batched_tokens: token budget of one prefill step.
@@ -39,6 +43,10 @@ class WorkerConfig:
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    attention_measurements: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048

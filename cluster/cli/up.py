@@ -39,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention-backend", metavar="NAME", help="of both pools ({prefill,decode}.attention_backend)"
     )
+    parser.add_argument("--load-format", metavar="NAME", help="dummy draws random weights (model.load_format)")
+    parser.add_argument("--kv-cache-dtype", metavar="NAME", help="auto or fp8 ({prefill,decode}.kv_cache_dtype)")
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        metavar="SHARE",
+        help="of a GPU, for each worker ({prefill,decode}.gpu_memory_utilization)",
+    )
+    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs ({prefill,decode}.enforce_eager)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
     parser.add_argument("--verbose", action="store_true", help="log what happens inside")
 
@@ -60,12 +68,15 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
     """
     flags = {
         "model.path": args.model,
+        "model.load_format": args.load_format,
         "server.host": args.host,
         "server.port": args.port,
         "prefill.replicas": args.prefill,
         "decode.replicas": args.decode,
-        "prefill.attention_backend": args.attention_backend,
-        "decode.attention_backend": args.attention_backend,
+        **_of_both_pools("attention_backend", args.attention_backend),
+        **_of_both_pools("kv_cache_dtype", args.kv_cache_dtype),
+        **_of_both_pools("gpu_memory_utilization", args.gpu_memory_utilization),
+        **_of_both_pools("enforce_eager", "true" if args.enforce_eager else None),
     }
     overrides = {key: value for key, value in flags.items() if value is not None}
     for setting in args.set:
@@ -74,6 +85,10 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
             raise ConfigError(f"--set {setting} must be KEY=VALUE, such as --set server.port=50052")
         overrides[key.strip()] = value
     return overrides
+
+
+def _of_both_pools(name: str, value: str | None) -> dict[str, str | None]:
+    return {f"{pool}.{name}": value for pool in ("prefill", "decode")}
 
 
 async def _until_signal(config: ServiceConfig) -> None:

@@ -27,7 +27,7 @@ def test_command_line_beats_environment_beats_file(tmp_path: Path) -> None:
     assert config.server.host == "0.0.0.0"
     assert config.server.port == 3
     assert (config.prefill.block_size, config.prefill.replicas) == (32, 3)
-    assert config.decode.block_size == 16
+    assert config.decode.block_size is None
 
 
 def test_attention_backend_variable_sets_both_pools_and_the_longer_name_beats_it() -> None:
@@ -44,6 +44,12 @@ def test_attention_backend_variable_sets_both_pools_and_the_longer_name_beats_it
         ("prefill.num_cpus", "2", 2.0),
         ("decode.num_blocks", "128", 128),
         ("decode.num_blocks", "none", None),
+        ("decode.block_size", "128", 128),
+        ("decode.block_size", "none", None),
+        ("prefill.gpu_memory_utilization", "0.45", 0.45),
+        ("prefill.gpu_memory_utilization", "1", 1.0),
+        ("prefill.kv_cache_dtype", "fp8", "fp8"),
+        ("decode.enforce_eager", "true", True),
         ("server.auth_token", "1234", "1234"),
         ("model.path", "org/name=with=equals", "org/name=with=equals"),
     ],
@@ -110,6 +116,10 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path, text: str, message
         ("server.default_timeout_s", "0", r"it must be .*more than 0"),
         ("server.default_timeout_s", "nan", r"server\.default_timeout_s is nan"),
         ("decode.kv_cache_gb", "inf", r"decode\.kv_cache_gb is inf"),
+        ("prefill.gpu_memory_utilization", "0", r"prefill\.gpu_memory_utilization is 0\.0, it must be .*more than 0"),
+        ("decode.gpu_memory_utilization", "90", r"decode\.gpu_memory_utilization is 90\.0, .*at most 1"),
+        ("decode.kv_cache_dtype", "int8", r"'int8', it must be one of auto, fp8"),
+        ("decode.block_size", "0", r"decode\.block_size is 0, it must be at least 1"),
         ("model.dtype", "int8", r"'int8', it must be one of auto, float32, bfloat16, float16"),
         ("server.port", "many", r"server\.port is 'many', it must be a whole number"),
     ],

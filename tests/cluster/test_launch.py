@@ -67,4 +67,6 @@ async def test_a_whole_service_in_one_process(tiny_checkpoint, reference_greedy)
         stream = service.engine.generate(EngineRequest("r", prompt, sampling, 30.0))
         tokens = [token.token_id async for chunk in stream for token in chunk.tokens]
     assert tokens == reference_greedy(checkpoint, list(prompt), 9)
-    assert any("KV blocks of 16 tokens" in line for line in lines)
+    assert any("into 1 prefill workers on cpu and 1 decode workers on cpu, 0." in line for line in lines)
+    # Full batches of 256 tokens; a token has keys and values of 2 heads of 32 floats in each of 3 layers.
+    assert any("256 KV blocks of 16 tokens (4096 tokens, 6.3 MB)" in line for line in lines)

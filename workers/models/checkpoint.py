@@ -1,9 +1,9 @@
-"""Checkpoints in Hugging Face format: finding the folder, and reading the tensors in it."""
+"""Checkpoints in Hugging Face format: finding the folder, and where in its files each tensor lies."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,29 @@ from workers.models.config_reader import read_json
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _WANTED = ["*.json", "model*.safetensors", "*.jinja"]
+_LENGTH_BYTES = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 
 
 @dataclass(frozen=True)
-class CheckpointTensor:
-    """One tensor as stored, and the file that it lies in."""
+class StoredTensor:
+    """Where one tensor of a checkpoint lies.
+
+    Attributes:
+        file: the file.
+        name: the tensor's.
+        dtype: as safetensors writes it, such as "BF16".
+        shape: its own.
+        offset: of its first byte in the file; the elements follow each other in row-major order.
+        nbytes: how many bytes it has.
+    """
 
     file: Path
     name: str
-    tensor: torch.Tensor
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
 
 
 def resolve_checkpoint(model: str) -> Path:
@@ -76,16 +89,43 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def iter_weights(folder: Path) -> Iterator[CheckpointTensor]:
-    """Every tensor of a checkpoint, one at a time, on the CPU and in the dtype it is stored in.
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of a checkpoint, in the order in which they lie in its files. Reads the files' headers only.
 
     Raises:
         CheckpointError: as `weight_files`, or a file is truncated or not safetensors; names the file.
     """
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield CheckpointTensor(file, name, opened.get_tensor(name))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    return [tensor for file in weight_files(folder) for tensor in _tensors_of(file)]
+
+
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """One tensor, on the CPU and in the dtype it is stored in.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with safe_open(stored.file, framework="pt", device="cpu") as opened:
+            tensor: torch.Tensor = opened.get_tensor(stored.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{stored.file}: tensor {stored.name} cannot be read: {error}") from error
+    return tensor
+
+
+def _tensors_of(file: Path) -> list[StoredTensor]:
+    """From the header: its length in 8 bytes, then JSON that places each tensor in the bytes that follow it."""
+    try:
+        with safe_open(file, framework="pt", device="cpu"):
+            pass  # its header makes sense, and the file is as long as the header says
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            header = json.loads(opened.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    tensors = []
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        offset = _LENGTH_BYTES + length + begin
+        tensors.append(StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), offset, end - begin))
+    return sorted(tensors, key=lambda tensor: tensor.offset)

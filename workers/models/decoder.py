@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from attention.backend import AttentionBackend, AttentionMetadata, AttentionSpec
+from attention.backend import AttentionBackend, AttentionMetadata, KVScales
+from attention.forward_context import ForwardContext, forward_context
 from attention.kv_cache import KVCacheSpec
+from attention.layer import Attention
+from attention.metadata import CommonAttentionMetadata
+from attention.spec import AttentionSpec
+from workers.fused_ops.rope import CacheWrite
 from workers.models.config import ModelConfig
 from workers.models.layers import GatedMLP, Linear, RMSNorm, empty_parameter, pack_weight, packed_linear
-from workers.models.rope import Rotary
+from workers.models.rotation import Rotation, make_rotation
 
 
-def attention_spec(config: ModelConfig, sliding_window: int | None) -> AttentionSpec:
+def attention_spec(
+    config: ModelConfig, sliding_window: int | None, kv_cache_dtype: torch.dtype | None = None
+) -> AttentionSpec:
     """What the layers of `config` with that window ask of an attention backend."""
     return AttentionSpec(
-        config.num_heads, config.num_kv_heads, config.head_size, config.head_size**-0.5, sliding_window
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_size,
+        config.head_size**-0.5,
+        sliding_window,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream.
+def attention_specs(config: ModelConfig, kv_cache_dtype: torch.dtype | None = None) -> Sequence[AttentionSpec]:
+    """Every kind of attention layer in `config`, once."""
+    return [attention_spec(config, window, kv_cache_dtype) for window in dict.fromkeys(config.sliding_windows)]
 
-    The two steps are separate methods so that the caller can act in between, when the layer's keys and values are
-    complete.
-    """
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(
         self,
         config: ModelConfig,
-        sliding_window: int | None,
-        backend: type[AttentionBackend],
-        rotary: Rotary,
+        attention: Attention,
+        rotation: Rotation,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.sliding_window = sliding_window
-        self._rotary = rotary
-        self._attention = backend.impl_class(attention_spec(config, sliding_window))
-        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
+        self.attention = attention
+        self._rotation = rotation
         self._head_size = config.head_size
         rotated = config.num_heads + config.num_kv_heads
         eps = config.rms_norm_eps
@@ -56,28 +67,19 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype, device=device)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, device)
 
-    def attend(
-        self,
-        hidden: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        kv_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        plan: object,
-    ) -> torch.Tensor:
-        """Put this batch's keys and values in the layer's cache and attend: (T, hidden_size) to (T, Hq * D)."""
-        qkv = self.qkv_proj(self.input_norm(hidden)).view(hidden.shape[0], -1, self._head_size)
-        rotated = self._num_heads + self._num_kv_heads
-        query_key = qkv[:, :rotated]
-        if self.qk_norm is not None:
-            query_key = self.qk_norm(query_key)
-        query_key = self._rotary.rotate(query_key, angles)
-        query, key = query_key[:, : self._num_heads], query_key[:, self._num_heads :]
-        return self._attention.forward(query, key, qkv[:, rotated:], kv_cache, metadata, plan).flatten(1)
+    def forward(self, hidden: torch.Tensor, prepared: Any, cache: CacheWrite | None) -> torch.Tensor:
+        """(T, hidden_size) to the same, the residual stream, which may be overwritten; inside a `forward_context`.
 
-    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Add what was attended, then the MLP, to the residual stream `hidden` (T, hidden_size)."""
-        hidden = self.o_proj.add_to(hidden, attended)
+        `prepared` is what the rotation made of the batch's positions; `cache` is where it stores keys and values, None
+        where attention does.
+        """
+        hidden = self.o_proj.add_to(hidden, self._attend(hidden, prepared, cache))
         return self.mlp.add_to(hidden, self.post_attention_norm(hidden))
+
+    def _attend(self, hidden: torch.Tensor, prepared: Any, cache: CacheWrite | None) -> torch.Tensor:
+        qkv = self.qkv_proj(self.input_norm(hidden)).view(hidden.shape[0], -1, self._head_size)
+        attended: torch.Tensor = self.attention(*self._rotation.apply(qkv, prepared, self.qk_norm, cache))
+        return attended.flatten(1)
 
 
 class Decoder(nn.Module):
@@ -87,8 +89,10 @@ class Decoder(nn.Module):
         config: the architecture.
         backend: how its layers attend.
         block_size: tokens in a KV block.
-        dtype: of weights, activations and the KV cache.
+        dtype: of weights and activations.
         device: where it runs.
+        kv_cache_dtype: what keys and values are stored as; None: `dtype`. The scales of an FP8 cache are 1 until
+            `set_kv_scales`: never found by looking, because two workers that share a cache must use the same.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Decoder(nn.Module):
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -105,11 +110,25 @@ class Decoder(nn.Module):
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
-        self._windows = tuple(dict.fromkeys(config.sliding_windows))
-        self._rotary = Rotary(config.rope, config.head_size, dtype, device)
+        self.kv_cache_dtype = kv_cache_dtype
+        self._rotation = make_rotation(config, dtype, device)
         self.embed_tokens = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self._attention = {
+            f"layers.{i}": Attention(
+                attention_spec(config, window, kv_cache_dtype), backend, f"layers.{i}", kv_scales=KVScales()
+            )
+            for i, window in enumerate(config.sliding_windows)
+        }
+        self._builders = [
+            (
+                backend.builder_class(spec, dtype, block_size, device),
+                [name for name, attention in self._attention.items() if attention.spec == spec],
+            )
+            for spec in attention_specs(config, kv_cache_dtype)
+        ]
+        self._layer_index = {name: i for i, name in enumerate(self._attention)}
         self._in_order = [
-            DecoderLayer(config, window, backend, self._rotary, dtype, device) for window in config.sliding_windows
+            DecoderLayer(config, attention, self._rotation, dtype, device) for attention in self._attention.values()
         ]
         self.layers = nn.ModuleList(self._in_order)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, device=device)
@@ -123,8 +142,17 @@ class Decoder(nn.Module):
     @property
     def kv_cache_spec(self) -> KVCacheSpec:
         """The KV cache that `forward` expects."""
-        config = self.config
-        return KVCacheSpec(config.num_layers, config.num_kv_heads, config.head_size, self.block_size, self.dtype)
+        config, dtype = self.config, self.kv_cache_dtype or self.dtype
+        return KVCacheSpec(config.num_layers, config.num_kv_heads, config.head_size, self.block_size, dtype)
+
+    def set_kv_scales(self, layer: int, scales: KVScales) -> None:
+        """Use these scales for a layer's FP8 cache, as its checkpoint says; before anything is in the cache."""
+        self._in_order[layer].attention.impl.kv_scales = scales
+
+    @property
+    def decodes_in_graphs(self) -> bool:
+        """Whether `forward` can be captured in a CUDA graph for batches of one token each."""
+        return all(builder.graph_safe_decode for builder, _ in self._builders)
 
     def pack(self) -> None:
         """Bring the weights into the order that the device's kernels read fastest; after this none can be loaded.
@@ -142,7 +170,7 @@ class Decoder(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: AttentionMetadata,
+        metadata: CommonAttentionMetadata,
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Run one batch through the model.
@@ -158,26 +186,57 @@ class Decoder(nn.Module):
         Returns:
             (T, hidden_size), normalised, for `compute_logits`.
         """
-        plans = {
-            window: self.backend.plan(attention_spec(self.config, window), metadata, self.block_size)
-            for window in self._windows
-        }
-        angles = self._rotary.angles(positions)
+        prepared = self._rotation.prepare(positions)
         hidden = F.embedding(input_ids, self.embed_tokens)
-        for i, (layer, layer_cache) in enumerate(zip(self._in_order, kv_cache.unbind(0), strict=True)):
-            attended = layer.attend(hidden, angles, layer_cache, metadata, plans[layer.sliding_window])
-            if on_layer is not None:
-                on_layer(i)
-            hidden = layer.finish(hidden, attended)
+        with forward_context(self._context(kv_cache, metadata, on_layer)):
+            for layer, cache in zip(self._in_order, self._cache_writes(kv_cache, metadata), strict=True):
+                hidden = layer(hidden, prepared, cache)
         normalized: torch.Tensor = self.norm(hidden)
         return normalized
 
+    def _cache_writes(self, kv_cache: torch.Tensor, common: CommonAttentionMetadata) -> Sequence[CacheWrite | None]:
+        """For each layer, where its rotation stores keys and values; None where attention does.
+
+        In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache.
+        """
+        if not (self._rotation.can_store and common.decode_only):
+            return (None,) * len(self._in_order)
+        return [
+            CacheWrite(cache, common.slot_mapping, layer.attention.impl.kv_scales)
+            for cache, layer in zip(kv_cache.unbind(0), self._in_order, strict=True)
+        ]
+
+    def _context(
+        self, kv_cache: torch.Tensor, common: CommonAttentionMetadata, on_layer: Callable[[int], None] | None
+    ) -> ForwardContext:
+        metadata: dict[str, AttentionMetadata] = {}
+        for builder, names in self._builders:
+            metadata.update(dict.fromkeys(names, builder.build(common)))
+        return ForwardContext(
+            layers=self._attention,
+            metadata=metadata,
+            kv_caches=dict(zip(self._attention, kv_cache.unbind(0), strict=True)),
+            save_layer=None if on_layer is None else lambda name: on_layer(self._layer_index[name]),
+        )
+
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, hidden_size) from `forward` to (N, vocab_size) float32."""
+        return self.project(hidden).float()
+
+    def project(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, hidden_size) from `forward` to (N, vocab_size) logits in the model's dtype.
+
+        Args:
+            hidden: what `forward` returned, or some of its rows.
+            out: where to write, of the result's shape and dtype. None: a new tensor.
+        """
+        weight = self.embed_tokens if self.lm_head is None else self.lm_head.weight
+        if out is not None and weight is not None and self._packed_embeddings is None:
+            return torch.mm(hidden, weight.t(), out=out)
         if self.lm_head is not None:
             logits: torch.Tensor = self.lm_head(hidden)
         elif self._packed_embeddings is not None:
             logits = packed_linear(hidden, self._packed_embeddings, None)
         else:
             logits = F.linear(hidden, self.embed_tokens)
-        return logits.float()
+        return logits if out is None else out.copy_(logits)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from attention.backend import AttentionBackend
 from attention.errors import AttentionBackendError
-from attention.selector import select_backend
+from attention.measurements import load_ranking
+from attention.platform import Platform
+from attention.selector import log_selection, select_backend
+from attention.spec import FP8, AttentionNeeds, Feature, Phase
 from workers.errors import CheckpointError, ConfigError
-from workers.models.checkpoint import CheckpointTensor, iter_weights, resolve_checkpoint, weight_files
+from workers.models.checkpoint import StoredTensor, resolve_checkpoint, stored_tensors, weight_files
 from workers.models.config import DTYPES, ModelConfig
-from workers.models.decoder import Decoder, attention_spec
+from workers.models.decoder import Decoder, attention_specs
+from workers.models.kv_scales import Place, kv_scale_place, read_kv_scales
+from workers.models.weight_stream import FLOATS, Placement, load_tensors
 from workers.models.weights import is_unused, weight_targets
 
 LOAD_FORMATS = ("auto", "dummy")
+KV_CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": FP8}
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes of all weight files."""
@@ -43,6 +51,9 @@ def load_model(
     progress: Progress | None = None,
     load_format: str = "auto",
     seed: int = 0,
+    phase: Phase | None = None,
+    kv_cache_dtype: str = "auto",
+    measurements: Path | None = None,
 ) -> Decoder:
     """Load a model.
 
@@ -55,22 +66,36 @@ def load_model(
         progress: told how far reading is.
         load_format: auto reads the weights; dummy draws them at random, so that config.json is enough.
         seed: of the random weights.
+        phase: the batches that will come, for the choice of a backend; None: any.
+        kv_cache_dtype: auto (as the activations) or fp8, with the checkpoint's scales where it has them, else 1.
+        measurements: where `baton backends --measure` keeps its result, which the choice of a backend follows.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or of a kind that Baton does not run.
-        ConfigError: an unknown dtype, load format or attention backend, or none that can run this model here.
+        ConfigError: an unknown dtype, load format or attention backend, none that can run this model here, or a model
+            that does not fit the GPU.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format {load_format!r} is none of {', '.join(LOAD_FORMATS)}")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is none of {', '.join(KV_CACHE_DTYPES)}")
     folder = resolve_checkpoint(str(model))
     config = ModelConfig.from_file(folder)
     resolved, device = resolve_dtype(dtype, config), torch.device(device)
-    specs = [attention_spec(config, window) for window in dict.fromkeys(config.sliding_windows)]
+    cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
+    # A prompt can be longer than a step: its later chunks attend to a prefix that is in the cache.
+    features = frozenset({Feature.PREFIX}) if phase is not Phase.DECODE else frozenset[Feature]()
+    specs = attention_specs(config, cache_dtype)
+    needs = [AttentionNeeds(spec, resolved, block_size, phase, features) for spec in specs]
+    backend = _choose_backend(needs, device, backend_name, measurements)
     try:
-        backend = select_backend(device, resolved, specs, block_size, backend_name).backend
-    except AttentionBackendError as error:
-        raise ConfigError(str(error)) from error
-    decoder = Decoder(config, backend, block_size, resolved, device)
+        decoder = Decoder(config, backend, block_size, resolved, device, cache_dtype)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ConfigError(
+            f"the model's weights take {model_bytes(config, resolved) / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB "
+            f"free of {total / 1e9:.1f} GB"
+        ) from error
     with torch.inference_mode():
         if load_format == "dummy":
             fill_randomly(decoder, seed)
@@ -78,6 +103,24 @@ def load_model(
             load_weights(decoder, folder, progress)
         decoder.pack()
     return decoder
+
+
+def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights when they are loaded in `dtype`."""
+    return dtype.itemsize * sum(math.prod(target.shape) for target in weight_targets(config).values())
+
+
+def _choose_backend(
+    needs: Sequence[AttentionNeeds], device: torch.device, name: str | None, measurements: Path | None
+) -> type[AttentionBackend]:
+    platform = Platform.of(device)
+    fastest = load_ranking(measurements, platform, needs) if measurements is not None else ()
+    try:
+        selection = select_backend(platform, needs, name, fastest)
+    except AttentionBackendError as error:
+        raise ConfigError(str(error)) from error
+    log_selection(selection, str(needs[0].phase or "the model"))
+    return selection.backend
 
 
 def fill_randomly(decoder: Decoder, seed: int) -> None:
@@ -93,42 +136,57 @@ def fill_randomly(decoder: Decoder, seed: int) -> None:
 
 
 def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = None) -> None:
-    """Fill a decoder's parameters from a checkpoint, converting to their dtype.
+    """Fill a decoder's parameters from a checkpoint, converting to their dtype, and take the scales of an FP8 KV cache.
+
+    The whole checkpoint is checked by its headers before any of it is read.
 
     Raises:
         CheckpointError: a file or tensor is missing, misshapen or unknown; names file and tensor.
     """
-    targets = weight_targets(decoder.config)
-    parameters = dict(decoder.named_parameters())
-    files = weight_files(folder)
-    total = sum(file.stat().st_size for file in files)
+    placements, scales = _places(decoder, folder)
+    total = sum(file.stat().st_size for file in weight_files(folder))
     read = 0
-    for stored in iter_weights(folder):
-        read += stored.tensor.nbytes
+
+    def count(num_bytes: int) -> None:
+        nonlocal read
+        read += num_bytes
         if progress is not None:
             progress(read, total)
-        if stored.name not in targets:
-            if is_unused(stored.name, decoder.config):
-                continue
-            raise CheckpointError(
-                f"{stored.file}: tensor {stored.name} has no place in a {decoder.config.family} model"
-            )
-        target = targets.pop(stored.name)
-        _check_tensor(stored, target.shape)
-        parameters[target.parameter][target.begin : target.end].copy_(stored.tensor)
-    if targets:
-        where = files[0] if len(files) == 1 else folder
-        first, more = next(iter(targets)), len(targets) - 1
-        raise CheckpointError(f"{where}: tensor {first} is missing" + (f", and {more} more" if more else ""))
+
+    load_tensors(placements, decoder.device, count)
+    if decoder.kv_cache_dtype == FP8:
+        for layer, layer_scales in read_kv_scales(scales).items():
+            decoder.set_kv_scales(layer, layer_scales)
     if progress is not None:
         progress(total, total)
 
 
-def _check_tensor(stored: CheckpointTensor, shape: tuple[int, ...]) -> None:
-    found = tuple(stored.tensor.shape)
-    if found != shape:
-        raise CheckpointError(f"{stored.file}: tensor {stored.name} has shape {found} where {shape} is expected")
-    if not stored.tensor.is_floating_point() or stored.tensor.dtype.itemsize < 2:
+def _places(decoder: Decoder, folder: Path) -> tuple[list[Placement], dict[Place, StoredTensor]]:
+    """Where every tensor of a checkpoint goes, and the scales among them."""
+    config, targets, parameters = decoder.config, weight_targets(decoder.config), dict(decoder.named_parameters())
+    placements: list[Placement] = []
+    scales: dict[Place, StoredTensor] = {}
+    for stored in stored_tensors(folder):
+        target = targets.pop(stored.name, None)
+        if target is not None:
+            _check_tensor(stored, target.shape)
+            placements.append(Placement(stored, parameters[target.parameter][target.begin : target.end]))
+        elif (place := kv_scale_place(stored.name, config.num_layers)) is not None:
+            scales[place] = stored
+        elif not is_unused(stored.name, config):
+            raise CheckpointError(f"{stored.file}: tensor {stored.name} has no place in a {config.family} model")
+    if targets:
+        files = weight_files(folder)
+        where = files[0] if len(files) == 1 else folder
+        first, more = next(iter(targets)), len(targets) - 1
+        raise CheckpointError(f"{where}: tensor {first} is missing" + (f", and {more} more" if more else ""))
+    return placements, scales
+
+
+def _check_tensor(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise CheckpointError(f"{stored.file}: tensor {stored.name} has shape {stored.shape} where {shape} is expected")
+    if stored.dtype not in FLOATS:
         raise CheckpointError(
-            f"{stored.file}: tensor {stored.name} has dtype {stored.tensor.dtype}, not a float of 16+ bits"
+            f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}, it must be one of {', '.join(FLOATS)}"
         )

@@ -1,0 +1,78 @@
+"""Which devices the workers get, and how they share them."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config import load_config
+from cluster.placement import Placement, place_pools
+from workers.errors import ConfigError
+
+
+def placed(gpus: float | None, **settings: object) -> tuple[Placement, Placement]:
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
+    return place_pools(load_config(environ={}, overrides=overrides), gpus)
+
+
+def test_without_gpus_everything_is_on_the_cpu() -> None:
+    for gpus in (None, 0.0, 0.5):
+        assert placed(gpus) == (Placement("cpu", 0.0, 0.9, 16),) * 2
+
+
+def test_a_gpu_each_where_there_are_enough() -> None:
+    assert placed(2.0) == placed(8.0) == (Placement("cuda", 1.0, 0.9, 64),) * 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "prefill", "decode", "part"),
+    [(1.0, 1, 1, 0.5), (2.0, 2, 1, 0.5), (2.0, 2, 2, 0.5), (1.0, 2, 1, 0.3333), (3.0, 2, 3, 0.5), (2.0, 4, 2, 0.3333)],
+)
+def test_too_few_gpus_are_shared_with_their_memory(gpus: float, prefill: int, decode: int, part: float) -> None:
+    for place in placed(gpus, prefill__replicas=prefill, decode__replicas=decode):
+        assert (place.device, place.num_gpus, place.block_size) == ("cuda", part, 64)
+        assert place.gpu_memory_utilization == pytest.approx(0.9 * part)
+    per_gpu = int(1 / part)
+    assert per_gpu * int(gpus) >= prefill + decode
+
+
+def test_what_is_set_is_kept() -> None:
+    prefill, decode = placed(
+        1.0,
+        prefill__num_gpus=0.5,
+        decode__num_gpus=0.5,
+        decode__gpu_memory_utilization=0.3,
+        prefill__block_size=128,
+    )
+    assert prefill == Placement("cuda", 0.5, 0.45, 128)
+    assert decode == Placement("cuda", 0.5, 0.3, 64)
+
+
+def test_auto_stays_on_the_cpu_when_a_share_that_is_set_is_not_there() -> None:
+    assert [place.device for place in placed(1.0, prefill__num_gpus=1, decode__num_gpus=1)] == ["cpu", "cpu"]
+    assert [place.device for place in placed(3.0, prefill__num_gpus=2, decode__num_gpus=2)] == ["cpu", "cpu"]
+    prefill, decode = placed(2.0, prefill__num_gpus=1)
+    assert (prefill.num_gpus, decode.num_gpus, decode.device) == (1.0, 1.0, "cuda")
+
+
+def test_a_pool_may_be_kept_from_the_gpus() -> None:
+    prefill, decode = placed(1.0, prefill__device="cpu")
+    assert prefill == Placement("cpu", 0.0, 0.9, 16)
+    assert decode == Placement("cuda", 1.0, 0.9, 16)  # blocks travel as they are: one size for both
+
+
+def test_a_pool_that_must_have_gpus_gets_them_first() -> None:
+    prefill, decode = placed(2.0, prefill__device="cuda", prefill__num_gpus=2)
+    assert (prefill.device, prefill.num_gpus) == ("cuda", 2.0)
+    assert (decode.device, decode.num_gpus) == ("cpu", 0.0)
+
+
+@pytest.mark.parametrize(("gpus", "text"), [(0.0, "need 4 GPUs, the Ray cluster has 0"), (3.0, "need 4 .* has 3")])
+def test_gpus_that_must_be_there_and_are_not(gpus: float, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        placed(gpus, prefill__device="cuda", decode__device="cuda", prefill__num_gpus=2, decode__num_gpus=2)
+
+
+def test_in_one_process_the_gpu_is_taken_only_when_told() -> None:
+    prefill, decode = placed(None, prefill__device="cuda", decode__device="cuda")
+    assert (prefill.device, decode.device) == ("cuda", "cuda")
+    assert prefill.gpu_memory_utilization + decode.gpu_memory_utilization == pytest.approx(0.9)
