@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from workers.block_manager import blocks_for
+from workers.decode_runner import DecodeRunner
 from workers.model_runner import ModelRunner, Row
 
 _PREFILL_LENGTHS = (32, 128, 512, 2048)
 _DECODE_BATCHES = (1, 4, 16, 64)
 _MIN_REPEATS, _MAX_REPEATS, _ENOUGH_S = 2, 8, 0.05
+_STEPS_IN_A_ROW, _PROBE_TOKENS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -34,52 +39,91 @@ class Capability:
         return _interpolate(self.decode, batch_size)
 
 
-def measure(runner: ModelRunner, role: str, *, max_tokens: int, max_num_seqs: int, budget_s: float = 1.5) -> Capability:
-    """Time the model on this device, longer and longer until the budget is spent. Overwrites cache blocks: call first.
+def measure_prefill(runner: ModelRunner, *, max_tokens: int, budget_s: float = 1.5) -> Capability:
+    """Time one prompt on this device, longer and longer until the budget is spent. Overwrites cache blocks: call first.
 
     Args:
         runner: the model; it is warm afterwards.
-        role: "prefill" or "decode": what is measured.
         max_tokens: the longest prompt to try.
-        max_num_seqs: the largest decode batch to try.
-        budget_s: no further size is tried after this many seconds; the first one always is.
+        budget_s: no longer one is tried after this many seconds; the first one always is.
     """
     capacity = runner.kv_cache.shape[1] * runner.block_size
+    smallest = min(_PREFILL_LENGTHS[0], max_tokens, capacity)
+    sizes = sorted({smallest, *(n for n in _PREFILL_LENGTHS if n <= min(max_tokens, capacity))})
+
+    def run(size: int) -> float:
+        rows = _prompt(runner, size)
+        return _seconds(lambda: runner.forward(rows).argmax(-1).tolist())
+
+    return Capability(prefill=_measure(sizes, run, budget_s))
+
+
+def measure_decode(
+    decoder: DecodeRunner[Any], *, num_blocks: int, block_size: int, max_num_seqs: int, budget_s: float = 1.5
+) -> Capability:
+    """Time a decode step on this device, larger and larger batches until the budget is spent. Overwrites cache blocks.
+
+    Args:
+        decoder: of the worker, with nothing in flight.
+        num_blocks: of its cache.
+        block_size: tokens in a block.
+        max_num_seqs: the largest batch to try.
+        budget_s: no larger one is tried after this many seconds; the first one always is.
+    """
+    blocks_each = blocks_for(_PROBE_TOKENS + _STEPS_IN_A_ROW, block_size)
+
+    def run(size: int) -> float:
+        batch = [_Probe([block] * blocks_each) for block in range(size)]
+
+        def launch_all() -> None:
+            for _ in range(_STEPS_IN_A_ROW):
+                launched = decoder.launch(batch)
+                for probe in batch:
+                    probe.num_scheduled, probe.last_token = probe.num_scheduled + 1, None
+            launched.greedy.tolist()
+
+        return _seconds(launch_all) / _STEPS_IN_A_ROW
+
+    sizes = [n for n in _DECODE_BATCHES if n == 1 or n <= min(max_num_seqs, num_blocks)]
+    return Capability(decode=_measure(sizes, run, budget_s))
+
+
+@dataclass(eq=False)
+class _Probe:
+    """A sequence that is only there to be timed: the shortest that decodes, a prompt's token and an output's."""
+
+    blocks: list[int]
+    num_scheduled: int = _PROBE_TOKENS
+    last_token: int | None = 0
+
+
+def _measure(sizes: Sequence[int], run: Callable[[int], float], budget_s: float) -> tuple[tuple[int, float], ...]:
+    """(size, seconds) for sizes in order, until the budget is spent.
+
+    The quickest of a few runs counts: the first ones are cold, and whatever else the machine does only ever slows one
+    down. Short runs, which a neighbour distorts most, are repeated more often.
+    """
     started = time.monotonic()
     points: list[tuple[int, float]] = []
-    if role == "prefill":
-        smallest = min(_PREFILL_LENGTHS[0], max_tokens, capacity)
-        sizes = sorted({smallest, *(n for n in _PREFILL_LENGTHS if n <= min(max_tokens, capacity))})
-    else:
-        sizes = [n for n in _DECODE_BATCHES if n == 1 or n <= min(max_num_seqs, runner.kv_cache.shape[1])]
     for size in sizes:
-        rows = _prompt(runner, size) if role == "prefill" else _step(size)
-        points.append((size, _best_time(runner, rows)))
+        times: list[float] = []
+        while len(times) < _MIN_REPEATS or (len(times) < _MAX_REPEATS and sum(times) < _ENOUGH_S):
+            times.append(run(size))
+        points.append((size, min(times)))
         if time.monotonic() - started > budget_s:
             break
-    return Capability(prefill=tuple(points)) if role == "prefill" else Capability(decode=tuple(points))
+    return tuple(points)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
 
 
 def _prompt(runner: ModelRunner, num_tokens: int) -> list[Row]:
     tokens = [i % runner.model.config.vocab_size for i in range(num_tokens)]
     return [Row(tokens, 0, range(-(-num_tokens // runner.block_size)))]
-
-
-def _step(batch_size: int) -> list[Row]:
-    return [Row((0,), 0, (block,)) for block in range(batch_size)]
-
-
-def _best_time(runner: ModelRunner, rows: list[Row]) -> float:
-    """The quickest of a few runs: the first ones are cold, and whatever else the machine does only ever slows one down.
-
-    Short runs, which a neighbour distorts most, are repeated more often.
-    """
-    times: list[float] = []
-    while len(times) < _MIN_REPEATS or (len(times) < _MAX_REPEATS and sum(times) < _ENOUGH_S):
-        started = time.monotonic()
-        runner.forward(rows).argmax(-1).cpu()
-        times.append(time.monotonic() - started)
-    return min(times)
 
 
 def _interpolate(points: tuple[tuple[int, float], ...], size: int) -> float:

@@ -1,4 +1,9 @@
-"""The decode worker: reserves blocks, waits for the KV cache to arrive whole, decodes in a continuous batch."""
+"""The decode worker: reserves blocks, waits for the KV cache to arrive whole, decodes in a continuous batch.
+
+Steps overlap: the next one is launched before the tokens of the one before are looked at, so that the device always
+has work. A sequence that turns out to have ended has then run one step too many; that token is dropped. A batch in
+which anybody's token depends on more than the logits (see `SamplingState.plain_greedy`) runs step by step.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,14 @@ from kv_transfer.connector import ConnectorEvent, HandoffFailed, HandoffReceived
 from kv_transfer.messages import HandoffKey
 from workers.block_manager import BlockManager, blocks_for
 from workers.decode_batch import DecodeBatch, Sequence
+from workers.decode_graphs import Progress
+from workers.decode_runner import DecodeRunner, Launch
 from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
 from workers.intake import check_capacity, check_prompt
 from workers.messages import DecodeReport, DecodeRequest, Load, RequestFailed, TokenOutput, WorkerEvent
-from workers.model_runner import ModelRunner, Row
+from workers.model_runner import ModelRunner
 from workers.sampling.isolation import sample_isolated
+from workers.sampling.sampler import SampledToken
 from workers.sampling.state import SamplingState, finish_reason
 
 
@@ -28,10 +36,33 @@ class DecodeWorker:
         connector: with the cache registered.
         max_num_seqs: sequences in the batch.
         max_model_len: context window, tokens.
+        steps_ahead: how many steps may be in flight while the next is launched; None: one on a GPU, and none on a
+            CPU, where launching a step computes it.
+        enforce_eager: use no CUDA graphs.
+        progress: told how many of the CUDA graphs are captured, and how many there will be.
     """
 
-    def __init__(self, runner: ModelRunner, connector: KVConnector, *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        connector: KVConnector,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        steps_ahead: int | None = None,
+        enforce_eager: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
         self._runner = runner
+        self.decoder = DecodeRunner[Sequence](
+            runner,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+            progress=progress,
+        )
+        self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
+        self._launches: deque[Launch[Sequence]] = deque()
         self._connector = connector
         self._blocks = BlockManager(runner.kv_cache.shape[1])
         self._batch = DecodeBatch(self._blocks, runner, max_num_seqs)
@@ -72,12 +103,18 @@ class DecodeWorker:
     @property
     def has_work(self) -> bool:
         """Whether a step has something to do at once."""
-        return self._batch.size > 0 or self._batch.can_resume or bool(self._events) or self._can_admit()
+        return (
+            self._batch.size > 0
+            or bool(self._launches)
+            or self._batch.can_resume
+            or bool(self._events)
+            or self._can_admit()
+        )
 
     @property
     def has_requests(self) -> bool:
         """Whether anything is under way, or blocks are held for someone who might still write to them."""
-        return bool(self._sequences) or bool(self._expected)
+        return bool(self._sequences) or bool(self._expected) or bool(self._launches)
 
     @property
     def load(self) -> Load:
@@ -96,15 +133,14 @@ class DecodeWorker:
         )
 
     def step(self) -> list[WorkerEvent]:
-        """Do what is due: arrivals, deadlines, reservations, then one token for every sequence in the batch."""
+        """Do what is due: arrivals, deadlines, reservations, the next step's launch, the tokens of an earlier one."""
         for event in self._connector.poll():
             self._on_connector_event(event)
         self._enforce_deadlines()
         self._batch.resume_preempted()
         while self._can_admit():
             self._admit(self._waiting.popleft())
-        if batch := self._batch.schedule():
-            self._decode(batch)
+        self._decode()
         events, self._events = self._events, []
         return events
 
@@ -123,25 +159,49 @@ class DecodeWorker:
         sequence.key = self._connector.expect(request.handoff_id, request.prefill_engine, sequence.blocks)
         self._expected[sequence.key] = sequence
 
-    def _decode(self, batch: list[Sequence]) -> None:
-        rows = [Row((s.state.output_token_ids[-1],), s.num_tokens - 1, s.blocks) for s in batch]
-        logits = self._runner.forward(rows)
-        now = time.monotonic()
-        for sequence, sampled in zip(batch, sample_isolated(logits, [s.state for s in batch]), strict=True):
-            request_id = sequence.request.request_id
-            if isinstance(sampled, SamplingError):
-                self._events.append(RequestFailed(request_id, sampled))
-                self.abort(request_id)
-                continue
-            sequence.state.output_token_ids.append(sampled.token_id)
-            if len(sequence.state.output_token_ids) == 2:
-                self._events.append(DecodeReport(request_id, now - sequence.received))
-            reason = finish_reason(sequence.state)
-            output = TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
-            self._events.append(output)
-            if reason is not None:
-                self._batch.remove(sequence)
-                del self._sequences[request_id]
+    def _decode(self) -> None:
+        """Launch a step, then take the tokens of those that are more than so many steps behind."""
+        ahead = self._steps_ahead if self._batch.plain_greedy else 0
+        if self._launches and (ahead == 0 or self._batch.lacks_blocks):
+            self._collect(0)
+        if batch := self._batch.schedule():
+            self._launches.append(self.decoder.launch(batch))
+            self._batch.launched(batch)
+        self._collect(ahead if batch else 0)
+
+    def _collect(self, ahead: int) -> None:
+        """Take the tokens of the oldest launches, until only `ahead` are left in flight."""
+        while len(self._launches) > ahead:
+            launch = self._launches.popleft()
+            sampled = self._sampled(launch)
+            now = time.monotonic()
+            for sequence, token in zip(launch.sequences, sampled, strict=True):
+                if self._batch.landed(sequence):
+                    self._accept(sequence, token, now)
+
+    def _sampled(self, launch: Launch[Sequence]) -> list[SampledToken | SamplingError]:
+        states = [sequence.state for sequence in launch.sequences]
+        if all(state.plain_greedy for state in states):
+            return [SampledToken(token_id) if token_id >= 0 else _no_token() for token_id in launch.greedy.tolist()]
+        sampled = sample_isolated(launch.logits.float(), states)
+        self.decoder.replace_tokens([0 if isinstance(s, SamplingError) else s.token_id for s in sampled])
+        return sampled
+
+    def _accept(self, sequence: Sequence, sampled: SampledToken | SamplingError, now: float) -> None:
+        """A sequence has one more token, or none can be chosen for it."""
+        request_id, output_token_ids = sequence.request.request_id, sequence.state.output_token_ids
+        if isinstance(sampled, SamplingError):
+            self._events.append(RequestFailed(request_id, sampled))
+            self.abort(request_id)
+            return
+        output_token_ids.append(sampled.token_id)
+        if len(output_token_ids) == 2:
+            self._events.append(DecodeReport(request_id, now - sequence.received))
+        reason = finish_reason(sequence.state)
+        self._events.append(TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+        if reason is not None:
+            self._batch.remove(sequence)
+            del self._sequences[request_id]
 
     def _on_connector_event(self, event: ConnectorEvent) -> None:
         match event:
@@ -187,3 +247,7 @@ class DecodeWorker:
             self._connector.cancel(sequence.key)
         else:
             self._batch.remove(sequence)
+
+
+def _no_token() -> SamplingError:
+    return SamplingError("no token can be chosen for the sequence: the model's logits contain NaN or infinity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,9 +37,11 @@ class Sequence:
         state: its tokens, as the sampler sees them.
         deadline: monotonic time.
         key: of its handoff, once blocks are reserved.
-        blocks: its block table; empty while preempted.
+        blocks: its block table; empty while preempted. Grows in place; after preemption it is another list.
         received: when its KV cache was complete, monotonic time.
         host_copy: its cache while preempted.
+        in_flight: tokens that are being computed: launched, and not looked at yet.
+        max_output: output tokens after which it ends at the latest.
     """
 
     request: DecodeRequest
@@ -48,15 +51,41 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     received: float = 0.0
     host_copy: torch.Tensor | None = None
+    in_flight: int = 0
+    max_output: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        room = self.state.max_model_len - len(self.request.prompt_token_ids)
+        wanted = self.state.params.max_tokens
+        self.max_output = room if wanted is None else min(room, wanted)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens; all but the last are in the cache."""
         return len(self.request.prompt_token_ids) + len(self.state.output_token_ids)
 
+    @property
+    def num_scheduled(self) -> int:
+        """The same, and those in flight."""
+        return self.num_tokens + self.in_flight
+
+    @property
+    def last_token(self) -> int | None:
+        """The last token; None while it is in flight."""
+        return None if self.in_flight else self.state.output_token_ids[-1]
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether the tokens in flight are known to be its last ones."""
+        return self.in_flight > 0 and len(self.state.output_token_ids) + self.in_flight >= self.max_output
+
 
 class DecodeBatch:
     """The sequences that decode together, oldest first.
+
+    A step is launched, and lands later; steps may be launched in between. What a step in flight may still write to
+    stays where it is: blocks of a sequence that ends meanwhile are free when its last step has landed, and nobody is
+    preempted while any step is in flight.
 
     Args:
         blocks: of the worker's cache.
@@ -70,6 +99,7 @@ class DecodeBatch:
         self._store = store
         self._running: list[Sequence] = []
         self._preempted: list[Sequence] = []
+        self._leaving: set[Sequence] = set()
 
     @property
     def size(self) -> int:
@@ -86,21 +116,39 @@ class DecodeBatch:
         self._running.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence ends; its blocks are free at once."""
+        """A sequence ends; its blocks are free at once, or when its steps in flight have landed."""
         if sequence in self._running:
             self._running.remove(sequence)
-            self._blocks.free(sequence.blocks)
+            if sequence.in_flight:
+                self._leaving.add(sequence)
+            else:
+                self._blocks.free(sequence.blocks)
         else:
             self._preempted.remove(sequence)
             sequence.host_copy = None
 
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether every running sequence takes the most likely token, so that no step needs to see the one before."""
+        return all(sequence.state.plain_greedy for sequence in self._running)
+
+    @property
+    def lacks_blocks(self) -> bool:
+        """Whether `schedule` would have to preempt somebody."""
+        missing = sum(self._missing(sequence) for sequence in self._running if not sequence.ends_in_flight)
+        return missing > self._blocks.num_free
+
     def schedule(self) -> list[Sequence]:
-        """Everybody who runs this step, each with a block for its next token; the newest make room if they must."""
+        """Everybody who runs this step, each with a block for its next token; the newest make room if they must.
+
+        Raises:
+            RuntimeError: somebody has to make room, and steps are in flight.
+        """
         ready: list[Sequence] = []
-        pending = list(self._running)
+        pending = [sequence for sequence in self._running if not sequence.ends_in_flight]
         while pending:
             sequence = pending.pop(0)
-            missing = blocks_for(sequence.num_tokens, self._store.block_size) - len(sequence.blocks)
+            missing = self._missing(sequence)
             while missing > self._blocks.num_free and pending:
                 self._preempt(pending.pop())
             if missing > self._blocks.num_free:
@@ -109,6 +157,21 @@ class DecodeBatch:
                 sequence.blocks += self._blocks.allocate(missing)
                 ready.append(sequence)
         return ready
+
+    def launched(self, batch: Iterable[Sequence]) -> None:
+        """A step is under way for these."""
+        for sequence in batch:
+            sequence.in_flight += 1
+
+    def landed(self, sequence: Sequence) -> bool:
+        """A step is done for this one; whether its token is still wanted."""
+        sequence.in_flight -= 1
+        if sequence not in self._leaving:
+            return True
+        if sequence.in_flight == 0:
+            self._leaving.remove(sequence)
+            self._blocks.free(sequence.blocks)
+        return False
 
     @property
     def can_resume(self) -> bool:
@@ -129,7 +192,13 @@ class DecodeBatch:
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.received)
 
+    def _missing(self, sequence: Sequence) -> int:
+        """Blocks that it lacks for its next token."""
+        return blocks_for(sequence.num_scheduled, self._store.block_size) - len(sequence.blocks)
+
     def _preempt(self, sequence: Sequence) -> None:
+        if sequence.in_flight or self._leaving:
+            raise RuntimeError(f"{sequence.request.request_id} has to make room while a step is in flight")
         sequence.host_copy = self._store.read_blocks(sequence.blocks)
         self._blocks.free(sequence.blocks)
         sequence.blocks = []

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from attention.spec import Phase
 from kv_transfer.connector import KVConnector
 from kv_transfer.transport import EngineInfo
-from workers.capability import Capability, measure
+from workers.capability import Capability, measure_decode, measure_prefill
 from workers.config import WorkerConfig
 from workers.decode import DecodeWorker
 from workers.errors import ConfigError
 from workers.kv_memory import allocate_kv_cache, kv_layout
+from workers.largest_batches import largest_batches_of
 from workers.loop import WorkerLoop
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
 from workers.model_runner import ModelRunner
@@ -61,6 +64,7 @@ class WorkerHost:
         emit: takes each step's output, on the worker's thread.
         on_crash: told of an unexpected error in the worker.
         progress: told of (bytes read, bytes of all weights) while loading.
+        capture_progress: told of (CUDA graphs captured, all of them) while a decode worker on a GPU captures its steps.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
@@ -74,6 +78,7 @@ class WorkerHost:
         emit: Callable[[StepOutput], None],
         on_crash: Callable[[BaseException], None],
         progress: Callable[[int, int], None] | None = None,
+        capture_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -85,15 +90,15 @@ class WorkerHost:
             config.attention_backend,
             progress,
             config.load_format,
+            phase=Phase(config.role),
+            kv_cache_dtype=config.kv_cache_dtype,
+            measurements=Path(config.attention_measurements) if config.attention_measurements else None,
         )
         spec, max_model_len = model.kv_cache_spec, resolve_max_model_len(config, model)
-        runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len))
-        capability = measure(
-            runner,
-            config.role,
-            max_tokens=min(max_model_len, config.max_num_batched_tokens),
-            max_num_seqs=config.max_num_seqs,
-        )
+        profile = largest_batches_of(model, config, max_model_len)
+        runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len, profile))
+        worker = _worker(config, max_model_len, runner, connector, capture_progress)
+        capability = _measure(worker, runner, config, max_model_len)
         self._connector = connector
         engine = connector.register_kv_caches(config.name, runner.kv_cache, kv_layout(spec))
         self.info = WorkerInfo(
@@ -108,7 +113,7 @@ class WorkerHost:
             capability,
             os.getpid(),
         )
-        self._loop = WorkerLoop(engine.engine_id, _worker(config, max_model_len, runner, connector), emit, on_crash)
+        self._loop = WorkerLoop(engine.engine_id, worker, emit, on_crash)
         connector.set_listener(self._loop.wake)
         self._loop.start()
 
@@ -166,10 +171,21 @@ def resolve_max_model_len(config: WorkerConfig, model: Decoder) -> int:
 
 
 def _worker(
-    config: WorkerConfig, max_model_len: int, runner: ModelRunner, connector: KVConnector
+    config: WorkerConfig,
+    max_model_len: int,
+    runner: ModelRunner,
+    connector: KVConnector,
+    capture_progress: Callable[[int, int], None] | None,
 ) -> PrefillWorker | DecodeWorker:
     if config.role == "decode":
-        return DecodeWorker(runner, connector, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+        return DecodeWorker(
+            runner,
+            connector,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            enforce_eager=config.enforce_eager,
+            progress=capture_progress,
+        )
     return PrefillWorker(
         runner,
         connector,
@@ -178,4 +194,18 @@ def _worker(
         max_model_len=max_model_len,
         layers_per_group=config.layers_per_group,
         handoff_timeout_s=config.handoff_timeout_s,
+    )
+
+
+def _measure(
+    worker: PrefillWorker | DecodeWorker, runner: ModelRunner, config: WorkerConfig, max_model_len: int
+) -> Capability:
+    """What the new worker can do; it has no peers yet, so nobody minds what is in its cache."""
+    if isinstance(worker, PrefillWorker):
+        return measure_prefill(runner, max_tokens=min(max_model_len, config.max_num_batched_tokens))
+    return measure_decode(
+        worker.decoder,
+        num_blocks=runner.kv_cache.shape[1],
+        block_size=runner.block_size,
+        max_num_seqs=config.max_num_seqs,
     )

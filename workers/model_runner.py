@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from attention.metadata import build_metadata
+from attention.metadata import CommonAttentionMetadata, build_metadata
 from workers.models.decoder import Decoder
+from workers.pinned import to_device
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,21 @@ class ModelRunner:
         """
         query_lens = [len(row.token_ids) for row in rows]
         context_lens = [row.start + len(row.token_ids) for row in rows]
-        metadata = build_metadata(
-            query_lens, context_lens, [row.block_table for row in rows], self.block_size, self.device
-        )
-        input_ids = torch.tensor([token for row in rows for token in row.token_ids], device=self.device)
+        metadata = build_metadata(query_lens, context_lens, [row.block_table for row in rows], self.block_size)
+        input_ids = torch.tensor([token for row in rows for token in row.token_ids])
         positions = torch.tensor(
-            [position for row, end in zip(rows, context_lens, strict=True) for position in range(row.start, end)],
-            device=self.device,
+            [position for row, end in zip(rows, context_lens, strict=True) for position in range(row.start, end)]
         )
-        hidden = self.model(input_ids, positions, self.kv_cache, metadata, on_layer)
+        hidden = self.model(
+            to_device(input_ids, self.device),
+            to_device(positions, self.device),
+            self.kv_cache,
+            _moved(metadata, self.device),
+            on_layer,
+        )
         ends = [end for row, end in zip(rows, _ends(query_lens), strict=True) if row.wants_logits]
         if len(ends) < hidden.shape[0]:
-            hidden = hidden[ends]
+            hidden = hidden[to_device(torch.tensor(ends, dtype=torch.int64), self.device)]
         logits: torch.Tensor = self.model.compute_logits(hidden)
         return logits
 
@@ -81,13 +85,46 @@ class ModelRunner:
 
     @torch.inference_mode()
     def read_blocks(self, blocks: Sequence[int]) -> torch.Tensor:
-        """Copy blocks of all layers to host memory: (num_layers, len(blocks), 2, block_size, Hkv, D)."""
-        return self.kv_cache[:, list(blocks)].cpu()
+        """Copy blocks of all layers to host memory: (num_layers, len(blocks), 2, block_size, Hkv, D), FP8 as bytes.
+
+        Comes after everything queued on the device, and is done on return: from then on the blocks may be given to
+        somebody who writes to them from elsewhere.
+        """
+        index = to_device(torch.tensor(blocks), self.device)
+        on_gpu = self.device.type == "cuda"
+        shape = (self.num_layers, len(blocks), *self.kv_cache.shape[2:])
+        layers = _indexable(self.kv_cache)
+        data = torch.empty(shape, dtype=layers.dtype, pin_memory=on_gpu)
+        for layer, copy in zip(layers, data, strict=True):  # one by one: what is gathered takes little memory
+            copy.copy_(layer[index], non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream(self.device).synchronize()
+        return data
 
     @torch.inference_mode()
     def write_blocks(self, blocks: Sequence[int], data: torch.Tensor) -> None:
-        """Copy what `read_blocks` returned into these blocks."""
-        self.kv_cache[:, list(blocks)] = data.to(self.device)
+        """Copy what `read_blocks` returned into these blocks, before whatever is queued on the device from now on."""
+        index = to_device(torch.tensor(blocks), self.device)
+        for layer, copy in zip(_indexable(self.kv_cache), data, strict=True):
+            layer[index] = copy.to(self.device, non_blocking=True)
+
+
+def _indexable(kv_cache: torch.Tensor) -> torch.Tensor:
+    """An FP8 cache as bytes, which can be indexed; any other as it is."""
+    return kv_cache.view(torch.uint8) if kv_cache.dtype.itemsize == 1 else kv_cache
+
+
+def _moved(metadata: CommonAttentionMetadata, device: torch.device) -> CommonAttentionMetadata:
+    """A batch described on the host, on `device`."""
+    if device.type == "cpu":
+        return metadata
+    return replace(
+        metadata,
+        cu_seqlens_q=to_device(metadata.cu_seqlens_q, device),
+        seq_lens=to_device(metadata.seq_lens, device),
+        block_tables=to_device(metadata.block_tables, device),
+        slot_mapping=to_device(metadata.slot_mapping, device),
+    )
 
 
 def _ends(lengths: Sequence[int]) -> list[int]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from kv_transfer.local import Faults, LocalConnector, LocalFabric
 from workers.decode import DecodeWorker
@@ -46,8 +48,12 @@ class LocalCluster:
         faults: Faults | None = None,
         connector_class: type[LocalConnector] = LocalConnector,
         attention_backend: str | None = None,
+        kv_cache_dtype: str = "auto",
+        steps_ahead: int = 0,
+        device: str = "cpu",
+        enforce_eager: bool = False,
     ) -> None:
-        self.model = _model(checkpoint, block_size, attention_backend)
+        self.model = _model(checkpoint, block_size, attention_backend, kv_cache_dtype, device)
         self.fabric = LocalFabric(faults)
         self.failures: dict[str, Exception] = {}
         self.tokens: dict[str, list[TokenOutput]] = defaultdict(list)
@@ -71,7 +77,12 @@ class LocalCluster:
         for i in range(num_decode):
             runner, connector, info = self._end(f"decode-{i}", decode_blocks, connector_class)
             self.decode[info.engine_id] = DecodeWorker(
-                runner, connector, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+                runner,
+                connector,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                steps_ahead=steps_ahead,
+                enforce_eager=enforce_eager,
             )
             infos.append(info)
             connectors.append(connector)
@@ -82,7 +93,7 @@ class LocalCluster:
 
     def _end(self, name: str, num_blocks: int, connector_class: type[LocalConnector]):
         spec = self.model.kv_cache_spec
-        cache = spec.allocate(num_blocks, "cpu")
+        cache = spec.allocate(num_blocks, self.model.device)
         cache.fill_(float("nan"))  # a block that was never written must never matter
         connector = connector_class(self.fabric)
         info = connector.register_kv_caches(name, cache, kv_layout(spec))
@@ -165,20 +176,34 @@ class LocalCluster:
             assert worker.load.free_blocks == worker.load.total_blocks, (engine_id, worker.load)
 
 
-_models: dict[tuple[Path, int, str | None], Decoder] = {}
+_models: dict[tuple[Path, int, str | None, str, str], Decoder] = {}
 
 
-def _model(checkpoint: Path, block_size: int, backend: str | None) -> Decoder:
-    key = (checkpoint, block_size, backend)
+def _model(checkpoint: Path, block_size: int, backend: str | None, kv_cache_dtype: str, device: str) -> Decoder:
+    key = (checkpoint, block_size, backend, kv_cache_dtype, device)
     if key not in _models:
-        _models[key] = load_model(checkpoint, "float32", "cpu", block_size, backend)
+        _models[key] = load_model(checkpoint, "float32", device, block_size, backend, kv_cache_dtype=kv_cache_dtype)
     return _models[key]
 
 
-@pytest.fixture(scope="session")
-def local_cluster() -> type[LocalCluster]:
-    """The class, so that a test gives its own sizes and faults."""
-    return LocalCluster
+@pytest.fixture(params=[0, 1], ids=["step by step", "one step ahead"])
+def steps_ahead(request) -> int:
+    """How many steps a decode worker keeps in flight while it launches the next."""
+    return request.param
+
+
+@pytest.fixture
+def local_cluster(steps_ahead) -> Callable[..., LocalCluster]:
+    """The class, so that a test gives its own sizes and faults; decode runs step by step and ahead in turn."""
+    return partial(LocalCluster, steps_ahead=steps_ahead)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Every device that the engine runs on."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
 
 
 @pytest.fixture

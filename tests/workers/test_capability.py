@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.capability import Capability, measure
+from workers.capability import Capability, measure_decode, measure_prefill
+from workers.decode_runner import DecodeRunner
 from workers.model_runner import ModelRunner, Row
 from workers.models.loader import load_model
 
@@ -53,7 +54,7 @@ def runner(model, num_blocks: int) -> ModelRunner:
 
 
 def test_prefill_is_measured_at_lengths_that_fit(model):
-    capability = measure(runner(model, 40), "prefill", max_tokens=600, max_num_seqs=4, budget_s=60)
+    capability = measure_prefill(runner(model, 40), max_tokens=600, budget_s=60)
     assert [tokens for tokens, _ in capability.prefill] == [32, 128, 512]
     assert all(seconds > 0 for _, seconds in capability.prefill)
     assert capability.decode == ()
@@ -61,7 +62,7 @@ def test_prefill_is_measured_at_lengths_that_fit(model):
 
 @pytest.mark.parametrize(("num_blocks", "max_tokens", "longest"), [(1, 2048, 16), (8, 5, 5), (200, 100, 32)])
 def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_tokens, longest):
-    capability = measure(runner(model, num_blocks), "prefill", max_tokens=max_tokens, max_num_seqs=1, budget_s=60)
+    capability = measure_prefill(runner(model, num_blocks), max_tokens=max_tokens, budget_s=60)
     assert [tokens for tokens, _ in capability.prefill] == [longest]
 
 
@@ -69,18 +70,19 @@ def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_t
     ("num_blocks", "max_num_seqs", "batches"), [(1, 64, [1]), (8, 5, [1, 4]), (64, 16, [1, 4, 16])]
 )
 def test_decode_is_measured_at_batches_that_fit(model, num_blocks, max_num_seqs, batches):
-    capability = measure(runner(model, num_blocks), "decode", max_tokens=600, max_num_seqs=max_num_seqs, budget_s=60)
+    decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=max_num_seqs, max_model_len=600)
+    capability = measure_decode(decoder, num_blocks=num_blocks, block_size=16, max_num_seqs=max_num_seqs, budget_s=60)
     assert [sequences for sequences, _ in capability.decode] == batches
 
 
 def test_a_spent_budget_leaves_one_point(model):
-    capability = measure(runner(model, 200), "prefill", max_tokens=2048, max_num_seqs=4, budget_s=0)
+    capability = measure_prefill(runner(model, 200), max_tokens=2048, budget_s=0)
     assert len(capability.prefill) == 1
 
 
 def test_measuring_leaves_a_usable_runner(model):
     """What is left in the cache is overwritten by the first prompt."""
     measured, fresh = runner(model, 8), runner(model, 8)
-    measure(measured, "prefill", max_tokens=128, max_num_seqs=4, budget_s=60)
+    measure_prefill(measured, max_tokens=128, budget_s=60)
     row = [Row([5, 6, 7], 0, [3])]
     assert torch.equal(measured.forward(row), fresh.forward(row))

@@ -10,7 +10,7 @@ import torch
 from kv_transfer.local import Faults
 from workers.errors import CapacityError, DeadlineExceededError, HandoffError, InvalidRequestError, SamplingError
 from workers.messages import DecodeReport, RequestFailed, TokenOutput
-from workers.model_runner import ModelRunner
+from workers.models.decoder import Decoder
 from workers.sampling.params import SamplingParams
 
 
@@ -75,6 +75,7 @@ def test_load_in_every_state(one_pair):
     run_until(cluster, lambda: decode.load.running == 1)
     assert load() == (3, 0, 0, 1, 1, 60)
     cluster.abort("a")
+    decode.step()  # with a step of a's in flight, its blocks come back when that has landed
     decode.step()
     assert load() == (2, 4, 0, 0, 1, 60), "b took the place of a"
     cluster.abort("b")
@@ -208,7 +209,7 @@ def test_the_deadline_passes(state, where, one_pair, clock):
     cluster.assert_all_blocks_free()
 
 
-def test_reports(one_pair, clock):
+def test_reports(one_pair, clock, steps_ahead):
     cluster, prefill, decode = one_pair()
     cluster.submit("r", prompt(20), greedy(4))
     events = []
@@ -217,23 +218,20 @@ def test_reports(one_pair, clock):
         events += decode.step()
         clock.now += 1.0
     assert [type(event) for event in events] == [DecodeReport, TokenOutput, TokenOutput, TokenOutput]
-    assert events[0] == DecodeReport("r", first_decode_s=0.0), (
-        "the first step came with the cache, the clock stood still"
+    assert events[0] == DecodeReport("r", first_decode_s=steps_ahead), (
+        "the first step came with the cache; what is launched ahead is looked at one step, one second, later"
     )
     assert [event.finish_reason is not None for event in events[1:]] == [False, False, True]
 
 
 def test_broken_logits_fail_one_sequence_alone(one_pair, monkeypatch, reference_greedy, tiny_checkpoint):
-    forward = ModelRunner.forward
+    forward = Decoder.forward
 
-    def broken(self, rows, on_layer=None):
-        logits = forward(self, rows, on_layer).clone()
-        for place, row in enumerate(rows):
-            if len(row.token_ids) == 1 and row.start == 25:
-                logits[place] = torch.nan
-        return logits
+    def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
+        hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
+        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata.decode_only else hidden
 
-    monkeypatch.setattr(ModelRunner, "forward", broken)
+    monkeypatch.setattr(Decoder, "forward", broken)
     cluster, _, _ = one_pair()
     for name, length in (("a", 40), ("broken", 23), ("c", 30)):
         cluster.submit(name, prompt(length), greedy(8))
