@@ -41,7 +41,8 @@ def _cuda(platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:
     # Hopper, as measured on an H200 (benchmarks/results/attention_h200.json). In decode the Triton kernel reads the
     # cache at the memory's speed whatever the block size. In prefill FlashAttention 3 leads where a package brings it,
     # but layers with a window run on its second version, and so does PyTorch's own operator; FlashInfer brings its own.
-    if needs.phase is Phase.DECODE:
+    # Neither reads an FP8 cache without converting it first, or in its older kernel.
+    if needs.phase is Phase.DECODE or Feature.FP8_KV in needs.all_features:
         return ("TRITON_ATTN", "FLASHINFER", "FLASH_ATTN", *others)
     has_fa3 = "flash_attn_3" in platform.packages or "vllm_flash_attn" in platform.packages
     if has_fa3 and needs.spec.sliding_window is None:

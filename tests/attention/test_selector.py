@@ -208,6 +208,9 @@ class TestHopper:
         assert by_phase(bare, needs()) == ("FLASHINFER", "TRITON_ATTN")
         assert by_phase(bare.without("flashinfer"), needs()) == ("TRITON_ATTN", "TRITON_ATTN")
 
+    def test_an_fp8_cache_is_read_as_it_is(self) -> None:
+        assert by_phase("sm90", needs(replace(SPEC, kv_cache_dtype=FP8))) == ("TRITON_ATTN", "TRITON_ATTN")
+
     def test_layers_with_a_window_do_not_prefill_on_flash_attention_2(self) -> None:
         assert by_phase("sm90", needs(replace(SPEC, sliding_window=4096))) == ("FLASHINFER", "TRITON_ATTN")
 

@@ -254,6 +254,7 @@ def test_tokens_can_be_replaced(device, tiny_checkpoint):
 
 
 def test_padding_writes_nothing(device, tiny_checkpoint):
+    skip_without_triton(device)
     """The cache holds what the sequences put there, and nothing else changes."""
     engine = Engine(tiny_checkpoint("llama"), device, "TRITON_ATTN")
     sequences = [engine.prefill(prompt) for prompt in prompts([5, 20, 9])]
