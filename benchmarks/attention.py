@@ -85,7 +85,7 @@ def gpu_cases() -> list[Case]:
 def cpu_cases() -> list[Case]:
     """What a CPU can do in a minute or two."""
     prefill = [Case(Phase.PREFILL, "1 × 512", 1, 512, 512, 16), Case(Phase.PREFILL, "1 × 512 + 128", 1, 128, 640, 16)]
-    return [*prefill, *_decode_cases((1, 8, 32), (128, 1024), (16,))]
+    return [*prefill, *_decode_cases((1, 8, 32), (128, 1024, 4096), (16,))]
 
 
 def _decode_cases(batches: Iterable[int], contexts: Sequence[int], blocks: Sequence[int]) -> list[Case]:
@@ -220,7 +220,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
     )
-    parser.add_argument("--heads", type=int, nargs=3, default=(32, 8, 128), metavar=("HQ", "HKV", "D"))
+    parser.add_argument(
+        "--heads", type=int, nargs=3, metavar=("HQ", "HKV", "D"), help="default: 32 8 128, on a CPU 8 2 64"
+    )
     parser.add_argument("--backend", action="append", help="only this one; may be repeated")
     parser.add_argument("--case", action="append", help="only this one, such as '64 × 4096'; may be repeated")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/attention_{device}.json")
@@ -230,7 +232,8 @@ def run(args: argparse.Namespace) -> Path:
     """Measure, print a line for each figure, and write the JSON file."""
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    num_heads, num_kv_heads, head_size = args.heads
+    heads = args.heads or ((32, 8, 128) if device.type == "cuda" else (8, 2, 64))
+    num_heads, num_kv_heads, head_size = heads
     spec = AttentionSpec(num_heads, num_kv_heads, head_size, head_size**-0.5)
     environment = Environment.capture(threads=torch.get_num_threads() if device.type == "cpu" else None)
     bench = Bench(device, dtype, spec)
@@ -242,7 +245,7 @@ def run(args: argparse.Namespace) -> Path:
         for row in bench.run(case, args.backend or _all_backends(bench.platform)):
             rows.append(row)
             print(_line(row), flush=True)
-    config = {"device": str(bench.platform), "dtype": str(dtype).removeprefix("torch."), "heads": list(args.heads)}
+    config = {"device": str(bench.platform), "dtype": str(dtype).removeprefix("torch."), "heads": list(heads)}
     rates = {"copy_bytes_per_s": bench.bandwidth, "matrix_flops_per_s": bench.matrix_rate}
     out: Path = args.out or RESULTS / f"attention_{device.type}.json"
     write_json(out, to_json("attention", environment, config, {**rates, "rows": rows}))

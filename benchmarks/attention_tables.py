@@ -133,10 +133,11 @@ def benchmark(results: Path) -> str:
         result = read_result(path)
         heads = "{} query and {} KV heads of {}".format(*result["config"]["heads"])
         parts.append(f"**{result['config']['device']}**, {result['config']['dtype']}, {heads}.")
-        for phase, unit in ((Phase.PREFILL, "TFLOP/s"), (Phase.DECODE, "GB/s")):
+        flops = ("TFLOP/s", 1e12) if result["matrix_flops_per_s"] > 1e12 else ("GFLOP/s", 1e9)
+        for phase, (unit, size) in ((Phase.PREFILL, flops), (Phase.DECODE, ("GB/s", 1e9))):
             measured = [row for row in result["rows"] if row["phase"] == phase]
             if measured:
-                parts.append(_side_by_side(measured, f"{phase}, {unit}"))
+                parts.append(_side_by_side(measured, f"{phase}, {unit}", size))
         parts.append(provenance(result["environment"]))
     return "\n\n".join(parts) or "No result is kept yet."
 
@@ -182,23 +183,24 @@ def _counts(counts: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{counts[key]:,}" for key in ("run", "passed", "failed", "refused", "left_out"))
 
 
-def _side_by_side(measured: list[Mapping[str, Any]], title: str) -> str:
-    """A row for each case, a column for each backend."""
+def _side_by_side(measured: list[Mapping[str, Any]], title: str, unit: float) -> str:
+    """A row for each case, a column for each backend, rates in `unit`s a second."""
     names = list(dict.fromkeys(row["backend"] for row in measured))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in measured:
-        cells.setdefault((row["name"], str(row["block_size"])), {})[row["backend"]] = _figure(row)
+        cells.setdefault((row["name"], str(row["block_size"])), {})[row["backend"]] = _figure(row, unit)
     rows = [(*case, *(figures.get(name, "—") for name in names)) for case, figures in cells.items()]
     return table((title, "block", *(f"`{name}`" for name in names)), rows, num_text_columns=1)
 
 
-def _figure(row: Mapping[str, Any]) -> str:
+def _figure(row: Mapping[str, Any], unit: float) -> str:
     if "error" in row:
         return "failed"
     rate, share = (
-        (row["bytes_per_s"] / 1e9, row["of_copy_bandwidth"])
+        (row["bytes_per_s"], row["of_copy_bandwidth"])
         if "bytes_per_s" in row
-        else (row["flops_per_s"] / 1e12, row["of_matrix_rate"])
+        else (row["flops_per_s"], row["of_matrix_rate"])
     )
+    rate /= unit
     text = f"{rate:.{1 if rate < 10 else 0}f}"
     return f"**{text}** ({share:.0%})" if row["chosen"] else f"{text} ({share:.0%})"
