@@ -48,6 +48,34 @@ class ForwardContext:
     wait_for_layer: Callable[[str], None] | None = None
     save_layer: Callable[[str], None] | None = None
 
+    def run_layer(
+        self,
+        name: str,
+        needs_cache: bool,
+        attend: Callable[[AttentionMetadata, torch.Tensor | None], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run a layer, on its batch and its cache, between the connector's two hooks.
+
+        Args:
+            name: the layer's.
+            needs_cache: whether it cannot do without a cache.
+            attend: what it does, told its batch and its cache; its result is returned.
+
+        Raises:
+            AttentionInputError: there is no batch for this layer, or no cache where it needs one.
+        """
+        metadata, kv_cache = self.metadata.get(name), self.kv_caches.get(name)
+        if metadata is None:
+            raise AttentionInputError(f"the forward context has no batch for layer {name}")
+        if kv_cache is None and needs_cache:
+            raise AttentionInputError(f"the forward context has no KV cache for layer {name}")
+        if self.wait_for_layer is not None:
+            self.wait_for_layer(name)
+        attended = attend(metadata, kv_cache)
+        if self.save_layer is not None:
+            self.save_layer(name)
+        return attended
+
 
 _CURRENT: ContextVar[ForwardContext | None] = ContextVar("forward_context", default=None)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from attention.backend import AttentionBackend, KVScales
-from attention.errors import AttentionInputError
+from attention.backend import AttentionBackend, AttentionMetadata, KVScales
 from attention.forward_context import ForwardContext, current_context
 from attention.fp8 import calibrate
 from attention.spec import FP8, AttentionSpec
@@ -72,18 +71,11 @@ class Attention(nn.Module):
         Raises:
             AttentionInputError: the context has no batch for this layer, or no cache where it needs one.
         """
-        metadata = context.metadata.get(self.name)
-        kv_cache = context.kv_caches.get(self.name)
-        if metadata is None:
-            raise AttentionInputError(f"the forward context has no batch for layer {self.name}")
-        if kv_cache is None and self.spec.attn_type.cached:
-            raise AttentionInputError(f"the forward context has no KV cache for layer {self.name}")
-        if self._needs_scales and key is not None and value is not None:
-            self.impl.kv_scales = calibrate(key, value)
-            self._needs_scales = False
-        if context.wait_for_layer is not None:
-            context.wait_for_layer(self.name)
-        attended = self.impl.forward(query, key, value, kv_cache, metadata, output)
-        if context.save_layer is not None:
-            context.save_layer(self.name)
-        return attended
+
+        def run(metadata: AttentionMetadata, kv_cache: torch.Tensor | None) -> torch.Tensor:
+            if self._needs_scales and key is not None and value is not None:
+                self.impl.kv_scales = calibrate(key, value)
+                self._needs_scales = False
+            return self.impl.forward(query, key, value, kv_cache, metadata, output)
+
+        return context.run_layer(self.name, self.spec.attn_type.cached, run)

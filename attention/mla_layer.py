@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from attention.backend import AttentionBackend, KVScales
+from attention.backend import AttentionBackend, AttentionMetadata, KVScales
 from attention.backends.mla.base import MLABackend
-from attention.errors import AttentionBackendError, AttentionInputError
+from attention.errors import AttentionBackendError
 from attention.forward_context import ForwardContext, current_context
 from attention.fp8 import calibrate
 from attention.spec import FP8, AttentionSpec
+from attention.unified_attention import unified_attention
 
 
 class MLAAttention(nn.Module):
@@ -72,7 +73,7 @@ class MLAAttention(nn.Module):
         if torch.compiler.is_compiling():
             if output is None:
                 output = query.new_empty(query.shape[0], self.spec.num_heads, self.impl.mla.v_head_dim)
-            torch.ops.baton.unified_attention(query, kv_c, k_pe, output, self.name)
+            unified_attention(query, kv_c, k_pe, output, self.name)
             return output
         return self.attend(current_context(), query, kv_c, k_pe, output)
 
@@ -89,19 +90,12 @@ class MLAAttention(nn.Module):
         Raises:
             AttentionInputError: the context has no batch or no cache for this layer.
         """
-        metadata = context.metadata.get(self.name)
-        kv_cache = context.kv_caches.get(self.name)
-        if metadata is None:
-            raise AttentionInputError(f"the forward context has no batch for layer {self.name}")
-        if kv_cache is None:
-            raise AttentionInputError(f"the forward context has no KV cache for layer {self.name}")
-        if self._needs_scales and kv_c is not None and k_pe is not None:
-            latent = torch.cat((kv_c, k_pe), dim=-1)
-            self.impl.kv_scales = calibrate(latent, latent)
-            self._needs_scales = False
-        if context.wait_for_layer is not None:
-            context.wait_for_layer(self.name)
-        attended = self.impl.forward(query, kv_c, k_pe, kv_cache, metadata, output)
-        if context.save_layer is not None:
-            context.save_layer(self.name)
-        return attended
+
+        def run(metadata: AttentionMetadata, kv_cache: torch.Tensor | None) -> torch.Tensor:
+            if self._needs_scales and kv_c is not None and k_pe is not None:
+                latent = torch.cat((kv_c, k_pe), dim=-1)
+                self.impl.kv_scales = calibrate(latent, latent)
+                self._needs_scales = False
+            return self.impl.forward(query, kv_c, k_pe, kv_cache, metadata, output)
+
+        return context.run_layer(self.name, needs_cache=True, attend=run)
