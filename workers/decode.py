@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from kv_transfer.connector import ConnectorEvent, HandoffFailed, HandoffReceived, HandoffReleased, KVConnector
 from kv_transfer.messages import HandoffKey
@@ -40,6 +41,7 @@ class DecodeWorker:
             CPU, where launching a step computes it.
         enforce_eager: use no CUDA graphs.
         progress: told how many of the CUDA graphs are captured, and how many there will be.
+        clock: what time it is, in monotonic seconds.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class DecodeWorker:
         steps_ahead: int | None = None,
         enforce_eager: bool = False,
         progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
+        self._clock = clock
         self.decoder = DecodeRunner[Sequence](
             runner,
             max_num_seqs=max_num_seqs,
@@ -87,7 +91,7 @@ class DecodeWorker:
             frozenset(self._runner.model.config.eos_token_ids),
             self._max_model_len,
         )
-        sequence = Sequence(request, state, deadline=time.monotonic() + request.timeout_s)
+        sequence = Sequence(request, state, deadline=self._clock() + request.timeout_s)
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
 
@@ -174,7 +178,7 @@ class DecodeWorker:
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             sampled = self._sampled(launch)
-            now = time.monotonic()
+            now = self._clock()
             for sequence, token in zip(launch.sequences, sampled, strict=True):
                 if self._batch.landed(sequence):
                     self._accept(sequence, token, now)
@@ -222,7 +226,7 @@ class DecodeWorker:
         if request_id not in self._sequences:  # aborted while the last part was on its way
             self._blocks.free(sequence.blocks)
             return
-        sequence.received = time.monotonic()
+        sequence.received = self._clock()
         sequence.state.output_token_ids.append(first_token)
         if finish_reason(sequence.state) is not None:  # the prefill worker has told the client
             self._blocks.free(sequence.blocks)
@@ -231,7 +235,7 @@ class DecodeWorker:
             self._batch.add(sequence)
 
     def _enforce_deadlines(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         for request_id, sequence in [(r, s) for r, s in self._sequences.items() if s.deadline <= now]:
             del self._sequences[request_id]
             waiting = sequence.key is None or sequence.key in self._expected

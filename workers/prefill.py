@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
@@ -46,6 +47,7 @@ class PrefillWorker:
         max_model_len: context window, tokens.
         layers_per_group: layers that one WRITE carries.
         handoff_timeout_s: how long after the first token the cache may take to arrive.
+        clock: what time it is, in monotonic seconds.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class PrefillWorker:
         max_model_len: int,
         layers_per_group: int = 1,
         handoff_timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
+        self._clock = clock
         self._connector = connector
         self._blocks = BlockManager(runner.kv_cache.shape[1])
         self._scheduler = PrefillScheduler(self._blocks, runner.block_size, max_num_batched_tokens, max_num_seqs)
@@ -80,7 +84,7 @@ class PrefillWorker:
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error))
             return
-        now = time.monotonic()
+        now = self._clock()
         prompt = _Prompt(
             request,
             PromptProgress(request.request_id, num_tokens),
@@ -152,7 +156,7 @@ class PrefillWorker:
         rows = []
         for chunk in chunks:
             prompt = self._prompts[chunk.prompt.request_id]
-            prompt.started = prompt.started or time.monotonic()
+            prompt.started = prompt.started or self._clock()
             tokens = prompt.request.prompt_token_ids[chunk.start : chunk.end]
             rows.append(Row(tokens, chunk.start, chunk.prompt.blocks, wants_logits=chunk.last))
         parts = [
@@ -196,7 +200,7 @@ class PrefillWorker:
 
     def _finish(self, prompt: _Prompt, output: TokenOutput) -> None:
         """The first token is known: tell the client and the decode worker."""
-        now = time.monotonic()
+        now = self._clock()
         request = prompt.request
         prompt.computed = True
         self._events += [
@@ -233,7 +237,7 @@ class PrefillWorker:
             self._events.append(RequestFailed(request_id, HandoffError(event.reason)))
 
     def _enforce_deadlines(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         for request_id, prompt in [(r, p) for r, p in self._prompts.items() if p.deadline <= now]:
             del self._prompts[request_id]
             where = "handing over the KV cache" if prompt.computed else "waiting for or computing its prompt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,12 @@ from workers.sampling.params import SamplingParams
 
 
 class LocalCluster:
-    """Prefill and decode workers joined by a `LocalFabric`. `model` is shared: only the caches are apart."""
+    """Prefill and decode workers joined by a `LocalFabric`. `model` is shared: only the caches are apart.
+
+    All of them go by `clock`, which the fixture of this name makes stand still.
+    """
+
+    clock = staticmethod(time.monotonic)
 
     def __init__(
         self,
@@ -71,6 +77,7 @@ class LocalCluster:
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 layers_per_group=layers_per_group,
+                clock=self.clock,
             )
             infos.append(info)
             connectors.append(connector)
@@ -83,6 +90,7 @@ class LocalCluster:
                 max_model_len=max_model_len,
                 steps_ahead=steps_ahead,
                 enforce_eager=enforce_eager,
+                clock=self.clock,
             )
             infos.append(info)
             connectors.append(connector)
@@ -219,18 +227,17 @@ def one_pair(tiny_checkpoint, local_cluster) -> Callable[..., tuple[LocalCluster
 
 
 class Clock:
-    """Stands in for the module `time` in the workers; stands still until it is moved."""
+    """A clock for workers that stands still until it is moved."""
 
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("workers.prefill.time", clock)
-    monkeypatch.setattr("workers.decode.time", clock)
+    monkeypatch.setattr(LocalCluster, "clock", clock)
     return clock
