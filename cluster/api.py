@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.routing.router import PairReport
 from workers.messages import Load, TokenOutput
 from workers.sampling.params import SamplingParams
 
@@ -75,6 +76,21 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """Where a request would go, and why.
+
+    Attributes:
+        prompt_tokens: length of its prompt.
+        max_tokens: the most that it may generate.
+        pairs: those that can serve it first, best first.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    pairs: tuple[PairReport, ...]
+
+
+@dataclass(frozen=True)
 class Usage:
     """Token counts of a request; `completion_tokens` has the token that ended the text too."""
 
@@ -134,4 +150,8 @@ class Engine(Protocol):
 
     def workers(self) -> list[WorkerStatus]:
         """Every worker, prefill first."""
+        ...
+
+    def explain(self, request: EngineRequest) -> list[PairReport]:
+        """Where a request would go if it came now: every pair of workers, best first. Nothing is reserved."""
         ...

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import grpc
 
-from cluster.api import ModelInfo, WorkerStatus
+from cluster.api import Explanation, ModelInfo, WorkerStatus
 from cluster.client_messages import GenerateChunk, Messages, chunk, generate_request, tokenize_request
 from cluster.server import convert
 from cluster.server.auth import bearer
@@ -141,6 +141,22 @@ class BatonClient:
         with _errors(self._connection):
             response = self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._metadata)
         return convert.model_info_from_proto(response)
+
+    def explain(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        chat: Messages | None = None,
+        sampling: SamplingParams | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """Where the request would go if it came now; nothing is generated. Arguments and errors as in `generate`."""
+        request = generate_request(prompt, token_ids, chat, sampling, model, "")
+        with _errors(self._connection):
+            response = self._stub.Explain(request, timeout=timeout_s, metadata=self._metadata)
+        return convert.explanation_from_proto(response)
 
     def workers(self, timeout_s: float | None = None) -> list[WorkerStatus]:
         """All workers, prefill first.

@@ -6,16 +6,17 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from cluster.admission import AdmissionQueue
 from cluster.api import EngineRequest, RequestReport, TokenChunk, WorkerStatus
 from cluster.errors import NoWorkersError, WorkerLostError
 from cluster.flight import Flight
 from cluster.pool import Member, WorkerPools
-from cluster.router import Candidate, NoPlacement, Placement, place
+from cluster.routing.books import Books
+from cluster.routing.router import Bar, Demand, NoPlacement, PairReport
+from cluster.routing.worker_table import WorkerTraits
 from cluster.worker_handle import LoadProgress, WorkerHandle
-from workers.block_manager import blocks_for
 from workers.errors import CapacityError, DeadlineExceededError, HandoffError
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
 
@@ -49,6 +50,7 @@ class ServingEngine:
             prefill, decode, on_output=self._on_output, on_change=self._on_change, progress=progress
         )
         self._queue: AdmissionQueue[Flight] = AdmissionQueue(max_queue)
+        self._books = Books()
         self._flights: dict[str, Flight] = {}
         self._stopping = False
 
@@ -74,6 +76,10 @@ class ServingEngine:
         """See `Engine.workers`."""
         return self._pools.status()
 
+    def explain(self, request: EngineRequest) -> list[PairReport]:
+        """See `Engine.explain`."""
+        return self._books.explain(_demand(request))
+
     def generate(self, request: EngineRequest) -> RunningRequest:
         """See `Engine.generate`."""
         return RunningRequest(self, request)
@@ -98,6 +104,7 @@ class ServingEngine:
         """A flight is over: stop whatever is still under way of it."""
         if self._flights.pop(flight.flight_id, None) is None:
             return
+        self._books.release(flight.flight_id)
         if not flight.finished:
             for engine_id in (flight.prefill, flight.decode):
                 member = self._pools.find(engine_id)
@@ -109,75 +116,56 @@ class ServingEngine:
         """Book a pair of workers, or None if there is no room now."""
         if self._stopping:
             raise NoWorkersError(_SHUTTING_DOWN)
-        prompt_tokens = len(request.prompt_token_ids)
-        max_tokens = request.sampling.max_tokens or 1
-        placement = place(prompt_tokens, max_tokens, self._candidates("prefill"), self._candidates("decode"))
+        demand = _demand(request)
+        placement = self._books.place(demand)
         if isinstance(placement, NoPlacement):
             if placement.hopeless:
-                raise CapacityError("no pair of workers can serve this request: " + "; ".join(placement.reasons))
+                why = "; ".join(self._books.refusals(demand))
+                raise CapacityError(f"no pair of workers can serve this request: {why}")
             if not all(any(m.has_a_future for m in self._pools.pool(role)) for role in ("prefill", "decode")):
-                raise NoWorkersError("no worker is ready: " + "; ".join(placement.reasons))
+                raise NoWorkersError("no worker is ready: " + "; ".join(self._books.refusals(demand)))
             return None
-        return self._book(placement, prompt_tokens, arrived, attempts)
-
-    def _book(self, placement: Placement, prompt_tokens: int, arrived: float, attempts: int) -> Flight:
-        logger.debug("placed on %s, %s: %s", placement.prefill, placement.decode, "; ".join(placement.explanation))
-        flight = Flight(secrets.token_hex(8), placement.prefill, placement.decode, prompt_tokens, arrived, attempts)
+        flight = Flight(
+            secrets.token_hex(8), placement.prefill, placement.decode, demand.prompt_tokens, arrived, attempts
+        )
+        if demand.max_tokens == 1:  # nothing to decode, so nothing to hand over
+            flight.serve_alone()
         self._flights[flight.flight_id] = flight
+        self._books.book(flight.flight_id, flight.prefill, flight.decode, flight.num_tokens)
         return flight
 
     def _dispatch(self, flight: Flight, request: EngineRequest, timeout_s: float) -> None:
         """Send the request to both workers at once."""
         prefill, decode = self._pools.find(flight.prefill), self._pools.find(flight.decode)
-        if prefill is None or decode is None:
+        if prefill is None or (decode is None and flight.decode):
             flight.fail(WorkerLostError("a worker was lost before the request reached it"))
             return
         handoff_id = secrets.token_bytes(16)
         prompt, sampling = request.prompt_token_ids, request.sampling
         flight.dispatched = time.monotonic()
-        if sampling.max_tokens == 1:  # nothing to decode, so nothing to hand over
-            flight.serve_alone()
+        if decode is None:
             prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, None, timeout_s))
             return
         # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.
         prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, flight.decode, timeout_s))
         decode.handle.submit(DecodeRequest(flight.flight_id, handoff_id, prompt, sampling, flight.prefill, timeout_s))
 
-    def _candidates(self, role: str) -> list[Candidate]:
-        return [self._candidate(member) for member in self._pools.pool(role) if member.info is not None]
-
-    def _candidate(self, member: Member) -> Candidate:
-        """A worker with the gateway's own books: they know of requests that the worker has not heard of yet."""
-        info = member.info
-        assert info is not None
-        block_size = info.engine.layout.block_size
-        flights = (f for f in self._flights.values() if not f.finished)
-        mine = [f for f in flights if member.engine_id in (f.prefill, f.decode)]
-        if info.role == "prefill":
-            mine = [f for f in mine if not f.first_token_at]
-        used = sum(blocks_for(f.num_tokens + 1, block_size) for f in mine)
-        return Candidate(
-            engine_id=member.engine_id,
-            ready=member.state == "ready",
-            max_model_len=info.max_model_len,
-            block_size=block_size,
-            total_blocks=info.num_blocks,
-            free_blocks=info.num_blocks - used - member.load.quarantined_blocks,
-            free_slots=info.max_num_seqs - len(mine),
-            running=len(mine),
-            queued_tokens=sum(f.num_tokens for f in mine) if info.role == "prefill" else 0,
-            capability=info.capability,
-            refusals=member.refusals,
-            estranged=member.estranged,
-        )
-
     def _on_output(self, output: StepOutput) -> None:
+        self._books.quarantine(output.engine_id, output.load.quarantined_blocks)
         for event in output.events:
             if flight := self._flights.get(event.request_id):
                 flight.take(output.engine_id, event)
+                self._keep_books(flight)
                 if flight.finished:
                     self._see_off(flight)
         self._queue.retry()
+
+    def _keep_books(self, flight: Flight) -> None:
+        if flight.finished:
+            self._books.release(flight.flight_id)
+        elif flight.first_token_at:
+            self._books.first_token(flight.flight_id)
+            self._books.grown(flight.flight_id, flight.num_tokens)
 
     def _see_off(self, flight: Flight) -> None:
         """The last token is here: land, but give the report of the handoff a moment to arrive before."""
@@ -187,10 +175,45 @@ class ServingEngine:
             asyncio.get_running_loop().call_later(_REPORT_PATIENCE_S, self.land, flight)
 
     def _on_change(self, lost: str | None) -> None:
+        self._books.update_pools(
+            _traits(self._pools.pool("prefill")), _traits(self._pools.pool("decode")), _bars(self._pools.members)
+        )
         if lost is not None:
             for flight in list(self._flights.values()):
                 flight.worker_lost(lost)
         self._queue.retry()
+
+
+def _demand(request: EngineRequest) -> Demand:
+    return Demand(len(request.prompt_token_ids), request.sampling.max_tokens or 1)
+
+
+def _traits(members: Iterable[Member]) -> dict[WorkerTraits, bool]:
+    """The workers that have said who they are, and whether each is ready."""
+    return {
+        WorkerTraits(
+            engine_id=member.engine_id,
+            max_model_len=info.max_model_len,
+            block_size=info.engine.layout.block_size,
+            total_blocks=info.num_blocks,
+            max_num_seqs=info.max_num_seqs,
+            capability=info.capability,
+        ): member.state == "ready"
+        for member in members
+        if (info := member.info) is not None
+    }
+
+
+def _bars(members: Iterable[Member]) -> dict[tuple[str, str], Bar]:
+    """The pairs that cannot work together, whichever of the two has found out."""
+    bars: dict[tuple[str, str], Bar] = {}
+    for member in members:
+        known = [(peer, Bar(why, forever=False)) for peer, why in member.estranged.items()]
+        known += [(peer, Bar(why, forever=True)) for peer, why in member.refusals.items()]
+        for peer, bar in known:
+            prefill, decode = (member.engine_id, peer) if member.handle.role == "prefill" else (peer, member.engine_id)
+            bars[prefill, decode] = bar
+    return bars
 
 
 class RunningRequest:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from cluster.api import Engine, EngineRequest, ModelInfo, RequestReport, Usage
+from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import ChatMessage, Tokenizer
@@ -101,6 +101,17 @@ class Generation:
         rest = text.finish()
         usage = Usage(prompt_tokens=len(prompt), completion_tokens=text.num_tokens)
         yield TextChunk(rest, (), text.finish_reason, usage, report)
+
+    async def explain(self, request: GenerationRequest) -> Explanation:
+        """Where a request would go if it came now. Nothing is started.
+
+        Raises:
+            InvalidRequestError: the request is wrong.
+        """
+        prompt = await self.tokenize(request.prompt, request.model)
+        sampling = self._complete(request.sampling, len(prompt))
+        pairs = self._engine.explain(EngineRequest(request.request_id, prompt, sampling, request.timeout_s))
+        return Explanation(len(prompt), sampling.max_tokens or 1, tuple(pairs))
 
     async def tokenize(self, prompt: Prompt, model: str = "") -> tuple[int, ...]:
         """Check a prompt and turn it into token ids.

@@ -193,6 +193,34 @@ class GetModelInfoResponse(_message.Message):
     has_chat_template: bool
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: bool = ...) -> None: ...
 
+class ExplainResponse(_message.Message):
+    __slots__ = ("prompt_tokens", "max_tokens", "pairs")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    max_tokens: int
+    pairs: _containers.RepeatedCompositeFieldContainer[PairReport]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[PairReport, _Mapping]]] = ...) -> None: ...
+
+class PairReport(_message.Message):
+    __slots__ = ("prefill", "decode", "ttft_s", "itl_s", "cost_s", "refusal", "chosen")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ITL_S_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    prefill: str
+    decode: str
+    ttft_s: float
+    itl_s: float
+    cost_s: float
+    refusal: str
+    chosen: bool
+    def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., refusal: _Optional[str] = ..., chosen: bool = ...) -> None: ...
+
 class ListWorkersRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

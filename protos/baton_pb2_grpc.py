@@ -71,6 +71,11 @@ class BatonStub(object):
                 request_serializer=protos_dot_baton__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=protos_dot_baton__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/baton.v1.Baton/Explain',
+                request_serializer=protos_dot_baton__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=protos_dot_baton__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class BatonServicer(object):
@@ -119,6 +124,13 @@ class BatonServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Says where a request would go if it came now, and why; nothing is generated or reserved.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BatonServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +158,11 @@ def add_BatonServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=protos_dot_baton__pb2.ListWorkersRequest.FromString,
                     response_serializer=protos_dot_baton__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_baton__pb2.GenerateRequest.FromString,
+                    response_serializer=protos_dot_baton__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -289,6 +306,33 @@ class Baton(object):
             '/baton.v1.Baton/ListWorkers',
             protos_dot_baton__pb2.ListWorkersRequest.SerializeToString,
             protos_dot_baton__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Baton/Explain',
+            protos_dot_baton__pb2.GenerateRequest.SerializeToString,
+            protos_dot_baton__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

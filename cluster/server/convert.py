@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
 
-from cluster.api import ModelInfo, RequestReport, Usage, WorkerStatus
+from cluster.api import Explanation, ModelInfo, RequestReport, Usage, WorkerStatus
+from cluster.routing.router import PairReport
 from protos import baton_pb2
 from workers.messages import FinishReason, Load
 from workers.sampling.params import SamplingParams
@@ -17,6 +18,7 @@ _FINISH_REASONS = {
 }
 _FINISH_REASONS_BACK = {number: reason for reason, number in _FINISH_REASONS.items()}
 _REPORT_FIELDS = [field.name for field in fields(RequestReport)]
+_PAIR_FIELDS = [field.name for field in fields(PairReport)]
 _LOAD_FIELDS = [field.name for field in fields(Load)]
 
 
@@ -86,6 +88,17 @@ def workers_from_proto(messages: Iterable[baton_pb2.WorkerStatus]) -> list[Worke
         )
         for m in messages
     ]
+
+
+def explanation_to_proto(explanation: Explanation) -> baton_pb2.ExplainResponse:
+    """Where a request would go."""
+    return baton_pb2.ExplainResponse(**asdict(explanation))
+
+
+def explanation_from_proto(message: baton_pb2.ExplainResponse) -> Explanation:
+    """Where a request would go."""
+    pairs = (PairReport(**{name: getattr(pair, name) for name in _PAIR_FIELDS}) for pair in message.pairs)
+    return Explanation(message.prompt_tokens, message.max_tokens, tuple(pairs))
 
 
 def model_info_to_proto(info: ModelInfo) -> baton_pb2.GetModelInfoResponse:

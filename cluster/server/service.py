@@ -71,6 +71,15 @@ class BatonService:
         """List all workers."""
         return baton_pb2.ListWorkersResponse(workers=map(convert.worker_to_proto, self._engine.workers()))
 
+    async def Explain(  # noqa: N802
+        self, request: baton_pb2.GenerateRequest, timeout_s: float
+    ) -> baton_pb2.ExplainResponse:
+        """Say where a request would go."""
+        request_id = _request_id(request.request_id)
+        return convert.explanation_to_proto(
+            await self._generation.explain(_generation_request(request, request_id, timeout_s))
+        )
+
 
 def method_handlers(service: BatonService, default_timeout_s: float) -> grpc.GenericRpcHandler:
     """What a gRPC server needs to answer the service's calls.

@@ -12,6 +12,7 @@ from cluster.api import EngineRequest, ModelInfo, RequestReport, TokenChunk, Wor
 from cluster.client import Connection
 from cluster.config import load_config
 from cluster.generation import Generation
+from cluster.routing.router import PairReport
 from cluster.server.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
 from workers.messages import FinishReason, Load, TokenOutput
@@ -42,6 +43,13 @@ class ScriptedEngine:
         return [
             WorkerStatus("p-1", "prefill", "ready", "cpu", "TORCH_SDPA", 16, Load(100, 90, 5, 1, 2, 3, 77, 0)),
             WorkerStatus("d-1", "decode", "draining", "cuda:0", "FLASHINFER", 16, Load(200, 150)),
+        ]
+
+    def explain(self, request: EngineRequest) -> list[PairReport]:
+        self.requests.append(request)
+        return [
+            PairReport("p-1.00", "d-2.00", 0.0123, 0.0045, 0.3, "", True),
+            PairReport("p-1.00", "d-1.00", 0.0123, 0.0045, 0.3, "d-1.00: its batch is full", False),
         ]
 
 

@@ -228,6 +228,28 @@ async def test_what_never_fits_is_refused(make_fleet):
     await fleet.until_idle()
 
 
+@pytest.mark.usefixtures("like_workers")
+async def test_the_explanation_follows_the_load(make_fleet):
+    fleet = await make_fleet(1, 2, max_num_seqs=1)
+    request = EngineRequest("r", tuple(prompt(20)), SamplingParams(max_tokens=200, seed=0, ignore_eos=True), 60.0)
+
+    def where() -> list[tuple[str, bool, str]]:
+        reports = fleet.engine.explain(request)
+        return sorted((r.decode.partition(".")[0], r.chosen, r.refusal.partition(": ")[2]) for r in reports)
+
+    assert sorted(chosen for _, chosen, _ in where()) == [False, True]
+    one = fleet.engine.generate(request)
+    await anext(one)
+    assert [refusal for _, _, refusal in where()].count("its batch is full") == 1
+    two = fleet.engine.generate(request)
+    await anext(two)
+    assert where() == [(f"decode-{i}", False, "its batch is full") for i in range(2)]
+    await one.aclose()
+    assert [chosen for _, chosen, _ in where()].count(True) == 1
+    await two.aclose()
+    await fleet.until_idle()
+
+
 async def test_a_wrong_request_harms_no_worker(make_fleet, expected):
     fleet = await make_fleet()
     before = [worker.engine_id for worker in fleet.engine.workers()]

@@ -165,3 +165,41 @@ async def test_a_reader_that_goes_away_is_no_traceback(serve: Serve, answer: Ans
     _, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 141
     assert err == b""
+
+
+@pytest.mark.parametrize("what", [("abc",), ("--prompt-tokens", "3")])
+async def test_explain_shows_every_pair(
+    serve: Serve, what: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve([])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert await baton("explain", *what, "--max-tokens", "5", "--server", served.server.address) == 0
+    assert len(served.engine.requests[0].prompt_token_ids) == 3
+    title, _, best, other = capsys.readouterr().out.splitlines()
+    assert title == "3 prompt tokens, at most 5 to generate"
+    assert best.split() == ["→", "p-1", "d-2", "12.3", "4.5", "300.0"]
+    assert "d-1.00: its batch is full" in other
+
+
+async def test_explain_as_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    served = await serve([])
+    assert await baton("explain", "abc", "--json", "--server", served.server.address) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [pair["chosen"] for pair in result["pairs"]] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either a prompt or --prompt-tokens"),
+        (("x", "--prompt-tokens", "3"), "give either a prompt or --prompt-tokens"),
+        (("--prompt-tokens", "0"), "--prompt-tokens is 0, it must be at least 1"),
+        (("--prompt-tokens", "64"), "INVALID_ARGUMENT: the prompt has 64 tokens"),
+    ],
+)
+async def test_explain_refuses(
+    serve: Serve, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve([])
+    assert await baton("explain", *arguments, "--server", served.server.address) == 1
+    assert message in capsys.readouterr().err

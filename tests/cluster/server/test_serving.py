@@ -8,7 +8,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from cluster.api import ModelInfo, RequestReport, TokenChunk, Usage
+from cluster.api import Explanation, ModelInfo, RequestReport, TokenChunk, Usage
 from cluster.client import AsyncBatonClient, BatonClient, BatonClientError
 from cluster.client_messages import GenerateChunk
 from cluster.errors import NoWorkersError, QueueFullError, WorkerLostError
@@ -125,6 +125,10 @@ async def test_the_blocking_client_and_the_unary_methods(serve: Serve, answer: A
             assert served.tokenizer.decode(chat) == "[user]hi[assistant]"
             assert client.model_info() == ModelInfo("tiny", "llama", "float32", 64, 257, (256,), True)
             assert client.workers() == served.engine.workers()
+            explanation = client.explain("abc", sampling=SamplingParams(max_tokens=99))
+            asked = served.engine.requests[-1]
+            assert asked.prompt_token_ids == tuple(served.tokenizer.encode("abc"))
+            assert explanation == Explanation(3, 61, tuple(served.engine.explain(asked)))
 
     await asyncio.to_thread(talk)
 

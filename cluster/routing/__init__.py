@@ -1,0 +1,1 @@
+"""Which workers serve a request: the gateway's books, and the choice made from them."""

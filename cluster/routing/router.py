@@ -1,0 +1,232 @@
+"""Which pair of workers serves a request: filter by what they can do, then score by measured cost and load.
+
+Plain data in, plain data out; knows neither Ray nor requests under way. Costs are predictions from each worker's own
+measurements; there is no table of hardware here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.routing.worker_table import WorkerTable
+from workers.block_manager import blocks_for
+
+_LOOK_AHEAD_TOKENS = 64
+"""Decode steps that a placement is judged by: about as long as today's load is likely to last."""
+
+_Floats = npt.NDArray[np.float64]
+_Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a request needs.
+
+    Attributes:
+        prompt_tokens: length of its prompt.
+        max_tokens: the most tokens to generate.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Why two workers cannot work together; `forever`: waiting does not help."""
+
+    reason: str
+    forever: bool
+
+
+Bars = Mapping[tuple[str, str], Bar]
+"""By (prefill, decode)."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A chosen pair.
+
+    Attributes:
+        prefill: engine id.
+        decode: engine id.
+        ttft_s: predicted seconds until the first token.
+        itl_s: predicted seconds between tokens, as the decode worker's batch is now.
+    """
+
+    prefill: str
+    decode: str
+    ttft_s: float
+    itl_s: float
+
+
+@dataclass(frozen=True)
+class NoPlacement:
+    """No pair can take the request now; `explain` says why. `hopeless`: none could, even if all were idle and ready."""
+
+    hopeless: bool
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """A pair as the router saw it for one request.
+
+    Attributes:
+        prefill: engine id.
+        decode: engine id.
+        ttft_s: predicted seconds until the first token.
+        itl_s: predicted seconds between tokens.
+        cost_s: predicted seconds to the first token and through the next ones: the lowest is chosen.
+        refusal: why it cannot serve the request now; empty if it can.
+        chosen: whether it is the one.
+    """
+
+    prefill: str
+    decode: str
+    ttft_s: float
+    itl_s: float
+    cost_s: float
+    refusal: str
+    chosen: bool
+
+
+def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> Placement | NoPlacement:
+    """Choose the pair that is predicted to answer soonest; of equals the one with the fewest requests.
+
+    The cost of a pair is the time until the first token (the prompts queued on the prefill worker, and this one) plus
+    the time of the next decode steps with one sequence more in the decode worker's batch.
+
+    Args:
+        demand: what the request needs.
+        prefill: the prefill pool.
+        decode: the decode pool.
+        bars: pairs that cannot work together.
+    """
+    p_fits, d_fits = _fits(prefill, demand), _fits(decode, demand) & _has_room(decode, demand)
+    p_cost = np.where(p_fits, _ttft(prefill, demand), np.inf)
+    d_cost = np.where(d_fits, decode.column("step_s") * _steps(demand), np.inf)
+    if not (p_fits.any() and d_fits.any()):
+        return NoPlacement(_hopeless(demand, prefill, decode, bars))
+    p, d = _least(p_cost, prefill.column("running")), _least(d_cost, decode.column("running"))
+    if bars and (prefill.engine_ids[p], decode.engine_ids[d]) in bars:
+        pairs = p_cost[:, None] + d_cost
+        for row, column in _barred_cells(bars, prefill, decode):
+            pairs[row, column] = np.inf
+        if not np.isfinite(pairs).any():
+            return NoPlacement(_hopeless(demand, prefill, decode, bars))
+        running = prefill.column("running")[:, None] + decode.column("running")
+        p, d = divmod(_least(pairs.ravel(), running.ravel()), len(decode))
+    return Placement(prefill.engine_ids[p], decode.engine_ids[d], float(p_cost[p]), float(decode.column("step_s")[d]))
+
+
+def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> list[PairReport]:
+    """Every pair, those that can serve the request first, best first; see `place`."""
+    placement = place(demand, prefill, decode, bars)
+    chosen = (placement.prefill, placement.decode) if isinstance(placement, Placement) else None
+    ttft, step_s = _ttft(prefill, demand), decode.column("step_s")
+    reports = []
+    for p, p_id in enumerate(prefill.engine_ids):
+        for d, d_id in enumerate(decode.engine_ids):
+            bar = bars.get((p_id, d_id))
+            refusal = (
+                _unfit(prefill, p, demand)
+                or (bar and f"{p_id} -> {d_id}: {bar.reason}")
+                or _unfit(decode, d, demand)
+                or _no_room(decode, d, demand)
+            )
+            cost = float(ttft[p] + step_s[d] * _steps(demand))
+            reports.append(
+                PairReport(p_id, d_id, float(ttft[p]), float(step_s[d]), cost, refusal, (p_id, d_id) == chosen)
+            )
+    return sorted(reports, key=lambda r: (bool(r.refusal), not r.chosen, r.cost_s, r.prefill, r.decode))
+
+
+def refusals(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> tuple[str, ...]:
+    """Why no pair can take the request now, each reason once."""
+    reports = explain(demand, prefill, decode, bars)
+    return tuple(dict.fromkeys(report.refusal for report in reports if report.refusal)) or ("there are no workers",)
+
+
+def _ttft(prefill: WorkerTable, demand: Demand) -> _Floats:
+    seconds: _Floats = prefill.column("queued_s") + prefill.prefill_seconds(demand.prompt_tokens)
+    return seconds
+
+
+def _steps(demand: Demand) -> int:
+    return min(demand.max_tokens, _LOOK_AHEAD_TOKENS)
+
+
+def _could(table: WorkerTable, demand: Demand) -> _Flags:
+    """Who could take the request if it were idle and ready."""
+    needed = demand.prompt_tokens + 1
+    could: _Flags = (table.column("max_model_len") >= needed) & (
+        table.column("total_blocks") * table.column("block_size") >= needed
+    )
+    return could
+
+
+def _fits(table: WorkerTable, demand: Demand) -> _Flags:
+    fits: _Flags = _could(table, demand) & table.column("ready")
+    return fits
+
+
+def _has_room(table: WorkerTable, demand: Demand) -> _Flags:
+    room = table.column("free_blocks") * table.column("block_size")
+    has_room: _Flags = (room >= demand.prompt_tokens + 1) & (table.column("free_slots") > 0)
+    return has_room
+
+
+def _least(cost: _Floats, running: npt.NDArray[Any]) -> int:
+    """The lowest cost; of equals the one with the fewest requests."""
+    equals = np.flatnonzero(cost <= cost.min() * (1.0 + 1e-9))
+    return int(equals[running[equals].argmin()])
+
+
+def _barred_cells(bars: Bars, prefill: WorkerTable, decode: WorkerTable) -> Iterator[tuple[int, int]]:
+    for p_id, d_id in bars:
+        row, column = prefill.row(p_id), decode.row(d_id)
+        if row is not None and column is not None:
+            yield row, column
+
+
+def _hopeless(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> bool:
+    """Whether no pair could take the request, even if all were idle and ready. An empty pool may yet fill."""
+    if not len(prefill) or not len(decode):
+        return False
+    possible = np.logical_and.outer(_could(prefill, demand), _could(decode, demand))
+    forever = {pair: bar for pair, bar in bars.items() if bar.forever}
+    for row, column in _barred_cells(forever, prefill, decode):
+        possible[row, column] = False
+    return not possible.any()
+
+
+def _unfit(table: WorkerTable, row: int, demand: Demand) -> str:
+    """Why a worker cannot take the prompt, in words; empty if it can."""
+    name, needed = table.engine_ids[row], _blocks(table, row, demand)
+    window, blocks = table.column("max_model_len")[row], table.column("total_blocks")[row]
+    if demand.prompt_tokens + 1 > window:
+        return f"{name}: {demand.prompt_tokens} prompt tokens, context window {window}"
+    if needed > blocks:
+        return f"{name}: {needed} blocks needed, {blocks} in all"
+    if not table.column("ready")[row]:
+        return f"{name}: not ready"
+    return ""
+
+
+def _no_room(table: WorkerTable, row: int, demand: Demand) -> str:
+    """Why a decode worker has no room for the request now, in words; empty if it has."""
+    name, needed, free = table.engine_ids[row], _blocks(table, row, demand), table.column("free_blocks")[row]
+    if table.column("free_slots")[row] < 1:
+        return f"{name}: its batch is full"
+    if needed > free:
+        return f"{name}: {needed} blocks needed, {free} free"
+    return ""
+
+
+def _blocks(table: WorkerTable, row: int, demand: Demand) -> int:
+    return blocks_for(demand.prompt_tokens + 1, int(table.column("block_size")[row]))

@@ -1,0 +1,157 @@
+"""What the gateway has booked on each worker."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from cluster.routing.books import Books
+from cluster.routing.router import Bar, Demand, NoPlacement, Placement
+from cluster.routing.worker_table import WorkerTraits
+from workers.block_manager import blocks_for
+from workers.capability import Capability
+
+CAPABILITY = Capability(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (16, 0.02)))
+
+
+def traits(engine_id: str, block_size: int = 16, total_blocks: int = 100, max_num_seqs: int = 8) -> WorkerTraits:
+    return WorkerTraits(engine_id, 4096, block_size, total_blocks, max_num_seqs, CAPABILITY)
+
+
+def books(prefill=("p",), decode=("d",)) -> Books:
+    made = Books()
+    made.update_pools({traits(p): True for p in prefill}, {traits(d): True for d in decode}, {})
+    return made
+
+
+def refusal(made: Books, num_tokens: int) -> str:
+    (report,) = made.explain(Demand(num_tokens, 10))
+    return report.refusal
+
+
+def test_what_is_booked_is_not_free():
+    made = books()
+    assert refusal(made, 100 * 16 - 1) == ""
+    made.book("r", "p", "d", 50)
+    assert refusal(made, 96 * 16 - 1) == ""
+    assert refusal(made, 96 * 16) == "d: 97 blocks needed, 96 free"
+    made.grown("r", 64)
+    assert refusal(made, 96 * 16 - 1) == "d: 96 blocks needed, 95 free"
+    made.release("r")
+    assert refusal(made, 100 * 16 - 1) == ""
+    made.release("r")
+    assert refusal(made, 100 * 16 - 1) == ""
+
+
+def test_prefill_is_free_after_the_first_token():
+    made = books(prefill=("p-0", "p-1"))
+    made.book("r", "p-0", "d", 1000)
+    placement = made.place(Demand(100, 10))
+    assert isinstance(placement, Placement)
+    assert placement.prefill == "p-1"
+    made.first_token("r")
+    assert [report.ttft_s for report in made.explain(Demand(100, 10))] == pytest.approx([0.1, 0.1], rel=0.05)
+
+
+def test_a_request_without_a_decode_worker_takes_none():
+    made = books()
+    for i in range(20):
+        made.book(f"r-{i}", "p", "", 1000)
+    assert refusal(made, 1) == ""
+
+
+def test_quarantined_blocks_are_not_free():
+    made = books()
+    made.quarantine("d", 90)
+    assert refusal(made, 200) == "d: 13 blocks needed, 10 free"
+    made.quarantine("d", 0)
+    assert refusal(made, 200) == ""
+    made.quarantine("nobody", 5)
+
+
+def test_bars_and_readiness_follow_the_pools():
+    made = books()
+    made.update_pools({traits("p"): True}, {traits("d"): False}, {})
+    assert refusal(made, 10) == "d: not ready"
+    made.update_pools({traits("p"): True}, {traits("d"): True}, {("p", "d"): Bar("no answer", forever=False)})
+    assert made.refusals(Demand(10, 10)) == ("p -> d: no answer",)
+    made.update_pools({}, {traits("d"): True}, {})
+    assert isinstance(made.place(Demand(10, 10)), NoPlacement)
+
+
+class BookKeeping(RuleBasedStateMachine):
+    """Against books that are reckoned anew from all requests each time."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = {"prefill": {traits("p-0"), traits("p-1", 32)}, "decode": {traits("d-0"), traits("d-1", 64)}}
+        self.names = {"prefill": 2, "decode": 2}
+        self.placed: dict[str, dict] = {}
+        self.books = Books()
+        self.sync()
+
+    def sync(self) -> None:
+        self.books.update_pools(*(dict.fromkeys(self.pools[role], True) for role in ("prefill", "decode")), {})
+
+    @rule(target=requests, num_tokens=st.integers(1, 300), alone=st.booleans())
+    def place_one(self, num_tokens, alone):
+        name = f"r-{len(self.placed)}"
+        placement = self.books.place(Demand(num_tokens, 5))
+        if isinstance(placement, Placement):
+            decode = "" if alone else placement.decode
+            self.placed[name] = {"p": placement.prefill, "d": decode, "first": num_tokens, "now": num_tokens}
+            self.books.book(name, placement.prefill, decode, num_tokens)
+        return name
+
+    @rule(request=requests)
+    def first_token(self, request):
+        self.books.first_token(request)
+        if request in self.placed:
+            self.placed[request]["first"] = None
+
+    @rule(request=requests, more=st.integers(1, 40))
+    def grow(self, request, more):
+        if request in self.placed:
+            self.placed[request]["now"] += more
+            self.books.grown(request, self.placed[request]["now"])
+
+    @rule(request=requests)
+    def release(self, request):
+        self.books.release(request)
+        if request in self.placed:
+            self.placed[request].update(p="", d="")
+
+    @rule(role=st.sampled_from(["prefill", "decode"]), block_size=st.sampled_from([16, 32]))
+    def replace_one(self, role, block_size):
+        """A worker is lost, and another one comes."""
+        self.pools[role].remove(min(self.pools[role], key=lambda t: t.engine_id))
+        self.pools[role].add(traits(f"{role[0]}-{self.names[role]}", block_size))
+        self.names[role] += 1
+        self.sync()
+
+    @invariant()
+    def books_are_right(self):
+        for t in self.pools["decode"]:
+            mine = [r for r in self.placed.values() if r["d"] == t.engine_id]
+            used = sum(blocks_for(r["now"] + 1, t.block_size) for r in mine)
+            self.check("_decode", t, used, len(mine), 0.0)
+        for t in self.pools["prefill"]:
+            mine = [r for r in self.placed.values() if r["p"] == t.engine_id and r["first"]]
+            used = sum(blocks_for(r["first"] + 1, t.block_size) for r in mine)
+            queued = sum(self.books._prefill.prefill_seconds_of(t.engine_id, r["first"]) for r in mine)
+            self.check("_prefill", t, used, len(mine), queued)
+
+    def check(self, table: str, t: WorkerTraits, used: int, running: int, queued_s: float) -> None:
+        columns = getattr(self.books, table)
+        row = columns.row(t.engine_id)
+        assert columns.column("free_blocks")[row] == t.total_blocks - used
+        assert columns.column("running")[row] == running
+        assert columns.column("queued_s")[row] == pytest.approx(queued_s, abs=1e-9)
+
+
+BookKeeping.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestBookKeeping = BookKeeping.TestCase
