@@ -13,12 +13,23 @@ from workers.sampling.params import SamplingParams
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A validated request. `timeout_s` is what is left of its deadline; `request_id` is the client's, for logs."""
+    """A validated request.
+
+    Attributes:
+        request_id: the client's name for it, for logs.
+        prompt_token_ids: the prompt.
+        sampling: how tokens are chosen.
+        timeout_s: what is left of its deadline.
+        priority: of those that wait for room, lower ones go first.
+        user: whose it is; users take turns.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     timeout_s: float
+    priority: int = 0
+    user: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import grpc
 
 from cluster.api import Explanation, ModelInfo, WorkerStatus
 from cluster.client_messages import GenerateChunk, Messages, chunk, generate_request, tokenize_request
+from cluster.errors import RETRY_AFTER_KEY
 from cluster.server import convert
 from cluster.server.auth import bearer
 from protos import baton_pb2, baton_pb2_grpc
@@ -35,11 +36,13 @@ class BatonClientError(BatonError):
 
     Attributes:
         status: the gRPC status.
+        retry_after_s: seconds after which the server expects to have room; None where it did not say.
     """
 
-    def __init__(self, status: grpc.StatusCode, message: str) -> None:
+    def __init__(self, status: grpc.StatusCode, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,20 @@ class BatonClient:
         sampling: SamplingParams | None = None,
         model: str = "",
         request_id: str = "",
+        priority: int = 0,
+        user: str = "",
         timeout_s: float | None = None,
     ) -> Iterator[GenerateChunk]:
         """Generate from exactly one of `prompt`, `token_ids` and `chat`, part by part.
 
-        Closing the iterator cancels the request. `timeout_s` is the deadline of all of it.
+        Closing the iterator cancels the request. `timeout_s` is the deadline of all of it. Where requests wait for
+        room, those of a lower `priority` go first, and users of one priority take turns.
 
         Raises:
             InvalidRequestError: the request cannot be put on the wire.
             BatonClientError: the call failed.
         """
-        request = generate_request(prompt, token_ids, chat, sampling, model, request_id)
+        request = generate_request(prompt, token_ids, chat, sampling, model, request_id, priority, user)
         with _errors(self._connection):
             call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
             try:
@@ -116,10 +122,12 @@ class BatonClient:
         sampling: SamplingParams | None = None,
         model: str = "",
         request_id: str = "",
+        priority: int = 0,
+        user: str = "",
         timeout_s: float | None = None,
     ) -> GenerateChunk:
         """Generate and return the answer whole. Arguments and errors as in `generate`."""
-        request = generate_request(prompt, token_ids, chat, sampling, model, request_id)
+        request = generate_request(prompt, token_ids, chat, sampling, model, request_id, priority, user)
         with _errors(self._connection):
             return chunk(self._stub.GenerateOnce(request, timeout=timeout_s, metadata=self._metadata))
 
@@ -209,10 +217,12 @@ class AsyncBatonClient:
         sampling: SamplingParams | None = None,
         model: str = "",
         request_id: str = "",
+        priority: int = 0,
+        user: str = "",
         timeout_s: float | None = None,
     ) -> AsyncIterator[GenerateChunk]:
         """Generate part by part. Arguments, cancelling and errors as in `BatonClient.generate`."""
-        request = generate_request(prompt, token_ids, chat, sampling, model, request_id)
+        request = generate_request(prompt, token_ids, chat, sampling, model, request_id, priority, user)
         with _errors(self._connection):
             call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
             try:
@@ -283,4 +293,9 @@ def _client_error(connection: Connection, error: Any) -> BatonClientError:
             f"cannot reach a Baton server at {connection.address} ({tls}): "
             "is `baton up` running there, and does it listen on that address?",
         )
-    return BatonClientError(status, f"{status.name}: {details}" if details else status.name)
+    retry_after_ms = dict(error.trailing_metadata() or ()).get(RETRY_AFTER_KEY)
+    return BatonClientError(
+        status,
+        f"{status.name}: {details}" if details else status.name,
+        None if retry_after_ms is None else float(retry_after_ms) / 1e3,
+    )

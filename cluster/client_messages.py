@@ -53,6 +53,8 @@ def generate_request(
     sampling: SamplingParams | None,
     model: str,
     request_id: str,
+    priority: int = 0,
+    user: str = "",
 ) -> baton_pb2.GenerateRequest:
     """The message for `BatonClient.generate`'s arguments.
 
@@ -69,6 +71,8 @@ def generate_request(
             token_ids=None if token_ids is None else baton_pb2.TokenIds(ids=token_ids),
             chat=None if chat is None else _chat(chat),
             sampling=None if sampling is None else convert.sampling_to_proto(sampling),
+            priority=priority,
+            user=user,
         )
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"the request cannot be sent: {error}") from error

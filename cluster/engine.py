@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from cluster.admission import AdmissionQueue
+from cluster.admission import AdmissionQueue, Ticket
 from cluster.api import EngineRequest, RequestReport, TokenChunk, WorkerStatus
 from cluster.errors import NoWorkersError, WorkerLostError
 from cluster.flight import Flight
@@ -18,6 +18,7 @@ from cluster.routing.router import Bar, Demand, NoPlacement, PairReport
 from cluster.routing.worker_table import WorkerTraits
 from cluster.worker_handle import LoadProgress, WorkerHandle
 from workers.errors import CapacityError, DeadlineExceededError, HandoffError
+from workers.host import WorkerInfo
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class ServingEngine:
         decode: Sequence[Callable[[], WorkerHandle]],
         *,
         max_queue: int,
-        progress: LoadProgress = lambda name, done, total: None,
+        progress: LoadProgress = lambda name, progress: None,
     ) -> None:
         self._pools = WorkerPools(
             prefill, decode, on_output=self._on_output, on_change=self._on_change, progress=progress
@@ -72,6 +73,10 @@ class ServingEngine:
         """The context window that every worker can serve, tokens; after `start`."""
         return min(member.info.max_model_len for member in self._pools.members if member.info is not None)
 
+    def infos(self) -> list[WorkerInfo]:
+        """What each worker that has started said of itself, prefill first."""
+        return self._pools.infos()
+
     def workers(self) -> list[WorkerStatus]:
         """See `Engine.workers`."""
         return self._pools.status()
@@ -92,7 +97,11 @@ class ServingEngine:
             CapacityError: no pair of workers could ever hold the request.
             NoWorkersError: a pool has no worker, and none is likely to come back soon.
         """
-        flight = await self._queue.admit(lambda: self._try_to_place(request, arrived, attempts))
+        flight = await self._queue.admit(
+            lambda: self._try_to_place(request, arrived, attempts),
+            Ticket(request.priority, request.user, len(request.prompt_token_ids)),
+            patience_s=deadline - time.monotonic(),
+        )
         if flight.error is None:
             try:
                 self._dispatch(flight, request, max(_MIN_TIMEOUT_S, deadline - time.monotonic()))
@@ -126,7 +135,13 @@ class ServingEngine:
                 raise NoWorkersError("no worker is ready: " + "; ".join(self._books.refusals(demand)))
             return None
         flight = Flight(
-            secrets.token_hex(8), placement.prefill, placement.decode, demand.prompt_tokens, arrived, attempts
+            secrets.token_hex(8),
+            placement.prefill,
+            placement.decode,
+            demand.prompt_tokens,
+            arrived,
+            attempts,
+            request.user,
         )
         if demand.max_tokens == 1:  # nothing to decode, so nothing to hand over
             flight.serve_alone()
@@ -154,7 +169,9 @@ class ServingEngine:
         self._books.quarantine(output.engine_id, output.load.quarantined_blocks)
         for event in output.events:
             if flight := self._flights.get(event.request_id):
+                tokens_before = flight.num_tokens
                 flight.take(output.engine_id, event)
+                self._queue.charge(flight.user, flight.num_tokens - tokens_before)
                 self._keep_books(flight)
                 if flight.finished:
                     self._see_off(flight)

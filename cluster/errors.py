@@ -18,9 +18,21 @@ from workers.errors import (
 
 logger = logging.getLogger(__name__)
 
+RETRY_AFTER_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata of a refused call: gRPC clients that retry by themselves wait so many milliseconds."""
+
 
 class QueueFullError(BatonError):
-    """Every place in the queue is taken; the request was not accepted."""
+    """There is no room, and waiting is no use; the request was not accepted.
+
+    Args:
+        message: for the user.
+        retry_after_s: seconds after which there may be room.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NoWorkersError(BatonError):
@@ -61,3 +73,10 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
             return STATUS_BY_ERROR[base], str(error) or base.__name__
     logger.error("unexpected %s", type(error).__name__, exc_info=error)
     return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
+
+
+def trailing_metadata_of(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """What goes with the status of `error`: when to try again, if that is known."""
+    if isinstance(error, QueueFullError):
+        return ((RETRY_AFTER_KEY, str(round(error.retry_after_s * 1e3))),)
+    return ()

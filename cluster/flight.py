@@ -36,6 +36,7 @@ class Flight:
         num_tokens: prompt and output tokens so far, for the books.
         arrived: when the request came, monotonic time.
         attempts: this one included.
+        user: whose request it is.
         dispatched: when both workers were sent the request.
         first_token_at: when prefill's token came; 0 before.
         finished: the last token is here.
@@ -48,6 +49,7 @@ class Flight:
     num_tokens: int
     arrived: float
     attempts: int
+    user: str = ""
     dispatched: float = field(default_factory=time.monotonic)
     first_token_at: float = 0.0
     finished: bool = False

@@ -38,13 +38,15 @@ Prompt = str | tuple[int, ...] | Conversation
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a client asks for. An empty `model` accepts the served one; `timeout_s` is left of the deadline."""
+    """What a client asks for; see `EngineRequest`. An empty `model` accepts the served one."""
 
     request_id: str
     prompt: Prompt
     sampling: SamplingParams
     timeout_s: float
     model: str = ""
+    priority: int = 0
+    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ class Generation:
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
         text = _TextAssembler(self._tokenizer, sampling)
-        async with aclosing(
-            self._engine.generate(EngineRequest(request.request_id, prompt, sampling, timeout_s))
-        ) as stream:
+        engine_request = EngineRequest(
+            request.request_id, prompt, sampling, timeout_s, priority=request.priority, user=request.user
+        )
+        async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
                 yield text.push(chunk.tokens)
                 if text.stopped:

@@ -34,7 +34,8 @@ class BatonStub(object):
     """Text generation by one service of prefill and decode workers.
 
     Errors are gRPC statuses: INVALID_ARGUMENT (the request is wrong; the message names the value and the limit),
-    RESOURCE_EXHAUSTED (the queue is full, try later), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (workers are missing
+    RESOURCE_EXHAUSTED (the queue is full, or the wait would
+    outlast the deadline; trailing metadata `grpc-retry-pushback-ms` says when to try again), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (workers are missing
     or were lost on the way; safe to retry), UNAUTHENTICATED, INTERNAL. An answer that ends in OK is whole.
 
     The gRPC deadline of the call governs the request's whole life; cancelling the call frees everything it holds.
@@ -82,7 +83,8 @@ class BatonServicer(object):
     """Text generation by one service of prefill and decode workers.
 
     Errors are gRPC statuses: INVALID_ARGUMENT (the request is wrong; the message names the value and the limit),
-    RESOURCE_EXHAUSTED (the queue is full, try later), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (workers are missing
+    RESOURCE_EXHAUSTED (the queue is full, or the wait would
+    outlast the deadline; trailing metadata `grpc-retry-pushback-ms` says when to try again), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (workers are missing
     or were lost on the way; safe to retry), UNAUTHENTICATED, INTERNAL. An answer that ends in OK is whole.
 
     The gRPC deadline of the call governs the request's whole life; cancelling the call frees everything it holds.
@@ -175,7 +177,8 @@ class Baton(object):
     """Text generation by one service of prefill and decode workers.
 
     Errors are gRPC statuses: INVALID_ARGUMENT (the request is wrong; the message names the value and the limit),
-    RESOURCE_EXHAUSTED (the queue is full, try later), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (workers are missing
+    RESOURCE_EXHAUSTED (the queue is full, or the wait would
+    outlast the deadline; trailing metadata `grpc-retry-pushback-ms` says when to try again), DEADLINE_EXCEEDED, CANCELLED, UNAVAILABLE (workers are missing
     or were lost on the way; safe to retry), UNAUTHENTICATED, INTERNAL. An answer that ends in OK is whole.
 
     The gRPC deadline of the call governs the request's whole life; cancelling the call frees everything it holds.

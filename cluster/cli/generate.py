@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="deadline, seconds (default: 600)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     parser.add_argument("--stats", action="store_true", help="print token counts and timings to standard error")
+    parser.add_argument("--priority", type=int, default=0, metavar="N", help="lower ones go first (default: 0)")
+    parser.add_argument("--user", default="", metavar="NAME", help="whose request it is; users take turns")
     add_connection_arguments(parser)
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate at most")
@@ -70,10 +72,14 @@ def run(args: argparse.Namespace) -> int:
     if args.timeout <= 0:
         raise InvalidRequestError(f"--timeout is {args.timeout:g}, it must be more than 0")
     with BatonClient(connection_of(args)) as client:
-        if args.chat:
-            chunks = client.generate(chat=[("user", prompt)], sampling=sampling, timeout_s=args.timeout)
-        else:
-            chunks = client.generate(prompt, sampling=sampling, timeout_s=args.timeout)
+        chunks = client.generate(
+            None if args.chat else prompt,
+            chat=[("user", prompt)] if args.chat else None,
+            sampling=sampling,
+            priority=args.priority,
+            user=args.user,
+            timeout_s=args.timeout,
+        )
         last = _print_json(list(chunks)) if args.json else _print_text(chunks)
     if args.stats and last.usage is not None:
         print(_stats(last.usage, last.finish_reason, last.report), file=sys.stderr)

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cluster.api import Engine, ModelInfo
-from cluster.errors import status_of
+from cluster.errors import status_of, trailing_metadata_of
 from cluster.generation import Generation, GenerationRequest
 from cluster.server import convert
 from cluster.server.prompts import prompt_from_proto
@@ -22,6 +22,7 @@ from workers.errors import DeadlineExceededError, InvalidRequestError
 
 SERVICE = baton_pb2.DESCRIPTOR.services_by_name["Baton"]
 MAX_REQUEST_ID_BYTES = 128
+MAX_USER_BYTES = 128
 _NO_DEADLINE_S = 1e9
 
 
@@ -138,7 +139,7 @@ async def _governed(context: grpc.aio.ServicerContext, default_timeout_s: float)
         passed = DeadlineExceededError(f"not finished within the deadline of {timeout_s:.3g} s")
         await context.abort(*status_of(passed if deadline.expired() else error))
     except Exception as error:
-        await context.abort(*status_of(error))
+        await context.abort(*status_of(error), trailing_metadata_of(error))
 
 
 def _parse(request_type: Any, raw: bytes) -> Any:
@@ -160,6 +161,13 @@ def _request_id(given: str) -> str:
     return given or uuid.uuid4().hex
 
 
+def _user(given: str) -> str:
+    size = len(given.encode())
+    if size > MAX_USER_BYTES:
+        raise InvalidRequestError(f"user has {size} bytes, at most {MAX_USER_BYTES} are allowed")
+    return given
+
+
 def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
@@ -167,4 +175,6 @@ def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, tim
         sampling=convert.sampling_from_proto(request.sampling),
         timeout_s=timeout_s,
         model=request.model,
+        priority=request.priority,
+        user=_user(request.user),
     )

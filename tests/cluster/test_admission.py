@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 
 import pytest
 
-from cluster.admission import AdmissionQueue
+from cluster.admission import AdmissionQueue, Ticket
 from cluster.errors import QueueFullError
 
 
@@ -140,3 +141,147 @@ async def test_no_room_is_lost_whatever_is_cancelled_when(seed):
     await asyncio.wait_for(asyncio.gather(*visits, return_exceptions=True), 20)
     assert rooms.free == 3
     assert len(queue) == 0
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def queue_up(queue: AdmissionQueue[str], rooms: Rooms, tickets: list[tuple[str, Ticket]]) -> list[asyncio.Task]:
+    waiting = [asyncio.create_task(queue.admit(rooms.attempt(name), ticket)) for name, ticket in tickets]
+    await settle()
+    return waiting
+
+
+async def serve_one_by_one(queue: AdmissionQueue[str], rooms: Rooms) -> None:
+    while len(queue):
+        rooms.free = 1
+        queue.retry()
+        await settle()
+
+
+async def test_a_lower_priority_goes_first():
+    queue: AdmissionQueue[str] = AdmissionQueue(10)
+    rooms = Rooms(0)
+    tickets = [("late", Ticket(5)), ("a", Ticket(0)), ("urgent", Ticket(-1)), ("b", Ticket(0))]
+    waiting = await queue_up(queue, rooms, tickets)
+    await serve_one_by_one(queue, rooms)
+    await asyncio.gather(*waiting)
+    assert rooms.order == ["urgent", "a", "b", "late"]
+
+
+async def test_users_take_turns_by_the_tokens_that_they_were_served():
+    queue: AdmissionQueue[str] = AdmissionQueue(100)
+    rooms = Rooms(0)
+    tickets = [(f"many-{i}", Ticket(0, "many", 100)) for i in range(8)]
+    tickets += [(f"few-{i}", Ticket(0, "few", 100)) for i in range(2)]
+    tickets += [(f"short-{i}", Ticket(0, "short", 50)) for i in range(4)]
+    waiting = await queue_up(queue, rooms, tickets)
+    await serve_one_by_one(queue, rooms)
+    await asyncio.gather(*waiting)
+    assert rooms.order[:3] == ["many-0", "few-0", "short-0"]
+    assert Counter(name.partition("-")[0] for name in rooms.order[:8]) == {"many": 2, "few": 2, "short": 4}
+    assert rooms.order[8:] == [f"many-{i}" for i in range(2, 8)]
+
+
+async def test_generated_tokens_count_twice_and_idling_saves_nothing():
+    queue: AdmissionQueue[str] = AdmissionQueue(100)
+    rooms = Rooms(1)
+    await queue.admit(rooms.attempt("first"), Ticket(0, "greedy", 10))
+    queue.charge("greedy", 200)
+    tickets = [("greedy-0", Ticket(0, "greedy", 10))]
+    tickets += [(f"new-{i}", Ticket(0, "new", 100)) for i in range(7)]
+    waiting = await queue_up(queue, rooms, tickets)
+    await serve_one_by_one(queue, rooms)
+    await asyncio.gather(*waiting)
+    # greedy has had 10 + 2 × 200 tokens; new starts from nothing and is level with it after five prompts
+    assert rooms.order.index("greedy-0") == 6
+    rooms.free = 1
+    await queue.admit(rooms.attempt("idle"), Ticket(0, "new", 1))
+    rooms.order.clear()
+    tickets = [
+        ("idle-0", Ticket(0, "idler", 100)),
+        ("idle-1", Ticket(0, "idler", 100)),
+        ("new-7", Ticket(0, "new", 100)),
+    ]
+    waiting = await queue_up(queue, rooms, tickets)
+    await serve_one_by_one(queue, rooms)
+    await asyncio.gather(*waiting)
+    assert rooms.order == ["idle-0", "new-7", "idle-1"]
+
+
+async def test_an_urgent_one_takes_the_place_of_the_least_urgent():
+    queue: AdmissionQueue[str] = AdmissionQueue(3)
+    rooms = Rooms(0)
+    tickets = [("a", Ticket(1)), ("b", Ticket(2, "x")), ("c", Ticket(2, "x"))]
+    waiting = await queue_up(queue, rooms, tickets)
+    with pytest.raises(QueueFullError):
+        await queue.admit(rooms.attempt("d"), Ticket(2))
+    urgent = await queue_up(queue, rooms, [("e", Ticket(0))])
+    with pytest.raises(QueueFullError, match="3 requests are waiting already"):
+        await waiting[2]
+    assert len(queue) == 3
+    await serve_one_by_one(queue, rooms)
+    assert await asyncio.gather(*urgent, *waiting[:2]) == ["e", "a", "b"]
+    assert rooms.order == ["e", "a", "b"]
+
+
+async def test_who_would_wait_past_the_deadline_is_told_at_once():
+    clock = Clock()
+    queue: AdmissionQueue[str] = AdmissionQueue(100, clock)
+    rooms = Rooms(0)
+    waiting = await queue_up(queue, rooms, [(str(i), Ticket()) for i in range(30)])
+    for _ in range(10):  # one admission every two seconds
+        clock.now += 2.0
+        rooms.free = 1
+        queue.retry()
+        await settle()
+    assert queue.expected_wait_s(Ticket()) == pytest.approx(20 * 18 / 10)
+    assert queue.expected_wait_s(Ticket(-1)) == 0.0
+    assert queue.expected_wait_s(Ticket(0, "another")) == pytest.approx(1.8), "users take turns"
+    with pytest.raises(QueueFullError, match="about 36 s to wait, and 30 s to the deadline") as refused:
+        await queue.admit(rooms.attempt("x"), Ticket(), patience_s=30.0)
+    assert refused.value.retry_after_s == pytest.approx(36.0)
+    assert len(queue) == 20
+    waiting += [asyncio.create_task(queue.admit(rooms.attempt("y"), Ticket(), patience_s=40.0))]
+    await settle()
+    await serve_one_by_one(queue, rooms)
+    assert (await asyncio.gather(*waiting))[-1] == "y"
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_no_room_is_lost_among_priorities_and_users(seed):
+    rng = random.Random(seed)
+    queue: AdmissionQueue[str] = AdmissionQueue(20)
+    rooms = Rooms(3)
+    outcomes: Counter[str] = Counter()
+
+    async def visit(name: str) -> None:
+        ticket = Ticket(rng.randint(-1, 1), rng.choice("abc"), rng.randint(1, 100))
+        try:
+            await queue.admit(rooms.attempt(name), ticket)
+        except QueueFullError:
+            outcomes["refused"] += 1
+            return
+        outcomes["served"] += 1
+        queue.charge(ticket.user, rng.randint(0, 50))
+        for _ in range(rng.randint(0, 5)):
+            await asyncio.sleep(0)
+        rooms.free += 1
+        queue.retry()
+
+    visits = []
+    for i in range(300):
+        visits.append(asyncio.create_task(visit(str(i))))
+        if rng.random() < 0.3:
+            await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.gather(*visits), 20)
+    assert outcomes["served"] + outcomes["refused"] == 300
+    assert outcomes["served"] > 20
+    assert (rooms.free, len(queue)) == (3, 0)

@@ -277,3 +277,21 @@ async def test_a_request_that_cannot_be_sent_is_refused_here(serve: Serve) -> No
         ):
             with pytest.raises(InvalidRequestError):
                 await collect(client, **bad)
+
+
+async def test_a_full_service_says_when_to_try_again(serve: Serve) -> None:
+    served = await serve([QueueFullError("no room", retry_after_s=2.5)])
+    async with AsyncBatonClient(served.connection) as client:
+        with pytest.raises(BatonClientError, match="RESOURCE_EXHAUSTED: no room") as caught:
+            await collect(client, "x")
+    assert caught.value.retry_after_s == 2.5
+
+
+async def test_priority_and_user_reach_the_engine(serve: Serve, answer: Answer) -> None:
+    served = await serve(answer("a"))
+    async with AsyncBatonClient(served.connection) as client:
+        async for _ in client.generate("x", priority=-3, user="alice"):
+            pass
+        with pytest.raises(BatonClientError, match="user has 129 bytes, at most 128 are allowed"):
+            await anext(aiter(client.generate("x", user="a" * 129)))
+    assert [(request.priority, request.user) for request in served.engine.requests] == [(-3, "alice")]
