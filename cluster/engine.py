@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 from cluster.admission import AdmissionQueue, Ticket
 from cluster.api import EngineRequest, RequestReport, TokenChunk, WorkerStatus
+from cluster.clock import now
 from cluster.errors import NoWorkersError, WorkerLostError
 from cluster.flight import Flight
 from cluster.pool import Member, WorkerPools
@@ -36,6 +36,7 @@ class ServingEngine:
         prefill: makes each prefill worker.
         decode: makes each decode worker.
         max_queue: requests that may wait for room.
+        books: of the two pools, empty; None: books that choose by predicted time.
         progress: told how far loading is.
     """
 
@@ -45,13 +46,14 @@ class ServingEngine:
         decode: Sequence[Callable[[], WorkerHandle]],
         *,
         max_queue: int,
+        books: Books | None = None,
         progress: LoadProgress = lambda name, progress: None,
     ) -> None:
         self._pools = WorkerPools(
             prefill, decode, on_output=self._on_output, on_change=self._on_change, progress=progress
         )
-        self._queue: AdmissionQueue[Flight] = AdmissionQueue(max_queue)
-        self._books = Books()
+        self._queue: AdmissionQueue[Flight] = AdmissionQueue(max_queue, clock=now)
+        self._books = books or Books()
         self._flights: dict[str, Flight] = {}
         self._stopping = False
 
@@ -100,11 +102,11 @@ class ServingEngine:
         flight = await self._queue.admit(
             lambda: self._try_to_place(request, arrived, attempts),
             Ticket(request.priority, request.user, len(request.prompt_token_ids)),
-            patience_s=deadline - time.monotonic(),
+            patience_s=deadline - now(),
         )
         if flight.error is None:
             try:
-                self._dispatch(flight, request, max(_MIN_TIMEOUT_S, deadline - time.monotonic()))
+                self._dispatch(flight, request, max(_MIN_TIMEOUT_S, deadline - now()))
             except Exception as error:
                 flight.fail(error)
         return flight
@@ -157,7 +159,7 @@ class ServingEngine:
             return
         handoff_id = secrets.token_bytes(16)
         prompt, sampling = request.prompt_token_ids, request.sampling
-        flight.dispatched = time.monotonic()
+        flight.dispatched = now()
         if decode is None:
             prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, None, timeout_s))
             return
@@ -243,7 +245,7 @@ class RunningRequest:
     def __init__(self, engine: ServingEngine, request: EngineRequest) -> None:
         self._engine = engine
         self._request = request
-        self._arrived = time.monotonic()
+        self._arrived = now()
         self._deadline = self._arrived + request.timeout_s
         self._flight: Flight | None = None
         self._delivered = False
@@ -256,7 +258,7 @@ class RunningRequest:
         if self._over:
             raise StopAsyncIteration
         try:
-            async with asyncio.timeout(self._deadline - time.monotonic()):
+            async with asyncio.timeout(self._deadline - now()):
                 chunk = await self._next_chunk()
         except TimeoutError:
             await self.aclose()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from dataclasses import dataclass, field
 
 from cluster.api import RequestReport, TokenChunk
+from cluster.clock import now
 from cluster.errors import WorkerLostError
 from workers.errors import HandoffError
 from workers.messages import (
@@ -50,7 +50,7 @@ class Flight:
     arrived: float
     attempts: int
     user: str = ""
-    dispatched: float = field(default_factory=time.monotonic)
+    dispatched: float = field(default_factory=now)
     first_token_at: float = 0.0
     finished: bool = False
     _held: list[TokenOutput] = field(default_factory=list)
@@ -147,7 +147,7 @@ class Flight:
                 return
             tokens = [token]
         else:
-            self.first_token_at = time.monotonic()
+            self.first_token_at = now()
             tokens, self._held = [token, *self._held], []
         self._ready += tokens
         self.num_tokens += len(tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.routing.router import Bar, Demand, NoPlacement, PairReport, Placement, explain, place, refusals
+from cluster.routing.router import Bar, Choose, Demand, NoPlacement, PairReport, Placement, explain, place, refusals
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
 
 
@@ -27,9 +27,14 @@ class _Booking:
 
 
 class Books:
-    """Workers, and the requests placed on them."""
+    """Workers, and the requests placed on them.
 
-    def __init__(self) -> None:
+    Args:
+        choose: how a pair is chosen for a request.
+    """
+
+    def __init__(self, choose: Choose = place) -> None:
+        self._choose = choose
         self._prefill, self._decode = WorkerTable(), WorkerTable()
         self._bars: dict[tuple[str, str], Bar] = {}
         self._bookings: dict[str, _Booking] = {}
@@ -60,7 +65,7 @@ class Books:
 
     def place(self, demand: Demand) -> Placement | NoPlacement:
         """See `router.place`."""
-        return place(demand, self._prefill, self._decode, self._bars)
+        return self._choose(demand, self._prefill, self._decode, self._bars)
 
     def explain(self, demand: Demand) -> list[PairReport]:
         """See `router.explain`."""

@@ -6,7 +6,7 @@ measurements; there is no table of hardware here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,10 @@ class PairReport:
     chosen: bool
 
 
+Choose = Callable[[Demand, WorkerTable, WorkerTable, Bars], Placement | NoPlacement]
+"""How a pair is chosen from (demand, prefill pool, decode pool, bars): `place`, or another policy to compare with."""
+
+
 def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> Placement | NoPlacement:
     """Choose the pair that is predicted to answer soonest; of equals the one with the fewest requests.
 
@@ -107,18 +111,18 @@ def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars)
         decode: the decode pool.
         bars: pairs that cannot work together.
     """
-    p_fits, d_fits = _fits(prefill, demand), _fits(decode, demand) & _has_room(decode, demand)
+    p_fits, d_fits = fits(prefill, demand), fits(decode, demand) & has_room(decode, demand)
     p_cost = np.where(p_fits, _ttft(prefill, demand), np.inf)
     d_cost = np.where(d_fits, decode.column("step_s") * _steps(demand), np.inf)
     if not (p_fits.any() and d_fits.any()):
-        return NoPlacement(_hopeless(demand, prefill, decode, bars))
+        return NoPlacement(is_hopeless(demand, prefill, decode, bars))
     p, d = _least(p_cost, prefill.column("running")), _least(d_cost, decode.column("running"))
     if bars and (prefill.engine_ids[p], decode.engine_ids[d]) in bars:
         pairs = p_cost[:, None] + d_cost
         for row, column in _barred_cells(bars, prefill, decode):
             pairs[row, column] = np.inf
         if not np.isfinite(pairs).any():
-            return NoPlacement(_hopeless(demand, prefill, decode, bars))
+            return NoPlacement(is_hopeless(demand, prefill, decode, bars))
         running = prefill.column("running")[:, None] + decode.column("running")
         p, d = divmod(_least(pairs.ravel(), running.ravel()), len(decode))
     return Placement(prefill.engine_ids[p], decode.engine_ids[d], float(p_cost[p]), float(decode.column("step_s")[d]))
@@ -170,15 +174,17 @@ def _could(table: WorkerTable, demand: Demand) -> _Flags:
     return could
 
 
-def _fits(table: WorkerTable, demand: Demand) -> _Flags:
-    fits: _Flags = _could(table, demand) & table.column("ready")
-    return fits
+def fits(table: WorkerTable, demand: Demand) -> _Flags:
+    """Who can take the request, as far as its length goes, and is ready."""
+    fitting: _Flags = _could(table, demand) & table.column("ready")
+    return fitting
 
 
-def _has_room(table: WorkerTable, demand: Demand) -> _Flags:
+def has_room(table: WorkerTable, demand: Demand) -> _Flags:
+    """Whose cache and batch have room for the prompt and its first token now."""
     room = table.column("free_blocks") * table.column("block_size")
-    has_room: _Flags = (room >= demand.prompt_tokens + 1) & (table.column("free_slots") > 0)
-    return has_room
+    roomy: _Flags = (room >= demand.prompt_tokens + 1) & (table.column("free_slots") > 0)
+    return roomy
 
 
 def _least(cost: _Floats, running: npt.NDArray[Any]) -> int:
@@ -194,7 +200,7 @@ def _barred_cells(bars: Bars, prefill: WorkerTable, decode: WorkerTable) -> Iter
             yield row, column
 
 
-def _hopeless(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> bool:
+def is_hopeless(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> bool:
     """Whether no pair could take the request, even if all were idle and ready. An empty pool may yet fill."""
     if not len(prefill) or not len(decode):
         return False

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
+from cluster.clock import now
 from cluster.errors import WorkerLostError
 from cluster.flight import Flight
 from workers.errors import HandoffError, SamplingError
@@ -14,7 +14,7 @@ from workers.messages import DecodeReport, FinishReason, HandoffReport, PrefillR
 
 
 def flight(arrived: float | None = None) -> Flight:
-    return Flight("f", "p", "d", 10, time.monotonic() if arrived is None else arrived, 1)
+    return Flight("f", "p", "d", 10, now() if arrived is None else arrived, 1)
 
 
 def token(token_id: int, reason: FinishReason | None = None) -> TokenOutput:
@@ -68,7 +68,7 @@ async def test_an_error_wakes_who_waits():
         await asyncio.wait_for(waiting, 5)
 
 
-def test_nothing_fails_a_finished_flight():
+async def test_nothing_fails_a_finished_flight():
     one = flight()
     one.take("p", token(1, FinishReason.STOP))
     one.worker_lost("d")
@@ -81,7 +81,7 @@ def test_nothing_fails_a_finished_flight():
     ("lost", "first_token_is_out", "fails"),
     [("p", False, True), ("p", True, False), ("d", True, True), ("x", False, False)],
 )
-def test_lost_workers(lost, first_token_is_out, fails):
+async def test_lost_workers(lost, first_token_is_out, fails):
     one = flight()
     if first_token_is_out:
         one.take("p", token(1))
@@ -92,7 +92,7 @@ def test_lost_workers(lost, first_token_is_out, fails):
 
 
 async def test_the_report():
-    one = flight(arrived=time.monotonic() - 5.0)
+    one = flight(arrived=now() - 5.0)
     one.dispatched = one.arrived + 2.0
     assert one.report().ttft_s == 0.0, "no token has come yet"
     one.take("p", PrefillReport("f", queue_s=0.5, prefill_s=0.25, num_chunks=2))

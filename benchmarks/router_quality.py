@@ -1,0 +1,81 @@
+"""How much the router's choice is worth: one trace, the real engine, simulated workers of two speeds, three policies.
+
+Every policy sees the same requests at the same times on the same workers. The load is given as a share of what the
+prefill pool could compute if it never waited.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, quantiles
+from typing import Any
+
+from benchmarks.environment import RESULTS, Environment
+from benchmarks.report import to_json, write_json
+from benchmarks.simulation.policies import POLICIES
+from benchmarks.simulation.service import Outcome, Plan, simulate
+from benchmarks.simulation.trace import Arrival, make_trace
+from benchmarks.simulation.workers import Hardware
+from workers.capability import Capability
+
+PREFILL_S = ((32, 0.006), (128, 0.0065), (512, 0.014), (2048, 0.045), (8192, 0.2), (16384, 0.45), (131072, 9.0))
+DECODE_S = ((1, 0.0045), (16, 0.0049), (64, 0.0053), (256, 0.0092))
+"""About an H200 with a model of eight billion parameters."""
+SLOWER = 2.5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser("router_quality", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--requests", type=int, default=4000, metavar="N")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.7, 0.85], metavar="X", help="of capacity")
+    parser.add_argument("--fast", type=int, default=4, metavar="N", help="fast workers in each pool")
+    parser.add_argument("--slow", type=int, default=4, metavar="N", help=f"workers {SLOWER} times slower in each pool")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--output", type=Path, default=RESULTS / "router_quality.json", metavar="FILE")
+    args = parser.parse_args(argv)
+    environment = Environment.capture(1)
+    pool = [_hardware(1.0)] * args.fast + [_hardware(SLOWER)] * args.slow
+    cases = []
+    for load in args.loads:
+        trace = make_trace(args.requests, load * capacity(pool, make_trace(args.requests, 1.0, args.seed)), args.seed)
+        for name, make_policy in POLICIES.items():
+            case = {"load": load, "policy": name} | summary(simulate(Plan(pool, pool), trace, make_policy()))
+            print(
+                f"load {load:.0%}, {name}: TTFT mean {case['ttft_mean_ms']:.0f} p99 {case['ttft_p99_ms']:.0f} ms, "
+                f"ITL mean {case['itl_mean_ms']:.2f} p99 {case['itl_p99_ms']:.2f} ms"
+            )
+            cases.append(case)
+    config = {"requests": args.requests, "fast": args.fast, "slow": args.slow, "slower": SLOWER, "seed": args.seed}
+    write_json(args.output, to_json("router_quality", environment, config, {"cases": cases}))
+    return 0
+
+
+def capacity(pool: Sequence[Hardware], trace: Sequence[Arrival]) -> float:
+    """Requests a second that the pool's prefill workers could compute, each at its own pace."""
+    return sum(1.0 / fmean(w.capability.prefill_seconds(a.prompt_tokens) for a in trace) for w in pool)
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """Milliseconds of an outcome."""
+    return {
+        "succeeded": len(outcome.ttft_s),
+        "failures": dict(outcome.failures),
+        "ttft_mean_ms": fmean(outcome.ttft_s) * 1e3,
+        "ttft_p99_ms": quantiles(outcome.ttft_s, n=100)[98] * 1e3,
+        "itl_mean_ms": fmean(outcome.itl_s) * 1e3,
+        "itl_p99_ms": quantiles(outcome.itl_s, n=100)[98] * 1e3,
+    }
+
+
+def _hardware(slower: float) -> Hardware:
+    capability = Capability(*(tuple((n, s * slower) for n, s in points) for points in (PREFILL_S, DECODE_S)))
+    return replace(Hardware(capability), link_bytes_per_s=250e9 / slower)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Runs a trace through the real engine, its pools, queue and router, over simulated workers in simulated time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+
+from benchmarks.simulation.trace import Arrival
+from benchmarks.simulation.virtual_time import run_simulated
+from benchmarks.simulation.workers import Fabric, Hardware, SimulatedWorker
+from cluster.api import EngineRequest
+from cluster.clock import now
+from cluster.engine import ServingEngine
+from cluster.routing.books import Books
+from cluster.routing.router import Choose
+from workers.errors import BatonError
+from workers.sampling.params import SamplingParams
+
+
+@dataclass
+class Outcome:
+    """What became of a trace.
+
+    Attributes:
+        ttft_s: of each request that succeeded.
+        itl_s: of each, its mean time between tokens.
+        failures: by the error's name.
+        killed: workers that were killed.
+        least_free_blocks: the fewest that any worker had; below 0 it was given more than fits.
+        seconds: simulated.
+    """
+
+    ttft_s: list[float] = field(default_factory=list)
+    itl_s: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    killed: int = 0
+    least_free_blocks: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        prefill: the hardware of each prefill worker.
+        decode: the hardware of each decode worker.
+        kill_every_s: mean time between kills of a worker; None: none.
+        timeout_s: each request's deadline.
+        max_queue: requests that may wait.
+        seed: of the kills.
+    """
+
+    prefill: Sequence[Hardware]
+    decode: Sequence[Hardware]
+    kill_every_s: float | None = None
+    timeout_s: float = 600.0
+    max_queue: int = 100_000
+    seed: int = 0
+
+
+def simulate(plan: Plan, trace: Iterable[Arrival], choose: Choose) -> Outcome:
+    """Run it to its end; the same arguments give the same outcome."""
+    return run_simulated(_Run(plan, choose).run(trace))
+
+
+class _Run:
+    def __init__(self, plan: Plan, choose: Choose) -> None:
+        self._plan = plan
+        self._choose = choose
+        self._fabric: Fabric = {}
+        self._all_workers: list[SimulatedWorker] = []
+        self._outcome = Outcome()
+
+    async def run(self, trace: Iterable[Arrival]) -> Outcome:
+        engine = ServingEngine(
+            self._places("prefill", self._plan.prefill),
+            self._places("decode", self._plan.decode),
+            max_queue=self._plan.max_queue,
+            books=Books(self._choose),
+        )
+        await engine.start()
+        started = now()
+        killer = asyncio.ensure_future(self._kill()) if self._plan.kill_every_s else None
+        requests: set[asyncio.Task[None]] = set()
+        for number, arrival in enumerate(trace):
+            await asyncio.sleep(started + arrival.at_s - now())
+            task = asyncio.ensure_future(self._request(engine, number, arrival))
+            requests.add(task)
+            task.add_done_callback(requests.discard)
+        while requests:
+            await asyncio.wait(list(requests))
+        if killer is not None:
+            killer.cancel()
+        self._outcome.seconds = now() - started
+        self._outcome.least_free_blocks = min(worker.peak.least_free_blocks for worker in self._all_workers)
+        await engine.stop()
+        return self._outcome
+
+    def _places(self, role: str, pool: Sequence[Hardware]) -> list[partial[SimulatedWorker]]:
+        return [partial(self._spawn, f"{role}-{number}", role, hardware) for number, hardware in enumerate(pool)]
+
+    def _spawn(self, name: str, role: str, hardware: Hardware) -> SimulatedWorker:
+        worker = SimulatedWorker(name, role, hardware, self._fabric)
+        self._all_workers.append(worker)
+        return worker
+
+    async def _request(self, engine: ServingEngine, number: int, arrival: Arrival) -> None:
+        sampling = SamplingParams(max_tokens=arrival.output_tokens, seed=0, ignore_eos=True)
+        request = EngineRequest(str(number), _prompt(arrival.prompt_tokens), sampling, self._plan.timeout_s)
+        due, first, tokens = now(), 0.0, 0
+        try:
+            async for chunk in engine.generate(request):
+                first = first or now()
+                tokens += len(chunk.tokens)
+        except BatonError as error:
+            self._outcome.failures[type(error).__name__] += 1
+            return
+        if tokens != arrival.output_tokens:
+            self._outcome.failures["wrong number of tokens"] += 1
+            return
+        self._outcome.ttft_s.append(first - due)
+        self._outcome.itl_s.append((now() - first) / (tokens - 1))
+
+    async def _kill(self) -> None:
+        rng = random.Random(self._plan.seed)
+        while True:
+            await asyncio.sleep(rng.expovariate(1.0 / (self._plan.kill_every_s or 1.0)))
+            alive = [worker for worker in self._all_workers if worker.alive]
+            if alive:
+                rng.choice(alive).kill()
+                self._outcome.killed += 1
+
+
+@lru_cache(maxsize=4096)
+def _prompt(num_tokens: int) -> tuple[int, ...]:
+    return (0,) * num_tokens

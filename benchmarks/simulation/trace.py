@@ -1,0 +1,50 @@
+"""Requests as services see them: long prompts of uneven lengths, short answers, bursts.
+
+Lengths follow what was published of Moonshot's traffic (Qin et al., "Mooncake: A KVCache-centric Disaggregated
+Architecture for LLM Serving", FAST 2025, arXiv:2407.00079): prompts of 7,590 and answers of 182 tokens on average, both
+with a long tail. They are drawn from log-normal distributions with a seed; this is not that trace itself.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+MEAN_PROMPT, SIGMA_PROMPT = 7590.0, 1.1
+MEAN_OUTPUT, SIGMA_OUTPUT = 182.0, 0.9
+_LONGEST_PROMPT, _LONGEST_OUTPUT = 120_000, 2_000
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request.
+
+    Attributes:
+        at_s: when it comes.
+        prompt_tokens: length of its prompt.
+        output_tokens: tokens that it generates.
+    """
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+def make_trace(
+    requests: int, per_second: float, seed: int, *, prompt_scale: float = 1.0, output_scale: float = 1.0
+) -> list[Arrival]:
+    """A trace of so many requests, Poisson arrivals; the scales stretch the mean lengths."""
+    rng = random.Random(seed)
+    arrivals, at_s = [], 0.0
+    for _ in range(requests):
+        at_s += rng.expovariate(per_second)
+        prompt = _lognormal(rng, MEAN_PROMPT * prompt_scale, SIGMA_PROMPT, _LONGEST_PROMPT)
+        output = _lognormal(rng, MEAN_OUTPUT * output_scale, SIGMA_OUTPUT, _LONGEST_OUTPUT)
+        arrivals.append(Arrival(at_s, prompt, max(2, output)))
+    return arrivals
+
+
+def _lognormal(rng: random.Random, mean: float, sigma: float, longest: int) -> int:
+    """Log-normal with this mean (of the values themselves), cut at both ends."""
+    return min(longest, max(1, round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma))))
