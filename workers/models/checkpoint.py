@@ -20,6 +20,9 @@ _WANTED = ["*.json", "model*.safetensors", "*.jinja"]
 _LENGTH_BYTES = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 
+Region = tuple[tuple[int, int], ...]
+"""A part of a tensor: of each dimension the first index and one past the last."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -40,6 +43,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """All of a tensor of that shape."""
+    return tuple((0, length) for length in shape)
 
 
 def resolve_checkpoint(model: str) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from workers.errors import ConfigError
 from workers.models.config_reader import ConfigReader, read_json
+from workers.models.quantization import refuse_quantized_weights
+from workers.models.sliding_windows import sliding_windows
 
 FAMILIES: Mapping[str, str] = {
     "LlamaForCausalLM": "llama",
@@ -125,11 +128,39 @@ class ModelConfig:
             o_bias=biased,
             mlp_bias=family == "llama" and read.flag("mlp_bias", False),
             qk_norm=family == "qwen3",
-            sliding_windows=_sliding_windows(read, family, num_layers),
+            sliding_windows=sliding_windows(read, family, num_layers),
             dtype=_dtype(read),
             eos_token_ids=_eos_token_ids(read, generation_config),
             bos_token_id=read.optional_int("bos_token_id"),
         )
+
+    def sharded(self, size: int) -> ModelConfig:
+        """What each of `size` ranks computes: of every layer its share of the heads and of the MLP.
+
+        Where there are more ranks than key/value heads, neighbouring ranks have the same one.
+
+        Raises:
+            ConfigError: `size` does not divide the model; names the value and the limit.
+        """
+        for name in ("num_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if value % size:
+                raise ConfigError(f"tensor parallelism of {size} does not divide the model's {name}, which is {value}")
+        if self.num_kv_heads % size and size % self.num_kv_heads:
+            raise ConfigError(
+                f"tensor parallelism of {size} neither divides the model's num_kv_heads nor is a multiple of it, "
+                f"which is {self.num_kv_heads}"
+            )
+        return replace(
+            self,
+            num_heads=self.num_heads // size,
+            num_kv_heads=max(1, self.num_kv_heads // size),
+            intermediate_size=self.intermediate_size // size,
+        )
+
+    def vocab_share(self, size: int) -> int:
+        """How many tokens' logits each of `size` ranks computes; the last ranks' reach past an uneven vocabulary."""
+        return -(-self.vocab_size // size)
 
 
 def _family(read: ConfigReader) -> str:
@@ -150,8 +181,7 @@ def _refuse_unsupported(read: ConfigReader) -> None:
     activation = read.get("hidden_act")
     if activation not in (None, "silu"):
         raise read.error("hidden_act", f"{activation!r} is not supported, only 'silu'")
-    if read.get("quantization_config") is not None:
-        raise read.error("quantization_config", "quantized checkpoints are not supported")
+    refuse_quantized_weights(read)
     partial = read.get("partial_rotary_factor")
     if partial not in (None, 1, 1.0):
         raise read.error("partial_rotary_factor", f"{partial!r} is not supported, only 1.0")
@@ -200,28 +230,6 @@ def _rope(read: ConfigReader, max_positions: int) -> RopeConfig:
             f"{scaling.high_freq_factor} must be greater than low_freq_factor, which is {scaling.low_freq_factor}",
         )
     return RopeConfig(theta, scaling)
-
-
-def _sliding_windows(read: ConfigReader, family: str, num_layers: int) -> tuple[int | None, ...]:
-    everything: tuple[int | None, ...] = (None,) * num_layers
-    if family == "llama":
-        return everything
-    if family == "mistral":  # transformers takes 4096 where the key is absent; null is no window
-        window = read.optional_positive_int("sliding_window") if "sliding_window" in read else 4096
-        return (window,) * num_layers
-    window = read.optional_positive_int("sliding_window") if read.flag("use_sliding_window", False) else None
-    if window is None:
-        return everything
-    kinds = read.get("layer_types")
-    if kinds is None:
-        first = read.non_negative_int("max_window_layers", 28)
-        return tuple(window if i >= first else None for i in range(num_layers))
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise read.error("layer_types", f"must be a list of {num_layers} names, one per layer")
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-    if unknown:
-        raise read.error("layer_types", f"{unknown[0]!r} is not supported, only full_attention and sliding_attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _dtype(read: ConfigReader) -> str:

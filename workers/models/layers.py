@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from workers.fused_ops.rms_norm import rms_norm
+from workers.fused_ops.rms_norm import add_rms_norm, rms_norm
 from workers.fused_ops.silu_and_mul import silu_and_mul
+from workers.parallel.group import TensorParallelGroup
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -35,6 +36,10 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self._normalized, None, self.eps) * self.weight
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual += x`, in place, and that normalised; for a weight of one dimension and a contiguous residual."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class Linear(nn.Module):
     """`x @ weight.T + bias`, with a weight that can be packed for the CPU's matrix kernels.
@@ -61,9 +66,12 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in_features) to (T, out_features)."""
+        return self._multiply(x, self.bias)
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self._packed is not None:
-            return packed_linear(x, self._packed, self.bias)
-        return F.linear(x, self._unpacked(), self.bias)
+            return packed_linear(x, self._packed, bias)
+        return F.linear(x, self._unpacked(), bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`residual + self(x)` in one call where there is one; may overwrite `residual`."""
@@ -76,6 +84,51 @@ class Linear(nn.Module):
     def _unpacked(self) -> nn.Parameter:
         assert self.weight is not None
         return self.weight
+
+
+class RowParallelLinear(Linear):
+    """A `Linear` into the residual stream whose input features the ranks of a group share out among them.
+
+    Each rank multiplies with its columns of the weight, and the products are summed (Shoeybi et al., 2019,
+    arXiv:1909.08053). Every rank has the whole bias, rank 0 adds it.
+
+    Args:
+        in_features: this rank's.
+        out_features: of the residual stream.
+        bias: whether there is one.
+        dtype: of the weight.
+        device: where it is.
+        group: the ranks.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: TensorParallelGroup,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype, device)
+        self._group = group
+
+    def add_and_norm(self, residual: torch.Tensor, x: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """`residual` plus the ranks' sum of their products, and that normalised; may overwrite `residual`.
+
+        Args:
+            residual: (T, out_features), contiguous, the same on all ranks.
+            x: (T, in_features), this rank's.
+            norm: what comes next in the model.
+
+        Returns:
+            Two (T, out_features), the same bit for bit on all ranks.
+        """
+        if self._group.size == 1:
+            residual = self.add_to(residual, x)
+            return residual, norm(residual)
+        product = self._multiply(x, self.bias if self._group.rank == 0 else None)
+        return residual, norm.add(self._group.all_reduce(product), residual)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
@@ -105,15 +158,30 @@ def packed_linear_add(
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))` (SwiGLU; Shazeer, 2020, arXiv:2002.05202), gate and up in one multiplication."""
+    """`down(silu(gate(x)) * up(x))` (SwiGLU; Shazeer, 2020, arXiv:2002.05202), gate and up in one multiplication.
+
+    Args:
+        hidden_size: of the residual stream.
+        intermediate_size: this rank's share.
+        bias: whether all three projections have one.
+        dtype: of the weights.
+        device: where they are.
+        group: the ranks that share the MLP.
+    """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: TensorParallelGroup,
     ) -> None:
         super().__init__()
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias, dtype, device)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias, dtype, device)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias, dtype, device, group)
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`residual` plus the MLP of `x`, both (T, hidden_size); may overwrite `residual`."""
-        return self.down_proj.add_to(residual, silu_and_mul(self.gate_up_proj(x)))
+    def add_and_norm(self, residual: torch.Tensor, x: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """`residual` plus the MLP of `x`, all (T, hidden_size), and that normalised; may overwrite `residual`."""
+        return self.down_proj.add_and_norm(residual, silu_and_mul(self.gate_up_proj(x)), norm)

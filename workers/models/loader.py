@@ -19,14 +19,16 @@ from workers.models.checkpoint import StoredTensor, resolve_checkpoint, stored_t
 from workers.models.config import DTYPES, ModelConfig
 from workers.models.decoder import Decoder, attention_specs
 from workers.models.kv_scales import Place, kv_scale_place, read_kv_scales
+from workers.models.random_weights import fill_randomly
 from workers.models.weight_stream import FLOATS, Placement, load_tensors
 from workers.models.weights import is_unused, weight_targets
+from workers.parallel.group import SINGLE, TensorParallelGroup
 
 LOAD_FORMATS = ("auto", "dummy")
 KV_CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": FP8}
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and the bytes of all weight files."""
+"""Called with the bytes of weights that this rank has read so far, and those that it will read in all."""
 
 
 def resolve_dtype(dtype: str, config: ModelConfig) -> torch.dtype:
@@ -54,8 +56,9 @@ def load_model(
     phase: Phase | None = None,
     kv_cache_dtype: str = "auto",
     measurements: Path | None = None,
+    group: TensorParallelGroup = SINGLE,
 ) -> Decoder:
-    """Load a model.
+    """Load a model, or one rank's shard of it, of which alone the weights are read.
 
     Args:
         model: a checkpoint folder or a hub id.
@@ -69,11 +72,12 @@ def load_model(
         phase: the batches that will come, for the choice of a backend; None: any.
         kv_cache_dtype: auto (as the activations) or fp8, with the checkpoint's scales where it has them, else 1.
         measurements: where `baton backends --measure` keeps its result, which the choice of a backend follows.
+        group: the ranks that share the model; this one's device is `device`. Nothing is communicated here.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or of a kind that Baton does not run.
-        ConfigError: an unknown dtype, load format or attention backend, none that can run this model here, or a model
-            that does not fit the GPU.
+        ConfigError: an unknown dtype, load format or attention backend, none that can run this model here, a model that
+            does not fit the GPU, or one that the group's size does not divide.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format {load_format!r} is none of {', '.join(LOAD_FORMATS)}")
@@ -85,16 +89,16 @@ def load_model(
     cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
     # A prompt can be longer than a step: its later chunks attend to a prefix that is in the cache.
     features = frozenset({Feature.PREFIX}) if phase is not Phase.DECODE else frozenset[Feature]()
-    specs = attention_specs(config, cache_dtype)
+    specs = attention_specs(config.sharded(group.size), cache_dtype)
     needs = [AttentionNeeds(spec, resolved, block_size, phase, features) for spec in specs]
     backend = _choose_backend(needs, device, backend_name, measurements)
     try:
-        decoder = Decoder(config, backend, block_size, resolved, device, cache_dtype)
+        decoder = Decoder(config, backend, block_size, resolved, device, cache_dtype, group)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(
-            f"the model's weights take {model_bytes(config, resolved) / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB "
-            f"free of {total / 1e9:.1f} GB"
+            f"the model's weights take {model_bytes(config, resolved, group) / 1e9:.1f} GB, the GPU has "
+            f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
         ) from error
     with torch.inference_mode():
         if load_format == "dummy":
@@ -105,9 +109,10 @@ def load_model(
     return decoder
 
 
-def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights when they are loaded in `dtype`."""
-    return dtype.itemsize * sum(math.prod(target.shape) for target in weight_targets(config).values())
+def model_bytes(config: ModelConfig, dtype: torch.dtype, group: TensorParallelGroup = SINGLE) -> int:
+    """Bytes of the weights that a rank holds of a model when they are loaded in `dtype`."""
+    regions = [target.region for target in weight_targets(config, group.rank, group.size).values()]
+    return dtype.itemsize * sum(math.prod(end - begin for begin, end in region) for region in regions)
 
 
 def _choose_backend(
@@ -123,20 +128,10 @@ def _choose_backend(
     return selection.backend
 
 
-def fill_randomly(decoder: Decoder, seed: int) -> None:
-    """Draw weights from a normal distribution of deviation 0.02; norms become ones, biases zeros."""
-    generator = torch.Generator(device=decoder.device).manual_seed(seed)
-    for name, parameter in decoder.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
-
-
 def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = None) -> None:
     """Fill a decoder's parameters from a checkpoint, converting to their dtype, and take the scales of an FP8 KV cache.
+
+    A rank reads its shard and nothing else; the scales of a layer are all ranks'.
 
     The whole checkpoint is checked by its headers before any of it is read.
 
@@ -144,7 +139,7 @@ def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = Non
         CheckpointError: a file or tensor is missing, misshapen or unknown; names file and tensor.
     """
     placements, scales = _places(decoder, folder)
-    total = sum(file.stat().st_size for file in weight_files(folder))
+    total = sum(placement.nbytes for placement in placements)
     read = 0
 
     def count(num_bytes: int) -> None:
@@ -162,17 +157,19 @@ def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = Non
 
 
 def _places(decoder: Decoder, folder: Path) -> tuple[list[Placement], dict[Place, StoredTensor]]:
-    """Where every tensor of a checkpoint goes, and the scales among them."""
-    config, targets, parameters = decoder.config, weight_targets(decoder.config), dict(decoder.named_parameters())
+    """Where every tensor of a checkpoint, or this rank's part of it, goes, and the scales among them."""
+    config, group, parameters = decoder.config, decoder.group, dict(decoder.named_parameters())
+    targets = weight_targets(config, group.rank, group.size)
     placements: list[Placement] = []
     scales: dict[Place, StoredTensor] = {}
     for stored in stored_tensors(folder):
         target = targets.pop(stored.name, None)
         if target is not None:
             _check_tensor(stored, target.shape)
-            placements.append(Placement(stored, parameters[target.parameter][target.begin : target.end]))
-        elif (place := kv_scale_place(stored.name, config.num_layers)) is not None:
-            scales[place] = stored
+            place = parameters[target.parameter][target.begin : target.end]
+            placements.append(Placement(stored, place, target.region))
+        elif (scale := kv_scale_place(stored.name, config.num_layers)) is not None:
+            scales[scale] = stored
         elif not is_unused(stored.name, config):
             raise CheckpointError(f"{stored.file}: tensor {stored.name} has no place in a {config.family} model")
     if targets:

@@ -2,13 +2,15 @@
 
 Each thread reads pieces of a few MiB into two buffers in turn. On a GPU the buffers are pinned and the copies run on a
 stream of the thread's own, so that a buffer is filled while the other is on its way; a dtype is converted on the
-device. Beside the model itself nothing larger than the buffers is ever in memory.
+device. Beside the model itself nothing larger than the buffers is ever in memory. Of a tensor that is loaded in part no
+other part is read: some columns of a matrix are read row by row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 from collections import deque
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from workers.errors import CheckpointError
-from workers.models.checkpoint import StoredTensor
+from workers.models.checkpoint import Region, StoredTensor, whole
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that weights may be stored in, as safetensors writes them."""
@@ -37,19 +39,40 @@ class Placement:
 
     Attributes:
         stored: the tensor.
-        target: contiguous, of its shape, or of that shape with more dimensions before it: then it is repeated.
+        target: contiguous, of the region's shape, or of that shape with more dimensions before it: then it is repeated.
+        region: what is read of the tensor, whole but for its first two dimensions; None: all.
     """
 
     stored: StoredTensor
     target: torch.Tensor
+    region: Region | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is read."""
+        return tuple(end - begin for begin, end in self.region or whole(self.stored.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """How much is read."""
+        return math.prod(self.shape) * FLOATS[self.stored.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class _Piece:
+    """`num_runs` runs of `run_bytes` bytes in a file, each beginning `stride` bytes after the one before."""
+
     stored: StoredTensor
     offset: int
-    nbytes: int
+    num_runs: int
+    run_bytes: int
+    stride: int
     target: torch.Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_runs * self.run_bytes
 
 
 def load_tensors(
@@ -59,13 +82,13 @@ def load_tensors(
     piece_bytes: int = PIECE_BYTES,
     num_threads: int | None = None,
 ) -> None:
-    """Fill every target; when this returns the data is there.
+    """Fill every target with what is placed there; when this returns the data is there.
 
     Args:
         placements: what goes where; all targets on `device`.
         device: the model's.
         on_bytes: told of the bytes of each piece that was read, one call at a time, from several threads.
-        piece_bytes: what is read at a time; a multiple of 8.
+        piece_bytes: what is read at a time, or a run of columns where that is more; a multiple of 8.
         num_threads: threads that read; None: enough to fill the bus to a GPU from the page cache, one to the CPU, where
             torch copies with threads of its own.
 
@@ -101,16 +124,26 @@ def _num_threads(device: torch.device) -> int:
 
 
 def _pieces(placement: Placement, piece_bytes: int) -> Iterator[_Piece]:
-    """A tensor cut into runs of elements; one that is repeated stays whole."""
-    stored, target = placement.stored, placement.target
-    if target.shape != stored.shape:
-        yield _Piece(stored, stored.offset, stored.nbytes, target)
+    """What is read of a tensor, cut into elements where all of them follow each other, else into rows.
+
+    What is repeated stays whole.
+    """
+    if not placement.nbytes:
         return
-    flat, itemsize = target.view(-1), FLOATS[stored.dtype].itemsize
-    step = piece_bytes // itemsize
-    for begin in range(0, flat.numel(), step):
-        part = flat[begin : begin + step]
-        yield _Piece(stored, stored.offset + begin * itemsize, part.numel() * itemsize, part)
+    stored, target, shape = placement.stored, placement.target, placement.shape
+    itemsize, whole_rows = FLOATS[stored.dtype].itemsize, shape[1:] == stored.shape[1:]
+    strides = [math.prod(stored.shape[i + 1 :]) * itemsize for i in range(len(shape))]
+    begins = (begin for begin, _ in placement.region or whole(stored.shape))
+    offset = stored.offset + sum(begin * stride for begin, stride in zip(begins, strides, strict=True))
+    unit, stride = (itemsize, itemsize) if whole_rows else (shape[1] * strides[1], strides[0])
+    count, repeated = placement.nbytes // unit, target.shape != shape
+    step = count if repeated else max(1, piece_bytes // unit)
+    for begin in range(0, count, step):
+        number = min(step, count - begin)
+        num_runs, run_bytes = (1, number * unit) if whole_rows else (number, unit)
+        length = unit // itemsize
+        part = target if repeated else target.view(-1)[begin * length : (begin + number) * length]
+        yield _Piece(stored, offset + begin * stride, num_runs, run_bytes, stride, part, shape)
 
 
 def _open_all(stack: contextlib.ExitStack, placements: Sequence[Placement]) -> dict[Path, int]:
@@ -145,7 +178,7 @@ class _Lane:
         _read(descriptor, staged, piece)
         source = staged.view(FLOATS[piece.stored.dtype])
         if source.numel() != piece.target.numel():
-            source = source.view(piece.stored.shape)
+            source = source.view(piece.shape)
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             if source.dtype != piece.target.dtype or source.numel() != piece.target.numel():
                 source = source.to(self._device, non_blocking=True)  # as it is: converted there, not here
@@ -194,10 +227,16 @@ def _drain(pieces: deque[_Piece], descriptors: dict[Path, int], lane: _Lane, tel
 
 
 def _read(descriptor: int, into: torch.Tensor, piece: _Piece) -> None:
-    memory, done = memoryview(into.numpy().data), 0
-    while done < piece.nbytes:
+    memory, size = memoryview(into.numpy().data), piece.run_bytes
+    for run in range(piece.num_runs):
+        _read_run(descriptor, memory[run * size : (run + 1) * size], piece.offset + run * piece.stride, piece)
+
+
+def _read_run(descriptor: int, memory: memoryview, offset: int, piece: _Piece) -> None:
+    done = 0
+    while done < piece.run_bytes:
         try:
-            count = os.preadv(descriptor, [memory[done:]], piece.offset + done)
+            count = os.preadv(descriptor, [memory[done:]], offset + done)
         except OSError as error:
             raise _unreadable(piece, error.strerror) from error
         if count == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attention.backend import KVScales
+from ranks import lone_rank
 from workers.errors import CheckpointError, ConfigError
 from workers.models.loader import load_model
 
@@ -53,6 +55,26 @@ def test_a_checkpoints_own(with_tensors: Callable[..., Path], spelling: str, sha
     )
     assert scales_of(folder) == [KVScales(0.5, 0.25), KVScales(), KVScales(2.0, 4.0)]
     assert scales_of(folder, "auto") == [KVScales()] * 3
+
+
+def test_every_rank_has_the_checkpoints_own(with_tensors: Callable[..., Path]) -> None:
+    values = (("k", 0.5), ("v", 2.0))
+    folder = with_tensors({f"model.layers.1.self_attn.{kind}_scale": torch.tensor(value) for kind, value in values})
+    for rank in range(2):
+        model = load_model(folder, kv_cache_dtype="fp8", group=lone_rank(rank, 2))
+        scales = [layer.attention.impl.kv_scales for layer in model.layers]
+        assert scales == [KVScales(), KVScales(0.5, 2.0), KVScales()]
+
+
+def test_a_checkpoint_whose_cache_alone_is_quantized_loads(with_tensors: Callable[..., Path]) -> None:
+    values = (("k", 0.5), ("v", 2.0))
+    folder = with_tensors({f"model.layers.0.self_attn.{kind}_scale": torch.tensor(value) for kind, value in values})
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    assert scales_of(folder)[0] == KVScales(0.5, 2.0)
+    assert load_model(folder).kv_cache_spec.dtype == torch.float32
 
 
 def test_they_change_what_is_stored_and_hardly_what_is_attended(with_tensors: Callable[..., Path], paged_run) -> None:

@@ -32,6 +32,8 @@ SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_ONLY = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FP8_SCHEME, "ignore": []}
 QWEN = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 
@@ -121,7 +123,35 @@ def test_the_family_comes_from_model_type_where_no_architecture_is_stated() -> N
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: must be true or false"),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype: 'float8_e4m3fn' is not supported"),
         ({"eos_token_id": "2"}, "eos_token_id: must be an integer or a list"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"quantization_config": "fp8"}, "quantization_config: must be an object, not 'fp8'"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config.quant_method: 'awq'.*quantized weights",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: .* neither kv_cache_scheme nor"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "fp8",
+                    "weight_block_size": [8, 8],
+                    "kv_cache_scheme": "static",
+                }
+            },
+            "quantization_config.weight_block_size: .*quantized weights",
+        ),
+        (
+            {"quantization_config": {**KV_ONLY, "config_groups": {"group_0": {"targets": ["Linear"]}}}},
+            "quantization_config.config_groups: .*quantized weights",
+        ),
+        (
+            {"quantization_config": {**KV_ONLY, "kv_cache_scheme": {**FP8_SCHEME, "type": "int"}}},
+            "quantization_config.kv_cache_scheme: .*only an FP8 KV cache",
+        ),
+        (
+            {"quantization_config": {**KV_ONLY, "kv_cache_scheme": {**FP8_SCHEME, "strategy": "attn_head"}}},
+            "a scale a tensor",
+        ),
+        ({"quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}}, "'NVFP4' is not"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type: 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type: 'linear' is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per kind of layer"),
@@ -134,6 +164,31 @@ def test_what_cannot_be_run_is_refused_by_key(change: dict[str, Any], message: s
     with pytest.raises(CheckpointError, match=message) as error:
         ModelConfig.from_dict({**LLAMA, **change}, source="/models/x/config.json")
     assert str(error.value).startswith("/models/x/config.json: ")
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        KV_ONLY,
+        {**KV_ONLY, "config_groups": None},
+        {"quant_method": "fp8", "kv_cache_scheme": "static"},
+        {"quant_method": "fp8", "kv_cache_scheme": FP8_SCHEME},
+        {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+    ],
+)
+def test_the_cache_alone_may_be_quantized(quantization: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict({**LLAMA, "quantization_config": quantization})
+    assert config == ModelConfig.from_dict(LLAMA)
+
+
+@pytest.mark.parametrize(("size", "heads", "kv_heads"), [(1, 8, 4), (2, 4, 2), (4, 2, 1), (8, 1, 1)])
+def test_a_ranks_share(size: int, heads: int, kv_heads: int) -> None:
+    whole = ModelConfig.from_dict({**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 517})
+    shard = whole.sharded(size)
+    assert (shard.num_heads, shard.num_kv_heads, shard.intermediate_size) == (heads, kv_heads, 96 // size)
+    same = ("hidden_size", "head_size", "vocab_size", "num_layers", "qk_norm", "rope")
+    assert all(getattr(shard, name) == getattr(whole, name) for name in same)
+    assert 517 <= whole.vocab_share(size) * size < 517 + size
 
 
 def test_layer_types_must_fit() -> None:

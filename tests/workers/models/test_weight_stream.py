@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from workers.errors import CheckpointError
-from workers.models.checkpoint import StoredTensor, stored_tensors
+from workers.models.checkpoint import Region, StoredTensor, stored_tensors
 from workers.models.loader import load_model, model_bytes
 from workers.models.weight_stream import Placement, load_tensors
 
@@ -65,6 +65,46 @@ def test_a_tensor_may_fill_some_rows_or_be_repeated_in_each(folder: Path, device
     assert torch.equal(repeated[1:3].cpu(), TENSORS["double"].bfloat16().expand(2, 7))
     assert not repeated[0].any()
     assert not repeated[3].any()
+
+
+REGIONS: dict[str, list[Region]] = {
+    "single": [((3, 30), (0, 5)), ((0, 33), (2, 4)), ((31, 33), (4, 5)), ((5, 5), (0, 5))],
+    "half": [((1, 2), (0, 100)), ((0, 3), (50, 100)), ((0, 3), (25, 26))],
+    "double": [((2, 5),)],
+    "brain": [((0, 513), (1, 2)), ((511, 513), (0, 2))],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("piece_bytes", "num_threads"), [(16, 1), (64, 4), (2**20, 3)])
+def test_a_part_of_a_tensor(
+    folder: Path, device: torch.device, dtype: torch.dtype, piece_bytes: int, num_threads: int
+) -> None:
+    stored, wanted, placements = by_name(folder), [], []
+    for name, regions in REGIONS.items():
+        for region in regions:
+            wanted.append(TENSORS[name][tuple(slice(*bounds) for bounds in region)].to(dtype))
+            target = torch.full(wanted[-1].shape, 9.0, dtype=dtype, device=device)
+            placements.append(Placement(stored[name], target, region))
+    read: list[int] = []
+    load_tensors(placements, device, read.append, piece_bytes, num_threads)
+    for placement, expected in zip(placements, wanted, strict=True):
+        assert torch.equal(placement.target.cpu(), expected), placement
+    assert sum(read) == sum(placement.nbytes for placement in placements)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's account of what a process has read")
+@pytest.mark.parametrize("region", [((256, 512), (0, 1024)), ((0, 1024), (512, 768))])
+def test_nothing_but_the_part_is_read(tmp_path: Path, region: Region) -> None:
+    save_file({"matrix": torch.randn(1024, 1024)}, tmp_path / "model.safetensors")
+    placement = Placement(stored_tensors(tmp_path)[0], torch.empty([end - begin for begin, end in region]), region)
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = bytes_read()
+    load_tensors([placement], torch.device("cpu"))
+    assert 2**20 <= bytes_read() - before < 2**20 + 2**16
 
 
 def test_a_file_that_shrinks_meanwhile_is_named_with_the_tensor(folder: Path, device: torch.device) -> None:

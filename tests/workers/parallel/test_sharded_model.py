@@ -1,0 +1,188 @@
+"""A model over several ranks against the same model on one: the same logits, the same tokens, each rank its shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rank_work import ModelRun, run_model, run_models
+from ranks import lone_rank, run_ranks
+from workers.errors import ConfigError
+from workers.models.config import ModelConfig
+from workers.models.loader import load_model, model_bytes
+from workers.parallel.group import SINGLE
+
+TinyCheckpoint = Callable[..., Path]
+Jobs = dict[str, tuple[Path, dict[str, Any]]]
+
+VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-uneven": ("llama", {"vocab_size": 517}),
+    "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied-uneven": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 517}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied-biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+}
+EXTRA = ("dummy", "bfloat16", "fp8 cache")
+SIZES = [2, 4]
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny_checkpoint: TinyCheckpoint) -> Jobs:
+    """Every model to run: those of VARIATIONS in float32, and the ways in which one can be run otherwise."""
+    jobs: Jobs = {
+        name: (tiny_checkpoint(family, **overrides), {"dtype": "float32"})
+        for name, (family, overrides) in VARIATIONS.items()
+    }
+    llama = jobs["llama"][0]
+    jobs["dummy"] = (jobs["qwen3"][0], {"dtype": "float32", "load_format": "dummy", "seed": 3})
+    jobs["bfloat16"] = (llama, {"dtype": "bfloat16"})
+    jobs["fp8 cache"] = (llama, {"dtype": "float32", "kv_cache_dtype": "fp8"})
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def alone(jobs: Jobs) -> dict[str, ModelRun]:
+    return {name: run_model(SINGLE, folder, **settings) for name, (folder, settings) in jobs.items()}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def together(request: pytest.FixtureRequest, jobs: Jobs) -> list[dict[str, ModelRun]]:
+    """What each rank said."""
+    return run_ranks(request.param, run_models, jobs)
+
+
+@pytest.mark.parametrize("name", [*VARIATIONS, "dummy", "fp8 cache"])
+def test_ranks_say_what_one_says(alone: dict[str, ModelRun], together: list[dict[str, ModelRun]], name: str) -> None:
+    expected, spread = alone[name], alone[name].logits.std()
+    atol = 0.05 if name == "fp8 cache" else 2e-5  # one rounding of a stored key differs, and is worth so much
+    torch.testing.assert_close(together[0][name].logits / spread, expected.logits / spread, rtol=1e-5, atol=atol)
+    if name != "fp8 cache":
+        assert together[0][name].tokens == expected.tokens
+
+
+def test_half_precision_stays_close(alone: dict[str, ModelRun], together: list[dict[str, ModelRun]]) -> None:
+    agreement = torch.nn.functional.cosine_similarity(together[0]["bfloat16"].logits, alone["bfloat16"].logits)
+    assert float(agreement.min()) > 0.99
+
+
+@pytest.mark.parametrize("name", [*VARIATIONS, *EXTRA])
+def test_ranks_agree_to_the_bit(together: list[dict[str, ModelRun]], name: str) -> None:
+    for run in together[1:]:
+        assert torch.equal(run[name].logits, together[0][name].logits)
+        assert run[name].tokens == together[0][name].tokens
+
+
+def test_a_cache_holds_a_ranks_heads(alone: dict[str, ModelRun], together: list[dict[str, ModelRun]]) -> None:
+    for name, run in alone.items():
+        each = max(1, run.num_kv_heads // len(together))
+        assert [rank[name].num_kv_heads for rank in together] == [each] * len(together)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_gpus_say_what_one_says(tiny_checkpoint: TinyCheckpoint, size: int) -> None:
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} CUDA devices")
+    jobs: Jobs = {name: (tiny_checkpoint(name), {"dtype": "float32"}) for name in ("llama", "qwen2", "qwen3")}
+    (expected,) = run_ranks(1, run_models, jobs, device="cuda")
+    ranks = run_ranks(size, run_models, jobs, device="cuda")
+    for name, run in expected.items():
+        torch.testing.assert_close(ranks[0][name].logits, run.logits, rtol=1e-3, atol=2e-3)
+        assert all(torch.equal(rank[name].logits, ranks[0][name].logits) for rank in ranks)
+
+
+def rows(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    return tensor.chunk(size, dim=0)[rank]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_holds_its_shard(tiny_checkpoint: TinyCheckpoint, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-LM's: rows of what comes first in a block, columns of what comes second, by head."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # weights stay as they are loaded
+    folder = tiny_checkpoint("qwen2", num_key_value_heads=2, vocab_size=517)
+    stored = load_file(folder / "model.safetensors")
+    prefix = "model.layers.1"
+    for rank in range(size):
+        own = dict(load_model(folder, dtype="float32", group=lone_rank(rank, size)).named_parameters())
+        attention = f"{prefix}.self_attn"
+        for kind in ("weight", "bias"):
+            query = rows(stored[f"{attention}.q_proj.{kind}"], rank, size)
+            kv = [stored[f"{attention}.{name}_proj.{kind}"].chunk(2)[rank * 2 // size] for name in "kv"]
+            assert torch.equal(own[f"layers.1.qkv_proj.{kind}"], torch.cat([query, *kv]))
+        gate_up = [rows(stored[f"{prefix}.mlp.{name}_proj.weight"], rank, size) for name in ("gate", "up")]
+        assert torch.equal(own["layers.1.mlp.gate_up_proj.weight"], torch.cat(gate_up))
+        for theirs, ours in (("self_attn.o_proj", "o_proj"), ("mlp.down_proj", "mlp.down_proj")):
+            columns = stored[f"{prefix}.{theirs}.weight"].chunk(size, dim=1)[rank]
+            assert torch.equal(own[f"layers.1.{ours}.weight"], columns)
+        head = rows(stored["lm_head.weight"], rank, size)
+        assert torch.equal(own["lm_head.weight"][: len(head)], head)
+        assert torch.equal(own["embed_tokens"][:517], stored["model.embed_tokens.weight"])
+
+
+def test_a_rank_tells_of_the_bytes_that_it_reads(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder, totals = tiny_checkpoint("llama"), []
+    for rank in range(4):
+        calls: list[tuple[int, int]] = []
+        group = lone_rank(rank, 4)
+        model = load_model(folder, progress=lambda *call, calls=calls: calls.append(call), group=group)
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+        assert calls[-1] == (calls[-1][1],) * 2
+        assert calls[-1][1] == model_bytes(model.config, torch.float32, group)
+        totals.append(calls[-1][1])
+    assert max(totals) < 0.6 * model_bytes(model.config, torch.float32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_random_weights_are_shards_of_one_model(
+    tiny_checkpoint: TinyCheckpoint, size: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr("workers.models.random_weights._CHUNK_ELEMENTS", 1000)
+    folder = tiny_checkpoint(family)
+
+    def parameters(rank: int, size: int) -> dict[str, torch.Tensor]:
+        model = load_model(folder, "float32", load_format="dummy", seed=5, group=lone_rank(rank, size))
+        return dict(model.named_parameters())
+
+    whole, shards = parameters(0, 1), [parameters(rank, size) for rank in range(size)]
+    assert float(whole["lm_head.weight"].std()) == pytest.approx(0.02, rel=0.05)
+    for name in ("lm_head.weight", "layers.2.o_proj.weight", "layers.2.mlp.down_proj.weight"):
+        joined = torch.cat([shard[name] for shard in shards], dim=0 if name.startswith("lm_head") else 1)
+        assert torch.equal(joined, whole[name]), name
+    queries = torch.cat([shard["layers.0.qkv_proj.weight"][: 64 // size] for shard in shards])
+    assert torch.equal(queries, whole["layers.0.qkv_proj.weight"][:64])
+    gates = torch.cat([shard["layers.0.mlp.gate_up_proj.weight"][: 96 // size] for shard in shards])
+    assert torch.equal(gates, whole["layers.0.mlp.gate_up_proj.weight"][:96])
+    assert not torch.equal(whole["layers.0.o_proj.weight"], whole["layers.1.o_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "message"),
+    [
+        ({}, 3, "tensor parallelism of 3 does not divide the model's num_heads, which is 4"),
+        ({"intermediate_size": 98}, 4, "does not divide the model's intermediate_size, which is 98"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 96},
+            4,
+            "neither divides the model's num_kv_heads nor is a multiple of it, which is 6",
+        ),
+    ],
+)
+def test_a_size_that_does_not_divide_the_model_is_refused(
+    tiny_checkpoint: TinyCheckpoint, overrides: dict[str, Any], size: int, message: str
+) -> None:
+    folder = tiny_checkpoint("llama", **overrides)
+    with pytest.raises(ConfigError, match=message):
+        load_model(folder, group=lone_rank(0, size))
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_file(folder).sharded(size)

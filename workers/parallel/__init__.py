@@ -1,0 +1,1 @@
+"""One worker on several devices: tensor parallelism."""

@@ -1,0 +1,105 @@
+"""How the ranks of a worker find each other: a store on loopback, where each says that it is here."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from workers.parallel.errors import TensorParallelError
+
+_POLL_S = 0.01
+_LINGER_S = 1.0
+_GAVE_UP = "gave-up"
+_HEARD = "heard"
+
+
+def free_address() -> str:
+    """An address on loopback that nobody listens on at the moment, for `join_group`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def meet(rank: int, size: int, address: str, timeout_s: float) -> Store:
+    """The store of a group, once all of its ranks have come. Rank 0 keeps it, and everybody else's ends with it.
+
+    Raises:
+        ValueError: an address that makes no sense.
+        TensorParallelError: a rank did not come in time, came twice, or the address is taken.
+    """
+    host, port = _loopback(address)
+    deadline = time.monotonic() + timeout_s
+    store = (_listen if rank == 0 else _connect)(host, port, rank, size, deadline, timeout_s)
+    try:
+        if store.add(_key(rank), 1) > 1:
+            raise TensorParallelError(f"rank {rank} of {size} came to {address} twice")
+        _wait_for_all(store, rank, size, deadline, f"did not come to {address} within {timeout_s:g} s")
+    except RuntimeError as error:
+        raise TensorParallelError(f"rank {rank} of {size}: rank 0 was lost while the ranks met at {address}") from error
+    return PrefixStore("group", store)
+
+
+def _loopback(address: str) -> tuple[str, int]:
+    parts = urlsplit(address)
+    if parts.scheme != "tcp" or parts.hostname not in ("127.0.0.1", "localhost") or not parts.port:
+        raise ValueError(f"address {address!r}: must be tcp://127.0.0.1:port")
+    return "127.0.0.1", parts.port
+
+
+def _listen(host: str, port: int, rank: int, size: int, deadline: float, timeout_s: float) -> Store:
+    """Rank 0's: on a socket made here, because a store that makes its own listens on every interface."""
+    try:
+        listener = socket.create_server((host, port), backlog=2 * size)
+    except OSError as error:
+        raise TensorParallelError(f"rank 0 of {size} cannot listen at tcp://{host}:{port}: {error.strerror}") from error
+    return _store(host, port, size, deadline, listener.detach())
+
+
+def _connect(host: str, port: int, rank: int, size: int, deadline: float, timeout_s: float) -> Store:
+    """Any other rank's, as soon as rank 0 listens."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(_POLL_S, deadline - time.monotonic())).close()
+            return _store(host, port, size, deadline)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() >= deadline:
+                raise TensorParallelError(
+                    f"rank {rank} of {size}: rank 0 did not come to tcp://{host}:{port} within {timeout_s:g} s"
+                ) from error
+        time.sleep(_POLL_S)
+
+
+def _store(host: str, port: int, size: int, deadline: float, listener: int | None = None) -> Store:
+    patience = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    return TCPStore(host, port, size, listener is not None, patience, wait_for_workers=False, master_listen_fd=listener)
+
+
+def _wait_for_all(store: Store, rank: int, size: int, deadline: float, problem: str) -> None:
+    """Rank 0 decides that somebody is missing, and says so to those who came before its store ends."""
+    while not store.check([_key(other) for other in range(size)]):
+        if rank != 0 and store.check([_GAVE_UP]):
+            missing = store.get(_GAVE_UP).decode()
+            store.add(_HEARD, 1)
+            raise TensorParallelError(f"rank {rank} of {size}: rank {missing} {problem}")
+        if rank == 0 and time.monotonic() >= deadline:
+            absent = [other for other in range(size) if not store.check([_key(other)])]
+            missing = ", ".join(map(str, absent))
+            store.set(_GAVE_UP, missing)
+            _linger(store, size - 1 - len(absent))
+            raise TensorParallelError(f"rank 0 of {size}: rank {missing} {problem}")
+        time.sleep(_POLL_S)
+
+
+def _linger(store: Store, others: int) -> None:
+    """Until so many have heard, at most `_LINGER_S`."""
+    until = time.monotonic() + _LINGER_S
+    while store.add(_HEARD, 0) < others and time.monotonic() < until:
+        time.sleep(_POLL_S)
+
+
+def _key(rank: int) -> str:
+    return f"rank-{rank}"
