@@ -1,8 +1,7 @@
 """The decode worker: reserves blocks, waits for the KV cache to arrive whole, decodes in a continuous batch.
 
 Steps overlap: the next one is launched before the tokens of the one before are looked at, so that the device always
-has work. A sequence that turns out to have ended has then run one step too many; that token is dropped. A batch in
-which anybody's token depends on more than the logits (see `SamplingState.plain_greedy`) runs step by step.
+has work. A sequence that turns out to have ended has then run one step too many; that token is dropped.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from workers.errors import BatonError, DeadlineExceededError, HandoffError, Samp
 from workers.intake import check_capacity, check_prompt
 from workers.messages import DecodeReport, DecodeRequest, Load, RequestFailed, TokenOutput, WorkerEvent
 from workers.model_runner import ModelRunner
-from workers.sampling.isolation import sample_isolated
-from workers.sampling.sampler import SampledToken
+from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState, finish_reason
 
 
@@ -62,6 +60,7 @@ class DecodeWorker:
             runner,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            state_of=lambda sequence: sequence.state,
             enforce_eager=enforce_eager,
             progress=progress,
         )
@@ -165,31 +164,22 @@ class DecodeWorker:
 
     def _decode(self) -> None:
         """Launch a step, then take the tokens of those that are more than so many steps behind."""
-        ahead = self._steps_ahead if self._batch.plain_greedy else 0
-        if self._launches and (ahead == 0 or self._batch.lacks_blocks):
+        if self._launches and (self._steps_ahead == 0 or self._batch.lacks_blocks):
             self._collect(0)
         if batch := self._batch.schedule():
             self._launches.append(self.decoder.launch(batch))
             self._batch.launched(batch)
-        self._collect(ahead if batch else 0)
+        self._collect(self._steps_ahead if batch else 0)
 
     def _collect(self, ahead: int) -> None:
         """Take the tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
-            sampled = self._sampled(launch)
+            sampled = launch.sampled.tokens([sequence.state for sequence in launch.sequences])
             now = self._clock()
             for sequence, token in zip(launch.sequences, sampled, strict=True):
                 if self._batch.landed(sequence):
                     self._accept(sequence, token, now)
-
-    def _sampled(self, launch: Launch[Sequence]) -> list[SampledToken | SamplingError]:
-        states = [sequence.state for sequence in launch.sequences]
-        if all(state.plain_greedy for state in states):
-            return [SampledToken(token_id) if token_id >= 0 else _no_token() for token_id in launch.greedy.tolist()]
-        sampled = sample_isolated(launch.logits.float(), states)
-        self.decoder.replace_tokens([0 if isinstance(s, SamplingError) else s.token_id for s in sampled])
-        return sampled
 
     def _accept(self, sequence: Sequence, sampled: SampledToken | SamplingError, now: float) -> None:
         """A sequence has one more token, or none can be chosen for it."""
@@ -251,7 +241,3 @@ class DecodeWorker:
             self._connector.cancel(sequence.key)
         else:
             self._batch.remove(sequence)
-
-
-def _no_token() -> SamplingError:
-    return SamplingError("no token can be chosen for the sequence: the model's logits contain NaN or infinity")

@@ -128,11 +128,6 @@ class DecodeBatch:
             sequence.host_copy = None
 
     @property
-    def plain_greedy(self) -> bool:
-        """Whether every running sequence takes the most likely token, so that no step needs to see the one before."""
-        return all(sequence.state.plain_greedy for sequence in self._running)
-
-    @property
     def lacks_blocks(self) -> bool:
         """Whether `schedule` would have to preempt somebody."""
         missing = sum(self._missing(sequence) for sequence in self._running if not sequence.ends_in_flight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -14,7 +14,10 @@ from workers.decode_graphs import DecodeGraphs, Progress, ladder, next_size
 from workers.decode_rows import DecodeRows, S
 from workers.fused_ops.greedy import greedy_sample
 from workers.model_runner import ModelRunner
-from workers.pinned import HostCopy, to_device
+from workers.sampling.results import SampledBatch
+from workers.sampling.rows import SamplingRows
+from workers.sampling.state import SamplingState
+from workers.sampling.warm_up import warm_up_sampling
 
 
 @dataclass(frozen=True)
@@ -23,25 +26,27 @@ class Launch(Generic[S]):
 
     Attributes:
         sequences: its batch, in the order of its rows.
-        greedy: the most likely token of each row, on its way to the host; -1 where none can be chosen.
+        sampled: the token of each row, and what else it asks for, on the way to the host.
         logits: (n, vocab) in the model's dtype, good until the next launch.
     """
 
     sequences: list[S]
-    greedy: HostCopy
+    sampled: SampledBatch
     logits: torch.Tensor
 
 
 class DecodeRunner(Generic[S]):
     """One token for every sequence of a batch, at every launch.
 
-    The most likely token of each row is the row's next input, on the device. Where the backend's decode can be
-    replayed, steps run in the batch sizes of a ladder, on a GPU as CUDA graphs.
+    The token that is chosen for a row is the row's next input, on the device. Where the backend's decode can be
+    replayed, steps run in the batch sizes of a ladder, on a GPU as CUDA graphs. A step ends with the most likely token
+    of each row; where rows ask for more, a few kernels behind it choose again for these.
 
     Args:
         runner: the model and its cache.
         max_num_seqs: sequences in a batch.
         max_model_len: tokens of the longest sequence.
+        state_of: a sequence as the sampler sees it; None: every token is the most likely one.
         enforce_eager: capture no graphs; the same kernels run one by one, and the results are the same.
         progress: told how far capturing is.
     """
@@ -52,6 +57,7 @@ class DecodeRunner(Generic[S]):
         *,
         max_num_seqs: int,
         max_model_len: int,
+        state_of: Callable[[S], SamplingState] | None = None,
         enforce_eager: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -68,6 +74,11 @@ class DecodeRunner(Generic[S]):
             dtype=self._model.dtype,
             device=runner.device,
         )
+        self._sampling: SamplingRows[S] | None = None
+        if state_of is not None:
+            vocab_size = self._model.config.vocab_size
+            self._sampling = SamplingRows(max_num_seqs, vocab_size, state_of, runner.device)
+            warm_up_sampling(vocab_size, self._model.dtype, runner.device)
         self._graphs: DecodeGraphs | None = None
         if self._sizes and runner.device.type == "cuda" and not enforce_eager:
             self._graphs = DecodeGraphs(self._padded_step, self._sizes, progress)
@@ -81,7 +92,7 @@ class DecodeRunner(Generic[S]):
     def launch(self, sequences: Sequence[S]) -> Launch[S]:
         """Queue the next token of each sequence; each has a block for it.
 
-        A sequence that was in the last launch goes on with the token chosen there, or with `replace_tokens`'s.
+        A sequence that was in the last launch goes on with the token chosen there.
         """
         batch = self._rows.arrange(sequences)
         if self._sizes is None:
@@ -92,14 +103,14 @@ class DecodeRunner(Generic[S]):
                 self._graphs.replay(size)
             else:
                 self._padded_step(size)
-        return Launch(batch, HostCopy(self._rows.tokens[: len(batch)]), logits)
+        return Launch(batch, self._choose(batch, logits), logits)
 
-    @torch.inference_mode()
-    def replace_tokens(self, token_ids: Sequence[int]) -> None:
-        """Go on with other tokens than those that the last launch chose, one for each of its rows."""
-        self._rows.tokens[: len(token_ids)].copy_(
-            to_device(torch.tensor(token_ids), self._kv_cache.device), non_blocking=True
-        )
+    def _choose(self, batch: Sequence[S], logits: torch.Tensor) -> SampledBatch:
+        count = len(batch)
+        tokens, seq_lens = self._rows.tokens[:count], self._rows.seq_lens[:count]
+        if self._sampling is None:
+            return SampledBatch(tokens)
+        return self._sampling.sample(batch, [s.num_scheduled for s in batch], logits, seq_lens, tokens)
 
     @torch.inference_mode()
     def _padded_step(self, num_rows: int) -> None:

@@ -190,24 +190,64 @@ def test_every_block_has_one_owner_under_random_ends(seed, pair, tiny_checkpoint
     cluster.assert_all_blocks_free()
 
 
-def test_rows_that_sample_run_step_by_step_beside_greedy_ones(pair, tiny_checkpoint, reference_greedy):
-    cluster, decode = pair()
-    sampling = SamplingParams(temperature=0.9, top_p=0.9, seed=7, max_tokens=8, ignore_eos=True, logprobs=2)
-    alone, _ = pair(steps_ahead=0)
-    alone.submit("sampled", prompt(12, 3), sampling)
-    expected = {"greedy": reference_greedy(tiny_checkpoint("llama"), prompt(20), 30), **alone.run()}
+ASKING = {
+    "sampled": {"temperature": 0.9, "top_p": 0.9, "seed": 7},
+    "filtered": {"temperature": 1.1, "top_k": 30, "top_p": 0.95, "min_p": 0.01, "seed": 2**63 + 5, "logprobs": 0},
+    "penalised": {"temperature": 0.0, "repetition_penalty": 1.4, "frequency_penalty": 0.3},
+    "both": {"temperature": 0.8, "presence_penalty": 1.0, "seed": 3, "logprobs": 5},
+    "logprobs": {"temperature": 0.0, "logprobs": 2},
+    "late": {"temperature": 0.0, "min_tokens": 9, "ignore_eos": False},
+}
+
+
+def test_whatever_rows_ask_for_the_next_step_is_in_flight(pair, tiny_checkpoint, reference_greedy):
+    """Sampled, penalised and reporting rows come and go beside greedy ones, as if each were alone."""
+    cluster, decode = pair(max_num_seqs=5)
+    expected = {"greedy": reference_greedy(tiny_checkpoint("llama"), prompt(20), 30)}
+    expected_logprobs = {}
+    params = {
+        name: SamplingParams(**{"ignore_eos": True, "seed": 0, "max_tokens": 10 + i, **asked})
+        for i, (name, asked) in enumerate(ASKING.items())
+    }
+    for i, (name, sampling) in enumerate(params.items()):
+        alone, _ = pair(steps_ahead=0)
+        alone.submit(name, prompt(12, i), sampling)
+        expected |= alone.run()
+        expected_logprobs[name] = [(o.logprob, o.top_logprobs) for o in alone.tokens[name]]
     cluster.submit("greedy", prompt(20), greedy(30))
     run_until(cluster, lambda: decode._launches)
-    cluster.submit("sampled", prompt(12, 3), sampling)
+    for i, (name, sampling) in enumerate(params.items()):
+        cluster.submit(name, prompt(12, i), sampling)
     depths = set()
     while cluster.busy:
         cluster.step()
-        depths.add((decode.load.running, len(decode._launches)))
-    assert (2, 0) in depths, "with a row that samples, every step is looked at before the next"
-    assert (1, 1) in depths
+        depths.add(len(decode._launches) if decode.load.running else 1)
+    assert depths == {1}, "no step is looked at before the next is launched"
     assert {name: cluster.token_ids(name) for name in expected} == expected
-    logprobs = [output.logprob for output in cluster.tokens["sampled"]]
-    assert logprobs == pytest.approx([output.logprob for output in alone.tokens["sampled"]], rel=1e-5)
+    for name, logprobs in expected_logprobs.items():
+        assert len(logprobs) == len(cluster.tokens[name])
+        for (logprob, top), output in zip(logprobs, cluster.tokens[name], strict=True):
+            assert output.logprob == (None if logprob is None else pytest.approx(logprob, rel=1e-4))
+            assert [t.token_id for t in output.top_logprobs] == [t.token_id for t in top]
+            assert [t.logprob for t in output.top_logprobs] == pytest.approx([t.logprob for t in top], rel=1e-4)
+
+
+def test_marks_of_who_makes_room_come_back_with_it(pair):
+    """A penalised sequence is put aside and resumed, with another one in its row and slot meanwhile."""
+    sampling = SamplingParams(temperature=0.7, seed=1, frequency_penalty=1.5, max_tokens=40, ignore_eos=True)
+    expected, preempted = {}, 0
+    for i in range(4):
+        alone, _ = pair()
+        alone.submit(f"r{i}", prompt(5 + 4 * i, i), sampling)
+        expected |= alone.run()
+    cluster, decode = pair(decode_blocks=6)
+    for i in range(4):
+        cluster.submit(f"r{i}", prompt(5 + 4 * i, i), sampling)
+    while cluster.busy:
+        cluster.step()
+        preempted += decode.load.preempted
+    assert preempted
+    assert {name: cluster.token_ids(name) for name in expected} == expected
 
 
 def test_broken_logits_fail_a_row_whose_next_step_is_in_flight(pair, monkeypatch, tiny_checkpoint, reference_greedy):
@@ -235,8 +275,8 @@ def test_broken_logits_fail_a_row_whose_next_step_is_in_flight(pair, monkeypatch
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("enforce_eager", [False, True])
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_a_gpu_gives_the_same_tokens(enforce_eager, ahead, local_cluster, tiny_checkpoint, reference_greedy):
-    """With preemption, so that blocks go through pinned memory."""
+def test_a_gpu_gives_the_same_tokens(enforce_eager, ahead, local_cluster, pair, tiny_checkpoint, reference_greedy):
+    """With preemption, so that blocks go through pinned memory; each sampled row's tokens are those of a CPU."""
     cluster = local_cluster(
         tiny_checkpoint("llama"),
         device="cuda",
@@ -250,6 +290,12 @@ def test_a_gpu_gives_the_same_tokens(enforce_eager, ahead, local_cluster, tiny_c
     for i in range(6):
         expected[f"r{i}"] = reference_greedy(tiny_checkpoint("llama"), prompt(5 + 4 * i, i), 40)
         cluster.submit(f"r{i}", prompt(5 + 4 * i, i), greedy(40))
+    for i, (name, asked) in enumerate(ASKING.items()):
+        sampling = SamplingParams(**{"ignore_eos": True, "seed": 0, "max_tokens": 30, **asked})
+        alone, _ = pair(steps_ahead=0)
+        alone.submit(name, prompt(12, i), sampling)
+        expected |= alone.run()
+        cluster.submit(name, prompt(12, i), sampling)
     while cluster.busy:
         cluster.step()
         check_ownership(decode)

@@ -408,7 +408,7 @@ def test_the_twins_need_no_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from workers.fused_ops import greedy, rms_norm, rope, silu_and_mul\n"
+        "from workers.fused_ops import choose_tokens, greedy, rms_norm, rope, silu_and_mul, top_logprobs\n"
         "x, weight = torch.ones(2, 8), torch.ones(8)\n"
         "rms_norm.rms_norm(x, weight, 1e-5); rms_norm.add_rms_norm(x, x.clone(), weight, 1e-5)\n"
         "silu_and_mul.silu_and_mul(x)\n"

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from workers.errors import SamplingError
-from workers.sampling.isolation import sample_isolated
 from workers.sampling.params import SamplingParams
-from workers.sampling.sampler import SampledToken, sample
+from workers.sampling.results import SampledToken
+from workers.sampling.sampler import launch_sample, sample
 from workers.sampling.state import SamplingState
 
 PARAMS = [
@@ -25,6 +25,10 @@ def states() -> list[SamplingState]:
 
 def logits() -> torch.Tensor:
     return torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+
+
+def sample_isolated(logits: torch.Tensor, states: list[SamplingState]) -> list[SampledToken | SamplingError]:
+    return launch_sample(logits, states).tokens(states)
 
 
 def test_a_sound_batch_is_sampled_as_ever():

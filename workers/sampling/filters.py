@@ -1,4 +1,7 @@
-"""Filters that leave only the likelier tokens: min-p, top-k, top-p. A dropped token gets the logit -inf."""
+"""Filters that leave only the likelier tokens: min-p, top-k, top-p. A dropped token gets the logit -inf.
+
+Each keeps a head of the tokens in one order: the likelier first, of equally likely ones the lower id first.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ import torch
 _DROPPED = float("-inf")
 _HEAD = 1024
 """So many of the likeliest tokens are tried before the whole vocabulary is sorted."""
+
+MASS_UNIT = 2.0**-32
+"""Probabilities are added as integers, in this part of the most likely token's, cut off below: a sum of integers is
+the same in any order, hence the same set of tokens is kept however the work is split."""
 
 
 def filter_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
@@ -39,29 +46,35 @@ def filter_top_p(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Keep the smallest set of tokens whose probability reaches `top_p` (Holtzman et al. 2020, nucleus sampling).
 
     Of equally likely tokens at the border the lower ids are kept. At least one token always is. Where the likeliest
-    tokens suffice, as they nearly always do, only they are sorted; which way a row goes depends on that row alone.
+    tokens suffice, as they nearly always do, only they are sorted; the set is the same.
 
     Args:
         logits: float32 (N, V), after the filters that come before: probabilities are those among their survivors.
         top_p: float32 (N,), in (0, 1].
     """
-    norm = logits.logsumexp(dim=-1, keepdim=True)
+    largest = logits.amax(dim=-1, keepdim=True)
+    needed = token_mass(logits - largest).sum(dim=-1).double() * top_p.double()
     head = logits.topk(min(_HEAD, logits.shape[1]), dim=-1).values
-    num_kept = _nucleus_size(head, norm, top_p)
+    num_kept = _nucleus_size(head - largest, needed)
     kept = _keep_largest(logits, head, num_kept)
     beyond = (num_kept == head.shape[1]).nonzero().squeeze(1)
     if head.shape[1] < logits.shape[1] and len(beyond) > 0:
         rows = logits[beyond]
         ordered = rows.sort(dim=-1, descending=True).values
-        kept[beyond] = _keep_largest(rows, ordered, _nucleus_size(ordered, norm[beyond], top_p[beyond]))
+        kept[beyond] = _keep_largest(rows, ordered, _nucleus_size(ordered - largest[beyond], needed[beyond]))
     return kept
 
 
-def _nucleus_size(ordered: torch.Tensor, norm: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """How many of the logits, in falling order, it takes to reach `top_p`: int64 (N,), at least 1."""
-    probs = (ordered - norm).exp()
-    reached_before = probs.cumsum(dim=-1) - probs
-    return (reached_before < top_p.unsqueeze(1)).sum(dim=-1).clamp(min=1)
+def token_mass(relative: torch.Tensor) -> torch.Tensor:
+    """Probabilities in `MASS_UNIT`s: int64, of logits less their row's largest."""
+    return (relative.exp() / MASS_UNIT).long()
+
+
+def _nucleus_size(ordered: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """How many of the logits, less the largest and in falling order, it takes to reach the mass: int64 (N,), from 1."""
+    mass = token_mass(ordered)
+    reached_before = mass.cumsum(dim=-1) - mass
+    return (reached_before < needed.unsqueeze(1)).sum(dim=-1).clamp(min=1)
 
 
 def _keep_largest(logits: torch.Tensor, ordered: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:

@@ -7,49 +7,52 @@ between two tokens. The integer part is exact, hence the same on every device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 # SplitMix64: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014; the finaliser's
 # constants are Stafford's "Mix13". Output n of the stream with state s is mix(s + n × GAMMA).
-_GAMMA = 0x9E3779B97F4A7C15
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
-_MULTIPLIER_2 = 0x94D049BB133111EB
+GAMMA = 0x9E3779B97F4A7C15
+MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+MULTIPLIER_2 = 0x94D049BB133111EB
 _MASK = 2**64 - 1
 
 _CHUNK_ELEMENTS = 2**22
 """Entries made at once: bounds the 64-bit temporaries at some tens of MB."""
 
 
-def _mix(x: int) -> int:
-    x = ((x ^ (x >> 30)) * _MULTIPLIER_1) & _MASK
-    x = ((x ^ (x >> 27)) * _MULTIPLIER_2) & _MASK
+def noise_stream(seed: int) -> int:
+    """What the noise of a request with this seed starts from: 64 bits, without a sign."""
+    x = (seed + GAMMA) & _MASK
+    x = ((x ^ (x >> 30)) * MULTIPLIER_1) & _MASK
+    x = ((x ^ (x >> 27)) * MULTIPLIER_2) & _MASK
     return x ^ (x >> 31)
 
 
-def noise_key(seed: int, index: int) -> int:
-    """The state, 64 bits, of the random stream of output token `index` of a request with this seed."""
-    return _mix((_mix((seed + _GAMMA) & _MASK) + (index + 1) * _GAMMA) & _MASK)
+def noise_keys(streams: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The state of the random stream of output token `indices` of each request: int64 (N,), the bits of 64.
+
+    Args:
+        streams: int64 (N,), bits of `noise_stream`.
+        indices: integer (N,), how many output tokens come before.
+    """
+    return _mix_(streams + (indices.long() + 1) * signed(GAMMA))
 
 
-def gumbel_noise(keys: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise, -ln(E) with E exponential: float32 (len(keys), vocab_size).
+def gumbel_noise(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel noise, -ln(E) with E exponential: float32 (N, vocab_size).
 
     argmax(ln p + noise) is a draw from p: the Gumbel-max trick (Gumbel 1954; Maddison, Tarlow, Minka, "A* Sampling",
     2014).
 
     Args:
-        keys: a `noise_key` per row.
+        keys: int64 (N,), of `noise_keys`.
         vocab_size: V.
-        device: where to compute it.
     """
-    states = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device).unsqueeze(1)
-    steps = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
-    noise = torch.empty(len(keys), vocab_size, dtype=torch.float32, device=device)
+    steps = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=keys.device) * signed(GAMMA)
+    noise = torch.empty(len(keys), vocab_size, dtype=torch.float32, device=keys.device)
     rows = max(1, _CHUNK_ELEMENTS // vocab_size)
-    for out, state in zip(noise.split(rows), states.split(rows), strict=True):
-        out.copy_(_random_bits(state + steps))
+    for out, key in zip(noise.split(rows), keys.unsqueeze(1).split(rows), strict=True):
+        out.copy_(_shift(_mix_(key + steps), 11))
         # 53 random bits to the middle of one of 2**53 intervals of (0, 1). float32 resolves small values finely,
         # and those are what decides an argmax; only the upper end needs a guard against rounding to 1.
         out.add_(0.5).mul_(2.0**-53).clamp_(max=1.0 - 2.0**-24)
@@ -57,12 +60,11 @@ def gumbel_noise(keys: Sequence[int], vocab_size: int, device: torch.device) -> 
     return noise
 
 
-def _random_bits(x: torch.Tensor) -> torch.Tensor:
-    """53 random bits for each state in `x`, which is overwritten. int64 arithmetic wraps like uint64."""
-    x.bitwise_xor_(_shift(x, 30)).mul_(_signed(_MULTIPLIER_1))
-    x.bitwise_xor_(_shift(x, 27)).mul_(_signed(_MULTIPLIER_2))
-    x.bitwise_xor_(_shift(x, 31))
-    return _shift(x, 11)
+def _mix_(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser, in place. int64 arithmetic wraps like uint64."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(signed(MULTIPLIER_1))
+    x.bitwise_xor_(_shift(x, 27)).mul_(signed(MULTIPLIER_2))
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -70,5 +72,6 @@ def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
+    """64 bits as torch's int64 reads them."""
     return x - 2**64 if x >= 2**63 else x

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from workers.messages import FinishReason
 from workers.sampling.params import SamplingParams
-from workers.sampling.penalties import TokenHistory
 
 
 @dataclass(eq=False)
@@ -37,7 +36,6 @@ class SamplingState:
     penalized: bool = field(init=False)
     """Whether any penalty changes the logits."""
     _plain: bool = field(init=False, repr=False)
-    _history: TokenHistory | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         params = self.params
@@ -57,23 +55,17 @@ class SamplingState:
         return self.params.seed
 
     @property
-    def below_min_tokens(self) -> bool:
-        """Whether the next token must not end the text."""
-        return len(self.output_token_ids) < self.params.min_tokens
+    def looks_at_prompt(self) -> bool:
+        """Whether tokens of the prompt are penalised: only the repetition penalty does so."""
+        return self.params.repetition_penalty != 1.0
 
-    @property
-    def plain_greedy(self) -> bool:
-        """Whether the next token is the argmax of the logits as they are, and nothing else is asked for."""
-        return self._plain and not self.below_min_tokens
+    def needs_marks_after(self, num_output: int) -> bool:
+        """Whether the token after `num_output` ones depends on which came before, or on which end the text."""
+        return self.penalized or num_output < self.params.min_tokens
 
-    def history(self) -> TokenHistory:
-        """The tokens seen so far, counted; kept up to date at a cost that follows the new tokens alone."""
-        if self._history is None:
-            # Only the repetition penalty looks at the prompt.
-            prompt = self.prompt_token_ids if self.params.repetition_penalty != 1.0 else ()
-            self._history = TokenHistory(prompt)
-        self._history.update(self.output_token_ids)
-        return self._history
+    def plain_greedy_after(self, num_output: int) -> bool:
+        """Whether the token after `num_output` ones is the argmax of the logits as they are, and all that is wanted."""
+        return self._plain and num_output >= self.params.min_tokens
 
 
 def finish_reason(state: SamplingState) -> FinishReason | None:

@@ -16,13 +16,13 @@ from transformers import (
 )
 
 from workers.errors import BatonError, SamplingError
-from workers.sampling.noise import gumbel_noise, noise_key
+from workers.sampling.noise import gumbel_noise, noise_keys, noise_stream, signed
 from workers.sampling.params import SamplingParams
-from workers.sampling.sampler import SampledToken, sample
+from workers.sampling.results import SampledToken
+from workers.sampling.sampler import sample
 from workers.sampling.state import SamplingState
 
 EOS = 0
-CPU = torch.device("cpu")
 
 
 def state(output: Sequence[int] = (), prompt: Sequence[int] = (1, 2, 3), **params: object) -> SamplingState:
@@ -140,13 +140,22 @@ def test_penalties_come_before_temperature_and_filters() -> None:
     assert_distribution(torch.bincount(torch.tensor(drawn), minlength=4).double(), scores.softmax(dim=-1))
 
 
+def noise_of(keys: Sequence[int], vocab_size: int) -> torch.Tensor:
+    return gumbel_noise(torch.tensor([signed(key) for key in keys]), vocab_size)
+
+
+def noise_for(seeds: Sequence[int], indices: Sequence[int], vocab_size: int) -> torch.Tensor:
+    streams = torch.tensor([signed(noise_stream(seed)) for seed in seeds])
+    return gumbel_noise(noise_keys(streams, torch.tensor(indices)), vocab_size)
+
+
 def test_gumbel_noise_has_the_moments_of_its_distribution() -> None:
-    noise = gumbel_noise([noise_key(seed, 0) for seed in range(50)], 20_000, CPU).double()
+    noise = noise_for(range(50), [0] * 50, 20_000).double()
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert noise.var().item() == pytest.approx(torch.pi**2 / 6, abs=0.02)
     # Neighbouring tokens, neighbouring indices and neighbouring seeds are uncorrelated.
-    by_index = gumbel_noise([noise_key(7, index) for index in range(50)], 20_000, CPU).double()
+    by_index = noise_for([7] * 50, range(50), 20_000).double()
     for a, b in [
         (noise[:, 1:], noise[:, :-1]),
         (noise[1:], noise[:-1]),
@@ -166,7 +175,7 @@ def test_noise_is_that_of_splitmix64() -> None:
 
     keys = [0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF0]
     vocab_size = 1_000_003
-    noise = gumbel_noise(keys, vocab_size, CPU)
+    noise = noise_of(keys, vocab_size)
     for row, key in enumerate(keys):
         for entry in (0, 1, 77, vocab_size - 1):
             bits = splitmix64((key + (entry + 1) * 0x9E3779B97F4A7C15) % 2**64) >> 11
@@ -174,6 +183,10 @@ def test_noise_is_that_of_splitmix64() -> None:
             expected = -torch.log(-torch.log1p(-uniform))
             torch.testing.assert_close(noise[row, entry].double(), expected, rtol=1e-4, atol=1e-4)
     assert splitmix64(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the published first output for seed 0
+    for seed, index in [(0, 0), (5, 3), (2**64 - 1, 100_000)]:
+        stream = splitmix64((seed + 0x9E3779B97F4A7C15) % 2**64)
+        key = splitmix64((stream + (index + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        assert noise_keys(torch.tensor([signed(noise_stream(seed))]), torch.tensor([index])).item() == signed(key)
 
 
 def test_noise_is_finite_for_the_extreme_random_numbers() -> None:
@@ -188,7 +201,7 @@ def test_noise_is_finite_for_the_extreme_random_numbers() -> None:
     for bits in (0, 2**64 - 1):
         key = unshift(bits, 31) * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
         key = unshift(key, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
-        noise = gumbel_noise([(unshift(key, 30) - 0x9E3779B97F4A7C15) % 2**64], 1, CPU).item()
+        noise = noise_of([(unshift(key, 30) - 0x9E3779B97F4A7C15) % 2**64], 1).item()
         assert noise == pytest.approx(37.4 if bits == 0 else -2.81, abs=0.1)
 
 
@@ -356,7 +369,7 @@ def test_the_error_survives_a_process_border() -> None:
     assert (str(error), error.rows) == ("text", (1, 2))
 
 
-@pytest.mark.parametrize("logits", [torch.zeros(2, 5), torch.zeros(5), torch.zeros(1, 5, dtype=torch.float16)])
+@pytest.mark.parametrize("logits", [torch.zeros(2, 5), torch.zeros(5), torch.zeros(1, 5, dtype=torch.int32)])
 def test_logits_of_another_shape_or_dtype_are_refused(logits: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="expected float32"):
+    with pytest.raises(ValueError, match="expected floats"):
         sample(logits, [state()])

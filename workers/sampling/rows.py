@@ -1,0 +1,132 @@
+"""How the rows of a decode batch choose their tokens: kept on the device, sent when a sequence takes a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+from workers.fused_ops.choose_tokens import ChoiceRows, choose_tokens
+from workers.fused_ops.top_logprobs import top_logprobs
+from workers.pinned import to_device
+from workers.sampling.results import SampledBatch
+from workers.sampling.row_params import NO_LOGPROBS, NO_SLOT, WORDS, pack, unpack
+from workers.sampling.state import SamplingState
+from workers.sampling.token_marks import TokenMarks
+
+S = TypeVar("S")
+
+
+def plain_greedy(states: Sequence[SamplingState], num_output: Sequence[int]) -> bool:
+    """Whether the tokens after so many output tokens of these sequences are the most likely ones, and all is said."""
+    return all(state.plain_greedy_after(count) for state, count in zip(states, num_output, strict=True))
+
+
+@torch.inference_mode()
+def choose(
+    logits: torch.Tensor,
+    host_words: torch.Tensor,
+    words: torch.Tensor,
+    seq_lens: torch.Tensor,
+    marks: torch.Tensor,
+    token_ids: torch.Tensor,
+) -> SampledBatch:
+    """Replace the most likely tokens by the chosen ones, and send them to the host with what else is wanted.
+
+    Args:
+        logits: (N, V).
+        host_words: int32 (N, WORDS), see `workers.sampling.row_params`.
+        words: the same on the device.
+        seq_lens: int32 (N,), tokens of each row with the one that is chosen here.
+        marks: int32 (slots, V).
+        token_ids: int64 (N,), of `greedy_sample`; changed.
+    """
+    params = unpack(host_words)
+    drawn = params.temperature > 0
+    filtered = drawn & ((params.top_k > 0) | (params.top_p < 1) | (params.log_min_p > float("-inf")))
+    unfiltered = ~filtered & (drawn | (params.slot >= 0))
+    rows = ChoiceRows(words, seq_lens, marks, bool(filtered.any()), bool(unfiltered.any()))
+    if rows.any_filtered or rows.any_unfiltered:
+        choose_tokens(logits, rows, token_ids)
+    most = int(params.logprobs.max())
+    if most == NO_LOGPROBS:
+        return SampledBatch(token_ids)
+    return SampledBatch(token_ids, top_logprobs(logits, words, token_ids, min(most, logits.shape[1])))
+
+
+class SamplingRows(Generic[S]):
+    """The parameters and token marks of a batch's rows, which follow the sequences from row to row.
+
+    Args:
+        max_num_seqs: rows.
+        vocab_size: V.
+        state_of: a sequence as the sampler sees it.
+        device: where they are.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, state_of: Callable[[S], SamplingState], device: torch.device
+    ) -> None:
+        self._host_words = torch.zeros(max_num_seqs, WORDS, dtype=torch.int32)
+        self._words = self._host_words.to(device, copy=True)
+        self._vocab_size = vocab_size
+        self._state_of = state_of
+        self._marks = TokenMarks(vocab_size, device)
+        self._slots: dict[S, int] = {}
+        self._sent: list[tuple[S, int] | None] = [None] * max_num_seqs
+
+    def sample(
+        self,
+        batch: Sequence[S],
+        lens: Sequence[int],
+        logits: torch.Tensor,
+        seq_lens: torch.Tensor,
+        token_ids: torch.Tensor,
+    ) -> SampledBatch:
+        """Queue the choice of every row's token.
+
+        Args:
+            batch: whose rows they are, in order.
+            lens: tokens of each before the one that is chosen here, with those in flight.
+            logits: (N, V).
+            seq_lens: int32 (N,), tokens of each row with the one that is chosen here, as the device counts them.
+            token_ids: int64 (N,), the most likely tokens; the chosen ones afterwards.
+        """
+        states = [self._state_of(sequence) for sequence in batch]
+        num_output = [length - len(state.prompt_token_ids) for length, state in zip(lens, states, strict=True)]
+        self._release(batch)
+        if plain_greedy(states, num_output):
+            return SampledBatch(token_ids)
+        self._send(batch, states, num_output)
+        count = len(batch)
+        return choose(logits, self._host_words[:count], self._words[:count], seq_lens, self._marks.tensor, token_ids)
+
+    def _release(self, batch: Sequence[S]) -> None:
+        """Sequences that are not in the batch lose their marks: they come back, if at all, with all tokens known."""
+        if self._slots:
+            here = set(batch)
+            for sequence in [sequence for sequence in self._slots if sequence not in here]:
+                self._marks.release(self._slots.pop(sequence))
+
+    @torch.inference_mode()
+    def _send(self, batch: Sequence[S], states: Sequence[SamplingState], num_output: Sequence[int]) -> None:
+        """Tell the device of those who have another row than at the last step, or marks for the first time."""
+        new = [
+            (sequence, state)
+            for sequence, state, count in zip(batch, states, num_output, strict=True)
+            if state.needs_marks_after(count) and sequence not in self._slots
+        ]
+        if new:
+            slots = self._marks.claim([state for _, state in new])
+            self._slots.update((sequence, slot) for (sequence, _), slot in zip(new, slots, strict=True))
+        wanted = [(sequence, self._slots.get(sequence, NO_SLOT)) for sequence in batch]
+        rows = [row for row, (now, sent) in enumerate(zip(wanted, self._sent, strict=False)) if now != sent]
+        if not rows:
+            return
+        words = pack([states[row] for row in rows], [wanted[row][1] for row in rows], self._vocab_size)
+        device = self._words.device
+        self._host_words[rows] = words
+        self._words.index_copy_(0, to_device(torch.tensor(rows), device), to_device(words, device))
+        for row in rows:
+            self._sent[row] = wanted[row]
