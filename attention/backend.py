@@ -46,6 +46,12 @@ class AttentionMetadataBuilder:
     """Whether what `build` makes of a batch of one token each, and the layers' run with it, can be captured in a CUDA
     graph and replayed: it depends on the contents of the batch's tensors, and on `context_lens` only as limits."""
 
+    graph_safe_prefill: bool = False
+    """Whether the layers' run with what `build` makes of a `lasting` batch of whole sequences can be captured and
+    replayed: a second call of `build` with the same batch launches nothing, and whatever the run reads beside the
+    batch's tensors and the layers' own is kept by the builder. Not with an FP8 cache, which prompts attend to by way of
+    block tables that a plan may have copied."""
+
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         self.spec = spec
         self.dtype = dtype

@@ -2,39 +2,41 @@
 
 Only what does not refuse is run, and its numbers are compared with float32 before it is timed. What is timed is one
 layer's call, on random data and on several caches in turn, so that none is still in the device's own cache, plus the
-layer's share of planning the batch. Calls are timed as the model makes them, with the time to launch their kernels.
+layer's share of planning the batch. Calls are timed as the model makes them: with the time to launch their kernels,
+unless it is hidden, as in prefill, where the host is ahead of the device, and in decode that is replayed.
+
+All of it has a time budget: a backend that compiles for too long, or is far behind the best, is out with the reason.
 """
 
 from __future__ import annotations
 
-import random
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from attention.backend import AttentionBackend, AttentionImpl
+from attention.backend import AttentionBackend
 from attention.errors import AttentionBackendError
-from attention.kv_cache import KVCacheSpec, reshape_and_cache
+from attention.measure_run import Batch, Run, caches_to_rotate, draw, is_interpreted, wrong_numbers
 from attention.measurements import Conditions, Excluded, Measurement, Record, Shape
-from attention.metadata import CommonAttentionMetadata, build_metadata
 from attention.platform import DeviceKind, Platform
 from attention.priority import candidates
-from attention.reference import reference_attention
 from attention.registry import get_backend
 from attention.selector import refusals
-from attention.spec import FP8, AttentionNeeds, AttentionType, Feature, Phase
+from attention.spec import AttentionNeeds, AttentionType, Phase
+from attention.time_limit import TimeLimitError, time_limit
 
-_LAYERS_PER_PLAN = 32
+BUDGET_S = 100.0
+"""Seconds for measuring one kind of layer, if nobody says otherwise."""
+
 _MIN_REPEATS, _MAX_REPEATS, _ENOUGH_S, _TOO_SLOW_S, _FAR_BEHIND = 3, 50, 1.0, 10.0, 10
-_CPU_CACHE_BYTES, _MAX_CACHES = 64 << 20, 64
-_FILL_BYTES = 64 << 20
-_TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-_FP8_TOLERANCE = 0.15
-"""Some kernels round the queries and the weights to FP8 as well."""
+_FIRST_CALL_S, _NEXT_SHAPE_S = 60.0, 15.0
+"""How long a backend may take to be ready: at its first batch, where its kernels are compiled, and at another shape."""
+_HOPELESS, _HOPELESS_S = 20, 0.1
+"""A backend so many times slower than the best is out, if a call takes that long: else it costs nothing to go on."""
 
 Report = Callable[[str], None]
 
@@ -55,15 +57,20 @@ def measure(
     needs: AttentionNeeds,
     shapes: Mapping[Phase, Sequence[Shape]] | None = None,
     report: Report = lambda _: None,
+    budget_s: float = BUDGET_S,
 ) -> Record:
     """Check and time every candidate for one kind of layer, in both phases.
+
+    Decode comes first, which has less to compile: when time is short, both phases are measured.
 
     Args:
         platform: what `device` is.
         device: where it runs.
         needs: the layer, a decoder's; its phase does not matter.
         shapes: of the batches; None: `default_shapes`.
-        report: told each result in a line.
+        report: told what is done, and each result, in a line.
+        budget_s: seconds after which whatever has not been tried is left out, with that reason. On the main thread a
+            backend that is compiling is interrupted.
 
     Raises:
         AttentionBackendError: a simulated platform, a TPU, layers that cannot be measured, or too little memory.
@@ -72,25 +79,32 @@ def measure(
         raise AttentionBackendError(f"nothing can be measured on {platform}")
     if needs.spec.mla is not None or needs.spec.attn_type is not AttentionType.DECODER:
         raise AttentionBackendError("only decoder layers with a cache of keys and values can be measured")
-    measured: list[Measurement] = []
-    excluded: list[Excluded] = []
-    for phase in Phase:
+    measured: dict[Phase, list[Measurement]] = {}
+    excluded: dict[Phase, list[Excluded]] = {}
+    deadline = time.monotonic() + budget_s
+    for phase in (Phase.DECODE, Phase.PREFILL):
         wanted = replace(needs, phase=phase)
         phase_shapes = shapes[phase] if shapes is not None else default_shapes(platform, phase)
-        contest = _Contest(wanted, phase, device, report)
+        contest = _Contest(wanted, phase, device, report, deadline)
         contest.admit(name for name in candidates(platform, wanted) if not refusals(name, platform, [wanted]))
-        for shape in phase_shapes:
-            measured += contest.run(shape)
-        excluded += contest.excluded
-    return Record(Conditions.of(platform, needs), tuple(measured), tuple(excluded))
+        measured[phase] = [measurement for shape in phase_shapes for measurement in contest.run(shape)]
+        excluded[phase] = contest.excluded
+    return Record(
+        Conditions.of(platform, needs),
+        tuple(measurement for phase in Phase for measurement in measured[phase]),
+        tuple(out for phase in Phase for out in excluded[phase]),
+    )
 
 
 class _Contest:
     """The backends that are still in the running in one phase, and those that are out."""
 
-    def __init__(self, needs: AttentionNeeds, phase: Phase, device: torch.device, report: Report) -> None:
+    def __init__(
+        self, needs: AttentionNeeds, phase: Phase, device: torch.device, report: Report, deadline: float
+    ) -> None:
         self.excluded: list[Excluded] = []
         self._needs, self._phase, self._device, self._report = needs, phase, device, report
+        self._deadline = deadline
         self._backends: list[type[AttentionBackend]] = []
 
     @torch.inference_mode()
@@ -98,13 +112,16 @@ class _Contest:
         """Let those compete whose numbers are right."""
         for name in names:
             backend = get_backend(name)
-            with self._excluding(backend, "a small batch"):
-                if _interpreted(backend, self._device):
-                    self._exclude(backend, "its kernels are interpreted here")
-                elif wrong := _check(backend, self._needs, self._phase, self._device):
-                    self._exclude(backend, wrong)
-                else:
-                    self._backends.append(backend)
+            self._report(f"{self._phase}: checking {name}")
+            self._attempt(backend, "a small batch", _FIRST_CALL_S, functools.partial(self._admit, backend))
+
+    def _admit(self, backend: type[AttentionBackend]) -> None:
+        if is_interpreted(backend, self._device):
+            self._exclude(backend, "its kernels are interpreted here")
+        elif wrong := wrong_numbers(backend, self._needs, self._phase, self._device):
+            self._exclude(backend, wrong)
+        else:
+            self._backends.append(backend)
 
     @torch.inference_mode()
     def run(self, shape: Shape) -> list[Measurement]:
@@ -113,140 +130,64 @@ class _Contest:
         Raises:
             AttentionBackendError: the data does not fit the device's free memory.
         """
+        if time.monotonic() >= self._deadline:
+            self._report(f"{self._phase} {shape}: left out, the time is over")
+            return []
         lens = [(shape.query_len, shape.context_len)] * shape.num_seqs
         try:
-            batch = _draw(self._needs, lens, self._device, _caches_to_rotate(self._needs, shape, self._device))
+            batch = draw(self._needs, lens, self._device, caches_to_rotate(self._needs, shape, self._device))
         except torch.OutOfMemoryError as error:
             raise AttentionBackendError(f"{self._device} has too little free memory to measure {shape}") from error
-        runs: dict[str, _Run] = {}
+        runs: dict[str, Run] = {}
         for backend in list(self._backends):
-            with self._excluding(backend, str(shape)):
-                run = _Run(backend, self._needs, batch, self._device)
-                if run.one_call > _TOO_SLOW_S:
-                    self._exclude(backend, f"took {run.one_call:.0f} s at {shape}")
-                else:
-                    runs[backend.name] = run
-        seconds = _in_turn(runs, self._device)
+            self._attempt(
+                backend, str(shape), _NEXT_SHAPE_S, functools.partial(self._enter, backend, batch, shape, runs)
+            )
+        best = min((run.one_call for run in runs.values()), default=0.0)
+        for backend in list(self._backends):
+            run = runs.get(backend.name)
+            if run is not None and run.one_call > max(_HOPELESS * best, _HOPELESS_S):
+                self._exclude(backend, f"took {run.one_call:.2g} s at {shape}, where another took {best:.2g} s")
+        names = {backend.name for backend in self._backends}
+        runs = {name: run for name, run in runs.items() if name in names}
+        seconds = _in_turn(runs)
         found = [Measurement(name, self._phase, shape, seconds[name]) for name in runs]
         figures = ", ".join(f"{m.backend} {m.seconds * 1e3:.3f}" for m in sorted(found, key=lambda m: m.seconds))
         self._report(f"{self._phase} {shape}, ms: {figures}")
         return found
 
-    @contextmanager
-    def _excluding(self, backend: type[AttentionBackend], where: str) -> Iterator[None]:
-        """Exclude the backend if anything goes wrong: a kernel library may raise whatever it likes."""
+    def _enter(self, backend: type[AttentionBackend], batch: Batch, shape: Shape, runs: dict[str, Run]) -> None:
+        """Plan and warm up one backend; into `runs` with it unless it is far too slow."""
+        run = Run(backend, self._needs, self._phase, batch, self._device)
+        if run.one_call > _TOO_SLOW_S:
+            self._exclude(backend, f"took {run.one_call:.0f} s at {shape}")
+        else:
+            runs[backend.name] = run
+
+    def _attempt(self, backend: type[AttentionBackend], where: str, limit_s: float, work: Callable[[], None]) -> None:
+        """Exclude the backend if that takes too long or anything goes wrong: libraries may raise whatever they like."""
+        began = time.monotonic()
+        limit_s = min(limit_s, self._deadline - began)
+        if limit_s <= 0:
+            self._exclude(backend, "not tried: the time for measuring is over", out_of_time=True)
+            return
         try:
-            yield
+            with time_limit(limit_s):
+                work()
         except Exception as error:
+            if isinstance(error, TimeLimitError) or time.monotonic() - began >= limit_s:  # some wrap what ended them
+                self._exclude(backend, f"not ready after {limit_s:.3g} s at {where}", out_of_time=True)
+                return
             message = next(iter(str(error).splitlines()), "")
             self._exclude(backend, f"failed at {where}: {type(error).__name__}: {message:.200}")
 
-    def _exclude(self, backend: type[AttentionBackend], reason: str) -> None:
+    def _exclude(self, backend: type[AttentionBackend], reason: str, out_of_time: bool = False) -> None:
         self._backends = [other for other in self._backends if other is not backend]
-        self.excluded.append(Excluded(backend.name, self._phase, reason))
+        self.excluded.append(Excluded(backend.name, self._phase, reason, out_of_time))
         self._report(f"{self._phase}: {backend.name} is out: {reason}")
 
 
-class _Run:
-    """One backend on one batch, planned and warm.
-
-    Attributes:
-        planning: seconds that planning the batch takes.
-        one_call: seconds of one layer, roughly.
-    """
-
-    def __init__(
-        self, backend: type[AttentionBackend], needs: AttentionNeeds, batch: _Batch, device: torch.device
-    ) -> None:
-        self._batch = batch
-        self._impl = _implementation(backend, needs, device)
-        self._output = torch.empty_like(batch.query)
-        self._builder = backend.builder_class(needs.spec, needs.dtype, needs.block_size, device)
-        self._metadata = self._builder.build(batch.common)
-        self._attend(batch.caches[0])  # compiles what it needs
-        self.one_call = _seconds(lambda: self._attend(batch.caches[0]), device)
-        self.planning = statistics.median(_seconds(self._plan, device) for _ in range(_MIN_REPEATS))
-
-    def all_caches(self) -> None:
-        """Attend once over every cache."""
-        for cache in self._batch.caches:
-            self._attend(cache)
-
-    def per_layer(self, seconds: float) -> float:
-        """What a layer costs when `all_caches` takes that long."""
-        return seconds / len(self._batch.caches) + self.planning / _LAYERS_PER_PLAN
-
-    def _plan(self) -> None:
-        self._metadata = self._builder.build(self._batch.common)
-
-    def _attend(self, cache: torch.Tensor) -> None:
-        batch = self._batch
-        self._impl.forward(batch.query, batch.key, batch.value, cache, self._metadata, self._output)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch with its tensors; every cache holds the whole context of all sequences."""
-
-    common: CommonAttentionMetadata
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    caches: Sequence[torch.Tensor]
-
-
-def _draw(needs: AttentionNeeds, lens: Sequence[tuple[int, int]], device: torch.device, num_caches: int) -> _Batch:
-    """Random tensors and shuffled blocks for sequences of (new tokens, tokens in all)."""
-    spec, block_size = needs.spec, needs.block_size
-    needed = [-(-context // block_size) for _, context in lens]
-    blocks = list(range(sum(needed)))
-    random.Random(0).shuffle(blocks)
-    tables = [[blocks.pop() for _ in range(n)] for n in needed]
-    common = build_metadata([q for q, _ in lens], [c for _, c in lens], tables, block_size, device)
-    generator = torch.Generator(device).manual_seed(0)
-    tokens = sum(q for q, _ in lens)
-    query, key, value = (
-        torch.randn(tokens, heads, spec.head_size, generator=generator, device=device).to(needs.dtype)
-        for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-    )
-    cache_spec = KVCacheSpec(
-        num_caches, spec.num_kv_heads, spec.head_size, block_size, spec.kv_cache_dtype or needs.dtype
-    )
-    cache = torch.empty(cache_spec.shape(sum(needed)), dtype=cache_spec.dtype, device=device)
-    for part in cache.flatten(0, 1).split(max(1, _FILL_BYTES // cache[0, 0].numel() // 4)):
-        part.copy_(torch.randn(part.shape, generator=generator, device=device))
-    return _Batch(common, query, key, value, cache.unbind(0))
-
-
-def _implementation(backend: type[AttentionBackend], needs: AttentionNeeds, device: torch.device) -> AttentionImpl:
-    generator = torch.Generator(device).manual_seed(1)
-    sinks = torch.randn(needs.spec.num_heads, generator=generator, device=device) if needs.spec.has_sinks else None
-    return backend.impl_class(needs.spec, sinks)
-
-
-def _check(backend: type[AttentionBackend], needs: AttentionNeeds, phase: Phase, device: torch.device) -> str | None:
-    """What is wrong with a small batch's output; None when nothing is."""
-    lens = [(1, 1), (1, 17), (1, 64), (1, 200)]
-    if phase is Phase.PREFILL:
-        lens = [(33, 33), (64, 64), (130, 130)]
-        lens += [(5, 40), (48, 112)] if Feature.PREFIX in needs.all_features else []
-    spec, batch = needs.spec, _draw(needs, lens, device, num_caches=1)
-    reshape_and_cache(batch.key, batch.value, cache := batch.caches[0].clone(), batch.common.slot_mapping)
-    impl = _implementation(backend, needs, device)
-    metadata = backend.builder_class(spec, needs.dtype, needs.block_size, device).build(batch.common)
-    output = torch.full_like(batch.query, float("nan"))
-    impl.forward(batch.query, batch.key, batch.value, batch.caches[0], metadata, output)
-    expected = []
-    for i, query in enumerate(batch.query.split([q for q, _ in lens])):
-        table = batch.common.block_tables[i].long()
-        tokens = cache.float()[table].transpose(0, 1).flatten(1, 2)[:, : lens[i][1]]
-        expected.append(reference_attention(spec, query, tokens[0], tokens[1], impl.sinks))
-    error = (output.float() - torch.cat(expected)).abs().max().item()
-    tolerance = _FP8_TOLERANCE if spec.kv_cache_dtype == FP8 else _TOLERANCE[needs.dtype]
-    return None if error <= tolerance else f"wrong numbers: off by {error:.2g}, {tolerance:g} are allowed"
-
-
-def _in_turn(runs: Mapping[str, _Run], device: torch.device) -> dict[str, float]:
+def _in_turn(runs: Mapping[str, Run]) -> dict[str, float]:
     """Median seconds of a layer by backend. Who is far behind is not waited for more often than needed."""
     best = min((run.one_call for run in runs.values()), default=0.0)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -254,42 +195,6 @@ def _in_turn(runs: Mapping[str, _Run], device: torch.device) -> dict[str, float]
     while runs and (rounds < _MIN_REPEATS or (rounds < _MAX_REPEATS and time.perf_counter() - began < _ENOUGH_S)):
         for name, run in runs.items():
             if rounds == 0 or run.one_call < _FAR_BEHIND * best:
-                times[name].append(_seconds(run.all_caches, device))
+                times[name].append(run.seconds())
         rounds += 1
     return {name: run.per_layer(statistics.median(times[name])) for name, run in runs.items()}
-
-
-def _caches_to_rotate(needs: AttentionNeeds, shape: Shape, device: torch.device) -> int:
-    """As many as are together twice as large as the device's cache."""
-    spec = needs.spec
-    one = KVCacheSpec(1, spec.num_kv_heads, spec.head_size, needs.block_size, spec.kv_cache_dtype or needs.dtype)
-    on_chip = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES
-    return min(_MAX_CACHES, -(-2 * on_chip // (one.bytes_per_token * shape.context_len * shape.num_seqs)))
-
-
-def _interpreted(backend: type[AttentionBackend], device: torch.device) -> bool:
-    """Whether these are Triton kernels on a CPU: for tests, not for speed."""
-    on_cpu = (support for support in backend.capabilities.devices if support.kind is DeviceKind.CPU)
-    return device.type == "cpu" and any("triton" in support.packages for support in on_cpu)
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes: by CUDA's events on a GPU, else by the clock."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        run()
-        _synchronize(device)
-        return time.perf_counter() - began
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    run()
-    last.record()
-    last.synchronize()
-    return float(first.elapsed_time(last)) / 1e3
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "xpu":
-        torch.xpu.synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from attention.platform import DeviceKind, Platform
+from attention.priority import candidates
 from attention.spec import AttentionNeeds, Phase
 
 FILE_NAME = "attention.json"
@@ -61,11 +63,19 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A backend that does not refuse and is out all the same: it failed, gave wrong numbers, or takes too long."""
+    """A backend that does not refuse and is out all the same: it failed, gave wrong numbers, or takes too long.
+
+    Attributes:
+        backend: its name.
+        phase: of the batch.
+        reason: in words.
+        out_of_time: whether it was not measured to the end, so that nobody knows how fast it is.
+    """
 
     backend: str
     phase: Phase
     reason: str
+    out_of_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,18 +147,23 @@ def load_ranking(path: Path, platform: Platform, needs: AttentionNeeds | Sequenc
         needs: of every kind of layer that the model has, all of one phase.
 
     Returns:
-        Empty where the file or a kind of layer is missing, or something has changed since it was measured.
+        Empty where the file or a kind of layer is missing, something has changed since it was measured, or there was no
+        time for a backend that is preferred to the fastest one: which of them is faster is not known then.
     """
     kinds = [needs] if isinstance(needs, AttentionNeeds) else list(needs)
     records = load_records(path)
     times: dict[Hashable, Mapping[str, float]] = {}
+    unknown: set[str] = set()
     for i, kind in enumerate(kinds):
         conditions = Conditions.of(platform, kind)
         record = next((record for record in records if record.conditions == conditions), None)
         if record is None:
             return ()
         times.update({(i, shape): seconds for shape, seconds in _times(record.measurements, kind.phase).items()})
-    return _fastest_first(times)
+        unknown.update(out.backend for out in record.excluded if out.phase is kind.phase and out.out_of_time)
+    fastest = _fastest_first(times)
+    preferred = itertools.takewhile(lambda name: name not in fastest[:1], candidates(platform, kinds[0]))
+    return () if unknown.intersection(preferred) else fastest
 
 
 def load_records(path: Path) -> list[Record]:
@@ -204,7 +219,10 @@ def _from_json(record: Mapping[str, Any]) -> Record:
             Measurement(m["backend"], Phase(m["phase"]), Shape(**m["shape"]), float(m["seconds"]))
             for m in record["measurements"]
         ),
-        tuple(Excluded(e["backend"], Phase(e["phase"]), e["reason"]) for e in record["excluded"]),
+        tuple(
+            Excluded(e["backend"], Phase(e["phase"]), e["reason"], bool(e.get("out_of_time", False)))
+            for e in record["excluded"]
+        ),
     )
 
 

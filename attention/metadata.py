@@ -35,6 +35,8 @@ class CommonAttentionMetadata:
             query sees a key. Takes the place of the causal rule.
         common_prefix_len: tokens, whole blocks, that all sequences have in common (the same blocks in the same
             order), for backends that can attend to them once for all (cascade); 0 promises nothing.
+        lasting: whether the batch runs again and again as it is, because it is captured in a CUDA graph: a plan of it
+            must stay good when other batches are planned.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -46,6 +48,7 @@ class CommonAttentionMetadata:
     tree_mask: torch.Tensor | None = None
     custom_mask: torch.Tensor | None = None
     common_prefix_len: int = 0
+    lasting: bool = False
 
     @property
     def num_seqs(self) -> int:

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 
-from attention.metadata import CommonAttentionMetadata, build_metadata
+from workers.batch_inputs import Row, batch_inputs
 from workers.models.decoder import Decoder
 from workers.pinned import to_device
+from workers.prefill_graphs import PrefillGraphs, Progress, ladder
 
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence's share of a batch.
-
-    Attributes:
-        token_ids: tokens to compute.
-        start: tokens of the sequence that are in the cache already.
-        block_table: its blocks, in order.
-        wants_logits: whether the logits after its last token are wanted.
-    """
-
-    token_ids: Sequence[int]
-    start: int
-    block_table: Sequence[int]
-    wants_logits: bool = True
+__all__ = ["ModelRunner", "Row"]
 
 
 class ModelRunner:
@@ -43,10 +28,22 @@ class ModelRunner:
         self.block_size = kv_cache.shape[3]
         self.num_layers = kv_cache.shape[0]
         self.device = kv_cache.device
+        self._prefill_graphs: PrefillGraphs | None = None
+
+    def capture_prefill(self, longest: int, progress: Progress | None = None) -> None:
+        """Capture short prompts as CUDA graphs, where there is a GPU and the attention backend can be replayed.
+
+        Args:
+            longest: tokens of the longest prompt that a batch may hold whole.
+            progress: told how many lengths are captured, and how many there will be.
+        """
+        sizes = ladder(longest, self.model.config.max_position_embeddings)
+        if self.device.type == "cuda" and self.model.prefills_in_graphs and sizes:
+            self._prefill_graphs = PrefillGraphs(self.model, self.kv_cache, sizes, progress)
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
-        """Compute a batch; its keys and values are in the cache afterwards.
+        """Compute a batch; its keys and values are in the cache afterwards. On a GPU it is queued: nothing here waits.
 
         Args:
             rows: the batch; every block of a row's tokens is in its block table.
@@ -55,23 +52,12 @@ class ModelRunner:
         Returns:
             (N, vocab) float32, the logits after the last token of each row that wants them, in order.
         """
-        query_lens = [len(row.token_ids) for row in rows]
-        context_lens = [row.start + len(row.token_ids) for row in rows]
-        metadata = build_metadata(query_lens, context_lens, [row.block_table for row in rows], self.block_size)
-        input_ids = torch.tensor([token for row in rows for token in row.token_ids])
-        positions = torch.tensor(
-            [position for row, end in zip(rows, context_lens, strict=True) for position in range(row.start, end)]
-        )
-        hidden = self.model(
-            to_device(input_ids, self.device),
-            to_device(positions, self.device),
-            self.kv_cache,
-            _moved(metadata, self.device),
-            on_layer,
-        )
-        ends = [end for row, end in zip(rows, _ends(query_lens), strict=True) if row.wants_logits]
-        if len(ends) < hidden.shape[0]:
-            hidden = hidden[to_device(torch.tensor(ends, dtype=torch.int64), self.device)]
+        if self._prefill_graphs is not None and self._prefill_graphs.fits(rows):
+            return self._prefill_graphs.run(rows[0], on_layer)
+        inputs = batch_inputs(rows, self.block_size, self.device)
+        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_cache, inputs.metadata, on_layer)
+        if inputs.wanted is not None:
+            hidden = hidden[inputs.wanted]
         logits: torch.Tensor = self.model.compute_logits(hidden)
         return logits
 
@@ -112,25 +98,3 @@ class ModelRunner:
 def _indexable(kv_cache: torch.Tensor) -> torch.Tensor:
     """An FP8 cache as bytes, which can be indexed; any other as it is."""
     return kv_cache.view(torch.uint8) if kv_cache.dtype.itemsize == 1 else kv_cache
-
-
-def _moved(metadata: CommonAttentionMetadata, device: torch.device) -> CommonAttentionMetadata:
-    """A batch described on the host, on `device`."""
-    if device.type == "cpu":
-        return metadata
-    return replace(
-        metadata,
-        cu_seqlens_q=to_device(metadata.cu_seqlens_q, device),
-        seq_lens=to_device(metadata.seq_lens, device),
-        block_tables=to_device(metadata.block_tables, device),
-        slot_mapping=to_device(metadata.slot_mapping, device),
-    )
-
-
-def _ends(lengths: Sequence[int]) -> list[int]:
-    """The place of each row's last token in the packed batch."""
-    ends, total = [], 0
-    for length in lengths:
-        total += length
-        ends.append(total - 1)
-    return ends

@@ -1,14 +1,20 @@
-"""The prefill worker: computes prompts, samples the first token, pushes the KV cache while it computes."""
+"""The prefill worker: computes prompts, samples the first token, pushes the KV cache while it computes.
+
+Steps overlap while prompts wait: the next one is launched before the first tokens of the one before are looked at, so
+that the device always has work. A step with nothing behind it is waited for at once.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
 from workers.block_manager import BlockManager
-from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
+from workers.errors import BatonError, HandoffError, SamplingError
+from workers.first_tokens import FirstTokens
+from workers.group_size import GroupSize
 from workers.intake import check_capacity, check_prompt, check_token_ids
 from workers.messages import (
     HandoffReport,
@@ -20,20 +26,11 @@ from workers.messages import (
     WorkerEvent,
 )
 from workers.model_runner import ModelRunner, Row
-from workers.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
-from workers.sampling.isolation import sample_isolated
-from workers.sampling.state import SamplingState, finish_reason
-
-
-@dataclass(eq=False)
-class _Prompt:
-    request: PrefillRequest
-    progress: PromptProgress
-    state: SamplingState
-    deadline: float
-    arrived: float
-    started: float = 0.0
-    computed: bool = False
+from workers.prefill_graphs import Progress
+from workers.prefill_launch import Launch, Prompt, complete_blocks, layer_pusher
+from workers.prefill_scheduler import Chunk, PrefillScheduler
+from workers.sampling.results import SampledToken
+from workers.sampling.state import finish_reason
 
 
 class PrefillWorker:
@@ -45,8 +42,12 @@ class PrefillWorker:
         max_num_batched_tokens: token budget of a step.
         max_num_seqs: prompts in a step.
         max_model_len: context window, tokens.
-        layers_per_group: layers that one WRITE carries.
+        layers_per_group: layers that one WRITE carries; None chooses for every prompt and path.
         handoff_timeout_s: how long after the first token the cache may take to arrive.
+        steps_ahead: how many steps may be in flight while the next is launched; None: one on a GPU, and none on a
+            CPU, where launching a step computes it.
+        enforce_eager: use no CUDA graphs.
+        progress: told how many of the CUDA graphs are captured, and how many there will be.
         clock: what time it is, in monotonic seconds.
     """
 
@@ -58,20 +59,28 @@ class PrefillWorker:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         max_model_len: int,
-        layers_per_group: int = 1,
+        layers_per_group: int | None = None,
         handoff_timeout_s: float = 30.0,
+        steps_ahead: int | None = None,
+        enforce_eager: bool = False,
+        progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
+        if not enforce_eager:
+            runner.capture_prefill(min(max_num_batched_tokens, max_model_len), progress)
         self._clock = clock
         self._connector = connector
         self._blocks = BlockManager(runner.kv_cache.shape[1])
         self._scheduler = PrefillScheduler(self._blocks, runner.block_size, max_num_batched_tokens, max_num_seqs)
         self._max_model_len = max_model_len
-        self._layers_per_group = layers_per_group
+        block_bytes = runner.kv_cache[0, 0].nbytes
+        self.group_size = GroupSize(connector, runner.num_layers, block_bytes, layers_per_group)
         self._handoff_timeout_s = handoff_timeout_s
-        self._prompts: dict[str, _Prompt] = {}
-        self._handoffs: dict[bytes, _Prompt] = {}
+        self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
+        self._launches: deque[Launch] = deque()
+        self._prompts: dict[str, Prompt] = {}
+        self._handoffs: dict[bytes, Prompt] = {}
         self._events: list[WorkerEvent] = []
 
     def add(self, request: PrefillRequest) -> None:
@@ -84,19 +93,7 @@ class PrefillWorker:
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error))
             return
-        now = self._clock()
-        prompt = _Prompt(
-            request,
-            PromptProgress(request.request_id, num_tokens),
-            SamplingState(
-                request.sampling,
-                request.prompt_token_ids,
-                frozenset(self._runner.model.config.eos_token_ids),
-                self._max_model_len,
-            ),
-            deadline=now + request.timeout_s,
-            arrived=now,
-        )
+        prompt = Prompt.of(request, self._runner.model.config.eos_token_ids, self._max_model_len, self._clock())
         self._prompts[request.request_id] = prompt
         self._scheduler.add(prompt.progress)
         if request.decode_engine is not None:
@@ -115,12 +112,12 @@ class PrefillWorker:
     @property
     def has_work(self) -> bool:
         """Whether a step has something to do at once."""
-        return self._scheduler.can_schedule or bool(self._events)
+        return self._scheduler.can_schedule or bool(self._launches) or bool(self._events)
 
     @property
     def has_requests(self) -> bool:
         """Whether anything is under way, on this worker or in flight from it."""
-        return bool(self._prompts) or bool(self._handoffs)
+        return bool(self._prompts) or bool(self._handoffs) or bool(self._launches)
 
     @property
     def load(self) -> Load:
@@ -136,69 +133,70 @@ class PrefillWorker:
             free_blocks=self._blocks.num_free,
             reserved_blocks=reserved,
             quarantined_blocks=quarantined,
-            running=self._scheduler.num_running,
+            running=self._scheduler.num_running + sum(self._awaited(p) for la in self._launches for p in la.finished),
             waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.num_waiting_tokens,
         )
 
     def step(self) -> list[WorkerEvent]:
-        """Do what is due: finished transfers, deadlines, then one batch of chunks."""
+        """Do what is due: finished transfers, deadlines, the launch of a batch of chunks, first tokens."""
         for event in self._connector.poll():
             self._on_connector_event(event)
         self._enforce_deadlines()
-        chunks = self._scheduler.schedule()
-        if chunks:
-            self._compute(chunks)
+        if chunks := self._scheduler.schedule():
+            self._launches.append(self._launch(chunks))
+        self._collect(self._steps_ahead if chunks and self._scheduler.can_schedule else 0)
         events, self._events = self._events, []
         return events
 
-    def _compute(self, chunks: list[Chunk]) -> None:
+    def _launch(self, chunks: list[Chunk]) -> Launch:
+        """Queue a batch, and what follows from it for the handoffs and the schedule."""
+        prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
         rows = []
-        for chunk in chunks:
-            prompt = self._prompts[chunk.prompt.request_id]
+        for chunk, prompt in zip(chunks, prompts, strict=True):
             prompt.started = prompt.started or self._clock()
-            tokens = prompt.request.prompt_token_ids[chunk.start : chunk.end]
+            prompt.in_flight += 1
+            tokens = prompt.token_ids[chunk.start : chunk.end]
             rows.append(Row(tokens, chunk.start, chunk.prompt.blocks, wants_logits=chunk.last))
-        parts = [
-            (self._prompts[chunk.prompt.request_id].request.handoff_id, self._scheduler.pushable(chunk), chunk.prompt)
-            for chunk in chunks
-            if self._prompts[chunk.prompt.request_id].request.decode_engine is not None
-        ]
-        parts = [part for part in parts if len(part[1]) > 0]
-
-        def on_layer(layer: int) -> None:
-            first = layer // self._layers_per_group * self._layers_per_group
-            if layer + 1 - first < self._layers_per_group and layer + 1 < self._runner.num_layers:
-                return
-            ready = self._runner.ready_event() if parts else None
-            for handoff_id, span, progress in parts:
-                source = progress.blocks[span.start : span.stop]
-                self._connector.push(handoff_id, range(first, layer + 1), span.start, source, ready)
-
+        parts = complete_blocks(chunks, prompts, self._scheduler, self.group_size)
+        on_layer = layer_pusher(self._connector, self._runner, parts)
         logits = self._runner.forward(rows, on_layer)
-        finished = [self._prompts[chunk.prompt.request_id] for chunk in chunks if chunk.last]
         for chunk in chunks:
             self._scheduler.advance(chunk)
-        if finished:
-            for prompt, sampled in zip(finished, sample_isolated(logits, [p.state for p in finished]), strict=True):
-                if isinstance(sampled, SamplingError):
-                    self._events.append(RequestFailed(prompt.request.request_id, sampled))
-                    del self._prompts[prompt.request.request_id]
-                    self._stop(prompt, str(sampled))
-                    continue
-                prompt.state.output_token_ids.append(sampled.token_id)
-                self._finish(
-                    prompt,
-                    TokenOutput(
-                        prompt.request.request_id,
-                        sampled.token_id,
-                        sampled.logprob,
-                        sampled.top_logprobs,
-                        finish_reason(prompt.state),
-                    ),
-                )
+        finished = [prompt for chunk, prompt in zip(chunks, prompts, strict=True) if chunk.last]
+        first_tokens = FirstTokens(logits, [prompt.state for prompt in finished], self._runner.ready_event())
+        return Launch(prompts, finished, first_tokens)
 
-    def _finish(self, prompt: _Prompt, output: TokenOutput) -> None:
+    def _collect(self, ahead: int) -> None:
+        """Take the first tokens of the oldest launches, until only `ahead` are left in flight."""
+        while len(self._launches) > ahead:
+            launch = self._launches.popleft()
+            sampled = launch.first_tokens.wait()
+            for prompt in launch.prompts:
+                prompt.in_flight -= 1
+                if prompt.unwanted:
+                    self._give_back(prompt)
+            for prompt, token in zip(launch.finished, sampled, strict=True):
+                if self._awaited(prompt):
+                    self._accept(prompt, token)
+
+    def _awaited(self, prompt: Prompt) -> bool:
+        """Whether somebody still waits for the prompt's first token."""
+        return self._prompts.get(prompt.request.request_id) is prompt and not prompt.computed
+
+    def _accept(self, prompt: Prompt, sampled: SampledToken | SamplingError) -> None:
+        """A prompt has its first token, or none can be chosen for it."""
+        request_id = prompt.request.request_id
+        if isinstance(sampled, SamplingError):
+            self._events.append(RequestFailed(request_id, sampled))
+            del self._prompts[request_id]
+            self._stop(prompt, str(sampled))
+            return
+        prompt.state.output_token_ids.append(sampled.token_id)
+        reason = finish_reason(prompt.state)
+        self._finish(prompt, TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+
+    def _finish(self, prompt: Prompt, output: TokenOutput) -> None:
         """The first token is known: tell the client and the decode worker."""
         now = self._clock()
         request = prompt.request
@@ -214,7 +212,7 @@ class PrefillWorker:
         ]
         if request.decode_engine is None:
             del self._prompts[request.request_id]
-            self._blocks.free(prompt.progress.blocks)
+            self._give_back(prompt)
         else:
             self._connector.finish(request.handoff_id, output.token_id)
             prompt.deadline = min(prompt.deadline, now + self._handoff_timeout_s)
@@ -224,7 +222,7 @@ class PrefillWorker:
             raise TypeError(f"a prefill worker has no use for {event}")
         prompt = self._handoffs.pop(event.handoff_id)
         self._scheduler.remove(prompt.progress)
-        self._blocks.free(prompt.progress.blocks)
+        self._give_back(prompt)
         known = self._prompts.pop(prompt.request.request_id, None) is not None
         if not known:
             return
@@ -240,17 +238,21 @@ class PrefillWorker:
         now = self._clock()
         for request_id, prompt in [(r, p) for r, p in self._prompts.items() if p.deadline <= now]:
             del self._prompts[request_id]
-            where = "handing over the KV cache" if prompt.computed else "waiting for or computing its prompt"
-            error: BatonError = DeadlineExceededError(f"the deadline passed while {where}")
-            if now < prompt.arrived + prompt.request.timeout_s:
-                error = HandoffError(f"the KV cache was not handed over within {self._handoff_timeout_s:g} s")
+            error = prompt.overdue(now, self._handoff_timeout_s)
             self._events.append(RequestFailed(request_id, error))
             self._stop(prompt, str(error))
 
-    def _stop(self, prompt: _Prompt, reason: str) -> None:
+    def _stop(self, prompt: Prompt, reason: str) -> None:
         """Take a request that is no longer in `_prompts` out of the schedule; its blocks follow when they are safe."""
         self._scheduler.remove(prompt.progress)
         if prompt.request.decode_engine is None:
-            self._blocks.free(prompt.progress.blocks)
+            self._give_back(prompt)
         else:
             self._connector.abort(prompt.request.handoff_id, reason)
+
+    def _give_back(self, prompt: Prompt) -> None:
+        """Free a prompt's blocks as soon as no step that writes to them is in flight."""
+        prompt.unwanted = True
+        if prompt.in_flight == 0:
+            blocks, prompt.progress.blocks = prompt.progress.blocks, []
+            self._blocks.free(blocks)

@@ -66,6 +66,7 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
     """Chooses the kernel, and writes tree masks out. Nothing here waits for the device."""
 
     graph_safe_decode = True
+    graph_safe_prefill = True
 
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)

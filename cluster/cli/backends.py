@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from attention.errors import AttentionBackendError
-from attention.measure import measure
+from attention.measure import BUDGET_S, measure
 from attention.measurements import FILE_NAME, load_ranking, save_record
 from attention.platform import SIMULATED, Platform
 from attention.priority import candidates
@@ -119,15 +120,16 @@ def _measure(question: Question, device: torch.device, path: Path) -> None:
     """Measure every kind of layer and keep the results."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console, began = Console(stderr=True), time.monotonic()
+    kinds = _needs(question, Phase.PREFILL)
 
     def report(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{time.monotonic() - began:5.1f} s  {line}", markup=False, highlight=False, soft_wrap=True)
 
-    for need in _needs(question, Phase.PREFILL):
+    for need in kinds:
         window = need.spec.sliding_window
         report(f"measuring on {question.platform}" + (f", window of {window} tokens" if window is not None else ""))
-        record = measure(question.platform, device, need, report=report)
+        record = measure(question.platform, device, need, report=report, budget_s=BUDGET_S / len(kinds))
         try:
             save_record(path, record)
         except OSError as error:

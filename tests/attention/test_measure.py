@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,7 +89,10 @@ def test_every_correct_candidate_is_timed_on_every_shape(compete: Compete) -> No
     }
     assert all(0 < m.seconds < 10 for m in record.measurements)
     assert record.excluded == ()
-    assert len(lines) == 4
+    assert sum("ms: " in line for line in lines) == 4
+    assert [line for line in lines if "checking" in line] == [
+        f"{phase}: checking {name}" for phase in (Phase.DECODE, Phase.PREFILL) for name in ("CPU_ATTN", "TORCH_SDPA")
+    ]
     assert {*ranking(record.measurements)} == {"CPU_ATTN", "TORCH_SDPA"}
 
 
@@ -154,13 +159,62 @@ def test_a_backend_that_is_far_too_slow_is_out(compete: Compete, monkeypatch: py
     assert all("took" in e.reason and "1 × " in e.reason for e in record.excluded)
 
 
+def test_a_backend_that_takes_long_to_be_ready_is_interrupted(
+    compete: Compete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_for_long(output: torch.Tensor) -> torch.Tensor:
+        try:
+            subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"], check=True)
+        except Exception as error:
+            raise RuntimeError("the compiler failed") from error  # as libraries do
+        return output
+
+    monkeypatch.setattr("attention.measure._FIRST_CALL_S", 0.5)
+    compete(broken(compile_for_long))
+    record = measure(Platform.of(CPU), CPU, NEEDS, SHAPES)
+    assert [(out.backend, out.phase, out.out_of_time) for out in record.excluded] == [
+        ("BROKEN", phase, True) for phase in Phase
+    ]
+    assert {out.reason for out in record.excluded} == {"not ready after 0.5 s at a small batch"}
+    assert {m.backend for m in record.measurements} == {"CPU_ATTN", "TORCH_SDPA"}
+
+
+def test_what_the_budget_leaves_no_time_for_is_said(compete: Compete) -> None:
+    compete()
+    lines: list[str] = []
+    record = measure(Platform.of(CPU), CPU, NEEDS, SHAPES, lines.append, budget_s=0.0)
+    assert record.measurements == ()
+    assert {(out.backend, out.phase) for out in record.excluded if out.out_of_time} == {
+        (name, phase) for name in ("CPU_ATTN", "TORCH_SDPA") for phase in Phase
+    }
+    assert {out.reason for out in record.excluded} == {"not tried: the time for measuring is over"}
+    assert "prefill 1 × 32: left out, the time is over" in lines
+
+
+def test_a_backend_that_is_many_times_slower_than_another_is_out(
+    compete: Compete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attention.measure._HOPELESS_S", 0.02)
+
+    def slow(output: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        return output
+
+    compete(broken(slow))
+    record = measure(Platform.of(CPU), CPU, NEEDS, SHAPES)
+    assert [(out.backend, out.phase, out.out_of_time) for out in record.excluded] == [
+        ("BROKEN", phase, False) for phase in Phase
+    ]
+    assert all("where another took" in out.reason for out in record.excluded)
+
+
 def test_too_little_memory_is_said(compete: Compete, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("attention.measure._caches_to_rotate", fail)
+    monkeypatch.setattr("attention.measure.caches_to_rotate", fail)
     compete()
-    with pytest.raises(AttentionBackendError, match="cpu has too little free memory to measure 1 × 32"):
+    with pytest.raises(AttentionBackendError, match="cpu has too little free memory to measure 1 × 20"):
         measure(Platform.of(CPU), CPU, NEEDS, SHAPES)
 
 
@@ -336,6 +390,22 @@ class TestKeeping:
         save_record(path, self.record())
         assert load_ranking(path, self.PLATFORM, NEEDS) == ("B", "A")
         assert json.loads(path.read_text())["format"] == 1
+
+    @pytest.mark.parametrize(("missing", "expected"), [("FLASHINFER", ()), ("XFORMERS", ("FLASH_ATTN", "TRITON_ATTN"))])
+    def test_no_ranking_without_a_backend_that_is_preferred_to_the_fastest(
+        self, missing: str, expected: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        """Where nobody knows whether it is faster, the usual order holds; who comes later anyway changes nothing."""
+        path = tmp_path / "attention.json"
+        phase, shape = Phase.PREFILL, Shape(1, 10, 10)
+        record = Record(
+            Conditions.of(self.PLATFORM, NEEDS),
+            (Measurement("TRITON_ATTN", phase, shape, 2e-6), Measurement("FLASH_ATTN", phase, shape, 1e-6)),
+            (Excluded(missing, phase, "not ready", out_of_time=True),),
+        )
+        save_record(path, record)
+        assert load_records(path) == [record]
+        assert load_ranking(path, self.PLATFORM, replace(NEEDS, phase=phase)) == expected
 
     def test_no_file(self, tmp_path: Path) -> None:
         assert load_ranking(tmp_path / "none.json", self.PLATFORM, NEEDS) == ()

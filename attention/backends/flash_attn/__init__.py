@@ -62,6 +62,8 @@ class FlashAttnMetadata(AttentionMetadata):
 class FlashAttnMetadataBuilder(AttentionMetadataBuilder):
     """Plans batches: where keys and values are read, by whose kernel."""
 
+    graph_safe_prefill = True
+
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)
         self.provider = choose_provider(Platform.of(device), spec)

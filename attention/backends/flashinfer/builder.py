@@ -11,13 +11,15 @@ import torch
 from attention.backend import AttentionMetadata, AttentionMetadataBuilder
 from attention.backends.flashinfer import choice
 from attention.backends.flashinfer.paging import Pages, common_pages, host_offsets, list_pages, written_out
-from attention.backends.flashinfer.plans import Cascade, Paged, Plan, PlannedWrapper, RaggedPrefill, XqaDecode
+from attention.backends.flashinfer.plans import Cascade, Paged, Plan, Planned, PlannedWrapper, RaggedPrefill, XqaDecode
 from attention.backends.flashinfer.workspace import device_workspace
 from attention.backends.libraries import load_library
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec, AttentionType
 
 _LAYOUT = "NHD"
+_LASTING_PLAN_BYTES = 2 << 20
+"""Of a plan that is kept: FlashInfer's own buffers have room for the largest batches, 8 MiB of pinned memory each."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class FlashInferMetadata(AttentionMetadata):
 class FlashInferMetadataBuilder(AttentionMetadataBuilder):
     """Plans batches; keeps one wrapper of each sort that it needs.
 
-    A wrapper holds one plan: a batch must have run in all layers before the builder plans the next.
+    A wrapper holds one plan: a batch must have run in all layers before the builder plans the next. A `lasting` batch
+    of whole sequences gets a wrapper of its own, and is planned once.
     """
+
+    graph_safe_prefill = True
 
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)
@@ -49,6 +54,7 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
         self.graph_safe_decode = self._xqa_fits  # XQA needs no plan
         self._workspace = device_workspace(self.device)
         self._wrappers: dict[tuple[str, str], PlannedWrapper] = {}
+        self._lasting: dict[tuple[int, ...], Planned] = {}
 
     def build(self, common: CommonAttentionMetadata) -> FlashInferMetadata:
         """See `AttentionMetadataBuilder.build`. Waits for the device only when the batch has a mask, to pack it."""
@@ -69,10 +75,18 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
         return self._paged("prefill", host_offsets(common.query_lens), pages, self.spec.causal, mask)
 
     def _ragged(self, common: CommonAttentionMetadata) -> RaggedPrefill:
-        kernel = choice.prefill_kernel(self._capability, self.spec, masked=False)
+        if not common.lasting:
+            kernel = choice.prefill_kernel(self._capability, self.spec, masked=False)
+            return RaggedPrefill(self._plan_ragged(self._wrapper("ragged", kernel), common), common.slot_mapping)
+        if common.query_lens not in self._lasting:
+            wrapper = PlannedWrapper(self._make_lasting())
+            self._lasting[common.query_lens] = self._plan_ragged(wrapper, common)
+        return RaggedPrefill(self._lasting[common.query_lens], common.slot_mapping)
+
+    def _plan_ragged(self, wrapper: PlannedWrapper, common: CommonAttentionMetadata) -> Planned:
         offsets = host_offsets(common.query_lens)
         spec = self.spec
-        planned = self._wrapper("ragged", kernel).plan(
+        return wrapper.plan(
             offsets,
             offsets,
             spec.num_heads,
@@ -83,7 +97,6 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
             kv_data_type=self.dtype,
             **self._scores(),
         )
-        return RaggedPrefill(planned, common.slot_mapping)
 
     def _paged(
         self, sort: str, offsets: torch.Tensor, pages: Pages, causal: bool, mask: torch.Tensor | None = None
@@ -170,3 +183,10 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
         if sort == "ragged":
             return prefill.BatchPrefillWithRaggedKVCacheWrapper(scratch, _LAYOUT, backend=kernel)
         return prefill.BatchPrefillWithPagedKVCacheWrapper(scratch, _LAYOUT, backend=kernel)
+
+    def _make_lasting(self) -> Any:
+        """A ragged wrapper with a place of its own for its plan, no larger than one needs."""
+        wrapper = self._make("ragged", choice.prefill_kernel(self._capability, self.spec, masked=False))
+        plan = torch.empty(_LASTING_PLAN_BYTES, dtype=torch.uint8, device=self.device)
+        wrapper.reset_workspace_buffer(self._workspace.scratch, plan)
+        return wrapper
