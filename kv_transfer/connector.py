@@ -27,10 +27,11 @@ from kv_transfer.transport import EngineInfo
 
 
 class ReadyEvent(Protocol):
-    """Something to wait for before memory may be read; `torch.cuda.Event` is one."""
+    """Something that happens before memory may be read; `torch.cuda.Event` is one."""
 
-    def synchronize(self) -> None:
-        """Block until it has happened."""
+    def query(self) -> bool:
+        """Whether it has happened."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,13 @@ class KVConnector(ABC):
 
     @abstractmethod
     def probe(self, engine_id: str, timeout_s: float) -> float:
-        """Send a message to a connected peer and wait for its answer; seconds it took.
+        """Meet a connected peer: data moves there and back once, which also measures the path.
+
+        Returns:
+            Seconds that a message takes there and back.
 
         Raises:
-            PeerError: no answer in time.
+            PeerError: no answer in time, or data does not arrive.
         """
 
     @abstractmethod
@@ -131,10 +135,21 @@ class KVConnector(ABC):
     def push(
         self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
     ) -> None:
-        """Write these blocks of these layers; `first_block` is the place of the first one in the sequence.
+        """Write these blocks of these layers once `ready`; `first_block` is the place of the first in the sequence.
 
         The source blocks are in use until `HandoffSent` or `HandoffAborted`. Every (layer, block) is pushed once.
         """
+
+    def layers_per_group(self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0) -> int:
+        """How many layers one WRITE to this peer should carry: 1, unless the way to it has been measured.
+
+        Args:
+            peer: the decode engine.
+            layer_bytes: bytes of one layer's part.
+            layer_s: seconds that one layer is computed; 0 when unknown.
+            slack_s: seconds of them in which the thread that launches the kernels is idle.
+        """
+        return 1
 
     @abstractmethod
     def finish(self, handoff_id: bytes, first_token: int) -> None:

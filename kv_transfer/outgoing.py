@@ -89,7 +89,7 @@ class OutgoingHandoffs:
     def push(
         self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
     ) -> None:
-        """Post a WRITE, or keep it until the grant is here. Ignored for a handoff that has failed."""
+        """Post a WRITE, or keep it until the grant is here and it is ready. Ignored for a handoff that has failed."""
         handoff = self._open.get(handoff_id)
         if handoff is None or handoff.failure is not None:
             return
@@ -147,6 +147,8 @@ class OutgoingHandoffs:
         """Look after everything in flight, and end what has ended."""
         for handoff in [handoff for handoff in self._open.values() if handoff.busy]:
             self._reap(handoff)
+            if handoff.waiting:
+                self._flush(handoff)
             self._settle(handoff)
         now = time.monotonic()
         while self._early_grants and now - next(iter(self._early_grants.values()))[2] > _GRANT_PATIENCE_S:
@@ -155,11 +157,17 @@ class OutgoingHandoffs:
             self._close(sender, grant.key, "the request never reached the prefill worker")
 
     def _flush(self, handoff: _Outgoing) -> None:
-        """Post what waits; must not be called for a failed handoff."""
+        """Post what waits and is ready; must not be called for a failed handoff.
+
+        Events are asked, never waited for: a thread that waits for the GPU would not look after anything else.
+        """
         if handoff.grant is None:
             return
         try:
             while handoff.waiting and handoff.failure is None:
+                ready = handoff.waiting[0].ready
+                if ready is not None and not ready.query():
+                    return
                 self._post(handoff, handoff.grant, handoff.waiting.popleft())
             if handoff.first_token is not None and not handoff.final_sent and handoff.failure is None:
                 final = Final(handoff.grant.key, handoff.first_token, handoff.posted)
@@ -172,8 +180,6 @@ class OutgoingHandoffs:
             self._fail(handoff, f"pushing to {handoff.peer} failed: {error}")
 
     def _post(self, handoff: _Outgoing, grant: Grant, part: _Part) -> None:
-        if part.ready is not None:
-            part.ready.synchronize()
         count = len(part.src_blocks)
         dst_blocks = grant.block_ids[part.first_block : part.first_block + count]
         if len(dst_blocks) < count:

@@ -18,9 +18,11 @@ import torch
 from kv_transfer.connector import ConnectorEvent, KVConnector, ReadyEvent
 from kv_transfer.errors import KVTransferError, PeerError, ProtocolError
 from kv_transfer.incoming import IncomingHandoffs
+from kv_transfer.introductions import Introductions
 from kv_transfer.layout import KVLayout
-from kv_transfer.messages import Cancel, Closed, Final, Grant, HandoffKey, Hello, Part, decode, encode
+from kv_transfer.messages import Cancel, Closed, Final, Grant, HandoffKey, Hello, Part, decode
 from kv_transfer.outgoing import OutgoingHandoffs
+from kv_transfer.path_cost import layers_per_group
 from kv_transfer.transport import EngineInfo, Transport
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,6 @@ class PushConnector(KVConnector):
         self._wake: Callable[[], None] = lambda: None
         self._thread: threading.Thread | None = None
         self._generation = 0
-        self._hellos: dict[HandoffKey, threading.Event] = {}
 
     def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
         """See `KVConnector.register_kv_caches`."""
@@ -69,6 +70,7 @@ class PushConnector(KVConnector):
         engine_id = f"{name}.{self._incarnation:016x}"
         self._outgoing = OutgoingHandoffs(self._transport, layout.block_bytes, self._emit)
         self._incoming = IncomingHandoffs(self._transport, layout.num_layers, self._drain_s, self._emit)
+        self._introductions = Introductions(self._transport, self._incarnation)
         if self._threaded:
             self._thread = threading.Thread(target=self._run, name=f"kv-connector-{name}", daemon=True)
             self._thread.start()
@@ -81,20 +83,16 @@ class PushConnector(KVConnector):
 
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """See `KVConnector.probe`."""
-        key = HandoffKey(secrets.token_bytes(16), self._incarnation, 0)
-        answered = threading.Event()
-        self._hellos[key] = answered
-        started = time.monotonic()
+        result: Future[float] = Future()
+        self._post(lambda: self._introductions.meet(engine_id, result))
+        give_up_at = time.monotonic() + timeout_s
+        while not self._threaded and not result.done() and time.monotonic() < give_up_at:
+            self.progress()
         try:
-            self._call(lambda: self._transport.send(engine_id, encode(Hello(key, reply=False))), timeout_s)
-            while not answered.wait(0.001):
-                if not self._threaded:
-                    self.progress()
-                if time.monotonic() - started > timeout_s:
-                    raise PeerError(f"{engine_id} did not answer within {timeout_s:g} s")
-        finally:
-            del self._hellos[key]
-        return time.monotonic() - started
+            return result.result(max(0.0, give_up_at - time.monotonic()))
+        except TimeoutError as error:
+            self._post(lambda: self._introductions.give_up(result))
+            raise PeerError(f"{engine_id} did not answer within {timeout_s:g} s") from error
 
     def disconnect(self, engine_id: str) -> None:
         """See `KVConnector.disconnect`."""
@@ -122,6 +120,13 @@ class PushConnector(KVConnector):
         """See `KVConnector.push`."""
         blocks = tuple(src_blocks)
         self._post(lambda: self._outgoing.push(handoff_id, layers, first_block, blocks, ready))
+
+    def layers_per_group(self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0) -> int:
+        """See `KVConnector.layers_per_group`."""
+        path = self._introductions.paths.get(peer)
+        if path is None:
+            return 1
+        return layers_per_group(path, self._layout.num_layers, layer_bytes, layer_s, slack_s)
 
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""
@@ -165,7 +170,8 @@ class PushConnector(KVConnector):
         self._receive()
         self._outgoing.progress()
         self._incoming.progress()
-        return self._outgoing.active or self._incoming.active or bool(self._hellos)
+        self._introductions.progress()
+        return self._outgoing.active or self._incoming.active or self._introductions.active
 
     def _run(self) -> None:
         """The owner thread: look often while something is under way, seldom when nothing is."""
@@ -221,22 +227,14 @@ class PushConnector(KVConnector):
             case Cancel():
                 self._outgoing.on_cancel(sender, message)
             case Hello():
-                self._on_hello(sender, message)
-
-    def _on_hello(self, sender: str, hello: Hello) -> None:
-        if not hello.reply:
-            try:
-                self._transport.send(sender, encode(Hello(hello.key, reply=True)))
-            except PeerError as error:
-                logger.warning("cannot answer %s: %s", sender, error)
-        elif answered := self._hellos.get(hello.key):
-            answered.set()
+                self._introductions.on_hello(sender, message)
 
     def _peer_lost(self, engine_id: str) -> None:
         self._receive()  # what it said before it was lost still counts
         self._transport.remove_peer(engine_id)
         self._outgoing.peer_lost(engine_id)
         self._incoming.peer_lost(engine_id)
+        self._introductions.peer_lost(engine_id)
 
     def _emit(self, event: ConnectorEvent) -> None:
         self._events.append(event)

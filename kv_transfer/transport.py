@@ -11,6 +11,10 @@ import torch
 
 from kv_transfer.layout import KVLayout
 
+REHEARSAL_PIECE_BYTES = 65_536
+REHEARSAL_PIECES = 128
+"""Of the memory that workers keep for meeting each other, one piece after the other."""
+
 
 class TransferState(enum.Enum):
     """What became of a WRITE. Only the last two are terminal: until then its memory is in use on both sides."""
@@ -33,6 +37,7 @@ class EngineInfo:
         device_type: "cpu" or "cuda".
         device_index: of the card, 0 for the CPU.
         metadata: the transport's own, opaque here.
+        rehearsal_address: of memory that peers may write to while they meet this worker, on the same device.
     """
 
     engine_id: str
@@ -43,6 +48,7 @@ class EngineInfo:
     device_type: str
     device_index: int
     metadata: bytes
+    rehearsal_address: int = 0
 
 
 class Transfer(ABC):
@@ -51,6 +57,14 @@ class Transfer(ABC):
     @abstractmethod
     def state(self) -> TransferState:
         """What became of it; gives its resources back once terminal."""
+
+
+class Landed(Transfer):
+    """One that was done at once."""
+
+    def state(self) -> TransferState:
+        """See `Transfer.state`."""
+        return TransferState.DONE
 
 
 class Transport(ABC):
@@ -77,6 +91,14 @@ class Transport(ABC):
         self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes
     ) -> Transfer:
         """Start writing blocks of some layers; the peer receives `message` after the data.
+
+        Raises:
+            PeerError: the peer is unknown or gone.
+        """
+
+    @abstractmethod
+    def rehearse(self, peer: str, pieces: range, message: bytes) -> Transfer:
+        """Start writing some of the `REHEARSAL_PIECES` pieces of memory that nobody uses; neighbours travel as one.
 
         Raises:
             PeerError: the peer is unknown or gone.

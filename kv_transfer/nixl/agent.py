@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kv_transfer.errors import PeerError
 from kv_transfer.layout import KVLayout
-from kv_transfer.transport import EngineInfo, Transfer, TransferState, Transport
+from kv_transfer.transport import (
+    REHEARSAL_PIECE_BYTES,
+    REHEARSAL_PIECES,
+    EngineInfo,
+    Transfer,
+    TransferState,
+    Transport,
+)
 
 try:
     from nixl._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle, nixl_xfer_handle
@@ -22,27 +30,54 @@ _LOCAL_SIDE = "NIXL_INIT_AGENT"
 _STATES = {"DONE": TransferState.DONE, "PROC": TransferState.IN_FLIGHT, "ERR": TransferState.FAILED}
 
 
+@dataclass(frozen=True)
+class _Side:
+    """A worker's memory, ready to be written from or to.
+
+    Attributes:
+        info: the worker.
+        blocks: a descriptor for every (layer, block), layer-major.
+        pieces: a descriptor for every piece of its rehearsal memory.
+    """
+
+    info: EngineInfo
+    blocks: nixl_prepped_dlist_handle
+    pieces: nixl_prepped_dlist_handle
+
+
 class NixlTransport(Transport):
     """WRITEs over NIXL's UCX backend (NVLink, RDMA, shared memory or TCP, whichever UCX finds best).
 
     No progress thread: it would burn a core. The owner's calls to `receive` and `Transfer.state` make progress.
+
+    Descriptors are prepared once, one for every (layer, block). NIXL joins those of a transfer that are neighbours on
+    both sides when it makes the transfer, at 4 ns each, so blocks that lie together travel as one.
+
+    Args:
+        count_descriptors: have every transfer say how many descriptors it became.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, count_descriptors: bool = False) -> None:
+        self._count_descriptors = count_descriptors
         self._agent: nixl_agent | None = None
-        self._registration: object = None
-        self._local: nixl_prepped_dlist_handle | None = None
-        self._remote: dict[str, nixl_prepped_dlist_handle] = {}
-        self._blocks: dict[str, int] = {}
-        self._own_id = ""
+        self._registrations: list[object] = []
+        self._rehearsal: torch.Tensor | None = None
+        self._own: _Side | None = None
+        self._peers: dict[str, _Side] = {}
 
     def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
-        """See `Transport.register`."""
+        """See `Transport.register`. Afterwards the calling thread has the cache's device as its current one."""
         if kv_cache.is_cuda:  # without a CUDA context on this thread UCX silently drops NVLink
             torch.cuda.set_device(kv_cache.device)
             torch.cuda.synchronize(kv_cache.device)
-        self._agent = nixl_agent(engine_id, nixl_agent_config(enable_prog_thread=False))
-        self._registration = self._agent.register_memory(kv_cache)
+        agent = nixl_agent(
+            engine_id, nixl_agent_config(enable_prog_thread=False, capture_telemetry=self._count_descriptors)
+        )
+        self._agent = agent
+        self._rehearsal = torch.empty(
+            REHEARSAL_PIECES * REHEARSAL_PIECE_BYTES, dtype=torch.uint8, device=kv_cache.device
+        )
+        self._registrations = [agent.register_memory(memory) for memory in (kv_cache, self._rehearsal)]
         info = EngineInfo(
             engine_id=engine_id,
             incarnation=incarnation,
@@ -51,19 +86,21 @@ class NixlTransport(Transport):
             address=kv_cache.data_ptr(),
             device_type=kv_cache.device.type,
             device_index=kv_cache.device.index or 0,
-            metadata=self._agent.get_agent_metadata(),
+            metadata=agent.get_agent_metadata(),
+            rehearsal_address=self._rehearsal.data_ptr(),
         )
-        self._local = self._prepare(_LOCAL_SIDE, info)
-        self._blocks[engine_id] = info.num_blocks
-        self._own_id = engine_id
+        self._own = self._prepare(_LOCAL_SIDE, info)
         return info
 
-    def _prepare(self, agent_name: str, info: EngineInfo) -> nixl_prepped_dlist_handle:
-        """Descriptors of every (layer, block) of a cache, layer-major, given as one dense strided row."""
+    def _prepare(self, agent_name: str, info: EngineInfo) -> _Side:
+        """Descriptors of a worker's memory, each list given as one strided row."""
         size = info.layout.block_bytes
-        row = [info.address, size, info.device_index, size, info.layout.num_layers * info.num_blocks]
-        mem_type = "VRAM" if info.device_type == "cuda" else "DRAM"
-        return self._started.prep_xfer_dlist(agent_name, np.array([row], dtype=np.uint64), mem_type)
+        rows = (
+            [info.address, size, info.device_index, size, info.layout.num_layers * info.num_blocks],
+            [info.rehearsal_address, REHEARSAL_PIECE_BYTES, info.device_index, REHEARSAL_PIECE_BYTES, REHEARSAL_PIECES],
+        )
+        prepare, mem_type = self._started.prep_xfer_dlist, _mem_type(info)
+        return _Side(info, *(prepare(agent_name, np.array([row], dtype=np.uint64), mem_type) for row in rows))
 
     @property
     def _started(self) -> nixl_agent:
@@ -73,23 +110,22 @@ class NixlTransport(Transport):
 
     def add_peer(self, peer: EngineInfo) -> None:
         """See `Transport.add_peer`."""
-        if peer.engine_id in self._remote:
+        if peer.engine_id in self._peers:
             return
         try:
             self._started.add_remote_agent(peer.metadata)
-            self._remote[peer.engine_id] = self._prepare(peer.engine_id, peer)
+            self._peers[peer.engine_id] = self._prepare(peer.engine_id, peer)
         except Exception as error:  # NIXL's exception types share no base
             raise PeerError(f"NIXL cannot reach {peer.engine_id}: {error}") from error
-        self._blocks[peer.engine_id] = peer.num_blocks
 
     def remove_peer(self, engine_id: str) -> None:
         """See `Transport.remove_peer`."""
-        handle = self._remote.pop(engine_id, None)
-        self._blocks.pop(engine_id, None)
-        if handle is None:
+        side = self._peers.pop(engine_id, None)
+        if side is None:
             return
-        with contextlib.suppress(Exception):  # a lost peer may have taken its half with it
-            handle.release()
+        for handle in (side.blocks, side.pieces):
+            with contextlib.suppress(Exception):  # a lost peer may have taken its half with it
+                handle.release()
         with contextlib.suppress(Exception):
             self._started.remove_remote_agent(engine_id)
 
@@ -97,22 +133,55 @@ class NixlTransport(Transport):
         self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes
     ) -> Transfer:
         """See `Transport.write`."""
-        remote = self._remote.get(peer)
-        if remote is None or self._local is None:
+        own, other = self._sides(peer)
+        src = _indices(layers, src_blocks, own.info.num_blocks)
+        dst = _indices(layers, dst_blocks, other.info.num_blocks)
+        return self._start("WRITE", own.blocks, src, other, other.blocks, dst, message)
+
+    def read(self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Transfer:
+        """Start reading a peer's blocks into one's own; handoffs never do, see `docs/design.md`.
+
+        Raises:
+            PeerError: the peer is unknown or gone.
+        """
+        own, other = self._sides(peer)
+        src = _indices(layers, src_blocks, other.info.num_blocks)
+        dst = _indices(layers, dst_blocks, own.info.num_blocks)
+        return self._start("READ", own.blocks, dst, other, other.blocks, src, b"")
+
+    def rehearse(self, peer: str, pieces: range, message: bytes) -> Transfer:
+        """See `Transport.rehearse`."""
+        own, other = self._sides(peer)
+        indices = np.asarray(pieces, dtype=np.int32)
+        return self._start("WRITE", own.pieces, indices, other, other.pieces, indices, message)
+
+    def _sides(self, peer: str) -> tuple[_Side, _Side]:
+        other = self._peers.get(peer)
+        if other is None or self._own is None:
             raise PeerError(f"{peer} is not connected")
-        src = _indices(layers, src_blocks, self._blocks[self._own_id])
-        dst = _indices(layers, dst_blocks, self._blocks[peer])
+        return self._own, other
+
+    def _start(
+        self,
+        operation: str,
+        own: nixl_prepped_dlist_handle,
+        own_indices: _Indices,
+        peer: _Side,
+        other: nixl_prepped_dlist_handle,
+        other_indices: _Indices,
+        message: bytes,
+    ) -> NixlTransfer:
         agent = self._started
         try:
-            handle = agent.make_prepped_xfer("WRITE", self._local, src, remote, dst, message)
+            handle = agent.make_prepped_xfer(operation, own, own_indices, other, other_indices, message)
             state = _STATES[agent.transfer(handle)]
         except Exception as error:
-            raise PeerError(f"writing to {peer} failed: {error}") from error
-        return _NixlTransfer(agent, handle, state)
+            raise PeerError(f"{operation} with {peer.info.engine_id} failed: {error}") from error
+        return NixlTransfer(agent, handle, state, count_descriptors=self._count_descriptors)
 
     def send(self, peer: str, message: bytes) -> None:
         """See `Transport.send`."""
-        if peer not in self._remote:
+        if peer not in self._peers:
             raise PeerError(f"{peer} is not connected")
         try:
             self._started.send_notif(peer, message)
@@ -128,30 +197,50 @@ class NixlTransport(Transport):
         """See `Transport.close`."""
         if self._agent is None:
             return
-        for engine_id in list(self._remote):
+        for engine_id in list(self._peers):
             self.remove_peer(engine_id)
         with contextlib.suppress(Exception):
-            if self._local is not None:
-                self._local.release()
-            self._agent.deregister_memory(self._registration)
+            if self._own is not None:
+                self._own.blocks.release()
+                self._own.pieces.release()
+            for registration in self._registrations:
+                self._agent.deregister_memory(registration)
         self._agent = None
 
 
-def _indices(layers: range, blocks: Sequence[int], num_blocks: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+_Indices = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
+def _mem_type(info: EngineInfo) -> str:
+    return "VRAM" if info.device_type == "cuda" else "DRAM"
+
+
+def _indices(layers: range, blocks: Sequence[int], num_blocks: int) -> _Indices:
     """Descriptor numbers of these blocks in these layers, layer-major."""
     starts = np.arange(layers.start, layers.stop, dtype=np.int32)[:, None] * num_blocks
     return (starts + np.asarray(blocks, dtype=np.int32)[None, :]).reshape(-1)
 
 
-class _NixlTransfer(Transfer):
-    def __init__(self, agent: nixl_agent, handle: nixl_xfer_handle, state: TransferState) -> None:
+class NixlTransfer(Transfer):
+    """A transfer of NIXL's.
+
+    Attributes:
+        num_descriptors: that it became, once it has ended; 0 when nobody counts.
+    """
+
+    def __init__(
+        self, agent: nixl_agent, handle: nixl_xfer_handle, state: TransferState, *, count_descriptors: bool
+    ) -> None:
+        self.num_descriptors = 0
         self._agent = agent
         self._handle = handle
         self._state = state
+        self._count = count_descriptors
         if state is not TransferState.IN_FLIGHT:
             self._release()
 
     def state(self) -> TransferState:
+        """See `Transfer.state`."""
         if self._state is TransferState.IN_FLIGHT:
             try:
                 self._state = _STATES[self._agent.check_xfer_state(self._handle)]
@@ -162,5 +251,8 @@ class _NixlTransfer(Transfer):
         return self._state
 
     def _release(self) -> None:
+        with contextlib.suppress(Exception):
+            if self._count:
+                self.num_descriptors = int(self._agent.get_xfer_telemetry(self._handle).descCount)
         with contextlib.suppress(Exception):
             self._handle.release()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
@@ -21,12 +22,12 @@ _SCRIPT = Path(__file__).with_name("nixl_peer.py")
 class Peer:
     """A `NixlConnector` in another process; `peer.method(...)` calls it there."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: str = "cpu") -> None:
         listener = Listener(("127.0.0.1", 0), authkey=b"nixl-peer")
         host, port = listener.address
         path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, str(_SCRIPT), name, host, str(port)],
+            [sys.executable, str(_SCRIPT), name, device, host, str(port)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         )
         listener._listener._socket.settimeout(60)  # type: ignore[attr-defined]  # it offers no other way
@@ -50,12 +51,20 @@ class Peer:
         self.process.wait(10)
 
 
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def make_peer() -> Iterator[Callable[[str], Peer]]:
+def make_peer(device: str) -> Iterator[Callable[[str], Peer]]:
     peers: list[Peer] = []
 
     def make(name: str) -> Peer:
-        peers.append(Peer(name))
+        peers.append(Peer(name, device))
         return peers[-1]
 
     yield make

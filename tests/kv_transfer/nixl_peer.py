@@ -16,8 +16,8 @@ NUM_BLOCKS = 64
 
 
 class PeerCommands:
-    def __init__(self, name: str) -> None:
-        self.cache = torch.rand(4, NUM_BLOCKS, 2, 16, 2, 16)
+    def __init__(self, name: str, device: str) -> None:
+        self.cache = torch.rand(4, NUM_BLOCKS, 2, 16, 2, 16).to(device)
         self.connector = NixlConnector(drain_s=0.2)
         self.engine = self.connector.register_kv_caches(name, self.cache, LAYOUT)
 
@@ -37,13 +37,41 @@ class PeerCommands:
         self.connector.begin(handoff_id, peer)
 
     def push(self, handoff_id, first_layer, last_layer, blocks):
-        self.connector.push(handoff_id, range(first_layer, last_layer), 0, blocks, None)
+        ready = None
+        if self.cache.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        self.connector.push(handoff_id, range(first_layer, last_layer), 0, blocks, ready)
+
+    def hand_over(self, handoff_id, peer, blocks, number):
+        """All of a prefill worker's part: the blocks are filled with a number, and pushed in two groups."""
+        self.fill(blocks, number)
+        self.begin(handoff_id, peer)
+        for first in (0, 2):
+            self.push(handoff_id, first, first + 2, blocks)
+        self.finish(handoff_id, number)
+
+    def fill(self, blocks, number):
+        self.cache[:, list(blocks)] = float(number)
+
+    def numbers(self, blocks):
+        """The different numbers in these blocks."""
+        return self.cache[:, list(blocks)].unique().tolist()
+
+    def abort(self, handoff_id):
+        self.connector.abort(handoff_id, "the client gave up")
+
+    def cancel(self, key):
+        self.connector.cancel(key)
+
+    def layers_per_group(self, engine_id, layer_bytes, layer_s):
+        return self.connector.layers_per_group(engine_id, layer_bytes, layer_s)
 
     def finish(self, handoff_id, token):
         self.connector.finish(handoff_id, token)
 
     def blocks(self, blocks):
-        return self.cache[:, list(blocks)].numpy()  # an array: torch would share memory instead of sending it
+        return self.cache[:, list(blocks)].cpu().numpy()  # an array: torch would share memory instead of sending it
 
     def disconnect(self, engine_id):
         self.connector.disconnect(engine_id)
@@ -59,8 +87,8 @@ class PeerCommands:
 
 
 if __name__ == "__main__":
-    commands = PeerCommands(sys.argv[1])
-    with Client((sys.argv[2], int(sys.argv[3])), authkey=b"nixl-peer") as pipe:
+    commands = PeerCommands(sys.argv[1], sys.argv[2])
+    with Client((sys.argv[3], int(sys.argv[4])), authkey=b"nixl-peer") as pipe:
         while True:
             try:
                 method, args = pipe.recv()

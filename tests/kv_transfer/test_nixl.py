@@ -1,11 +1,14 @@
-"""Real NIXL between real processes, over host memory."""
+"""Real NIXL between real processes: over host memory, and on a GPU that both share."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import pytest
 
 from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReceived, HandoffReleased, HandoffSent
+from kv_transfer.messages import HandoffKey
 
 pytestmark = pytest.mark.nixl
 
@@ -82,3 +85,67 @@ def test_a_restarted_peer_is_a_new_peer(make_peer):
     second_ids = introduce(second, decode)
     assert second_ids[0] != first_ids[0]
     hand_over(second, decode, second_ids, b"c" * 16, (9,), (8,), 1)
+
+
+def test_a_meeting_measures_the_path_both_ways(make_peer):
+    """What was measured decides: where layers are slow to send, and compute is long, each leaves at once."""
+    prefill, decode = make_peer("prefill"), make_peer("decode")
+    prefill_id, decode_id = introduce(prefill, decode)
+    for end, other in ((prefill, decode_id), (decode, prefill_id)):
+        assert end.layers_per_group(other, 1 << 40, 3600.0) == 1
+        assert end.layers_per_group(other, 1, 0.0) == 4
+        assert end.layers_per_group("nobody", 1, 0.0) == 1
+
+
+def test_handoffs_with_random_cancels(make_peer, device):
+    """Whatever is cancelled, and when: no wrong byte, and every block comes back."""
+    rng = random.Random(3)
+    prefill, decode = make_peer("prefill"), make_peer("decode")
+    prefill_id, decode_id = introduce(prefill, decode)
+    prefill.fill(range(64), 0)
+    decode.fill(range(64), 0)
+    free = {end: set(range(64)) for end in (prefill, decode)}
+    sources: dict[bytes, list[int]] = {}
+    targets: dict[HandoffKey, tuple[int, list[int]]] = {}
+    received = 0
+    target = 1200 if device == "cuda" else 100
+    for number in range(1, target + 1):
+        handoff_id, size = rng.randbytes(16), rng.randint(1, 12)
+        while min(map(len, free.values())) < size:
+            received += collect(prefill, decode, sources, targets, free)
+        src, dst = (rng.sample(sorted(free[end]), size) for end in (prefill, decode))
+        free[prefill] -= set(src)
+        free[decode] -= set(dst)
+        sources[handoff_id] = src
+        prefill.hand_over(handoff_id, decode_id, src, number)
+        key = decode.expect(handoff_id, prefill_id, dst)
+        targets[key] = (number, dst)
+        if rng.random() < 0.3:
+            decode.cancel(key)
+        if rng.random() < 0.1:
+            prefill.abort(handoff_id)
+    for _ in range(1000):
+        received += collect(prefill, decode, sources, targets, free)
+        if not sources and not targets:
+            break
+    assert [len(blocks) for blocks in free.values()] == [64, 64]
+    assert target // 2 < received < target
+
+
+def collect(prefill, decode, sources, targets, free) -> int:
+    """Take what has happened; checks and clears the blocks that come back, and returns how many handoffs arrived."""
+    received = 0
+    for event in prefill.events(1, 0.01):
+        free[prefill] |= set(sources.pop(event.handoff_id))
+    for event in decode.events(1, 0.01):
+        if isinstance(event, HandoffFailed):
+            continue
+        number, blocks = targets.pop(event.key)
+        if isinstance(event, HandoffReceived):
+            received += 1
+            assert event.first_token == number
+            assert decode.numbers(blocks) == [number]
+        decode.fill(blocks, 0)
+        free[decode] |= set(blocks)
+    assert decode.numbers(free[decode]) in ([], [0.0]), "a free block was written to"
+    return received

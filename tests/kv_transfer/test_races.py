@@ -150,7 +150,7 @@ def test_nothing_of_a_lost_peer_lands_in_blocks_that_were_released():
 
 
 class _Broken:
-    def synchronize(self) -> None:
+    def query(self) -> bool:
         raise RuntimeError("the device is gone")
 
 

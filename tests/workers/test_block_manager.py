@@ -1,4 +1,4 @@
-"""No block belongs to two owners, and none is lost."""
+"""No block belongs to two owners, none is lost, and what is asked for together lies together where it can."""
 
 from __future__ import annotations
 
@@ -36,6 +36,40 @@ def test_a_block_is_given_back_once():
     assert manager.num_free == 4
 
 
+def test_a_prompt_takes_the_smallest_run_that_holds_it():
+    manager = BlockManager(20)
+    whole = manager.allocate(20)
+    assert whole == list(range(20))
+    manager.free([1, 2, 3, 4, 8, 9, 10, 15, 16, 17, 18, 19])
+    assert manager.allocate(3) == [8, 9, 10]
+    assert manager.allocate(4) == [1, 2, 3, 4]
+    assert manager.largest_extent == 5
+
+
+def test_where_no_run_is_long_enough_the_longest_ones_are_used():
+    manager = BlockManager(12)
+    manager.allocate(12)
+    manager.free([0, 4, 5, 6, 9, 10])
+    assert manager.allocate(5) == [4, 5, 6, 9, 10]
+    assert manager.allocate(1) == [0]
+    assert (manager.num_free, manager.largest_extent) == (0, 0)
+
+
+def test_growing_sequences_do_not_fragment_what_prompts_need():
+    manager = BlockManager(64)
+    growing = [block for _ in range(8) for block in manager.allocate(1)]
+    assert sorted(growing) == list(range(56, 64))
+    assert manager.allocate(56) == list(range(56))
+
+
+def test_neighbours_become_one_run_again_in_whatever_order_they_come_back():
+    manager = BlockManager(9)
+    blocks = manager.allocate(9)
+    for block in (4, 2, 6, 0, 8, 3, 5, 1, 7):
+        manager.free([blocks[block]])
+    assert manager.allocate(9) == list(range(9))
+
+
 class BlockManagerMachine(RuleBasedStateMachine):
     """Owners come and go in any order; what each holds is remembered here."""
 
@@ -50,8 +84,21 @@ class BlockManagerMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="are free"):
                 self.manager.allocate(count)
         else:
-            self.held.append(self.manager.allocate(count))
-            assert len(self.held[-1]) == count
+            longest = self._longest_free_run()
+            assert self.manager.largest_extent == longest
+            blocks = self.manager.allocate(count)
+            self.held.append(blocks)
+            assert len(blocks) == count
+            if 0 < count <= longest:
+                assert blocks == list(range(blocks[0], blocks[0] + count)), "there was a run for it"
+
+    def _longest_free_run(self) -> int:
+        owned = {block for blocks in self.held for block in blocks}
+        longest = run = 0
+        for block in range(self.manager.num_blocks):
+            run = 0 if block in owned else run + 1
+            longest = max(longest, run)
+        return longest
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

@@ -1,0 +1,115 @@
+"""How two workers meet: each moves data to the other, and a message goes there and back."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from kv_transfer.errors import PeerError
+from kv_transfer.messages import HandoffKey, Hello, encode
+from kv_transfer.path_cost import PathCost
+from kv_transfer.rehearsal import rehearse
+from kv_transfer.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Meeting:
+    peer: str
+    steps: Generator[None, None, float]
+    result: Future[float]
+
+
+class Introductions:
+    """Every meeting with a peer. Used by the connector's owner thread only, except for reading `paths`.
+
+    Args:
+        transport: what carries data and messages.
+        incarnation: of this engine.
+    """
+
+    def __init__(self, transport: Transport, incarnation: int) -> None:
+        self._transport = transport
+        self._incarnation = incarnation
+        self._meetings: list[_Meeting] = []
+        self._unanswered: set[HandoffKey] = set()
+        self.paths: dict[str, PathCost] = {}
+        """What the way to each peer costs, once it has been met."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody is being met."""
+        return bool(self._meetings)
+
+    def meet(self, peer: str, result: Future[float]) -> None:
+        """Move data to a peer, have it move data here, and time a message there and back, for `result`."""
+        self._meetings.append(_Meeting(peer, self._introduce(peer), result))
+
+    def give_up(self, result: Future[float]) -> None:
+        """Nobody waits for this result any more."""
+        self._meetings = [meeting for meeting in self._meetings if meeting.result is not result]
+
+    def on_hello(self, sender: str, hello: Hello) -> None:
+        """A peer introduces itself, or answers; it is answered when data has moved to it."""
+        if hello.reply:
+            self._unanswered.discard(hello.key)
+        else:
+            self._meetings.append(_Meeting(sender, self._welcome(sender, hello), Future()))
+
+    def peer_lost(self, engine_id: str) -> None:
+        """A peer is gone; whoever waits to meet it does so in vain."""
+        self.paths.pop(engine_id, None)
+        for meeting in [meeting for meeting in self._meetings if meeting.peer == engine_id]:
+            self._meetings.remove(meeting)
+            meeting.result.set_exception(PeerError(f"{engine_id} is gone"))
+
+    def progress(self) -> None:
+        """Take every meeting one step further."""
+        for meeting in list(self._meetings):
+            try:
+                next(meeting.steps)
+                continue
+            except StopIteration as ended:
+                meeting.result.set_result(ended.value)
+            except PeerError as error:
+                logger.warning("cannot meet %s: %s", meeting.peer, error)
+                meeting.result.set_exception(error)
+            except Exception as error:
+                logger.exception("cannot meet %s", meeting.peer)
+                meeting.result.set_exception(PeerError(f"cannot meet {meeting.peer}: {error}"))
+            self._meetings.remove(meeting)
+
+    def _introduce(self, peer: str) -> Generator[None, None, float]:
+        yield from self._rehearse(peer)
+        yield from self._ask(peer)  # the peer moves data here before it answers
+        return (yield from self._ask(peer))
+
+    def _welcome(self, peer: str, hello: Hello) -> Generator[None, None, float]:
+        if peer not in self.paths:
+            yield from self._rehearse(peer)
+        self._transport.send(peer, encode(Hello(hello.key, reply=True)))
+        return 0.0
+
+    def _rehearse(self, peer: str) -> Generator[None, None, None]:
+        ignored = encode(Hello(self._new_key(), reply=True))
+        self.paths[peer] = yield from rehearse(self._transport, peer, ignored)
+
+    def _ask(self, peer: str) -> Generator[None, None, float]:
+        key = self._new_key()
+        started = time.monotonic()
+        self._unanswered.add(key)
+        try:
+            self._transport.send(peer, encode(Hello(key, reply=False)))
+            while key in self._unanswered:
+                yield
+        finally:
+            self._unanswered.discard(key)
+        return time.monotonic() - started
+
+    def _new_key(self) -> HandoffKey:
+        return HandoffKey(secrets.token_bytes(16), self._incarnation, 0)

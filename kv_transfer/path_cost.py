@@ -1,0 +1,63 @@
+"""What a path between two workers costs, and how many layers one WRITE should carry on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PathCost:
+    """Measured on the way from this worker to a peer.
+
+    Attributes:
+        write_s: seconds that posting a WRITE keeps its thread busy, whatever it carries.
+        descriptor_s: the same for each piece of memory in it.
+        bytes_per_s: how fast the data moves.
+    """
+
+    write_s: float
+    descriptor_s: float
+    bytes_per_s: float
+
+
+def layers_per_group(
+    path: PathCost, num_layers: int, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0
+) -> int:
+    """How many layers one WRITE should carry.
+
+    A prompt's layers are done one after the other, `layer_s` apart, and leave in n = ceil(num_layers / g) groups. After
+    the last layer the prompt still waits for
+
+    * the last group, which could not leave earlier: write_s + g · t, with t = layer_bytes / bytes_per_s;
+    * what is still in the queue, if a group takes longer to leave than to be computed:
+      (n - 1) · (max(write_s, g · t) - g · layer_s), if that is positive.
+
+    Posting also runs in the process, and under the interpreter lock, of the thread that launches the model's kernels.
+    While the GPU has work queued nobody notices; what goes beyond the time in which that thread would have idled,
+    n · write_s - num_layers · slack_s, counts as delay too, if it is positive.
+
+    The first term wants small groups, the others large ones. Where launching takes all of the time (a small prompt) the
+    sum is about n · write_s + g · t, whose minimum lies at g = sqrt(num_layers · write_s / t); where the GPU is what
+    takes the time, only the first term is left, and every layer leaves at once. Descriptors are the same in number for
+    every g and do not matter.
+
+    Args:
+        path: what the way costs.
+        num_layers: layers of the model.
+        layer_bytes: bytes of one layer's part.
+        layer_s: seconds that one layer is computed; 0 when unknown.
+        slack_s: seconds of them in which the thread that launches the kernels is idle.
+
+    Returns:
+        From 1 to `num_layers`; of equally good sizes the largest, which posts least.
+    """
+    transfer_s = layer_bytes / path.bytes_per_s
+
+    def delay(group: int) -> float:
+        writes = -(-num_layers // group)
+        last = path.write_s + group * transfer_s
+        queued = (writes - 1) * (max(path.write_s, group * transfer_s) - group * layer_s) if layer_s > 0 else 0.0
+        noticed = writes * path.write_s - num_layers * slack_s
+        return last + max(0.0, queued) + max(0.0, noticed)
+
+    return min(range(1, num_layers + 1), key=lambda group: (delay(group), -group))
