@@ -1,23 +1,30 @@
-"""A worker as a Ray actor: one process, one worker, one token stream."""
+"""A worker as Ray actors: a process a rank, of which the lead has the one token stream."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
+from cluster.worker_handle import StartProgress
 from kv_transfer.nixl.connector import NixlConnector
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
 from workers.host import WorkerHost, WorkerInfo
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.parallel.channel import LeadChannel, Seat
+from workers.parallel.follower_host import FollowerHost
+
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 30.0
 _REMEMBERED_ABORTS = 4096
 
 
 class WorkerActor:
-    """Runs a `WorkerHost`.
+    """Runs a `WorkerHost`: a worker, or the lead of a worker with several ranks.
 
     Its methods are asynchronous, so that a slow one holds up no other. Ray then starts calls in order except that one
     with a large argument (a long prompt) may be overtaken while the argument travels.
@@ -30,7 +37,8 @@ class WorkerActor:
         self._outputs: list[StepOutput] = []
         self._news = asyncio.Event()
         self._crash: BaseException | None = None
-        self._loaded = (0, 0)
+        self._progress: dict[str, StartProgress] = {}
+        self._channel: LeadChannel | None = None
         self._aborted: OrderedDict[str, None] = OrderedDict()
 
     async def start(self) -> WorkerInfo:
@@ -39,11 +47,25 @@ class WorkerActor:
         return self._host.info
 
     def _build(self) -> WorkerHost:
-        return WorkerHost(self._config, NixlConnector(), self._emit, self._on_crash, self._on_progress)
+        return WorkerHost(
+            self._config,
+            NixlConnector(),
+            self._emit,
+            self._on_crash,
+            lambda done, total: self._on_progress(StartProgress("weights", done, total)),
+            lambda done, total: self._on_progress(StartProgress("graphs", done, total)),
+            self._channel,
+        )
 
-    async def loaded(self) -> tuple[int, int]:
-        """(bytes read, bytes of all weights) so far."""
-        return self._loaded
+    async def seats(self) -> tuple[Seat, ...]:
+        """The places of all ranks, this one's first; to be asked for before the start if there are others."""
+        if self._channel is None:
+            self._channel = LeadChannel(self._config.tensor_parallel_size)
+        return self._channel.seats
+
+    async def progress(self) -> list[StartProgress]:
+        """How far each stage of the start is that has begun."""
+        return list(self._progress.values())
 
     async def submit(self, request: PrefillRequest | DecodeRequest) -> None:
         """See `WorkerHost.submit`. A request whose abort has overtaken it is not started."""
@@ -57,7 +79,7 @@ class WorkerActor:
             self._aborted.popitem(last=False)
         self._started.abort(request_id)
 
-    async def connect(self, peer: EngineInfo) -> None:
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHost.connect`."""
         await asyncio.to_thread(self._started.connect, peer, CONNECT_TIMEOUT_S)
 
@@ -84,6 +106,8 @@ class WorkerActor:
         """End the worker in good order."""
         if self._host is not None:
             await asyncio.to_thread(self._host.close)
+        elif self._channel is not None:
+            self._channel.close()
 
     @property
     def _started(self) -> WorkerHost:
@@ -102,5 +126,46 @@ class WorkerActor:
         self._crash = RuntimeError(f"{self._config.name} crashed: {type(error).__name__}: {error}")
         self._loop.call_soon_threadsafe(self._news.set)
 
-    def _on_progress(self, done: int, total: int) -> None:
-        self._loaded = (done, total)
+    def _on_progress(self, progress: StartProgress) -> None:
+        self._progress[progress.stage] = progress
+
+
+class FollowerActor:
+    """Runs a `FollowerHost`: a rank that does what the worker's lead says. Without its lead its process ends."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._host: FollowerHost | None = None
+
+    async def start(self, seat: Seat) -> None:
+        """Build the rank; returns when the lead knows of it."""
+        self._host = await asyncio.to_thread(FollowerHost, self._config, seat, NixlConnector(), self._on_end)
+
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
+        """See `FollowerHost.connect`."""
+        await asyncio.to_thread(self._started.connect, peer, CONNECT_TIMEOUT_S)
+
+    async def probe(self, engine_id: str) -> float:
+        """See `FollowerHost.probe`."""
+        return await asyncio.to_thread(self._started.probe, engine_id, CONNECT_TIMEOUT_S)
+
+    async def pid(self) -> int:
+        """Of its process."""
+        return os.getpid()
+
+    async def stop(self) -> None:
+        """End the rank in good order; the lead must be told, too."""
+        if self._host is not None:
+            await asyncio.to_thread(self._host.close)
+
+    @property
+    def _started(self) -> FollowerHost:
+        if self._host is None:
+            raise RuntimeError(f"a rank of {self._config.name} has not started")
+        return self._host
+
+    def _on_end(self, error: BaseException | None) -> None:
+        """End the process, if not in good order: the thread that steps may wait in a collective, and never return."""
+        if error is not None:
+            logger.error("a rank of %s ends: %s", self._config.name, error)
+            os._exit(1)

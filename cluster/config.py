@@ -57,16 +57,24 @@ class PoolConfig:
     """A pool of equal workers.
 
     A worker's KV cache has `num_blocks` blocks, or as many as fit in `kv_cache_gb`, or what `gpu_memory_utilization`
-    leaves of a GPU's memory, or a share of the host's.
+    leaves of a GPU's memory, or a share of the host's. Of several ranks each has as many blocks, with its share of the
+    heads.
     """
 
     replicas: int = _setting(1, "workers in the pool", low=1)
-    num_cpus: float = _setting(1.0, "CPUs that Ray reserves for a worker", low=0)
+    tensor_parallel_size: int = _setting(
+        1, "ranks that share the model in a worker, each a process with a device of its own", choices=(1, 2, 4, 8, 16)
+    )
+    num_cpus: float = _setting(1.0, "CPUs that Ray reserves for each rank of a worker", low=0)
     num_gpus: float | None = _setting(
         None,
-        "GPUs that Ray reserves for a worker; default: on cuda 1, or a part where there are too few",
+        "GPUs that Ray reserves for each rank of a worker; default: on cuda 1, or a part where there are too few",
         low=0,
     )
+    resources: Mapping[str, float] | None = _setting(
+        None, "Ray resources of your own for each rank, such as decode=1: its nodes are those that offer them", above=0
+    )
+    labels: Mapping[str, str] | None = _setting(None, "labels that a node must have, such as baton/pool=decode")
     device: str = _setting(
         "auto", "auto, cpu or cuda; auto takes the GPUs that Ray has", choices=("auto", "cpu", "cuda")
     )
@@ -86,6 +94,11 @@ class PoolConfig:
     max_num_seqs: int = _setting(16, "sequences in a batch", low=1)
     max_num_batched_tokens: int = _setting(2048, "tokens computed in one step; longer prompts go in chunks", low=1)
 
+    @property
+    def waits_for_nodes(self) -> bool:
+        """Whether it has nodes of its own kind, which may still come."""
+        return bool(self.resources or self.labels)
+
 
 @dataclass(frozen=True)
 class DecodePoolConfig(PoolConfig):
@@ -99,7 +112,9 @@ class HandoffConfig:
     """How the KV cache travels."""
 
     connector: str = _setting("nixl", "local only within one process", choices=("nixl", "local"))
-    layers_per_group: int = _setting(1, "layers that are sent together", low=1)
+    layers_per_group: int | None = _setting(
+        None, "layers that are sent together; auto: by what sending costs and computing hides", low=1
+    )
     timeout_s: float = _setting(30.0, "a handoff that is not complete by then has failed", above=0)
 
 
@@ -129,6 +144,8 @@ CLIENT_TOKEN_VARIABLE = "BATON_TOKEN"
 CACHE_VARIABLE = "BATON_CACHE_DIR"
 _BACKEND_VARIABLE = "BATON_ATTENTION_BACKEND"
 _PREFIX = "BATON_"
+CUDA_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+_TRANSPORT_PREFIXES = ("UCX_", "NIXL_")
 
 
 def load_config(
@@ -160,6 +177,19 @@ def load_config(
 def client_token(environ: Mapping[str, str] | None = None) -> str | None:
     """The bearer token that client commands send, from BATON_TOKEN; None when it is not set."""
     return (os.environ if environ is None else environ).get(CLIENT_TOKEN_VARIABLE) or None
+
+
+def transport_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that say how KV cache travels: UCX's and NIXL's, and which GPUs there are."""
+    variables = os.environ if environ is None else environ
+    own = {name: value for name, value in variables.items() if name.startswith(_TRANSPORT_PREFIXES)}
+    return own | {name: variables[name] for name in (CUDA_DEVICES_VARIABLE,) if name in variables}
+
+
+def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty when it does not say."""
+    variables = os.environ if environ is None else environ
+    return tuple(name.strip() for name in variables.get(CUDA_DEVICES_VARIABLE, "").split(",") if name.strip())
 
 
 def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -246,7 +276,25 @@ def _checked(config: ServiceConfig) -> ServiceConfig:
     for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
         if pool.num_blocks is not None and pool.kv_cache_gb is not None:
             raise ConfigError(f"both {name}.num_blocks and {name}.kv_cache_gb are set; give one")
+        _check_nodes(name, pool, config.ray.address)
+        if pool.tensor_parallel_size > 1 and config.handoff.connector == "local":
+            raise ConfigError(
+                f"{name}.tensor_parallel_size is {pool.tensor_parallel_size}, it must be 1 with handoff.connector "
+                "local: ranks are processes, and local means one"
+            )
     return config
+
+
+def _check_nodes(name: str, pool: PoolConfig, address: str | None) -> None:
+    """The rules for a pool that has nodes of its own kind."""
+    for key, value in (("resources", pool.resources), ("labels", pool.labels)):
+        if value and address is None:
+            raise ConfigError(
+                f"{name}.{key} is set, but Ray is started on this machine; set ray.address to join a cluster"
+            )
+    for resource, setting in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        if resource in (pool.resources or {}):
+            raise ConfigError(f"{name}.resources has {resource}, which {setting} says")
 
 
 def _with_token(config: ServiceConfig) -> ServiceConfig:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from cluster.errors import WorkerLostError
-from cluster.worker_handle import LoadProgress
+from cluster.worker_handle import LoadProgress, StartProgress
 from kv_transfer.local import LocalConnector, LocalFabric
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
@@ -42,16 +42,20 @@ class InProcessWorker:
                 loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
         def build() -> WorkerHost:
-            connector = LocalConnector(self._fabric, threaded=True)
             return WorkerHost(
-                self._config, connector, deliver, deliver, lambda done, total: progress(self.name, done, total)
+                self._config,
+                LocalConnector(self._fabric, threaded=True),
+                deliver,
+                deliver,
+                lambda done, total: progress(self.name, StartProgress("weights", done, total)),
+                lambda done, total: progress(self.name, StartProgress("graphs", done, total)),
             )
 
         self._building = asyncio.ensure_future(asyncio.to_thread(build))
         self._host = await asyncio.shield(self._building)  # a thread cannot be cancelled: `stop` ends what it built
         return self._host.info
 
-    async def connect(self, peer: EngineInfo) -> None:
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
         await asyncio.to_thread(self._host.connect, peer, _TIMEOUT_S)
 

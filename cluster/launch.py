@@ -7,33 +7,33 @@ import contextlib
 import logging
 import os
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import ray
-import torch
 
-from attention.kv_cache import KVCacheSpec
 from attention.measurements import FILE_NAME
-from cluster.api import ModelInfo, WorkerStatus
+from cluster.api import ModelInfo
 from cluster.config import PoolConfig, ServiceConfig, cache_dir
 from cluster.engine import ServingEngine
 from cluster.generation import Generation
 from cluster.inprocess import InProcessWorker
+from cluster.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.placement import Placement, place_pools
+from cluster.rank_placement import RankResources
 from cluster.ray_worker import RayWorker
 from cluster.recall import SHIPPED_MODEL
+from cluster.start_lines import pool_size, progress_lines, readable_size, worker_line
 from cluster.text.tokenizer import Tokenizer
-from cluster.worker_handle import LoadProgress, WorkerHandle
+from cluster.worker_handle import WorkerHandle
 from kv_transfer.local import LocalFabric
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
 from workers.models.checkpoint import resolve_checkpoint
 from workers.models.config import ModelConfig
-from workers.models.loader import KV_CACHE_DTYPES, model_bytes, resolve_dtype
+from workers.models.loader import model_bytes, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     path = config.model.path or str(SHIPPED_MODEL)
     folder = await asyncio.to_thread(resolve_checkpoint, path)
     model = ModelConfig.from_file(folder)
+    for pool in (config.prefill, config.decode):
+        model.sharded(pool.tensor_parallel_size)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
         if config.handoff.connector == "local":
@@ -82,24 +84,26 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             stack.push_async_callback(asyncio.to_thread, ray.shutdown)
             env = _worker_environment(local)
             spawn = partial(_spawn_actor, env=env)
-            gpus = ray.cluster_resources().get("GPU", 0.0)
+            present = ray.cluster_resources()
+            gpus = gpus_in_sight(config, present)
+            for line in awaited_nodes(config, present):
+                report(line)
         prefill, decode = place_pools(config, gpus)
         dtype = resolve_dtype(config.model.dtype, model)
         engine = ServingEngine(
             _places(config, "prefill", config.prefill, prefill, folder, spawn),
             _places(config, "decode", config.decode, decode, folder, spawn),
             max_queue=config.server.max_queue,
-            progress=_loading_lines(report),
+            progress=progress_lines(report),
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         report(
-            f"loading {folder.name} into {config.prefill.replicas} prefill workers on {prefill.device} and "
-            f"{config.decode.replicas} decode workers on {decode.device}, {_size(model_bytes(model, dtype))} each"
+            f"loading {folder.name} into {pool_size('prefill', config.prefill)} on {prefill.device} and "
+            f"{pool_size('decode', config.decode)} on {decode.device}, {readable_size(model_bytes(model, dtype))} each"
         )
         await engine.start()
-        for worker in engine.workers():
-            pool = config.prefill if worker.role == "prefill" else config.decode
-            report(_worker_line(worker, model, KV_CACHE_DTYPES[pool.kv_cache_dtype] or dtype))
+        for worker in engine.infos():
+            report(worker_line(worker))
         info = ModelInfo(
             name=config.model.served_name or Path(path).name,
             architecture=model.family,
@@ -130,7 +134,7 @@ def _places(
 def _worker_config(
     config: ServiceConfig, role: str, pool: PoolConfig, placement: Placement, folder: Path, number: int
 ) -> WorkerConfig:
-    workers = config.prefill.replicas + config.decode.replicas
+    ranks = sum(pool.replicas * pool.tensor_parallel_size for pool in (config.prefill, config.decode))
     return WorkerConfig(
         name=f"{role}-{number}",
         role=role,
@@ -138,7 +142,8 @@ def _worker_config(
         dtype=config.model.dtype,
         load_format=config.model.load_format,
         device=placement.device,
-        threads=pool.threads or max(1, (os.cpu_count() or 1) // workers),
+        tensor_parallel_size=pool.tensor_parallel_size,
+        threads=pool.threads or max(1, (os.cpu_count() or 1) // ranks),
         attention_backend=pool.attention_backend,
         block_size=placement.block_size,
         num_blocks=pool.num_blocks,
@@ -163,21 +168,15 @@ def _spawn_in_process(
 
 def _spawn_actor(worker: WorkerConfig, pool: PoolConfig, placement: Placement, *, env: dict[str, str]) -> RayWorker:
     threads = {"OMP_NUM_THREADS": str(worker.threads)} if worker.threads else {}
-    return RayWorker(worker, num_cpus=pool.num_cpus, num_gpus=placement.num_gpus, env={**env, **threads})
-
-
-def _worker_line(worker: WorkerStatus, model: ModelConfig, kv_dtype: torch.dtype) -> str:
-    """What a worker that is ready has: its device, its backend and its KV cache."""
-    blocks, size = worker.load.total_blocks, worker.block_size
-    spec = KVCacheSpec(model.num_layers, model.num_kv_heads, model.head_size, size, kv_dtype)
-    return (
-        f"{worker.role} worker {worker.engine_id} on {worker.device}: {worker.attention_backend}, "
-        f"{blocks} KV blocks of {size} tokens ({blocks * size} tokens, {_size(blocks * spec.bytes_per_block)})"
+    resources = RankResources(
+        pool.num_cpus,
+        placement.num_gpus,
+        placement.gpu_by_rank,
+        {**env, **threads},
+        custom=pool.resources or {},
+        labels=pool.labels or {},
     )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    return RayWorker(worker, resources)
 
 
 def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
@@ -186,7 +185,7 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
     Raises:
         ConfigError: the cluster cannot be reached, or cannot hold the workers.
     """
-    needed = sum(pool.replicas * pool.num_cpus for pool in (config.prefill, config.decode))
+    needed = sum(p.replicas * p.tensor_parallel_size * p.num_cpus for p in (config.prefill, config.decode))
     local = config.ray.address is None
     report("starting Ray on this machine" if local else f"joining the Ray cluster at {config.ray.address}")
     _check_reachable(config.ray.address)
@@ -202,10 +201,11 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot reach Ray at {config.ray.address}: {str(error).splitlines()[0]}") from error
-    available = ray.cluster_resources().get("CPU", 0.0)
-    if available < needed:
+    try:
+        check_cpus(config, ray.cluster_resources())
+    except ConfigError:
         ray.shutdown()
-        raise ConfigError(f"the workers need {needed:g} CPUs, the Ray cluster has {available:g}")
+        raise
     return local
 
 
@@ -224,22 +224,6 @@ def _worker_environment(local: bool) -> dict[str, str]:
     """What every worker's process needs. On one machine NIXL listens on the loopback interface only."""
     env = {"NIXL_LOG_LEVEL": "WARN", "TOKENIZERS_PARALLELISM": "false"}
     return {**env, "UCX_NET_DEVICES": "lo"} if local else env
-
-
-def _loading_lines(report: Callable[[str], None]) -> LoadProgress:
-    """Progress of loading as lines, one for every tenth of a worker's weights."""
-    shown: dict[str, int] = {}
-    lock = threading.Lock()
-
-    def progress(name: str, done: int, total: int) -> None:
-        tenth = 10 * done // total if total else 0
-        with lock:
-            if tenth <= shown.get(name, 0):
-                return
-            shown[name] = tenth
-        report(f"{name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB of weights")
-
-    return progress
 
 
 async def _stop_within(engine: ServingEngine, timeout_s: float) -> None:

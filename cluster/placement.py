@@ -22,22 +22,25 @@ class Placement:
 
     Attributes:
         device: cpu or cuda.
-        num_gpus: that Ray reserves for each worker.
-        gpu_memory_utilization: share of a GPU's memory that each worker may use.
+        num_gpus: that Ray reserves for each rank of a worker.
+        gpu_memory_utilization: share of a GPU's memory that each rank may use.
         block_size: tokens in a KV block.
+        gpu_by_rank: rank i runs on GPU i: Ray might put two ranks that take a part of a GPU each on the same one.
     """
 
     device: str
     num_gpus: float
     gpu_memory_utilization: float
     block_size: int
+    gpu_by_rank: bool = False
 
 
 def place_pools(config: ServiceConfig, gpus: float | None) -> tuple[Placement, Placement]:
     """Decide for the prefill and the decode pool.
 
-    A pool on `auto` takes GPUs if every worker that wants one gets its `num_gpus`. Where that is not set it is 1, or,
-    where there are GPUs but fewer than workers, an equal part, with the same part of the memory.
+    A pool on `auto` takes GPUs if every rank of every worker that wants one gets its `num_gpus`. Where that is not set
+    it is 1, or, where there are GPUs but fewer than ranks, an equal part, with the same part of the memory. Workers of
+    several ranks share GPUs only where each has a rank on every GPU.
 
     Args:
         config: the service's.
@@ -50,7 +53,7 @@ def place_pools(config: ServiceConfig, gpus: float | None) -> tuple[Placement, P
     forced = {name: pool for name, pool in pools.items() if pool.device == "cuda"}
     willing = {name: pool for name, pool in pools.items() if pool.device != "cpu"}
     if gpus is None:
-        on_gpu, part = forced, 1 / max(1, sum(pool.replicas for pool in forced.values()))
+        on_gpu, part = forced, 1 / max(1, sum(_ranks(pool) for pool in forced.values()))
     else:
         on_gpu, part = _fitting(willing, forced, gpus)
     block_size = _BLOCK_SIZE["cuda" if len(on_gpu) == len(pools) else "cpu"]
@@ -68,24 +71,45 @@ def _fitting(
         part = _part(pools.values(), gpus)
         if part is not None:
             return pools, part
-    needed = sum(pool.replicas * (1.0 if pool.num_gpus is None else pool.num_gpus) for pool in forced.values())
+        if gpus >= 1 and any(pool.tensor_parallel_size > 1 for pool in pools.values()):
+            raise ConfigError(_too_few_for_ranks(pools, gpus))
+    needed = sum(_ranks(pool) * (1.0 if pool.num_gpus is None else pool.num_gpus) for pool in forced.values())
     raise ConfigError(
         f"the workers need {needed:g} GPUs, the Ray cluster has {gpus:g}; set device to cpu, or num_gpus below 1 so "
         "that workers share a GPU"
     )
 
 
+def _ranks(pool: PoolConfig) -> int:
+    return pool.replicas * pool.tensor_parallel_size
+
+
+def _too_few_for_ranks(pools: dict[str, PoolConfig], gpus: float) -> str:
+    needed = sum(_ranks(pool) * (1.0 if pool.num_gpus is None else pool.num_gpus) for pool in pools.values())
+    sizes = " and ".join(f"{pool.replicas} × {pool.tensor_parallel_size} for {name}" for name, pool in pools.items())
+    return (
+        f"the workers' ranks need {needed:g} GPUs ({sizes}), the Ray cluster has {gpus:g}; lower replicas or "
+        "tensor_parallel_size, set device to cpu, or let workers share all GPUs: tensor_parallel_size equal to their "
+        "number, and num_gpus below 1"
+    )
+
+
 def _part(pools: Collection[PoolConfig], gpus: float) -> float | None:
-    """The part of a GPU for each worker whose `num_gpus` is open; None when the GPUs do not suffice."""
-    left = gpus - sum(pool.replicas * pool.num_gpus for pool in pools if pool.num_gpus is not None)
-    workers = sum(pool.replicas for pool in pools if pool.num_gpus is None)
+    """The part of a GPU for each rank whose `num_gpus` is open; None when the GPUs do not suffice."""
+    left = gpus - sum(_ranks(pool) * pool.num_gpus for pool in pools if pool.num_gpus is not None)
+    ranks = sum(_ranks(pool) for pool in pools if pool.num_gpus is None)
     if left < 0:
         return None
-    if workers <= left:
-        return 1.0
-    if left < 1:
+    part = 1.0
+    if ranks > left:
+        if left < 1:
+            return None
+        part = math.floor(_PRECISION / math.ceil(ranks / math.floor(left))) / _PRECISION
+    shares = [part if pool.num_gpus is None else pool.num_gpus for pool in pools]
+    sharing = any(share < 1 and pool.tensor_parallel_size > 1 for share, pool in zip(shares, pools, strict=True))
+    if sharing and any(pool.tensor_parallel_size != math.floor(gpus) for pool in pools):
         return None
-    return math.floor(_PRECISION / math.ceil(workers / math.floor(left))) / _PRECISION
+    return part
 
 
 def _placement(pool: PoolConfig, device: str, part: float, block_size: int) -> Placement:
@@ -97,4 +121,5 @@ def _placement(pool: PoolConfig, device: str, part: float, block_size: int) -> P
         num_gpus,
         utilization if utilization is not None else GPU_MEMORY_UTILIZATION * shared,
         pool.block_size if pool.block_size is not None else block_size,
+        gpu_by_rank=pool.tensor_parallel_size > 1 and 0 < num_gpus < 1,
     )

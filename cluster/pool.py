@@ -80,7 +80,7 @@ class WorkerPools:
         *,
         on_output: Callable[[StepOutput], None],
         on_change: Callable[[str | None], None],
-        progress: LoadProgress = lambda name, done, total: None,
+        progress: LoadProgress = lambda name, progress: None,
     ) -> None:
         self._on_output = on_output
         self._on_change = on_change
@@ -92,6 +92,10 @@ class WorkerPools:
     def pool(self, role: str) -> list[Member]:
         """The members of one pool."""
         return [member for member in self.members if member.handle.role == role]
+
+    def infos(self) -> list[WorkerInfo]:
+        """What each worker that has started said of itself, prefill first."""
+        return [member.info for member in self.members if member.info is not None]
 
     def find(self, engine_id: str) -> Member | None:
         """The member that holds this engine now."""
@@ -165,8 +169,8 @@ class WorkerPools:
     async def _meet(self, one: Member, other: Member) -> None:
         assert one.info is not None
         assert other.info is not None
-        await one.handle.connect(other.info.engine)
-        await other.handle.connect(one.info.engine)
+        await one.handle.connect(other.info.engines)
+        await other.handle.connect(one.info.engines)
         seconds = await one.handle.probe(other.engine_id)
         logger.info("%s and %s: round trip %.1f ms", one.engine_id, other.engine_id, seconds * 1e3)
 

@@ -1,17 +1,18 @@
-"""The gateway's handle on a worker that is a Ray actor."""
+"""The gateway's handle on a worker that is a Ray actor, or one a rank."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cluster.actors import WorkerActor
+from cluster.actors import FollowerActor, WorkerActor
 from cluster.errors import WorkerLostError
+from cluster.rank_placement import RankPlacement, RankResources
 from cluster.worker_handle import LoadProgress
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
@@ -23,77 +24,94 @@ _STOP_TIMEOUT_S = 5.0
 
 
 class RayWorker:
-    """A `WorkerHandle` over a Ray actor, created at once and started by `start`.
+    """A `WorkerHandle` over Ray actors, created at once and started by `start`.
+
+    Requests go to the lead, which passes them on; peers are met by every rank. The ranks live and die together: when
+    one is lost the lead's output ends, and `stop` ends them all.
 
     Args:
         config: the worker's.
-        num_cpus: CPUs that Ray reserves for it.
-        num_gpus: GPUs that Ray reserves for it.
-        env: environment of its process.
+        resources: what each rank gets.
     """
 
-    def __init__(self, config: WorkerConfig, *, num_cpus: float, num_gpus: float, env: Mapping[str, str]) -> None:
+    def __init__(self, config: WorkerConfig, resources: RankResources) -> None:
         self.name = config.name
         self.role = config.role
-        self._actor: Any = (
-            ray.remote(WorkerActor)
-            .options(
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                max_restarts=0,
-                max_concurrency=1000,
-                runtime_env={"env_vars": dict(env)},
-            )
-            .remote(config)
-        )
+        self._lost = False
+        self._placement = RankPlacement(config.name, config.tensor_parallel_size, resources)
+        self._lead: Any = self._placement.create(WorkerActor, 0, config)
+        self._followers: list[Any] = [
+            self._placement.create(FollowerActor, rank, config) for rank in range(1, config.tensor_parallel_size)
+        ]
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """See `WorkerHandle.start`."""
-        started = asyncio.ensure_future(self._call(self._actor.start.remote()))
-        while not started.done():
-            await asyncio.wait([started], timeout=_PROGRESS_INTERVAL_S)
-            if not started.done():
+        await self._placement.wait()
+        seats = (await self._call(self._lead.seats.remote()))[1:] if self._followers else ()
+        starts = [asyncio.ensure_future(self._call(self._lead.start.remote()))]
+        for follower, seat in zip(self._followers, seats, strict=True):
+            starts.append(asyncio.ensure_future(self._call(follower.start.remote(seat))))
+        try:
+            while not await _all_done(starts, _PROGRESS_INTERVAL_S):
                 with contextlib.suppress(WorkerLostError):
-                    progress(self.name, *await self._call(self._actor.loaded.remote()))
-        info: WorkerInfo = started.result()
+                    for stage in await self._call(self._lead.progress.remote()):
+                        progress(self.name, stage)
+        finally:
+            for start in starts:
+                start.cancel()  # one has failed: the others wait for it in vain, and `stop` ends them
+        with contextlib.suppress(WorkerLostError):
+            for stage in await self._call(self._lead.progress.remote()):
+                progress(self.name, stage)
+        info: WorkerInfo = starts[0].result()
         return info
 
-    async def connect(self, peer: EngineInfo) -> None:
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
-        await self._call(self._actor.connect.remote(peer))
+        await asyncio.gather(*(self._call(rank.connect.remote(peer)) for rank in (self._lead, *self._followers)))
 
     async def probe(self, engine_id: str) -> float:
-        """See `WorkerHandle.probe`."""
-        return float(await self._call(self._actor.probe.remote(engine_id)))
+        """See `WorkerHandle.probe`; of the slowest rank."""
+        probes = (self._call(rank.probe.remote(engine_id)) for rank in (self._lead, *self._followers))
+        return float(max(await asyncio.gather(*probes)))
 
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
         """See `WorkerHandle.submit`."""
-        self._actor.submit.remote(request)
+        self._lead.submit.remote(request)
 
     def abort(self, request_id: str) -> None:
         """See `WorkerHandle.abort`."""
-        self._actor.abort.remote(request_id)
+        self._lead.abort.remote(request_id)
 
     def disconnect(self, engine_id: str) -> None:
         """See `WorkerHandle.disconnect`."""
-        self._actor.disconnect.remote(engine_id)
+        self._lead.disconnect.remote(engine_id)
+
+    async def rank_pids(self) -> list[int]:
+        """The followers' processes, in order of rank; the lead's is in its `WorkerInfo`."""
+        return [int(await self._call(follower.pid.remote())) for follower in self._followers]
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """See `WorkerHandle.outputs`."""
-        stream = self._actor.outputs.options(num_returns="streaming").remote()
+        stream = self._lead.outputs.options(num_returns="streaming").remote()
         try:
             async for ref in stream:
                 yield await ref
         except RayError as error:
+            self._lost = True
             raise WorkerLostError(f"{self.name} is gone: {_first_line(error)}") from error
         raise WorkerLostError(f"{self.name} ended its output")
 
     async def stop(self) -> None:
         """See `WorkerHandle.stop`."""
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._actor.stop.remote(), _STOP_TIMEOUT_S)
-        with contextlib.suppress(Exception):
-            ray.kill(self._actor)
+        ranks = (self._lead, *self._followers)
+        if not self._lost:  # of a worker that is lost, ranks may be waiting for each other: they end as they are
+            stops = asyncio.gather(*(rank.stop.remote() for rank in ranks), return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(stops, _STOP_TIMEOUT_S)
+        for rank in ranks:
+            with contextlib.suppress(Exception):
+                ray.kill(rank)
+        self._placement.remove()
 
     async def _call(self, ref: Any) -> Any:
         """Await a call; what the worker raised is raised here, a dead worker is a `WorkerLostError`."""
@@ -103,6 +121,15 @@ class RayWorker:
             raise error.cause from None
         except RayActorError as error:
             raise WorkerLostError(f"{self.name} is gone: {_first_line(error)}") from error
+
+
+async def _all_done(tasks: Sequence[asyncio.Future[Any]], timeout_s: float) -> bool:
+    """Whether all have ended well, after so long at most; raises what the first one that failed has raised."""
+    done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        if task in done:
+            task.result()
+    return not pending
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from cluster.pair_settings import describe_pairs, is_pairs, normal_pairs, parse_pairs
 from workers.errors import ConfigError
 
 T = TypeVar("T")
@@ -16,6 +17,8 @@ T = TypeVar("T")
 _TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NONE = ("", "none", "null", "~")
+_AUTO = "auto"
+"""Another way to leave an optional number open."""
 
 
 def check_key(key: str, known: Iterable[str], what: str = "configuration key") -> None:
@@ -41,9 +44,11 @@ def parse_text(key: str, cls: type[Any], name: str, text: str) -> Any:
     """
     kind, optional = _kind_of(cls, name)
     stripped = text.strip()
-    if optional and stripped.lower() in _NONE:
+    if optional and (stripped.lower() in _NONE or (kind is not str and stripped.lower() == _AUTO)):
         return None
     try:
+        if is_pairs(kind):
+            return parse_pairs(kind, stripped)
         if kind is bool:
             return _BOOLS[stripped.lower()]
         return text if kind is str else kind(stripped)
@@ -65,20 +70,32 @@ def build(section: str, cls: type[T], values: Mapping[str, Any]) -> T:
 
 def _check_value(key: str, cls: type[Any], setting: Field[Any], value: Any) -> Any:
     kind, optional = _kind_of(cls, setting.name)
-    if value is None and optional:
+    if optional and (value is None or (kind is not str and value == _AUTO)):
         return None
+    if is_pairs(kind):
+        return _check_pairs(key, cls, setting, value)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(_wrong_type(key, cls, setting.name, value))
     rules = setting.metadata
     if "choices" in rules and value not in rules["choices"]:
-        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(rules['choices'])}")
+        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(map(str, rules['choices']))}")
     if kind is str and not value.strip():
         raise ConfigError(f"{key} is empty")
     if kind in (int, float):
         _check_range(key, value, rules)
     return value
+
+
+def _check_pairs(key: str, cls: type[Any], setting: Field[Any], value: Any) -> dict[str, Any]:
+    pairs = normal_pairs(_kind_of(cls, setting.name)[0], value)
+    if pairs is None:
+        raise ConfigError(_wrong_type(key, cls, setting.name, value))
+    for name, amount in pairs.items():
+        if isinstance(amount, float):
+            _check_range(f"{key}.{name}", amount, setting.metadata)
+    return pairs
 
 
 def _check_range(key: str, value: float, rules: Mapping[str, Any]) -> None:
@@ -103,4 +120,5 @@ def _kind_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
 def _wrong_type(key: str, cls: type[Any], name: str, value: object) -> str:
     kind, optional = _kind_of(cls, name)
     hint = " (put it in quotes)" if kind is str and isinstance(value, int | float) else ""
-    return f"{key} is {value!r}, it must be {_TYPE_NAMES[kind]}{' or null' if optional else ''}{hint}"
+    what = describe_pairs(kind) if is_pairs(kind) else _TYPE_NAMES[kind]
+    return f"{key} is {value!r}, it must be {what}{' or null' if optional else ''}{hint}"

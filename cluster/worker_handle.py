@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from kv_transfer.transport import EngineInfo
 from workers.host import WorkerInfo
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
 
-LoadProgress = Callable[[str, int, int], None]
-"""Told of (worker's name, bytes read, bytes of all weights) while it loads."""
+
+@dataclass(frozen=True)
+class StartProgress:
+    """How far a worker's start is.
+
+    Attributes:
+        stage: what it does: reads weights, counted in bytes, or captures CUDA graphs.
+        done: so much.
+        total: of so much.
+    """
+
+    stage: Literal["weights", "graphs"]
+    done: int
+    total: int
+
+
+LoadProgress = Callable[[str, StartProgress], None]
+"""Told of a worker, by name, and how far its start is."""
 
 
 class WorkerHandle(Protocol):
@@ -29,8 +46,8 @@ class WorkerHandle(Protocol):
         """
         ...
 
-    async def connect(self, peer: EngineInfo) -> None:
-        """Make a peer known.
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
+        """Make a peer known, by all of its ranks, the lead's first.
 
         Raises:
             LayoutMismatchError: its KV cache is laid out differently.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from workers.block_manager import blocks_for
 from workers.decode_runner import DecodeRunner
 from workers.model_runner import ModelRunner, Row
+from workers.sampling.params import SamplingParams
+from workers.sampling.state import SamplingState
 
 _PREFILL_LENGTHS = (32, 128, 512, 2048)
 _DECODE_BATCHES = (1, 4, 16, 64)
@@ -39,13 +41,18 @@ class Capability:
         return _interpolate(self.decode, batch_size)
 
 
-def measure_prefill(runner: ModelRunner, *, max_tokens: int, budget_s: float = 1.5) -> Capability:
+Agree = Callable[[float], float]
+"""Turns seconds that a rank has measured into what all ranks of the worker go by: they must measure equally often."""
+
+
+def measure_prefill(runner: ModelRunner, *, max_tokens: int, budget_s: float = 1.5, agree: Agree = float) -> Capability:
     """Time one prompt on this device, longer and longer until the budget is spent. Overwrites cache blocks: call first.
 
     Args:
         runner: the model; it is warm afterwards.
         max_tokens: the longest prompt to try.
-        budget_s: no longer one is tried after this many seconds; the first one always is.
+        budget_s: no longer one is tried after so many seconds of trying; the first one always is.
+        agree: between ranks.
     """
     capacity = runner.kv_cache.shape[1] * runner.block_size
     smallest = min(_PREFILL_LENGTHS[0], max_tokens, capacity)
@@ -55,11 +62,18 @@ def measure_prefill(runner: ModelRunner, *, max_tokens: int, budget_s: float = 1
         rows = _prompt(runner, size)
         return _seconds(lambda: runner.forward(rows).argmax(-1).tolist())
 
-    return Capability(prefill=_measure(sizes, run, budget_s))
+    return Capability(prefill=_measure(sizes, run, budget_s, agree))
 
 
 def measure_decode(
-    decoder: DecodeRunner[Any], *, num_blocks: int, block_size: int, max_num_seqs: int, budget_s: float = 1.5
+    decoder: DecodeRunner[Any],
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    budget_s: float = 1.5,
+    agree: Agree = float,
 ) -> Capability:
     """Time a decode step on this device, larger and larger batches until the budget is spent. Overwrites cache blocks.
 
@@ -68,24 +82,34 @@ def measure_decode(
         num_blocks: of its cache.
         block_size: tokens in a block.
         max_num_seqs: the largest batch to try.
-        budget_s: no larger one is tried after this many seconds; the first one always is.
+        max_model_len: tokens that a sequence may have; where it is short, fewer steps are timed in a row, and none
+            where no token can follow a prompt.
+        budget_s: no larger one is tried after so many seconds of trying; the first one always is.
+        agree: between ranks.
     """
-    blocks_each = blocks_for(_PROBE_TOKENS + _STEPS_IN_A_ROW, block_size)
+    steps = min(_STEPS_IN_A_ROW, max_model_len - _PROBE_TOKENS + 1)
+    if steps < 1:
+        return Capability()
+    blocks_each = blocks_for(_PROBE_TOKENS + steps - 1, block_size)
 
     def run(size: int) -> float:
         batch = [_Probe([block] * blocks_each) for block in range(size)]
 
         def launch_all() -> None:
-            for _ in range(_STEPS_IN_A_ROW):
+            for _ in range(steps):
                 launched = decoder.launch(batch)
                 for probe in batch:
                     probe.num_scheduled, probe.last_token = probe.num_scheduled + 1, None
-            launched.greedy.tolist()
+            launched.sampled.token_ids()
 
-        return _seconds(launch_all) / _STEPS_IN_A_ROW
+        return _seconds(launch_all) / steps
 
     sizes = [n for n in _DECODE_BATCHES if n == 1 or n <= min(max_num_seqs, num_blocks)]
-    return Capability(decode=_measure(sizes, run, budget_s))
+    return Capability(decode=_measure(sizes, run, budget_s, agree))
+
+
+_GREEDY = SamplingState(SamplingParams(temperature=0.0, seed=0), (0,), frozenset(), _PROBE_TOKENS)
+"""As decode's sampler sees every probe; nothing changes it."""
 
 
 @dataclass(eq=False)
@@ -95,22 +119,27 @@ class _Probe:
     blocks: list[int]
     num_scheduled: int = _PROBE_TOKENS
     last_token: int | None = 0
+    state: SamplingState = field(default_factory=lambda: _GREEDY)
 
 
-def _measure(sizes: Sequence[int], run: Callable[[int], float], budget_s: float) -> tuple[tuple[int, float], ...]:
+def _measure(
+    sizes: Sequence[int], run: Callable[[int], float], budget_s: float, agree: Agree
+) -> tuple[tuple[int, float], ...]:
     """(size, seconds) for sizes in order, until the budget is spent.
 
     The quickest of a few runs counts: the first ones are cold, and whatever else the machine does only ever slows one
-    down. Short runs, which a neighbour distorts most, are repeated more often.
+    down. Short runs, which a neighbour distorts most, are repeated more often. Nothing here looks at a rank's own clock
+    but through `agree`.
     """
-    started = time.monotonic()
+    spent = 0.0
     points: list[tuple[int, float]] = []
     for size in sizes:
         times: list[float] = []
         while len(times) < _MIN_REPEATS or (len(times) < _MAX_REPEATS and sum(times) < _ENOUGH_S):
-            times.append(run(size))
+            times.append(agree(run(size)))
         points.append((size, min(times)))
-        if time.monotonic() - started > budget_s:
+        spent += sum(times)
+        if spent > budget_s:
             break
     return tuple(points)
 

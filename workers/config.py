@@ -16,6 +16,7 @@ class WorkerConfig:
         dtype: auto, float32, bfloat16 or float16.
         load_format: auto reads the weights; dummy makes random ones.
         device: "cpu" or "cuda".
+        tensor_parallel_size: ranks that share the model, each a process with a device of its own.
         threads: CPU threads for torch; None leaves torch's default.
         attention_backend: by name; None chooses.
         block_size: tokens in a KV block.
@@ -28,7 +29,7 @@ class WorkerConfig:
         max_model_len: tokens of prompt and output together; None takes the model's own.
         max_num_seqs: sequences in one batch.
         max_num_batched_tokens: token budget of one prefill step.
-        layers_per_group: layers that one WRITE carries.
+        layers_per_group: layers that one WRITE carries; None chooses for every prompt and path.
         handoff_timeout_s: a handoff that takes longer than this after prefill has ended has failed.
     """
 
@@ -38,6 +39,7 @@ class WorkerConfig:
     dtype: str = "auto"
     load_format: str = "auto"
     device: str = "cpu"
+    tensor_parallel_size: int = 1
     threads: int | None = None
     attention_backend: str | None = None
     block_size: int = 16
@@ -50,5 +52,5 @@ class WorkerConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
-    layers_per_group: int = 1
+    layers_per_group: int | None = None
     handoff_timeout_s: float = 30.0

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 _CONTEXT_LIMIT = 1536 * 2**20
-_KEPT_FREE = 512 * 2**20
+_LATER = 768 * 2**20
+"""Kept for what a worker takes after its cache: CUDA graphs, kernels that are loaded at their first call, what choosing
+tokens takes beside the logits."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,17 @@ class GpuMemory:
 
     @property
     def own(self) -> int:
-        """All that this process needs at its busiest, the KV cache aside."""
+        """All that this process needs in its largest batches, the KV cache aside."""
         return self.peak + self.context
 
     def share(self, utilization: float) -> int:
         """What is left for a KV cache of the process's share of the card; negative when the share is too small."""
-        return int(self.total * utilization) - self.own
+        return int(self.total * utilization) - self.own - _LATER
 
     @property
     def available(self) -> int:
         """What a KV cache can take of the memory that is really free, whatever the share."""
-        return self.free - (self.peak - self.reserved) - _KEPT_FREE
+        return self.free - (self.peak - self.reserved) - _LATER
 
 
 def measure_gpu_memory(device: str, run: Callable[[], object] | None = None) -> GpuMemory:

@@ -1,29 +1,26 @@
-"""One worker, whole: model, cache, connector and loop, built from its configuration."""
+"""One worker, whole, from its configuration: put together, given a thread, and leading its other ranks if any."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import torch
-
-from attention.spec import Phase
 from kv_transfer.connector import KVConnector
 from kv_transfer.transport import EngineInfo
-from workers.capability import Capability, measure_decode, measure_prefill
+from workers.assembly import AssembledWorker, Progress, WorkerMemory, assemble_worker
+from workers.capability import Capability
+from workers.commands import Abort, Alone, Disconnect, Submit
 from workers.config import WorkerConfig
-from workers.decode import DecodeWorker
-from workers.errors import ConfigError
-from workers.kv_memory import allocate_kv_cache, kv_layout
-from workers.largest_batches import largest_batches_of
 from workers.loop import WorkerLoop
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
-from workers.model_runner import ModelRunner
-from workers.models.decoder import Decoder
-from workers.models.loader import load_model
-from workers.prefill import PrefillWorker
+from workers.parallel.agreed_connector import AgreedConnector
+from workers.parallel.channel import LeadChannel
+from workers.parallel.group import join_group
+from workers.parallel.lockstep import Lead
+from workers.parallel.replica import Replica, StepClock
+
+_FOLLOWERS_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -33,19 +30,20 @@ class WorkerInfo:
     Attributes:
         name: such as "prefill-0".
         role: "prefill" or "decode".
-        engine: how its peers reach it.
+        engines: how its peers reach it, one a rank, the lead's first: the worker goes by the lead's engine id.
         device: such as "cpu" or the card's name.
         attention_backend: the chosen one.
         max_model_len: context window, tokens.
         max_num_seqs: sequences that it takes at once.
         num_blocks: of its KV cache.
         capability: measured on its device.
-        pid: of its process.
+        pid: of its process; of several ranks, the lead's.
+        memory: what it takes on its device; of several ranks, on each one's.
     """
 
     name: str
     role: str
-    engine: EngineInfo
+    engines: tuple[EngineInfo, ...]
     device: str
     attention_backend: str
     max_model_len: int
@@ -53,22 +51,33 @@ class WorkerInfo:
     num_blocks: int
     capability: Capability
     pid: int
+    memory: WorkerMemory = field(default_factory=WorkerMemory)
+
+    @property
+    def engine(self) -> EngineInfo:
+        """Whose engine id the worker goes by."""
+        return self.engines[0]
 
 
 class WorkerHost:
     """Builds a worker and runs it on a thread of its own.
 
+    With more than one rank this is the lead, and every other rank has a `FollowerHost` in a process of its own.
+
     Args:
         config: the worker's.
         connector: new; the host registers the cache with it and closes it.
         emit: takes each step's output, on the worker's thread.
-        on_crash: told of an unexpected error in the worker.
+        on_crash: told of an unexpected error in the worker, or of a rank that is gone.
         progress: told of (bytes read, bytes of all weights) while loading.
         capture_progress: told of (CUDA graphs captured, all of them) while a decode worker on a GPU captures its steps.
+        channel: to the other ranks; None: there are none.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
         ConfigError: the configuration does not fit the model or the machine.
+        TensorParallelError: a rank does not come.
+        ValueError: the channel is for another number of ranks than the configuration.
     """
 
     def __init__(
@@ -77,44 +86,38 @@ class WorkerHost:
         connector: KVConnector,
         emit: Callable[[StepOutput], None],
         on_crash: Callable[[BaseException], None],
-        progress: Callable[[int, int], None] | None = None,
-        capture_progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
+        capture_progress: Progress | None = None,
+        channel: LeadChannel | None = None,
     ) -> None:
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        model = load_model(
-            config.model,
-            config.dtype,
-            config.device,
-            config.block_size,
-            config.attention_backend,
-            progress,
-            config.load_format,
-            phase=Phase(config.role),
-            kv_cache_dtype=config.kv_cache_dtype,
-            measurements=Path(config.attention_measurements) if config.attention_measurements else None,
-        )
-        spec, max_model_len = model.kv_cache_spec, resolve_max_model_len(config, model)
-        profile = largest_batches_of(model, config, max_model_len)
-        runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len, profile))
-        worker = _worker(config, max_model_len, runner, connector, capture_progress)
-        capability = _measure(worker, runner, config, max_model_len)
+        size = 1 if channel is None else len(channel.seats)
+        if size != config.tensor_parallel_size:
+            raise ValueError(f"{config.name}: seats for {size} ranks, it has {config.tensor_parallel_size}")
         self._connector = connector
-        engine = connector.register_kv_caches(config.name, runner.kv_cache, kv_layout(spec))
-        self.info = WorkerInfo(
-            config.name,
-            config.role,
-            engine,
-            torch.cuda.get_device_name() if config.device == "cuda" else config.device,
-            model.backend.name,
-            max_model_len,
-            config.max_num_seqs,
-            runner.kv_cache.shape[1],
-            capability,
-            os.getpid(),
-        )
-        self._loop = WorkerLoop(engine.engine_id, worker, emit, on_crash)
-        connector.set_listener(self._loop.wake)
+        self._channel = channel
+        if channel is None:
+            built = assemble_worker(config, connector, load_progress=progress, capture_progress=capture_progress)
+            self.info = _info(config, built, (built.engine,))
+            self._worker: Alone | Lead = Alone(built.worker)
+        else:
+            self._connector = connector = AgreedConnector(connector, rank=0)
+            seat, clock = channel.seats[0], StepClock()
+            built = assemble_worker(
+                config,
+                connector,
+                group=join_group(0, size, seat.address, config.device),
+                clock=clock,
+                load_progress=progress,
+                capture_progress=capture_progress,
+            )
+            followers = channel.accept(_FOLLOWERS_TIMEOUT_S)
+            self.info = _info(config, built, (built.engine, *(followers[rank] for rank in range(1, size))))
+            self._worker = Lead(Replica(built.worker, connector, clock), connector, channel, size, on_crash)
+        self._loop = WorkerLoop(built.engine.engine_id, self._worker, emit, on_crash)
+        if isinstance(self._worker, Lead):
+            self._worker.listen(self._loop.wake)
+        else:
+            connector.set_listener(self._loop.wake)
         self._loop.start()
 
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
@@ -125,22 +128,15 @@ class WorkerHost:
         """
         if isinstance(request, PrefillRequest) != (self.info.role == "prefill"):
             raise TypeError(f"{type(request).__name__} sent to {self.info.name}")
-
-        def deliver(worker: PrefillWorker | DecodeWorker) -> None:
-            if isinstance(worker, PrefillWorker) and isinstance(request, PrefillRequest):
-                worker.add(request)
-            elif isinstance(worker, DecodeWorker) and isinstance(request, DecodeRequest):
-                worker.reserve(request)
-
-        self._loop.post(deliver)
+        self._loop.post(lambda worker: worker.take(Submit(request)))
 
     def abort(self, request_id: str) -> None:
         """Stop a request."""
-        self._loop.post(lambda worker: worker.abort(request_id))
+        self._loop.post(lambda worker: worker.take(Abort(request_id)))
 
-    def connect(self, peer: EngineInfo, timeout_s: float) -> None:
-        """Meet a peer; see `KVConnector.connect`."""
-        self._connector.connect(peer, timeout_s)
+    def connect(self, peer: Sequence[EngineInfo], timeout_s: float) -> None:
+        """Meet a peer, all of whose ranks are given, its lead first; see `KVConnector.connect`."""
+        introduce(self._connector, peer, timeout_s)
 
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """Prove the path to a peer; see `KVConnector.probe`."""
@@ -148,64 +144,35 @@ class WorkerHost:
 
     def disconnect(self, engine_id: str) -> None:
         """A peer's process is gone."""
-        self._loop.post(lambda worker: worker.disconnect(engine_id))
+        self._loop.post(lambda worker: worker.take(Disconnect(engine_id)))
 
     def close(self) -> None:
-        """Stop the loop, then the connector."""
+        """Stop the loop, then the followers, then the connector."""
         self._loop.stop()
+        if self._channel is not None:
+            self._channel.close()
         self._connector.close()
 
 
-def resolve_max_model_len(config: WorkerConfig, model: Decoder) -> int:
-    """The context window.
-
-    Raises:
-        ConfigError: longer than the model's positions.
-    """
-    limit = model.config.max_position_embeddings
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ConfigError(f"model.max_model_len is {config.max_model_len}, the model has {limit} positions")
-    return config.max_model_len
+def introduce(connector: KVConnector, peer: Sequence[EngineInfo], timeout_s: float) -> None:
+    """Meet a peer on one rank; see `AgreedConnector.introduce`."""
+    if isinstance(connector, AgreedConnector):
+        connector.introduce(peer, timeout_s)
+    else:
+        connector.connect(peer[0], timeout_s)  # a peer of several ranks has another layout, and is refused for it
 
 
-def _worker(
-    config: WorkerConfig,
-    max_model_len: int,
-    runner: ModelRunner,
-    connector: KVConnector,
-    capture_progress: Callable[[int, int], None] | None,
-) -> PrefillWorker | DecodeWorker:
-    if config.role == "decode":
-        return DecodeWorker(
-            runner,
-            connector,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=max_model_len,
-            enforce_eager=config.enforce_eager,
-            progress=capture_progress,
-        )
-    return PrefillWorker(
-        runner,
-        connector,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        layers_per_group=config.layers_per_group,
-        handoff_timeout_s=config.handoff_timeout_s,
-    )
-
-
-def _measure(
-    worker: PrefillWorker | DecodeWorker, runner: ModelRunner, config: WorkerConfig, max_model_len: int
-) -> Capability:
-    """What the new worker can do; it has no peers yet, so nobody minds what is in its cache."""
-    if isinstance(worker, PrefillWorker):
-        return measure_prefill(runner, max_tokens=min(max_model_len, config.max_num_batched_tokens))
-    return measure_decode(
-        worker.decoder,
-        num_blocks=runner.kv_cache.shape[1],
-        block_size=runner.block_size,
-        max_num_seqs=config.max_num_seqs,
+def _info(config: WorkerConfig, built: AssembledWorker, engines: tuple[EngineInfo, ...]) -> WorkerInfo:
+    return WorkerInfo(
+        config.name,
+        config.role,
+        engines,
+        built.device_name if len(engines) == 1 else f"{len(engines)} × {built.device_name}",
+        built.attention_backend,
+        built.max_model_len,
+        config.max_num_seqs,
+        built.num_blocks,
+        built.capability,
+        os.getpid(),
+        built.memory,
     )

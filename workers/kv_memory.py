@@ -45,8 +45,8 @@ class KVCachePlan:
         return f"model {_gb(gpu.allocated)}, activations {_gb(gpu.activations)}, CUDA {_gb(gpu.context)}, {cache}"
 
 
-def kv_layout(spec: KVCacheSpec) -> KVLayout:
-    """The cache as two workers compare it when they meet."""
+def kv_layout(spec: KVCacheSpec, tp_size: int = 1) -> KVLayout:
+    """The cache of one of `tp_size` ranks as two workers compare it when they meet."""
     return KVLayout(
         kind="mha",
         num_layers=spec.num_layers,
@@ -54,24 +54,33 @@ def kv_layout(spec: KVCacheSpec) -> KVLayout:
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         dtype=str(spec.dtype).removeprefix("torch."),
+        tp_size=tp_size,
     )
 
 
 def allocate_kv_cache(
-    config: WorkerConfig, spec: KVCacheSpec, max_model_len: int, profile: Callable[[], object] | None = None
+    config: WorkerConfig,
+    spec: KVCacheSpec,
+    max_model_len: int,
+    profile: Callable[[], object] | None = None,
+    agree_min: Callable[[int], int] = int,
 ) -> torch.Tensor:
     """A cache of the size that `plan_kv_cache` finds, which is logged.
 
     Raises:
         ConfigError: see `plan_kv_cache`.
     """
-    plan = plan_kv_cache(config, spec, max_model_len, profile)
+    plan = plan_kv_cache(config, spec, max_model_len, profile, agree_min)
     logger.info("%s: %s", config.name, plan)
     return spec.allocate(plan.num_blocks, config.device)
 
 
 def plan_kv_cache(
-    config: WorkerConfig, spec: KVCacheSpec, max_model_len: int, profile: Callable[[], object] | None = None
+    config: WorkerConfig,
+    spec: KVCacheSpec,
+    max_model_len: int,
+    profile: Callable[[], object] | None = None,
+    agree_min: Callable[[int], int] = int,
 ) -> KVCachePlan:
     """The size that the configuration gives, or that the worker's share of the memory leaves.
 
@@ -83,6 +92,7 @@ def plan_kv_cache(
         spec: of the cache.
         max_model_len: tokens of the longest sequence.
         profile: runs the worker's largest batches, on a GPU, see `workers.largest_batches`; None: nothing is run.
+        agree_min: the smallest of what all ranks of the worker have room for; each keeps as many blocks.
 
     Raises:
         ConfigError: the batches or the cache do not fit, or the cache cannot hold a sequence of `max_model_len` tokens.
@@ -99,6 +109,7 @@ def plan_kv_cache(
             f"{_gb(max(0, gpu.available))} of the GPU's {_gb(gpu.total)} are left beside the model and other "
             f"processes; lower {_size_key(config)}"
         )
+    num_blocks = agree_min(num_blocks)
     if num_blocks < longest:
         raise ConfigError(_too_small(config, spec, num_blocks, max_model_len, longest, gpu))
     return KVCachePlan(num_blocks, num_blocks * spec.block_size, num_blocks * spec.bytes_per_block, gpu)

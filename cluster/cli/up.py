@@ -32,10 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG.format(settings=describe_settings())
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--model", metavar="DIR|HUB_ID", help="checkpoint to serve (model.path)")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="Ray cluster to join; auto: this machine's (ray.address)"
+    )
     parser.add_argument("--host", help="address to listen on (server.host)")
     parser.add_argument("--port", metavar="N", help="port to listen on (server.port)")
     parser.add_argument("--prefill", metavar="N", help="prefill workers (prefill.replicas)")
     parser.add_argument("--decode", metavar="N", help="decode workers (decode.replicas)")
+    parser.add_argument(
+        "--tensor-parallel-size", metavar="N", help="ranks of a worker ({prefill,decode}.tensor_parallel_size)"
+    )
     parser.add_argument(
         "--attention-backend", metavar="NAME", help="of both pools ({prefill,decode}.attention_backend)"
     )
@@ -69,10 +75,12 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
     flags = {
         "model.path": args.model,
         "model.load_format": args.load_format,
+        "ray.address": args.address,
         "server.host": args.host,
         "server.port": args.port,
         "prefill.replicas": args.prefill,
         "decode.replicas": args.decode,
+        **_of_both_pools("tensor_parallel_size", args.tensor_parallel_size),
         **_of_both_pools("attention_backend", args.attention_backend),
         **_of_both_pools("kv_cache_dtype", args.kv_cache_dtype),
         **_of_both_pools("gpu_memory_utilization", args.gpu_memory_utilization),

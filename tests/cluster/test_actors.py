@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from cluster.actors import WorkerActor
+from cluster.worker_handle import StartProgress
 from workers.config import WorkerConfig
 from workers.messages import Load, PrefillRequest, StepOutput
 from workers.sampling.params import SamplingParams
+
+ROOT = Path(__file__).parents[2]
 
 
 class RecordingHost:
@@ -76,3 +82,47 @@ async def test_nothing_can_be_asked_before_the_start():
     actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere"))
     with pytest.raises(RuntimeError, match="prefill-0 has not started"):
         await actor.submit(request("a"))
+
+
+async def test_how_far_a_start_is_is_told_by_stage(actor):
+    assert await actor.progress() == []
+    for progress in (
+        StartProgress("weights", 1, 9),
+        StartProgress("weights", 9, 9),
+        StartProgress("graphs", 2, 36),
+    ):
+        actor._on_progress(progress)
+    assert await actor.progress() == [StartProgress("weights", 9, 9), StartProgress("graphs", 2, 36)]
+
+
+async def test_a_lead_that_never_started_leaves_nothing_behind():
+    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere", tensor_parallel_size=2))
+    seats = await actor.seats()
+    assert [(seat.rank, seat.size) for seat in seats] == [(0, 2), (1, 2)]
+    assert await actor.seats() == seats
+    folder = Path(seats[0].socket).parent
+    assert await asyncio.to_thread(folder.exists)
+    await actor.stop()
+    assert not await asyncio.to_thread(folder.exists)
+
+
+async def test_a_worker_with_other_ranks_does_not_start_without_seats():
+    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere", tensor_parallel_size=2))
+    with pytest.raises(ValueError, match="seats for 1 ranks, it has 2"):
+        await actor.start()
+
+
+def test_a_follower_without_its_lead_ends_its_process():
+    program = """
+from cluster.actors import FollowerActor
+from workers.config import WorkerConfig
+actor = FollowerActor(WorkerConfig("prefill-0", "prefill", "nowhere"))
+actor._on_end(None)
+print("in good order it stays", flush=True)
+actor._on_end(EOFError("the lead is gone"))
+print("not reached", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stdout == "in good order it stays\n"
+    assert "a rank of prefill-0 ends: the lead is gone" in done.stderr

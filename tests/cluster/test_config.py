@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import client_token, describe_settings, load_config
+from cluster.config import client_token, describe_settings, load_config, visible_gpus
 from workers.errors import ConfigError
 
 
@@ -136,6 +136,10 @@ def test_a_value_out_of_range_is_refused_with_the_limit(key: str, text: str, mes
         ({"server.tls_client_ca": "a.pem"}, r"client certificates need TLS"),
         ({"server.auth_token": "a", "server.auth_token_file": "b"}, r"give one"),
         ({"decode.num_blocks": "1", "decode.kv_cache_gb": "1"}, r"decode\.num_blocks and decode\.kv_cache_gb"),
+        (
+            {"prefill.tensor_parallel_size": "2", "handoff.connector": "local"},
+            r"prefill\.tensor_parallel_size is 2, it must be 1 with handoff\.connector local",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides: dict[str, str], message: str) -> None:
@@ -169,7 +173,27 @@ def test_the_client_token_comes_from_the_environment() -> None:
     assert client_token({}) is None
 
 
+@pytest.mark.parametrize(
+    ("variable", "names"),
+    [(None, ()), ("", ()), ("0", ("0",)), ("2, 3", ("2", "3")), ("GPU-8a,GPU-9b", ("GPU-8a", "GPU-9b"))],
+)
+def test_the_gpus_are_those_that_cuda_may_use(variable: str | None, names: tuple[str, ...]) -> None:
+    assert visible_gpus({} if variable is None else {"CUDA_VISIBLE_DEVICES": variable}) == names
+
+
 def test_every_setting_is_described() -> None:
     text = describe_settings()
     assert "server.port" in text
     assert "decode.max_num_seqs              64" in text
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_worker_may_have_several_ranks(size: int) -> None:
+    config = load_config(environ={}, overrides={"decode.tensor_parallel_size": str(size)})
+    assert (config.prefill.tensor_parallel_size, config.decode.tensor_parallel_size) == (1, size)
+
+
+@pytest.mark.parametrize("size", ["0", "3", "32"])
+def test_a_number_of_ranks_that_divides_no_model_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match=rf"decode\.tensor_parallel_size is {size}, it must be one of 1, 2, 4, 8, 16"):
+        load_config(environ={}, overrides={"decode.tensor_parallel_size": size})

@@ -165,7 +165,7 @@ async def test_greedy_equals_transformers_under_concurrency(prefill, decode, mak
 def like_workers(monkeypatch) -> None:
     """Every worker measures the same."""
     measured = Capability(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
-    monkeypatch.setattr("workers.host._measure", lambda *args, **kwargs: measured)
+    monkeypatch.setattr("workers.assembly._measure", lambda *args, **kwargs: measured)
 
 
 @pytest.mark.usefixtures("like_workers")

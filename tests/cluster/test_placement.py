@@ -76,3 +76,31 @@ def test_in_one_process_the_gpu_is_taken_only_when_told() -> None:
     prefill, decode = placed(None, prefill__device="cuda", decode__device="cuda")
     assert (prefill.device, decode.device) == ("cuda", "cuda")
     assert prefill.gpu_memory_utilization + decode.gpu_memory_utilization == pytest.approx(0.9)
+
+
+def test_every_rank_gets_a_gpu() -> None:
+    settings = {"prefill__tensor_parallel_size": 2, "decode__tensor_parallel_size": 2}
+    assert placed(4.0, **settings) == (Placement("cuda", 1.0, 0.9, 64),) * 2
+    assert placed(0.0, **settings) == (Placement("cpu", 0.0, 0.9, 16),) * 2
+
+
+def test_ranks_share_gpus_only_where_each_worker_has_one_on_every_gpu() -> None:
+    """Ray might put two ranks of one worker on the same GPU, so here each rank has its number's."""
+    for prefill in placed(2.0, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=2):
+        assert (prefill.device, prefill.num_gpus, prefill.gpu_by_rank) == ("cuda", 0.5, True)
+        assert prefill.gpu_memory_utilization == pytest.approx(0.45)
+    assert not placed(1.0)[0].gpu_by_rank
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "needed"),
+    [
+        (3.0, {"prefill__tensor_parallel_size": 2, "decode__tensor_parallel_size": 2}, 4),
+        (4.0, {"prefill__tensor_parallel_size": 2, "decode__tensor_parallel_size": 2, "decode__replicas": 2}, 6),
+        (1.0, {"decode__tensor_parallel_size": 2}, 3),
+        (4.0, {"prefill__tensor_parallel_size": 4, "decode__tensor_parallel_size": 4, "decode__num_gpus": 1}, 8),
+    ],
+)
+def test_too_few_gpus_for_the_ranks_are_an_error_not_a_cpu(gpus: float, settings: dict[str, int], needed: int) -> None:
+    with pytest.raises(ConfigError, match=f"ranks need {needed} GPUs .* the Ray cluster has {gpus:g}"):
+        placed(gpus, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 
@@ -46,12 +46,13 @@ class FakeWorker:
             raise self._error
         layout = KVLayout("mha", 2, self._block_size, 2, 16, "float32")
         engine = EngineInfo(self.engine_id, 1, layout, 8, 0, "cpu", 0, b"")
-        return WorkerInfo(self.name, self.role, engine, "cpu", "TORCH_SDPA", 100, 4, 8, Capability(), 0)
+        return WorkerInfo(self.name, self.role, (engine,), "cpu", "TORCH_SDPA", 100, 4, 8, Capability(), 0)
 
-    async def connect(self, peer: EngineInfo) -> None:
-        if peer.layout.block_size != self._block_size:
-            raise LayoutMismatchError(f"block_size is {self._block_size} here and {peer.layout.block_size} there")
-        self._log.append(("connect", self.engine_id, peer.engine_id))
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
+        there = peer[0].layout.block_size
+        if there != self._block_size:
+            raise LayoutMismatchError(f"block_size is {self._block_size} here and {there} there")
+        self._log.append(("connect", self.engine_id, peer[0].engine_id))
 
     async def probe(self, engine_id: str) -> float:
         if engine_id == self._unreachable:

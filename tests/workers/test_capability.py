@@ -71,7 +71,14 @@ def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_t
 )
 def test_decode_is_measured_at_batches_that_fit(model, num_blocks, max_num_seqs, batches):
     decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=max_num_seqs, max_model_len=600)
-    capability = measure_decode(decoder, num_blocks=num_blocks, block_size=16, max_num_seqs=max_num_seqs, budget_s=60)
+    capability = measure_decode(
+        decoder,
+        num_blocks=num_blocks,
+        block_size=16,
+        max_num_seqs=max_num_seqs,
+        max_model_len=600,
+        budget_s=60,
+    )
     assert [sequences for sequences, _ in capability.decode] == batches
 
 
@@ -86,3 +93,51 @@ def test_measuring_leaves_a_usable_runner(model):
     measure_prefill(measured, max_tokens=128, budget_s=60)
     row = [Row([5, 6, 7], 0, [3])]
     assert torch.equal(measured.forward(row), fresh.forward(row))
+
+
+class Watched:
+    """A decoder that notes how far every sequence of every launch reaches."""
+
+    def __init__(self, decoder: DecodeRunner) -> None:
+        self.decoder = decoder
+        self.reached: list[int] = []
+
+    def launch(self, sequences):
+        for sequence in sequences:
+            assert len(sequence.blocks) * BLOCK_SIZE >= sequence.num_scheduled
+            self.reached.append(sequence.num_scheduled)
+        return self.decoder.launch(sequences)
+
+
+BLOCK_SIZE = 1
+
+
+@pytest.mark.parametrize("max_model_len", [2, 3, 5, 6, 40])
+def test_decode_is_measured_within_the_context_window(max_model_len, tiny_checkpoint):
+    small = load_model(tiny_checkpoint("llama"), "float32", "cpu", BLOCK_SIZE)
+    watched = Watched(DecodeRunner(runner(small, 64), max_num_seqs=4, max_model_len=max_model_len))
+    capability = measure_decode(
+        watched, num_blocks=64, block_size=BLOCK_SIZE, max_num_seqs=4, max_model_len=max_model_len, budget_s=60
+    )
+    assert [sequences for sequences, _ in capability.decode] == [1, 4]
+    assert all(seconds > 0 for _, seconds in capability.decode)
+    assert max(watched.reached) == min(5, max_model_len)
+
+
+def test_where_no_token_can_follow_a_prompt_no_decode_is_measured(model):
+    decoder = DecodeRunner(runner(model, 4), max_num_seqs=4, max_model_len=1)
+    assert measure_decode(decoder, num_blocks=4, block_size=16, max_num_seqs=4, max_model_len=1) == Capability()
+
+
+@pytest.mark.parametrize(("agreed_s", "runs"), [(1e-6, 8), (0.02, 3), (1.0, 2)])
+def test_ranks_repeat_as_often_as_they_agree(model, agreed_s, runs):
+    """What a rank measured itself says nothing: the others may have measured something else."""
+    measured: list[float] = []
+
+    def agree(seconds: float) -> float:
+        measured.append(seconds)
+        return agreed_s
+
+    capability = measure_prefill(runner(model, 4), max_tokens=32, budget_s=60, agree=agree)
+    assert len(measured) == runs
+    assert capability.prefill == ((32, agreed_s),)

@@ -31,7 +31,7 @@ class Running:
             connector = LocalConnector(self.fabric, threaded=True)
             self.hosts[role] = WorkerHost(config, connector, self.outputs.put, self.crashes.put)
         for one, other in (("prefill", "decode"), ("decode", "prefill")):
-            self.hosts[one].connect(self.hosts[other].info.engine, PATIENCE_S)
+            self.hosts[one].connect(self.hosts[other].info.engines, PATIENCE_S)
         self.loads = {}
 
     def submit(self, name: str, prompt: list[int], sampling: SamplingParams) -> None:

@@ -30,6 +30,11 @@ def test_flags_of_the_engine_hold_for_both_pools() -> None:
         assert (pool.kv_cache_dtype, pool.gpu_memory_utilization, pool.enforce_eager) == ("fp8", 0.45, True)
 
 
+def test_ranks_hold_for_both_pools() -> None:
+    config = configured("--tensor-parallel-size", "2")
+    assert (config.prefill.tensor_parallel_size, config.decode.tensor_parallel_size) == (2, 2)
+
+
 def test_set_beats_a_flag() -> None:
     config = configured("--gpu-memory-utilization", "0.45", "--set", "decode.gpu_memory_utilization=0.3")
     assert (config.prefill.gpu_memory_utilization, config.decode.gpu_memory_utilization) == (0.45, 0.3)

@@ -1,0 +1,57 @@
+"""What the pools ask of a cluster whose nodes may still come.
+
+A pool that names resources or labels has nodes of its own kind. Its workers wait for them: an actor that finds no room
+is what makes Ray's autoscaler add a node. A pool that names none must fit into the cluster as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.config import PoolConfig, ServiceConfig
+from workers.errors import ConfigError
+
+
+def check_cpus(config: ServiceConfig, present: Mapping[str, float]) -> None:
+    """Refuse pools that do not fit.
+
+    Args:
+        config: the service's.
+        present: the cluster's resources, as `ray.cluster_resources` has them.
+
+    Raises:
+        ConfigError: the pools that do not wait for nodes ask for more CPUs than there are.
+    """
+    needed = sum(_ranks(pool) * pool.num_cpus for pool in _pools(config).values() if not pool.waits_for_nodes)
+    available = present.get("CPU", 0.0)
+    if available < needed:
+        raise ConfigError(f"the workers need {needed:g} CPUs, the Ray cluster has {available:g}")
+
+
+def gpus_in_sight(config: ServiceConfig, present: Mapping[str, float]) -> float:
+    """GPUs that the pools can be placed on: those of the cluster, or those of the nodes that will come for them."""
+    coming = sum(
+        _ranks(pool) * (1.0 if pool.num_gpus is None else pool.num_gpus)
+        for pool in _pools(config).values()
+        if pool.waits_for_nodes and pool.device == "cuda"
+    )
+    return max(present.get("GPU", 0.0), coming)
+
+
+def awaited_nodes(config: ServiceConfig, present: Mapping[str, float]) -> list[str]:
+    """For each resource that a pool waits for, one line that says how much of it is there."""
+    return [
+        f"the {name} pool waits for nodes: it needs {_ranks(pool) * amount:g} {resource}, "
+        f"the Ray cluster has {present.get(resource, 0.0):g}"
+        for name, pool in _pools(config).items()
+        for resource, amount in (pool.resources or {}).items()
+        if present.get(resource, 0.0) < _ranks(pool) * amount
+    ]
+
+
+def _pools(config: ServiceConfig) -> dict[str, PoolConfig]:
+    return {"prefill": config.prefill, "decode": config.decode}
+
+
+def _ranks(pool: PoolConfig) -> int:
+    return pool.replicas * pool.tensor_parallel_size

@@ -1,0 +1,137 @@
+"""Workers of two ranks on real parts: a Ray actor a rank, collectives between them, NIXL from rank to rank, gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from cluster.client import AsyncBatonClient, Connection
+from cluster.config import load_config
+from cluster.launch import Service, launch
+from cluster.ray_worker import RayWorker
+from cluster.server.serve import start_server
+from workers.errors import ConfigError
+from workers.sampling.params import SamplingParams
+
+pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+
+PATIENCE_S = 60.0
+
+
+class Running:
+    """A service of one pair, a client, and what was said at the start."""
+
+    def __init__(self, service: Service, client: AsyncBatonClient, checkpoint: Path, lines: list[str]) -> None:
+        self.service, self.client, self.checkpoint, self.lines = service, client, checkpoint, lines
+
+    async def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        stream = self.client.generate(token_ids=prompt, sampling=sampling)
+        return [token async for chunk in stream for token in chunk.token_ids]
+
+    async def until(self, condition: Callable[[list], bool]) -> None:
+        for _ in range(int(PATIENCE_S / 0.02)):
+            if condition(await self.client.workers()):
+                return
+            await asyncio.sleep(0.02)
+        pytest.fail(f"waited in vain: {await self.client.workers()}")
+
+    async def until_idle(self) -> None:
+        await self.until(
+            lambda workers: all(
+                w.state == "ready" and w.load.free_blocks == w.load.total_blocks and not w.load.running for w in workers
+            )
+        )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(tiny_checkpoint) -> AsyncIterator[Running]:
+    checkpoint = tiny_checkpoint("llama")
+    overrides = {
+        "model.path": str(checkpoint),
+        "server.port": 0,
+        "prefill.tensor_parallel_size": 2,
+        "decode.tensor_parallel_size": 2,
+        "prefill.num_cpus": 0.5,
+        "decode.num_cpus": 0.5,
+        "prefill.num_blocks": 256,
+        "decode.num_blocks": 256,
+        "prefill.max_num_batched_tokens": 48,
+        "model.max_model_len": 1024,
+    }
+    lines: list[str] = []
+    async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
+        config = load_config(environ={}, overrides=overrides).server
+        server = await start_server(config, service.generation, service.engine, service.model_info)
+        async with AsyncBatonClient(Connection(server.address)) as client:
+            yield Running(service, client, checkpoint, lines)
+        await server.stop()
+
+
+def prompts(count: int, seed: int, longest: int = 150) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 512) for _ in range(rng.randint(2, longest))] for _ in range(count)]
+
+
+async def test_two_ranks_answer_as_one_does(running, reference_greedy):
+    pool = prompts(8, seed=1)
+    answers = await asyncio.gather(*(running.generate(prompt, 12) for prompt in pool))
+    assert answers == [reference_greedy(running.checkpoint, prompt, 12) for prompt in pool]
+    await running.until_idle()
+
+
+async def test_a_worker_is_one_whatever_its_ranks(running):
+    workers = await running.client.workers()
+    assert [worker.engine_id.partition(".")[0] for worker in workers] == ["prefill-0", "decode-0"]
+    assert [worker.device for worker in workers] == ["2 × cpu", "2 × cpu"]
+    assert any("into 1 prefill workers of 2 ranks on cpu" in line for line in running.lines)
+    assert any(line.startswith("decode-0 on 2 × cpu: ") and line.endswith(", on each") for line in running.lines)
+
+
+async def test_cancelled_requests_give_their_blocks_back(running):
+    for seed in range(4):
+        stream = running.client.generate(
+            token_ids=prompts(1, seed)[0], sampling=SamplingParams(max_tokens=800, ignore_eos=True)
+        )
+        for _ in range(seed):
+            await anext(stream)
+        await stream.aclose()
+    await running.until_idle()
+
+
+async def test_a_killed_rank_ends_its_group_which_is_replaced(running, reference_greedy):
+    member = running.service.engine._pools.pool("decode")[0]
+    handle, before = member.handle, member.engine_id
+    assert isinstance(handle, RayWorker)
+    assert member.info is not None
+    lead, (follower,) = member.info.pid, await handle.rank_pids()
+    assert len({lead, follower, os.getpid()}) == 3
+    under_way = [asyncio.ensure_future(running.generate(prompt, 400)) for prompt in prompts(3, seed=7)]
+    await running.until(lambda workers: any(worker.load.running for worker in workers))
+    os.kill(follower, signal.SIGKILL)
+    await asyncio.gather(*under_way, return_exceptions=True)
+    await running.until(lambda workers: before not in {worker.engine_id for worker in workers})
+    await running.until_idle()
+    assert member.engine_id != before
+    assert not {lead, follower} & {member.info.pid, *await member.handle.rank_pids()}
+    for pid in (lead, follower):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    prompt = prompts(1, seed=8)[0]
+    assert await running.generate(prompt, 10) == reference_greedy(running.checkpoint, prompt, 10)
+
+
+async def test_a_model_that_cannot_be_shared_so_is_refused_before_anything_starts(tiny_checkpoint):
+    config = load_config(
+        environ={}, overrides={"model.path": str(tiny_checkpoint("llama")), "prefill.tensor_parallel_size": 16}
+    )
+    with pytest.raises(ConfigError, match="tensor parallelism of 16 does not divide the model's num_heads, which is 4"):
+        async with launch(config, lambda line: None):
+            pytest.fail("it started")

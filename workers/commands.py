@@ -1,0 +1,82 @@
+"""What a worker can be told between two steps, as data: the same for every rank of a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.decode import DecodeWorker
+from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
+from workers.prefill import PrefillWorker
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Take a request of the worker's role."""
+
+    request: PrefillRequest | DecodeRequest
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Stop a request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """A peer's process is gone."""
+
+    engine_id: str
+
+
+Command = Submit | Abort | Disconnect
+
+
+def apply_command(worker: PrefillWorker | DecodeWorker, command: Command) -> None:
+    """Carry a command out.
+
+    Raises:
+        TypeError: a request of the other role.
+    """
+    match command:
+        case Abort(request_id):
+            worker.abort(request_id)
+        case Disconnect(engine_id):
+            worker.disconnect(engine_id)
+        case Submit(request):
+            if isinstance(worker, PrefillWorker) and isinstance(request, PrefillRequest):
+                worker.add(request)
+            elif isinstance(worker, DecodeWorker) and isinstance(request, DecodeRequest):
+                worker.reserve(request)
+            else:
+                raise TypeError(f"{type(request).__name__} given to a {type(worker).__name__}")
+
+
+class Alone:
+    """A worker of one rank, as its loop drives it: commands are carried out at once.
+
+    Args:
+        worker: touched through this object only.
+    """
+
+    def __init__(self, worker: PrefillWorker | DecodeWorker) -> None:
+        self._worker = worker
+
+    def take(self, command: Command) -> None:
+        """Carry a command out."""
+        apply_command(self._worker, command)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do at once."""
+        return self._worker.has_work
+
+    @property
+    def load(self) -> Load:
+        """The load now."""
+        return self._worker.load
+
+    def step(self) -> list[WorkerEvent]:
+        """Do what is due."""
+        return self._worker.step()
