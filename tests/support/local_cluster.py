@@ -1,0 +1,197 @@
+"""A whole prefill/decode cluster in one process and one thread, stepped by hand."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from kv_transfer.local import Faults, LocalConnector, LocalFabric
+from workers.decode import DecodeWorker
+from workers.kv_memory import kv_layout
+from workers.messages import (
+    DecodeRequest,
+    HandoffReport,
+    PrefillRequest,
+    RequestFailed,
+    TokenOutput,
+    WorkerEvent,
+)
+from workers.model_runner import ModelRunner
+from workers.models.decoder import Decoder
+from workers.models.loader import load_model
+from workers.prefill import PrefillWorker
+from workers.sampling.params import SamplingParams
+
+
+class LocalCluster:
+    """Prefill and decode workers joined by a `LocalFabric`. `model` is shared: only the caches are apart.
+
+    All of them go by `clock`, which the fixture of this name makes stand still.
+    """
+
+    clock = staticmethod(time.monotonic)
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        block_size: int = 16,
+        prefill_blocks: int = 64,
+        decode_blocks: int = 64,
+        max_num_batched_tokens: int = 256,
+        max_num_seqs: int = 16,
+        max_model_len: int = 512,
+        layers_per_group: int = 1,
+        faults: Faults | None = None,
+        connector_class: type[LocalConnector] = LocalConnector,
+        attention_backend: str | None = None,
+        kv_cache_dtype: str = "auto",
+        steps_ahead: int = 0,
+        prefill_steps_ahead: int | None = None,
+        device: str = "cpu",
+        enforce_eager: bool = False,
+        prefill_graphs: bool = True,
+        dtype: str = "float32",
+    ) -> None:
+        self.model = _model(checkpoint, block_size, attention_backend, kv_cache_dtype, device, dtype)
+        self.fabric = LocalFabric(faults)
+        self.failures: dict[str, Exception] = {}
+        self.tokens: dict[str, list[TokenOutput]] = defaultdict(list)
+        self.reports: dict[str, HandoffReport] = {}
+        self.random = random.Random(0)
+        self.prefill: dict[str, PrefillWorker] = {}
+        self.decode: dict[str, DecodeWorker] = {}
+        infos, connectors = [], []
+        for i in range(num_prefill):
+            runner, connector, info = self._end(f"prefill-{i}", prefill_blocks, connector_class)
+            self.prefill[info.engine_id] = PrefillWorker(
+                runner,
+                connector,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                layers_per_group=layers_per_group,
+                steps_ahead=prefill_steps_ahead,
+                enforce_eager=enforce_eager or not prefill_graphs,
+                clock=self.clock,
+            )
+            infos.append(info)
+            connectors.append(connector)
+        for i in range(num_decode):
+            runner, connector, info = self._end(f"decode-{i}", decode_blocks, connector_class)
+            self.decode[info.engine_id] = DecodeWorker(
+                runner,
+                connector,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                steps_ahead=steps_ahead,
+                enforce_eager=enforce_eager,
+                clock=self.clock,
+            )
+            infos.append(info)
+            connectors.append(connector)
+        for connector, own in zip(connectors, infos, strict=True):
+            for peer in infos:
+                if peer is not own:
+                    connector.connect(peer, 1.0)
+
+    def _end(self, name: str, num_blocks: int, connector_class: type[LocalConnector]):
+        spec = self.model.kv_cache_spec
+        cache = spec.allocate(num_blocks, self.model.device)
+        cache.fill_(float("nan"))  # a block that was never written must never matter
+        connector = connector_class(self.fabric)
+        info = connector.register_kv_caches(name, cache, kv_layout(spec))
+        return ModelRunner(self.model, cache), connector, info
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        timeout_s: float = 60.0,
+        prefill: int | None = None,
+        decode: int | None = None,
+    ) -> None:
+        """Send one request to a pair of workers, both at once, in either order."""
+        p = list(self.prefill)[prefill if prefill is not None else self.random.randrange(len(self.prefill))]
+        d = list(self.decode)[decode if decode is not None else self.random.randrange(len(self.decode))]
+        handoff_id = self.random.randbytes(16)
+        sides: list[Callable[[], None]] = [
+            lambda: self.prefill[p].add(PrefillRequest(request_id, handoff_id, tuple(prompt), sampling, d, timeout_s)),
+            lambda: self.decode[d].reserve(
+                DecodeRequest(request_id, handoff_id, tuple(prompt), sampling, p, timeout_s)
+            ),
+        ]
+        self.random.shuffle(sides)
+        for side in sides:
+            side()
+
+    def abort(self, request_id: str) -> None:
+        """As the gateway does: both sides are told."""
+        for worker in (*self.prefill.values(), *self.decode.values()):
+            worker.abort(request_id)
+
+    def step(self) -> None:
+        """One step of every worker, in random order; a failure on one side stops the other."""
+        workers = [*self.prefill.values(), *self.decode.values()]
+        self.random.shuffle(workers)
+        for worker in workers:
+            for event in worker.step():
+                self._take(event)
+
+    def _take(self, event: WorkerEvent) -> None:
+        match event:
+            case TokenOutput():
+                self.tokens[event.request_id].append(event)
+            case RequestFailed():
+                self.failures.setdefault(event.request_id, event.error)
+                self.abort(event.request_id)
+            case HandoffReport():
+                self.reports[event.request_id] = event
+
+    def run(self, max_steps: int = 20_000) -> dict[str, list[int]]:
+        """Step until nothing is under way; the tokens of every request."""
+        for _ in range(max_steps):
+            if not self.busy:
+                break
+            self.step()
+        else:
+            raise AssertionError(f"still busy after {max_steps} steps: {self.loads}")
+        return {request_id: self.token_ids(request_id) for request_id in self.tokens}
+
+    def token_ids(self, request_id: str) -> list[int]:
+        """What a client would have got: prefill's first token precedes all others."""
+        return [output.token_id for output in self.tokens[request_id]]
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way anywhere."""
+        return any(w.has_requests or w.has_work for w in (*self.prefill.values(), *self.decode.values()))
+
+    @property
+    def loads(self) -> dict[str, object]:
+        """Every worker's load."""
+        return {engine_id: w.load for engine_id, w in (*self.prefill.items(), *self.decode.items())}
+
+    def assert_all_blocks_free(self) -> None:
+        """Nothing leaked on either side."""
+        for engine_id, worker in (*self.prefill.items(), *self.decode.items()):
+            assert worker.load.free_blocks == worker.load.total_blocks, (engine_id, worker.load)
+
+
+_models: dict[tuple[Path, int, str | None, str, str, str], Decoder] = {}
+
+
+def _model(
+    checkpoint: Path, block_size: int, backend: str | None, kv_cache_dtype: str, device: str, dtype: str
+) -> Decoder:
+    key = (checkpoint, block_size, backend, kv_cache_dtype, device, dtype)
+    if key not in _models:
+        _models[key] = load_model(checkpoint, dtype, device, block_size, backend, kv_cache_dtype=kv_cache_dtype)
+    return _models[key]

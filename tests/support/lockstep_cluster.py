@@ -1,0 +1,175 @@
+"""A prefill and a decode worker of several ranks in one process and one thread, stepped by hand.
+
+Every rank computes with the whole model, so that what comes out is exactly what one rank gives: the subject is that the
+ranks stay equal. The network between the pairs of ranks has its own delays and faults, and a rank's reports reach the
+lead late, in any order between ranks.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kv_transfer.connector import ConnectorEvent
+from kv_transfer.local import Faults, LocalConnector, LocalFabric
+from kv_transfer.transport import EngineInfo
+from local_cluster import LocalCluster
+from workers.commands import Abort, Command, Disconnect, Submit
+from workers.decode import DecodeWorker
+from workers.kv_memory import kv_layout
+from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
+from workers.model_runner import ModelRunner
+from workers.models.decoder import Decoder
+from workers.parallel.agreed_connector import AgreedConnector
+from workers.parallel.lockstep import Lead
+from workers.parallel.replica import Replica, StepClock
+from workers.prefill import PrefillWorker
+
+MakeWorker = Callable[[ModelRunner, AgreedConnector, StepClock], PrefillWorker | DecodeWorker]
+
+
+@dataclass
+class DirectChannel:
+    """A lead's channel to followers in the same thread: a step's input is carried out at once."""
+
+    followers: list[Replica]
+    on_report: Callable[[int, Any], None] = field(init=False)
+
+    def listen(self, on_report: Callable[[int, Any], None], on_lost: Callable[[int], None]) -> None:
+        self.on_report = on_report
+
+    def send(self, step_input: object) -> None:
+        for follower in self.followers:
+            follower.run(pickle.loads(pickle.dumps(step_input)))
+
+
+class Ranks:
+    """One worker of several ranks, with the interface of a worker of one."""
+
+    def __init__(
+        self, name: str, size: int, model: Decoder, num_blocks: int, fabric: LocalFabric, make: MakeWorker, seed: int
+    ) -> None:
+        self.random = random.Random(seed)
+        self.connectors = [AgreedConnector(LocalConnector(fabric), rank) for rank in range(size)]
+        self.engines: list[EngineInfo] = []
+        self.replicas: list[Replica] = []
+        for connector in self.connectors:
+            cache = model.kv_cache_spec.allocate(num_blocks, model.device)
+            cache.fill_(float("nan"))
+            layout = kv_layout(model.kv_cache_spec, size)
+            self.engines.append(connector.register_kv_caches(name, cache, layout))
+            clock = StepClock()
+            self.replicas.append(Replica(make(ModelRunner(model, cache), connector, clock), connector, clock))
+        self.channel = DirectChannel(self.replicas[1:])
+        self.lead = Lead(self.replicas[0], self.connectors[0], self.channel, size, self._crashed)
+        self.lead.listen(lambda: None)
+        self.connectors[0].set_listener(lambda: None)  # the lead's own rank reports late, too
+        self.unreported: list[list[ConnectorEvent]] = [[] for _ in range(size)]
+
+    def add(self, request: PrefillRequest) -> None:
+        self._take(Submit(request))
+
+    def reserve(self, request: DecodeRequest) -> None:
+        self._take(Submit(request))
+
+    def abort(self, request_id: str) -> None:
+        self._take(Abort(request_id))
+
+    def disconnect(self, engine_id: str) -> None:
+        self._take(Disconnect(engine_id))
+
+    def _take(self, command: Command) -> None:
+        self.lead.take(command)
+
+    @property
+    def has_work(self) -> bool:
+        return self.lead.has_work
+
+    @property
+    def has_requests(self) -> bool:
+        return self.lead.has_work or any(replica.worker.has_requests for replica in self.replicas)
+
+    @property
+    def load(self) -> Load:
+        return self.lead.load
+
+    def step(self) -> list[WorkerEvent]:
+        """Some ranks' connectors get a turn, some of what they say reaches the lead, and all ranks take a step."""
+        for rank in self.random.sample(range(len(self.connectors)), self.random.randint(0, len(self.connectors))):
+            pending = self.unreported[rank]
+            pending += self.connectors[rank].take_own()
+            count = self.random.randint(0, len(pending))
+            self.channel.on_report(rank, pending[:count])
+            del pending[:count]
+        events = self.lead.step()
+        assert len({replica.digest for replica in self.replicas}) == 1
+        return events
+
+    def assert_equal_ranks(self) -> None:
+        loads = [replica.worker.load for replica in self.replicas]
+        assert loads.count(loads[0]) == len(loads), loads
+        assert self.lead._agreement.num_open == 0
+
+    @staticmethod
+    def _crashed(error: BaseException) -> None:
+        raise error
+
+
+class LockstepCluster(LocalCluster):
+    """A pair of workers of `size` ranks each, joined rank by rank."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        size: int = 2,
+        seed: int = 0,
+        prefill_blocks: int = 64,
+        decode_blocks: int = 64,
+        max_num_batched_tokens: int = 256,
+        max_num_seqs: int = 16,
+        max_model_len: int = 512,
+        faults: Faults | None = None,
+        steps_ahead: int = 0,
+    ) -> None:
+        super().__init__(checkpoint, num_prefill=0, num_decode=0, faults=faults)
+
+        def prefill(runner: ModelRunner, connector: AgreedConnector, clock: StepClock) -> PrefillWorker:
+            return PrefillWorker(
+                runner,
+                connector,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                steps_ahead=steps_ahead,
+                clock=clock,
+            )
+
+        def decode(runner: ModelRunner, connector: AgreedConnector, clock: StepClock) -> DecodeWorker:
+            return DecodeWorker(
+                runner,
+                connector,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                steps_ahead=steps_ahead,
+                clock=clock,
+            )
+
+        self.sides = [
+            Ranks("prefill-0", size, self.model, prefill_blocks, self.fabric, prefill, seed),
+            Ranks("decode-0", size, self.model, decode_blocks, self.fabric, decode, seed + 1),
+        ]
+        for side, pool in zip(self.sides, (self.prefill, self.decode), strict=True):
+            pool[side.engines[0].engine_id] = side
+        for one, other in (self.sides, self.sides[::-1]):
+            for connector in one.connectors:
+                connector.introduce(other.engines, 1.0)
+
+    def assert_equal_ranks(self) -> None:
+        """What the ranks of a worker hold is the same on all of them, and nothing is left to agree on."""
+        for side in self.sides:
+            side.assert_equal_ranks()
