@@ -68,6 +68,16 @@ class Environment:
         return asdict(self)
 
 
+def gpu_names() -> list[str]:
+    """The machine's NVIDIA GPUs as their driver names them; empty where there is none."""
+    try:
+        words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.split("\n")[:-1]
+
+
 def _command() -> list[str]:
     """This process's command line as one would type it, without the value of a secret flag."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import gpu_tables, tables
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import Environment
 
@@ -20,7 +20,7 @@ between
 <!-- table: disaggregation_cost -->
 <!-- end of table -->
 after
-"""
+""" + "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in gpu_tables.TABLES)
 
 
 def _results(folder: Path, ratio: float = 2.5) -> None:

@@ -1,0 +1,157 @@
+"""Baton's workers as the GPU benchmark steps them: built as a service builds them, without peers."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attention.spec import Phase
+from benchmarks.device_timing import synchronize
+from benchmarks.engine_points import TEMPERATURE, TOP_P
+from benchmarks.instant_handoff import InstantConnector
+from workers.config import WorkerConfig
+from workers.decode import DecodeWorker
+from workers.kv_memory import allocate_kv_cache
+from workers.largest_batches import largest_batches_of
+from workers.messages import DecodeRequest, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
+from workers.model_runner import ModelRunner
+from workers.models.loader import load_model
+from workers.prefill import PrefillWorker
+from workers.sampling.params import SamplingParams
+
+_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """Seconds that a worker takes to be ready, its process and the import of libraries aside.
+
+    Attributes:
+        load: building the model and drawing its weights.
+        profile: running its largest batch and allocating the cache.
+        capture: building the worker; on decode, capturing its CUDA graphs.
+    """
+
+    load: float
+    profile: float
+    capture: float
+
+
+class PrefillSide:
+    """A prefill worker as a `MeasuredEngine`."""
+
+    def __init__(self, worker: PrefillWorker) -> None:
+        self._worker = worker
+
+    def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool) -> None:
+        """See `MeasuredEngine.add`; a prefill worker makes one token."""
+        self._worker.add(
+            PrefillRequest(
+                request_id, secrets.token_bytes(16), tuple(prompt), _params(max_tokens, sampled), None, _TIMEOUT_S
+            )
+        )
+
+    def step(self) -> int:
+        """See `MeasuredEngine.step`."""
+        return _tokens(self._worker.step())
+
+    @property
+    def busy(self) -> bool:
+        """See `MeasuredEngine.busy`."""
+        return self._worker.has_requests
+
+
+class DecodeSide:
+    """A decode worker over an `InstantConnector` as a `MeasuredEngine`."""
+
+    def __init__(self, worker: DecodeWorker) -> None:
+        self._worker = worker
+
+    def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool) -> None:
+        """See `MeasuredEngine.add`."""
+        self._worker.reserve(
+            DecodeRequest(
+                request_id, secrets.token_bytes(16), tuple(prompt), _params(max_tokens, sampled), "alone", _TIMEOUT_S
+            )
+        )
+
+    def step(self) -> int:
+        """See `MeasuredEngine.step`."""
+        return _tokens(self._worker.step())
+
+    @property
+    def busy(self) -> bool:
+        """See `MeasuredEngine.busy`."""
+        return self._worker.has_requests
+
+
+def build_worker(
+    config: WorkerConfig, max_model_len: int
+) -> tuple[PrefillWorker | DecodeWorker, StartUp, dict[str, Any]]:
+    """A worker as `workers.host` builds it, but over a connector without peers; how long each phase took; what it is.
+
+    Raises:
+        BatonError: it cannot be built here.
+    """
+    device = torch.device(config.device)
+    times = [time.perf_counter()]
+
+    def lap() -> None:
+        synchronize(device)
+        times.append(time.perf_counter())
+
+    model = load_model(
+        config.model,
+        config.dtype,
+        config.device,
+        config.block_size,
+        config.attention_backend,
+        load_format=config.load_format,
+        phase=Phase(config.role),
+    )
+    lap()
+    profile = largest_batches_of(model, config, max_model_len)
+    cache = allocate_kv_cache(config, model.kv_cache_spec, max_model_len, profile)
+    for layer in cache:  # zeros can be quicker to work on than data
+        layer.normal_(0.0, 0.5)
+    runner = ModelRunner(model, cache)
+    lap()
+    worker: PrefillWorker | DecodeWorker
+    if config.role == "prefill":
+        worker = PrefillWorker(
+            runner,
+            InstantConnector(),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+    else:
+        worker = DecodeWorker(runner, InstantConnector(), max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    lap()
+    about = {"attention_backend": model.backend.name, "kv_blocks": cache.shape[1], "block_size": config.block_size}
+    load, profiled, captured = (end - begin for begin, end in itertools.pairwise(times))
+    return worker, StartUp(load, profiled, captured), about
+
+
+def _params(max_tokens: int, sampled: bool) -> SamplingParams:
+    if not sampled:
+        return SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
+    return SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, seed=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def _tokens(events: Sequence[WorkerEvent]) -> int:
+    """How many tokens are among the events.
+
+    Raises:
+        BatonError: a request failed.
+    """
+    for event in events:
+        if isinstance(event, RequestFailed):
+            raise event.error
+    return sum(isinstance(event, TokenOutput) for event in events)
