@@ -23,6 +23,7 @@ from workers.models.decoder import Decoder
 from workers.models.loader import load_model, model_bytes
 from workers.parallel.group import SINGLE, TensorParallelGroup
 from workers.prefill import PrefillWorker
+from workers.sampling.warm_up import warm_up_sampling
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and of how much."""
@@ -164,6 +165,7 @@ def _make_worker(
             progress=capture_progress,
             clock=clock,
         )
+    warm_up_sampling(runner.model.config.vocab_size, torch.float32, runner.device)  # logits of prompts are float32
     return PrefillWorker(
         runner,
         connector,

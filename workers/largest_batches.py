@@ -10,8 +10,13 @@ from workers.block_manager import blocks_for
 from workers.config import WorkerConfig
 from workers.model_runner import ModelRunner, Row
 from workers.models.decoder import Decoder
+from workers.sampling.params import SamplingParams
+from workers.sampling.sampler import launch_sample
+from workers.sampling.state import SamplingState
 
 _DECODE_CONTEXT = 2048
+_EVERYTHING = SamplingParams(seed=0, top_k=2, top_p=0.9, logprobs=1, presence_penalty=1.0)
+"""Asks for all that choosing a token can take memory for."""
 
 
 def largest_batches_of(model: Decoder, config: WorkerConfig, max_model_len: int) -> Callable[[], None]:
@@ -25,7 +30,8 @@ def largest_batches_of(model: Decoder, config: WorkerConfig, max_model_len: int)
     def run() -> None:
         runner = ModelRunner(model, model.kv_cache_spec.allocate(1, model.device))
         logits = runner.forward(rows(config, max_model_len, model.block_size))
-        logits.softmax(-1).argmax(-1)
+        states = [SamplingState(_EVERYTHING, (0,), frozenset(), max_model_len=2)] * logits.shape[0]
+        launch_sample(logits, states).tokens(states)
 
     return run
 
