@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 @dataclass(eq=False)
 class _Meeting:
     peer: str
-    steps: Generator[None, None, float]
+    steps: Generator[str, None, float]
     result: Future[float]
+    waits_for: str = "its turn"
 
 
 class Introductions:
@@ -50,9 +51,11 @@ class Introductions:
         """Move data to a peer, have it move data here, and time a message there and back, for `result`."""
         self._meetings.append(_Meeting(peer, self._introduce(peer), result))
 
-    def give_up(self, result: Future[float]) -> None:
-        """Nobody waits for this result any more."""
+    def give_up(self, result: Future[float]) -> str:
+        """Nobody waits for this result any more. Returns what the meeting still waited for."""
+        given_up = [meeting for meeting in self._meetings if meeting.result is result]
         self._meetings = [meeting for meeting in self._meetings if meeting.result is not result]
+        return given_up[0].waits_for if given_up else "nothing"
 
     def on_hello(self, sender: str, hello: Hello) -> None:
         """A peer introduces itself, or answers; it is answered when data has moved to it."""
@@ -72,7 +75,7 @@ class Introductions:
         """Take every meeting one step further."""
         for meeting in list(self._meetings):
             try:
-                next(meeting.steps)
+                meeting.waits_for = next(meeting.steps)
                 continue
             except StopIteration as ended:
                 meeting.result.set_result(ended.value)
@@ -84,29 +87,36 @@ class Introductions:
                 meeting.result.set_exception(PeerError(f"cannot meet {meeting.peer}: {error}"))
             self._meetings.remove(meeting)
 
-    def _introduce(self, peer: str) -> Generator[None, None, float]:
+    def _introduce(self, peer: str) -> Generator[str, None, float]:
         yield from self._rehearse(peer)
         yield from self._ask(peer)  # the peer moves data here before it answers
         return (yield from self._ask(peer))
 
-    def _welcome(self, peer: str, hello: Hello) -> Generator[None, None, float]:
+    def _welcome(self, peer: str, hello: Hello) -> Generator[str, None, float]:
         if peer not in self.paths:
             yield from self._rehearse(peer)
         self._transport.send(peer, encode(Hello(hello.key, reply=True)))
         return 0.0
 
-    def _rehearse(self, peer: str) -> Generator[None, None, None]:
+    def _rehearse(self, peer: str) -> Generator[str, None, None]:
         ignored = encode(Hello(self._new_key(), reply=True))
-        self.paths[peer] = yield from rehearse(self._transport, peer, ignored)
+        steps = rehearse(self._transport, peer, ignored)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as ended:
+                self.paths[peer] = ended.value
+                return
+            yield "data on its way there"
 
-    def _ask(self, peer: str) -> Generator[None, None, float]:
+    def _ask(self, peer: str) -> Generator[str, None, float]:
         key = self._new_key()
         started = time.monotonic()
         self._unanswered.add(key)
         try:
             self._transport.send(peer, encode(Hello(key, reply=False)))
             while key in self._unanswered:
-                yield
+                yield "its answer"
         finally:
             self._unanswered.discard(key)
         return time.monotonic() - started

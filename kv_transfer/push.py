@@ -91,8 +91,12 @@ class PushConnector(KVConnector):
         try:
             return result.result(max(0.0, give_up_at - time.monotonic()))
         except TimeoutError as error:
-            self._post(lambda: self._introductions.give_up(result))
-            raise PeerError(f"{engine_id} did not answer within {timeout_s:g} s") from error
+            waited_for = self._call(lambda: self._introductions.give_up(result))
+            if result.done():
+                return result.result()
+            raise PeerError(
+                f"{engine_id} was not met within {timeout_s:g} s: still waiting for {waited_for}"
+            ) from error
 
     def disconnect(self, engine_id: str) -> None:
         """See `KVConnector.disconnect`."""

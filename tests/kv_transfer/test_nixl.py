@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
 
 from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReceived, HandoffReleased, HandoffSent
+from kv_transfer.errors import PeerError
 from kv_transfer.messages import HandoffKey
 
 pytestmark = pytest.mark.nixl
@@ -17,7 +19,11 @@ def introduce(prefill, decode) -> tuple[str, str]:
     prefill_info, decode_info = prefill.info(), decode.info()
     prefill.connect(decode_info)
     decode.connect(prefill_info)
-    assert prefill.probe(decode_info.engine_id) < 10
+    try:
+        assert prefill.probe(decode_info.engine_id) < 10
+    except PeerError as error:  # seen once in some hundred meetings on a busy machine; pools then meet again, too
+        warnings.warn(f"the first meeting failed: {error}", stacklevel=2)
+        assert prefill.probe(decode_info.engine_id) < 10
     return prefill_info.engine_id, decode_info.engine_id
 
 

@@ -190,7 +190,7 @@ def test_unlike_layouts_refuse_each_other():
 
 def test_probe():
     pair = Pair()
-    with pytest.raises(PeerError, match="did not answer"):
+    with pytest.raises(PeerError, match="was not met"):
         pair.p.probe(pair.id("d"), 0.01)  # nobody steps the other side
     threaded = LocalFabric()
     ends = [LocalConnector(threaded, threaded=True) for _ in range(2)]
