@@ -93,6 +93,7 @@ class EngineAlone:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            enable_prefix_caching=False,  # a prompt that is measured again is computed again
         )
         self._decode = DecodeWorker(
             decode_runner, decode_connector, max_num_seqs=max_num_seqs, max_model_len=max_model_len

@@ -130,6 +130,7 @@ def build_worker(
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
+            enable_prefix_caching=False,  # a prompt that is measured again is computed again
         )
     else:
         worker = DecodeWorker(runner, InstantConnector(), max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)

@@ -71,6 +71,7 @@ def command(args: argparse.Namespace, folder: Path) -> list[str]:
         "model.max_model_len": args.max_model_len,
         "server.port": 0,
         "prefill.max_num_batched_tokens": args.max_num_batched_tokens,
+        "prefill.enable_prefix_caching": False,  # a prompt that is measured again is computed again
         "decode.max_num_seqs": args.max_num_seqs,
     }
     flags = [f"--set={key}={value}" for key, value in settings.items()] + [f"--set={text}" for text in args.set]

@@ -175,6 +175,7 @@ def _make_worker(
         layers_per_group=config.layers_per_group,
         handoff_timeout_s=config.handoff_timeout_s,
         enforce_eager=config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
         progress=capture_progress,
         clock=clock,
     )

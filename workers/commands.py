@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.decode import DecodeWorker
-from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
+from workers.messages import CacheUpdate, DecodeRequest, Load, PrefillRequest, WorkerEvent
 from workers.prefill import PrefillWorker
 
 
@@ -80,3 +80,7 @@ class Alone:
     def step(self) -> list[WorkerEvent]:
         """Do what is due."""
         return self._worker.step()
+
+    def take_cache_update(self) -> CacheUpdate | None:
+        """See `PrefillWorker.take_cache_update`; decode workers have nothing to say."""
+        return self._worker.take_cache_update() if isinstance(self._worker, PrefillWorker) else None

@@ -30,6 +30,7 @@ class WorkerConfig:
         max_num_seqs: sequences in one batch.
         max_num_batched_tokens: token budget of one prefill step.
         layers_per_group: layers that one WRITE carries; None chooses for every prompt and path.
+        enable_prefix_caching: of a prefill worker: keep blocks for prompts that begin alike.
         handoff_timeout_s: a handoff that takes longer than this after prefill has ended has failed.
     """
 
@@ -53,4 +54,5 @@ class WorkerConfig:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
     layers_per_group: int | None = None
+    enable_prefix_caching: bool = True
     handoff_timeout_s: float = 30.0

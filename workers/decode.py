@@ -84,12 +84,7 @@ class DecodeWorker:
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error))
             return
-        state = SamplingState(
-            request.sampling,
-            request.prompt_token_ids,
-            frozenset(self._runner.model.config.eos_token_ids),
-            self._max_model_len,
-        )
+        state = SamplingState.of(request, self._runner.model.config.eos_token_ids, self._max_model_len)
         sequence = Sequence(request, state, deadline=self._clock() + request.timeout_s)
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
@@ -189,7 +184,7 @@ class DecodeWorker:
             self.abort(request_id)
             return
         output_token_ids.append(sampled.token_id)
-        if len(output_token_ids) == 2:
+        if len(output_token_ids) == sequence.request.num_output_tokens + 2:
             self._events.append(DecodeReport(request_id, now - sequence.received))
         reason = finish_reason(sequence.state)
         self._events.append(TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))

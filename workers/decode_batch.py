@@ -55,14 +55,14 @@ class Sequence:
     max_output: int = field(init=False)
 
     def __post_init__(self) -> None:
-        room = self.state.max_model_len - len(self.request.prompt_token_ids)
+        room = self.state.max_model_len - len(self.state.prompt_token_ids)
         wanted = self.state.params.max_tokens
         self.max_output = room if wanted is None else min(room, wanted)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens; all but the last are in the cache."""
-        return len(self.request.prompt_token_ids) + len(self.state.output_token_ids)
+        return len(self.state.prompt_token_ids) + len(self.state.output_token_ids)
 
     @property
     def num_scheduled(self) -> int:

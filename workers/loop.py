@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from workers.messages import Load, StepOutput, WorkerEvent
+from workers.messages import CacheUpdate, Load, StepOutput, WorkerEvent
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,10 @@ class Worker(Protocol):
 
     def step(self) -> list[WorkerEvent]:
         """Do what is due."""
+        ...
+
+    def take_cache_update(self) -> CacheUpdate | None:
+        """How its prefix cache has changed since the last call; None: not at all."""
         ...
 
 
@@ -107,10 +111,11 @@ class WorkerLoop(Generic[W]):
 
     def _report(self, events: list[WorkerEvent]) -> None:
         load = self._worker.load
+        cache_update = self._worker.take_cache_update()
         now = time.monotonic()
-        if events or load != self._last_load or now - self._last_report > _LOAD_REPORT_S:
+        if events or cache_update or load != self._last_load or now - self._last_report > _LOAD_REPORT_S:
             self._last_load, self._last_report = load, now
-            self._emit(StepOutput(self._engine_id, tuple(events), load))
+            self._emit(StepOutput(self._engine_id, tuple(events), load, cache_update))
 
 
 def _nothing(worker: object) -> None:

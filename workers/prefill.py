@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
-from workers.block_manager import BlockManager
 from workers.errors import BatonError, HandoffError, SamplingError
 from workers.first_tokens import FirstTokens
 from workers.group_size import GroupSize
 from workers.intake import check_capacity, check_prompt, check_token_ids
 from workers.messages import (
+    CacheUpdate,
     HandoffReport,
     Load,
     PrefillReport,
@@ -27,8 +27,9 @@ from workers.messages import (
 )
 from workers.model_runner import ModelRunner, Row
 from workers.prefill_graphs import Progress
-from workers.prefill_launch import Launch, Prompt, complete_blocks, layer_pusher
+from workers.prefill_launch import Launch, Prompt, complete_blocks, layer_pusher, push_cached, store_complete
 from workers.prefill_scheduler import Chunk, PrefillScheduler
+from workers.prefix_cache import PrefixCache
 from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason
 
@@ -47,6 +48,7 @@ class PrefillWorker:
         steps_ahead: how many steps may be in flight while the next is launched; None: one on a GPU, and none on a
             CPU, where launching a step computes it.
         enforce_eager: use no CUDA graphs.
+        enable_prefix_caching: keep the blocks of prompts for those that begin alike.
         progress: told how many of the CUDA graphs are captured, and how many there will be.
         clock: what time it is, in monotonic seconds.
     """
@@ -63,6 +65,7 @@ class PrefillWorker:
         handoff_timeout_s: float = 30.0,
         steps_ahead: int | None = None,
         enforce_eager: bool = False,
+        enable_prefix_caching: bool = True,
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,8 +74,9 @@ class PrefillWorker:
             runner.capture_prefill(min(max_num_batched_tokens, max_model_len), progress)
         self._clock = clock
         self._connector = connector
-        self._blocks = BlockManager(runner.kv_cache.shape[1])
+        self._blocks = PrefixCache(runner.kv_cache.shape[1])
         self._scheduler = PrefillScheduler(self._blocks, runner.block_size, max_num_batched_tokens, max_num_seqs)
+        self._cached_block_size = runner.block_size if enable_prefix_caching else None
         self._max_model_len = max_model_len
         block_bytes = runner.kv_cache[0, 0].nbytes
         self.group_size = GroupSize(connector, runner.num_layers, block_bytes, layers_per_group)
@@ -93,7 +97,8 @@ class PrefillWorker:
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error))
             return
-        prompt = Prompt.of(request, self._runner.model.config.eos_token_ids, self._max_model_len, self._clock())
+        eos_token_ids = self._runner.model.config.eos_token_ids
+        prompt = Prompt.of(request, eos_token_ids, self._max_model_len, self._clock(), self._cached_block_size)
         self._prompts[request.request_id] = prompt
         self._scheduler.add(prompt.progress)
         if request.decode_engine is not None:
@@ -122,17 +127,18 @@ class PrefillWorker:
     @property
     def load(self) -> Load:
         """The load now."""
-        reserved = quarantined = 0
+        reserved: set[int] = set()
+        quarantined: set[int] = set()
         for prompt in self._handoffs.values():
             if prompt.request.request_id not in self._prompts:
-                quarantined += len(prompt.progress.blocks)
+                quarantined.update(prompt.progress.blocks)
             elif prompt.computed:
-                reserved += len(prompt.progress.blocks)
+                reserved.update(prompt.progress.blocks)
         return Load(
             total_blocks=self._blocks.num_blocks,
             free_blocks=self._blocks.num_free,
-            reserved_blocks=reserved,
-            quarantined_blocks=quarantined,
+            reserved_blocks=len(reserved),
+            quarantined_blocks=len(quarantined - reserved),
             running=self._scheduler.num_running + sum(self._awaited(p) for la in self._launches for p in la.finished),
             waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.num_waiting_tokens,
@@ -149,6 +155,10 @@ class PrefillWorker:
         events, self._events = self._events, []
         return events
 
+    def take_cache_update(self) -> CacheUpdate | None:
+        """How the prefix cache has changed since the last call; None: not at all."""
+        return self._blocks.take_update()
+
     def _launch(self, chunks: list[Chunk]) -> Launch:
         """Queue a batch, and what follows from it for the handoffs and the schedule."""
         prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
@@ -158,6 +168,7 @@ class PrefillWorker:
             prompt.in_flight += 1
             tokens = prompt.token_ids[chunk.start : chunk.end]
             rows.append(Row(tokens, chunk.start, chunk.prompt.blocks, wants_logits=chunk.last))
+        push_cached(self._connector, self._runner.num_layers, chunks, prompts)
         parts = complete_blocks(chunks, prompts, self._scheduler, self.group_size)
         on_layer = layer_pusher(self._connector, self._runner, parts)
         logits = self._runner.forward(rows, on_layer)
@@ -165,13 +176,14 @@ class PrefillWorker:
             self._scheduler.advance(chunk)
         finished = [prompt for chunk, prompt in zip(chunks, prompts, strict=True) if chunk.last]
         first_tokens = FirstTokens(logits, [prompt.state for prompt in finished], self._runner.ready_event())
-        return Launch(prompts, finished, first_tokens)
+        return Launch(chunks, prompts, finished, first_tokens)
 
     def _collect(self, ahead: int) -> None:
         """Take the first tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             sampled = launch.first_tokens.wait()
+            store_complete(self._blocks, launch, self._runner.block_size)
             for prompt in launch.prompts:
                 prompt.in_flight -= 1
                 if prompt.unwanted:
@@ -189,6 +201,7 @@ class PrefillWorker:
         request_id = prompt.request.request_id
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled))
+            self._blocks.forget(prompt.progress.blocks)  # what gives no valid logits may be wrong itself
             del self._prompts[request_id]
             self._stop(prompt, str(sampled))
             return
@@ -207,6 +220,7 @@ class PrefillWorker:
                 prompt.started - prompt.arrived,
                 now - prompt.started,
                 prompt.progress.num_chunks,
+                prompt.progress.num_cached_tokens,
             ),
             output,
         ]
@@ -255,4 +269,4 @@ class PrefillWorker:
         prompt.unwanted = True
         if prompt.in_flight == 0:
             blocks, prompt.progress.blocks = prompt.progress.blocks, []
-            self._blocks.free(blocks)
+            self._blocks.release(blocks)

@@ -14,6 +14,7 @@ from workers.group_size import GroupSize
 from workers.messages import PrefillRequest
 from workers.model_runner import ModelRunner
 from workers.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
+from workers.prefix_cache import PrefixCache, block_hashes
 from workers.sampling.state import SamplingState
 
 
@@ -46,13 +47,22 @@ class Prompt:
     unwanted: bool = False
 
     @classmethod
-    def of(cls, request: PrefillRequest, eos_token_ids: Iterable[int], max_model_len: int, now: float) -> Prompt:
-        """A request that has just come and is in order."""
+    def of(
+        cls,
+        request: PrefillRequest,
+        eos_token_ids: Iterable[int],
+        max_model_len: int,
+        now: float,
+        cached_block_size: int | None = None,
+    ) -> Prompt:
+        """A request that has just come and is in order; its blocks have hashes if a block size is given."""
+        token_ids = np.asarray(request.prompt_token_ids, dtype=np.int64)
+        hashes = block_hashes(token_ids, cached_block_size) if cached_block_size is not None else ()
         return cls(
             request,
-            np.asarray(request.prompt_token_ids, dtype=np.int64),
-            PromptProgress(request.request_id, len(request.prompt_token_ids)),
-            SamplingState(request.sampling, request.prompt_token_ids, frozenset(eos_token_ids), max_model_len),
+            token_ids,
+            PromptProgress(request.request_id, len(token_ids), hashes),
+            SamplingState.of(request, eos_token_ids, max_model_len),
             deadline=now + request.timeout_s,
             arrived=now,
         )
@@ -70,11 +80,13 @@ class Launch:
     """A step that is queued, or running, or done.
 
     Attributes:
-        prompts: whose chunks it computes.
+        chunks: what it computes.
+        prompts: whose chunks they are.
         finished: those of them that are computed with it.
         first_tokens: of the finished ones.
     """
 
+    chunks: Sequence[Chunk]
     prompts: Sequence[Prompt]
     finished: Sequence[Prompt]
     first_tokens: FirstTokens
@@ -117,6 +129,31 @@ def complete_blocks(
             blocks = prompt.progress.blocks[span.start : span.stop]
             parts.append(CompleteBlocks(prompt.request.handoff_id, span.start, blocks, layers))
     return parts
+
+
+def push_cached(connector: KVConnector, num_layers: int, chunks: Sequence[Chunk], prompts: Sequence[Prompt]) -> None:
+    """Hand over what prompts that begin with these chunks have found in the cache: it is complete, in all layers.
+
+    Args:
+        connector: of the worker.
+        num_layers: of the model.
+        chunks: of a step, not yet `advance`d.
+        prompts: whose they are.
+    """
+    for chunk, prompt in zip(chunks, prompts, strict=True):
+        cached = chunk.prompt.num_pushed_blocks
+        if chunk.prompt.num_chunks == 0 and cached and prompt.request.decode_engine is not None:
+            blocks = chunk.prompt.blocks[:cached]
+            connector.push(prompt.request.handoff_id, range(num_layers), 0, blocks, None)
+
+
+def store_complete(cache: PrefixCache, launch: Launch, block_size: int) -> None:
+    """Keep the full blocks that a step has completed. The step must be done, and their prompts must still hold them."""
+    for chunk in launch.chunks:
+        progress = chunk.prompt
+        full = range(chunk.start // block_size, chunk.end // block_size) if progress.hashes else ()
+        for place in full:
+            cache.store(progress.blocks[place], progress.hashes[place])
 
 
 def layer_pusher(

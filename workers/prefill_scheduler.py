@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from workers.block_manager import BlockManager, blocks_for
+from workers.block_manager import blocks_for
+from workers.prefix_cache import PrefixCache
 
 
 @dataclass(eq=False)
@@ -15,17 +17,22 @@ class PromptProgress:
     Attributes:
         request_id: whose prompt it is.
         num_tokens: its length.
+        hashes: of its full blocks, see `block_hashes`; empty where nothing is cached.
         blocks: its block table; empty until it is admitted.
         num_computed_tokens: tokens that are in the cache.
-        num_pushed_blocks: blocks whose tokens have all been computed and handed to the connector.
+        num_pushed_blocks: blocks whose tokens have all been computed and handed to the connector, or are cached: those
+            are handed over with the first chunk.
+        num_cached_tokens: of the computed ones, those that were in the cache when it was admitted.
         num_chunks: steps that it took so far.
     """
 
     request_id: str
     num_tokens: int
+    hashes: Sequence[bytes] = ()
     blocks: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_pushed_blocks: int = 0
+    num_cached_tokens: int = 0
     num_chunks: int = 0
 
     @property
@@ -52,7 +59,8 @@ class PrefillScheduler:
     """First come, first served, in chunks under a token budget.
 
     A prompt is admitted when blocks for all of it are free, so that one under way always ends. Prompts under way go
-    before new ones.
+    before new ones. Of a prompt that begins like one that is cached, only what is missing is computed, and its last
+    token in any case: the first output token is chosen from that token's logits.
 
     Args:
         blocks: of the worker's cache.
@@ -61,7 +69,7 @@ class PrefillScheduler:
         max_num_seqs: prompts in a step.
     """
 
-    def __init__(self, blocks: BlockManager, block_size: int, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+    def __init__(self, blocks: PrefixCache, block_size: int, max_num_batched_tokens: int, max_num_seqs: int) -> None:
         self._blocks = blocks
         self._block_size = block_size
         self._budget = max_num_batched_tokens
@@ -101,7 +109,7 @@ class PrefillScheduler:
             budget -= self._take(prompt, budget, chunks)
         while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs and self._fits(self._waiting[0]):
             prompt = self._waiting.popleft()
-            prompt.blocks = self._blocks.allocate(blocks_for(prompt.num_tokens, self._block_size))
+            self._admit(prompt)
             self._running.append(prompt)
             budget -= self._take(prompt, budget, chunks)
         return chunks
@@ -133,7 +141,17 @@ class PrefillScheduler:
             self._waiting.remove(prompt)
 
     def _fits(self, prompt: PromptProgress) -> bool:
-        return blocks_for(prompt.num_tokens, self._block_size) <= self._blocks.num_free
+        return self._blocks.fits(self._reusable(prompt), blocks_for(prompt.num_tokens, self._block_size))
+
+    def _admit(self, prompt: PromptProgress) -> None:
+        count = blocks_for(prompt.num_tokens, self._block_size)
+        prompt.blocks, num_cached = self._blocks.allocate(self._reusable(prompt), count)
+        prompt.num_pushed_blocks = num_cached
+        prompt.num_computed_tokens = prompt.num_cached_tokens = num_cached * self._block_size
+
+    def _reusable(self, prompt: PromptProgress) -> Sequence[bytes]:
+        """Hashes of the blocks that need not be computed: not of the one with the last token."""
+        return prompt.hashes[: (prompt.num_tokens - 1) // self._block_size]
 
     def _take(self, prompt: PromptProgress, budget: int, chunks: list[Chunk]) -> int:
         length = min(budget, prompt.num_tokens - prompt.num_computed_tokens)

@@ -57,6 +57,7 @@ class LocalCluster:
         enforce_eager: bool = False,
         prefill_graphs: bool = True,
         dtype: str = "float32",
+        enable_prefix_caching: bool = True,
     ) -> None:
         self.model = _model(checkpoint, block_size, attention_backend, kv_cache_dtype, device, dtype)
         self.fabric = LocalFabric(faults)
@@ -78,6 +79,7 @@ class LocalCluster:
                 layers_per_group=layers_per_group,
                 steps_ahead=prefill_steps_ahead,
                 enforce_eager=enforce_eager or not prefill_graphs,
+                enable_prefix_caching=enable_prefix_caching,
                 clock=self.clock,
             )
             infos.append(info)

@@ -6,8 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from workers.block_manager import BlockManager, blocks_for
+from workers.block_manager import blocks_for
 from workers.prefill_scheduler import PrefillScheduler, PromptProgress
+from workers.prefix_cache import PrefixCache
 
 BLOCK_SIZE = 4
 
@@ -16,8 +17,8 @@ def spans(chunks) -> list[tuple[str, int, int]]:
     return [(chunk.prompt.request_id, chunk.start, chunk.end) for chunk in chunks]
 
 
-def make(num_blocks: int = 16, budget: int = 8, max_num_seqs: int = 4) -> tuple[PrefillScheduler, BlockManager]:
-    blocks = BlockManager(num_blocks)
+def make(num_blocks: int = 16, budget: int = 8, max_num_seqs: int = 4) -> tuple[PrefillScheduler, PrefixCache]:
+    blocks = PrefixCache(num_blocks)
     return PrefillScheduler(blocks, BLOCK_SIZE, budget, max_num_seqs), blocks
 
 
@@ -46,12 +47,12 @@ def test_blocks_become_pushable_when_they_are_full_and_at_the_end():
 
 def test_the_head_of_the_queue_is_not_overtaken():
     scheduler, blocks = make(num_blocks=4)
-    held = blocks.allocate(2)
+    held, _ = blocks.allocate((), 2)
     scheduler.add(PromptProgress("large", 12))
     scheduler.add(PromptProgress("small", 1))
     assert scheduler.schedule() == []
     assert not scheduler.can_schedule, "asking again without a free block would only burn the CPU"
-    blocks.free(held)
+    blocks.release(held)
     assert scheduler.can_schedule
     assert spans(scheduler.schedule()) == [("large", 0, 8)]
 
@@ -82,7 +83,7 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
 
     @initialize(num_blocks=st.integers(4, 16), budget=st.integers(1, 20), max_num_seqs=st.integers(1, 4))
     def start(self, num_blocks: int, budget: int, max_num_seqs: int) -> None:
-        self.blocks = BlockManager(num_blocks)
+        self.blocks = PrefixCache(num_blocks)
         self.scheduler = PrefillScheduler(self.blocks, BLOCK_SIZE, budget, max_num_seqs)
         self.budget, self.max_num_seqs = budget, max_num_seqs
         self.alive: list[PromptProgress] = []
@@ -128,7 +129,7 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.holding)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.blocks.free(self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1))).blocks)
+        self.blocks.release(self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1))).blocks)
 
     @invariant()
     def blocks_have_one_owner(self) -> None:
@@ -146,7 +147,7 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
             if not self.alive:
                 break
             while self.holding:
-                self.blocks.free(self.holding.pop().blocks)
+                self.blocks.release(self.holding.pop().blocks)
             self.step()
         assert not self.alive
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from workers.loop import WorkerLoop
-from workers.messages import Load, StepOutput, TokenOutput, WorkerEvent
+from workers.messages import CacheUpdate, Load, StepOutput, TokenOutput, WorkerEvent
 
 PATIENCE_S = 20.0
 
@@ -39,6 +39,9 @@ class CountingWorker:
         if self.error is not None:
             raise self.error
         return [TokenOutput("r", self.todo.pop(0))] if self.has_work else []
+
+    def take_cache_update(self) -> CacheUpdate | None:
+        return None
 
 
 class Running:

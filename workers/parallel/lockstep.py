@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from kv_transfer.connector import ConnectorEvent
 from workers.commands import Command
-from workers.messages import DecodeReport, Load, PrefillReport, WorkerEvent
+from workers.messages import CacheUpdate, DecodeReport, Load, PrefillReport, WorkerEvent
 from workers.parallel.agreed_connector import AgreedConnector
 from workers.parallel.agreement import Agreement, GroupEvent
 from workers.parallel.channel import FollowerChannel, LeadChannel
@@ -93,6 +93,10 @@ class Lead:
         self._channel.send(given)
         events = self._replica.run(given)
         return _at_the_end(events, time.monotonic() - now)
+
+    def take_cache_update(self) -> CacheUpdate | None:
+        """How the prefix cache has changed with the last step, on every rank; None: not at all."""
+        return self._replica.cache_update
 
     def _on_report(self, rank: int, report: Sequence[ConnectorEvent] | Crashed) -> None:
         if isinstance(report, Crashed):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from workers.commands import Command, apply_command
 from workers.decode import DecodeWorker
-from workers.messages import Load, TokenOutput, WorkerEvent
+from workers.messages import CacheUpdate, Load, TokenOutput, WorkerEvent
 from workers.parallel.agreed_connector import AgreedConnector
 from workers.parallel.agreement import GroupEvent
 from workers.parallel.errors import TensorParallelError
@@ -69,6 +69,8 @@ class Replica:
         self._clock = clock
         self.number = 0
         self.digest = 0
+        self.cache_update: CacheUpdate | None = None
+        """How the prefix cache has changed with the last step. Only the lead's is told: the others' are equal."""
 
     def run(self, given: StepInput) -> list[WorkerEvent]:
         """Take a step.
@@ -88,6 +90,8 @@ class Replica:
         events = self.worker.step()
         self.number += 1
         self.digest = digest_of(self.worker.load, events)
+        if isinstance(self.worker, PrefillWorker):
+            self.cache_update = self.worker.take_cache_update()
         return events
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from workers.messages import FinishReason
+from workers.messages import DecodeRequest, FinishReason, PrefillRequest
 from workers.sampling.params import SamplingParams
 
 
@@ -47,6 +48,20 @@ class SamplingState:
             params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
         )
         self._plain = params.greedy and not self.penalized and params.logprobs is None
+
+    @classmethod
+    def of(
+        cls, request: PrefillRequest | DecodeRequest, eos_token_ids: Iterable[int], max_model_len: int
+    ) -> SamplingState:
+        """Of a request that has just come, with the tokens that other workers have generated for it before."""
+        num_prompt = len(request.prompt_token_ids) - request.num_output_tokens
+        return cls(
+            request.sampling,
+            request.prompt_token_ids[:num_prompt],
+            frozenset(eos_token_ids),
+            max_model_len,
+            list(request.prompt_token_ids[num_prompt:]),
+        )
 
     @property
     def seed(self) -> int:

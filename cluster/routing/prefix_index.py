@@ -1,0 +1,116 @@
+"""Which prefill workers hold the beginning of a prompt, from what they say of their prefix caches.
+
+A table from the hash of a block to the workers that hold it, as the bits of a whole number: a prompt is followed
+through it block by block for all workers at once. It holds no more than the workers do. What it says may be a moment
+old, which makes a prediction worse and nothing wrong: a worker looks for itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from workers.prefix_cache import block_hashes
+
+_FEW = 8
+"""Workers up to which it is quicker to look at each alone."""
+
+
+class PromptPrefix:
+    """A prompt as the index looks for it: its blocks' hashes, made when first asked for, once for each block size.
+
+    Args:
+        token_ids: the prompt.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids = token_ids
+        self._hashes: dict[int, tuple[bytes, ...]] = {}
+
+    def hashes(self, block_size: int) -> tuple[bytes, ...]:
+        """Of the full blocks that a worker need not compute; the one with the last token is always computed."""
+        if block_size not in self._hashes:
+            reusable = (len(self._token_ids) - 1) // block_size
+            self._hashes[block_size] = block_hashes(self._token_ids, block_size)[:reusable]
+        return self._hashes[block_size]
+
+
+class PrefixIndex:
+    """The prefix caches of a pool's workers, as they reported them. A worker goes by its slot, a small number."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, int] = {}
+        self._held: dict[str, set[bytes]] = {}
+        self._holders: dict[bytes, int] = {}  # bit s: the worker of slot s
+        self._sizes: dict[int, int] = {}  # block size to the workers that have it
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def add(self, engine_id: str, block_size: int) -> int:
+        """A worker is here; its cache is empty. Returns its slot: the lowest that is not taken."""
+        taken = set(self._slots.values())
+        slot = next(slot for slot in itertools.count() if slot not in taken)
+        self._slots[engine_id], self._held[engine_id] = slot, set()
+        self._sizes[block_size] = self._sizes.get(block_size, 0) | 1 << slot
+        return slot
+
+    def remove(self, engine_id: str) -> None:
+        """A worker is gone, and its cache with it."""
+        self.update(engine_id, (), tuple(self._held[engine_id]))
+        del self._held[engine_id]
+        bit = 1 << self._slots.pop(engine_id)
+        self._sizes = {size: mask & ~bit for size, mask in self._sizes.items() if mask & ~bit}
+
+    def update(self, engine_id: str, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
+        """A worker's cache has changed. What a worker that is not here says is not listened to."""
+        if engine_id not in self._slots:
+            return
+        bit, held, holders = 1 << self._slots[engine_id], self._held[engine_id], self._holders
+        for content in removed:
+            if content in held:
+                held.remove(content)
+                holders[content] &= ~bit
+                if not holders[content]:
+                    del holders[content]
+        for content in stored:
+            held.add(content)
+            holders[content] = holders.get(content, 0) | bit
+
+    def cached_tokens(self, prefix: PromptPrefix) -> npt.NDArray[np.int64]:
+        """How many of the prompt's first tokens each worker holds, by slot."""
+        cached = np.zeros(max(self._slots.values(), default=-1) + 1, dtype=np.int64)
+        if self._holders:
+            for block_size, workers in self._sizes.items():
+                for those, depth in self._follow(prefix.hashes(block_size), workers):
+                    _fill(cached, those, depth * block_size)
+        return cached
+
+    def _follow(self, hashes: Sequence[bytes], workers: int) -> Iterator[tuple[int, int]]:
+        """Go along a prompt's blocks for as long as somebody holds all of them: who holds exactly how many."""
+        holders, depth = self._holders, 0
+        for content in hashes:
+            still = workers & holders.get(content, 0)
+            if still != workers:
+                yield workers ^ still, depth
+                workers = still
+                if not workers:
+                    return
+            depth += 1
+        yield workers, depth
+
+
+def _fill(values: npt.NDArray[np.int64], bits: int, value: int) -> None:
+    """Set the values whose bits are set: one by one where they are few."""
+    if value == 0:
+        return
+    if bits.bit_count() > _FEW:
+        octets = np.frombuffer(bits.to_bytes(len(values) // 8 + 1, "little"), dtype=np.uint8)
+        values[np.unpackbits(octets, count=len(values), bitorder="little").view(np.bool_)] = value
+        return
+    while bits:
+        values[(bits & -bits).bit_length() - 1] = value
+        bits &= bits - 1

@@ -1,0 +1,30 @@
+"""A conversation goes back to the prefill worker that knows its beginning, and the client hears what it saved."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.api import EngineRequest
+from fleet import prompt, tokens_of
+from workers.sampling.params import SamplingParams
+
+
+@pytest.mark.usefixtures("like_workers")
+async def test_a_conversation_goes_back_to_its_worker(make_fleet, expected):
+    fleet = await make_fleet(2, 1)
+    turns = [prompt(100), prompt(130), prompt(200)]
+    reports = []
+    for turn in turns:
+        stream = fleet.start(turn, 4)
+        assert [token async for token in tokens_of(stream)] == expected(turn, 4)
+        reports.append(await stream.report())
+        await fleet.until_idle()
+    assert turns[1][:100] == turns[0], "each goes on where the one before ended"
+    assert [report.cached_tokens for report in reports] == [0, 96, 128]
+    assert len({report.prefill_worker for report in reports}) == 1
+    sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=4)
+    pairs = fleet.engine.explain(EngineRequest("r", tuple(turns[2]), sampling, 60.0))
+    assert [(pair.prefill == reports[0].prefill_worker, pair.cached_tokens) for pair in pairs] == [
+        (True, 192),
+        (False, 0),
+    ]
