@@ -8,7 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 
-from cluster.worker_handle import StartProgress
+from cluster.worker_handle import HEARTBEAT_S, StartProgress
 from kv_transfer.nixl.connector import NixlConnector
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
@@ -92,12 +92,17 @@ class WorkerActor:
         self._started.disconnect(engine_id)
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
-        """Everything the worker says, in lists of what has gathered since the last one."""
+        """Everything the worker says, in lists of what has gathered since the last one.
+
+        An empty list is a heartbeat. It comes from this event loop, and not from the thread that steps, which may be
+        compiling or computing something long.
+        """
+        self._loop.call_later(HEARTBEAT_S, self._beat)
         while True:
             await self._news.wait()
             self._news.clear()
             batch, self._outputs = self._outputs, []
-            if batch:
+            if batch or self._crash is None:
                 yield batch
             if self._crash is not None:
                 raise self._crash
@@ -114,6 +119,10 @@ class WorkerActor:
         if self._host is None:
             raise RuntimeError(f"{self._config.name} has not started")
         return self._host
+
+    def _beat(self) -> None:
+        self._news.set()
+        self._loop.call_later(HEARTBEAT_S, self._beat)
 
     def _emit(self, output: StepOutput) -> None:
         self._loop.call_soon_threadsafe(self._gather, output)

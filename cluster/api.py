@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,7 @@ class RequestReport:
         first_decode_s: from the complete KV cache to the first decoded token.
         kv_bytes: KV cache bytes moved.
         attempts: 1, or more when a lost prefill worker made the request start again.
+        cached_tokens: of the prompt, that the prefill worker had in its prefix cache.
     """
 
     prefill_worker: str
@@ -66,6 +67,7 @@ class RequestReport:
     first_decode_s: float = 0.0
     kv_bytes: int = 0
     attempts: int = 1
+    cached_tokens: int = 0
 
     @property
     def hidden_fraction(self) -> float:
@@ -84,6 +86,16 @@ class WorkerStatus:
     attention_backend: str
     block_size: int
     load: Load
+
+
+@dataclass(frozen=True)
+class PoolTarget:
+    """How many workers a pool (`role`) is to have now, at least and at most."""
+
+    role: str
+    target: int
+    min_replicas: int
+    max_replicas: int
 
 
 @dataclass(frozen=True)
@@ -165,4 +177,12 @@ class Engine(Protocol):
 
     def explain(self, request: EngineRequest) -> list[PairReport]:
         """Where a request would go if it came now: every pair of workers, best first. Nothing is reserved."""
+        ...
+
+    def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
+        """Have pools grow or shrink to so many workers, by role; the others stay as they are. Returns all targets.
+
+        Raises:
+            InvalidRequestError: there is no such pool, or it may not have so many workers.
+        """
         ...

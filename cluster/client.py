@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import grpc
 
-from cluster.api import Explanation, ModelInfo, WorkerStatus
-from cluster.client_messages import GenerateChunk, Messages, chunk, generate_request, tokenize_request
+from cluster.api import Explanation, ModelInfo, PoolTarget, WorkerStatus
+from cluster.client_messages import GenerateChunk, Messages, chunk, generate_request, scale_request, tokenize_request
 from cluster.errors import RETRY_AFTER_KEY
 from cluster.server import convert
 from cluster.server.auth import bearer
@@ -177,6 +177,17 @@ class BatonClient:
             response = self._stub.ListWorkers(request, timeout=timeout_s, metadata=self._metadata)
         return convert.workers_from_proto(response.workers)
 
+    def scale(self, targets: Mapping[str, int], timeout_s: float | None = None) -> list[PoolTarget]:
+        """Have pools grow or shrink to so many workers, by role, and return all targets; they follow by and by.
+
+        Raises:
+            InvalidRequestError: a number below 0.
+            BatonClientError: the call failed, or a pool may not have so many.
+        """
+        request = scale_request(targets)
+        with _errors(self._connection):
+            return convert.targets_from_proto(self._stub.Scale(request, timeout=timeout_s, metadata=self._metadata))
+
     def close(self) -> None:
         """Cancel what is going on and close the connection."""
         self._channel.close()
@@ -244,6 +255,13 @@ class AsyncBatonClient:
         with _errors(self._connection):
             response = await self._stub.ListWorkers(request, timeout=timeout_s, metadata=self._metadata)
         return convert.workers_from_proto(response.workers)
+
+    async def scale(self, targets: Mapping[str, int], timeout_s: float | None = None) -> list[PoolTarget]:
+        """Have pools grow or shrink. Arguments and errors as in `BatonClient.scale`."""
+        request = scale_request(targets)
+        with _errors(self._connection):
+            response = await self._stub.Scale(request, timeout=timeout_s, metadata=self._metadata)
+        return convert.targets_from_proto(response)
 
     async def close(self) -> None:
         """Cancel what is going on and close the connection."""

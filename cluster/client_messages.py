@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.api import RequestReport, Usage
@@ -84,6 +84,14 @@ def tokenize_request(prompt: str | None, chat: Messages | None) -> baton_pb2.Tok
         raise InvalidRequestError("give exactly one of prompt and chat")
     try:
         return baton_pb2.TokenizeRequest(text=prompt, chat=None if chat is None else _chat(chat))
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError(f"the request cannot be sent: {error}") from error
+
+
+def scale_request(targets: Mapping[str, int]) -> baton_pb2.ScaleRequest:
+    """The message for `BatonClient.scale`'s targets. Errors as in `generate_request`."""
+    try:
+        return baton_pb2.ScaleRequest(targets=dict(targets))
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"the request cannot be sent: {error}") from error
 

@@ -48,6 +48,9 @@ class ServerConfig:
     auth_token_file: str | None = _setting(None, "file that holds the bearer token")
     default_timeout_s: float = _setting(600.0, "deadline of a call that brings none", above=0)
     max_queue: int = _setting(256, "requests that may wait; more are refused at once", low=0)
+    max_queue_wait_s: float = _setting(
+        30.0, "the longest wait before a prompt is computed; who would wait longer is refused at once", above=0
+    )
     max_concurrent_rpcs: int | None = _setting(None, "calls in progress at once, of any kind", low=1)
     reflection: bool = _setting(True, "let clients such as grpcurl ask for the interface")
 
@@ -61,7 +64,12 @@ class PoolConfig:
     heads.
     """
 
-    replicas: int = _setting(1, "workers in the pool", low=1)
+    replicas: int = _setting(1, "workers in the pool to begin with; `baton scale` changes it", low=1)
+    min_replicas: int = _setting(1, "workers in the pool at least, however it is scaled", low=1)
+    max_replicas: int = _setting(64, "workers in the pool at most, however it is scaled", low=1, high=4096)
+    drain_timeout_s: float = _setting(
+        60.0, "a worker that leaves may finish its requests for so long; then other workers go on with them", low=0
+    )
     tensor_parallel_size: int = _setting(
         1, "ranks that share the model in a worker, each a process with a device of its own", choices=(1, 2, 4, 8, 16)
     )
@@ -101,6 +109,13 @@ class PoolConfig:
 
 
 @dataclass(frozen=True)
+class PrefillPoolConfig(PoolConfig):
+    """The prefill pool: as `PoolConfig`, with a prefix cache."""
+
+    enable_prefix_caching: bool = _setting(True, "keep the KV blocks of prompts for those that begin alike")
+
+
+@dataclass(frozen=True)
 class DecodePoolConfig(PoolConfig):
     """The decode pool: as `PoolConfig`, with a larger batch."""
 
@@ -119,6 +134,28 @@ class HandoffConfig:
 
 
 @dataclass(frozen=True)
+class AutoscalerConfig:
+    """When pools grow and shrink by themselves, between their min_replicas and max_replicas."""
+
+    mode: str = _setting("off", "dry-run says what it would do, and why", choices=("off", "dry-run", "on"))
+    ttft_s: float = _setting(1.0, "objective of the prefill pool: 90 % of prompts take no longer there", above=0)
+    itl_s: float = _setting(0.05, "objective of the decode pool: mean time between tokens", above=0)
+    occupancy: float = _setting(
+        0.9, "share of KV blocks or batch that a pool should have taken at most", above=0, high=1
+    )
+    queue_per_worker: float = _setting(4.0, "requests for each worker that should wait at most", above=0)
+    shrink_below: float = _setting(
+        0.5, "a pool shrinks when it bears less than this part of what it should bear at most", above=0, high=0.9
+    )
+    interval_s: float = _setting(5.0, "from one look at the pools to the next", above=0)
+    grow_after_s: float = _setting(15.0, "the pressure must have been high for so long", low=0)
+    shrink_after_s: float = _setting(300.0, "the pressure must have been low for so long", low=0)
+    cooldown_s: float = _setting(30.0, "from one change of a pool to its next", low=0)
+    grow_step: int = _setting(2, "workers added at once, at most", low=1)
+    shrink_step: int = _setting(1, "workers taken away at once, at most", low=1)
+
+
+@dataclass(frozen=True)
 class RayConfig:
     """The Ray cluster."""
 
@@ -132,9 +169,10 @@ class ServiceConfig:
 
     model: ModelConfig = ModelConfig()
     server: ServerConfig = ServerConfig()
-    prefill: PoolConfig = PoolConfig()
+    prefill: PrefillPoolConfig = PrefillPoolConfig()
     decode: DecodePoolConfig = DecodePoolConfig()
     handoff: HandoffConfig = HandoffConfig()
+    autoscaler: AutoscalerConfig = AutoscalerConfig()
     ray: RayConfig = RayConfig()
 
 
@@ -276,6 +314,11 @@ def _checked(config: ServiceConfig) -> ServiceConfig:
     for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
         if pool.num_blocks is not None and pool.kv_cache_gb is not None:
             raise ConfigError(f"both {name}.num_blocks and {name}.kv_cache_gb are set; give one")
+        if not pool.min_replicas <= pool.replicas <= pool.max_replicas:
+            raise ConfigError(
+                f"{name}.replicas is {pool.replicas}, it must be in [{pool.min_replicas}, {pool.max_replicas}], "
+                f"{name}.min_replicas and {name}.max_replicas"
+            )
         _check_nodes(name, pool, config.ray.address)
         if pool.tensor_parallel_size > 1 and config.handoff.connector == "local":
             raise ConfigError(

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cluster.admission import AdmissionQueue, Ticket
-from cluster.api import EngineRequest, RequestReport, TokenChunk, WorkerStatus
+from cluster.api import EngineRequest, PoolTarget, WorkerStatus
 from cluster.clock import now
-from cluster.errors import NoWorkersError, WorkerLostError
+from cluster.errors import NoWorkersError, WorkerLeavesError, WorkerLostError
 from cluster.flight import Flight
-from cluster.pool import Member, WorkerPools
+from cluster.latency_windows import RecentMean, RecentQuantile
+from cluster.pools.member import Member
+from cluster.pools.pools import WorkerPools
+from cluster.pools.scaling import Obligations, PoolLimits
+from cluster.pools.signals import pool_signals
 from cluster.routing.books import Books
+from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.router import Bar, Demand, NoPlacement, PairReport
 from cluster.routing.worker_table import WorkerTraits
+from cluster.running_request import RunningRequest
+from cluster.scaling_policy import PoolSignals
 from cluster.worker_handle import LoadProgress, WorkerHandle
-from workers.errors import CapacityError, DeadlineExceededError, HandoffError
+from workers.errors import CapacityError
 from workers.host import WorkerInfo
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, StepOutput
 
 logger = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 3
 _REPORT_PATIENCE_S = 0.25
 _MIN_TIMEOUT_S = 0.001
+_LATENCY_WINDOW_S = 30.0
+WORKERS_SHARE_OF_WAIT = 0.25
+"""Enough to keep a prefill worker busy; who waits at the gateway waits in the order of priority and turns."""
 _SHUTTING_DOWN = "the service is shutting down"
 
 
@@ -33,11 +43,15 @@ class ServingEngine:
     """An `Engine` over two pools of workers.
 
     Args:
-        prefill: makes each prefill worker.
-        decode: makes each decode worker.
+        prefill: makes a prefill worker for each place in the pool.
+        decode: makes a decode worker for each place in the pool.
         max_queue: requests that may wait for room.
+        max_queue_wait_s: the longest that one may wait before its prompt is computed, at the gateway and on its prefill
+            worker together; who would wait longer is refused, see `AdmissionQueue`.
+        limits: of the pools' sizes, by role; one that is not named has all its places held.
         books: of the two pools, empty; None: books that choose by predicted time.
         progress: told how far loading is.
+        silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
     """
 
     def __init__(
@@ -46,15 +60,30 @@ class ServingEngine:
         decode: Sequence[Callable[[], WorkerHandle]],
         *,
         max_queue: int,
+        max_queue_wait_s: float = math.inf,
+        limits: Mapping[str, PoolLimits] | None = None,
         books: Books | None = None,
         progress: LoadProgress = lambda name, progress: None,
+        silence_s: float | None = None,
     ) -> None:
         self._pools = WorkerPools(
-            prefill, decode, on_output=self._on_output, on_change=self._on_change, progress=progress
+            prefill,
+            decode,
+            on_output=self._on_output,
+            on_change=self._on_change,
+            limits=limits,
+            obligations=Obligations(self._num_flights, self._hand_on),
+            progress=progress,
+            silence_s=silence_s,
         )
-        self._queue: AdmissionQueue[Flight] = AdmissionQueue(max_queue, clock=now)
-        self._books = books or Books()
+        self._queue: AdmissionQueue[Flight] = AdmissionQueue(
+            max_queue, clock=now, max_wait_s=max_queue_wait_s * (1.0 - WORKERS_SHARE_OF_WAIT)
+        )
+        self._books = books or Books(max_queued_s=max_queue_wait_s * WORKERS_SHARE_OF_WAIT)
         self._flights: dict[str, Flight] = {}
+        self._ttft_s = RecentQuantile(_LATENCY_WINDOW_S, now)
+        self._itl_s = RecentMean(_LATENCY_WINDOW_S, now)
+        self._prefill_s = RecentMean(_LATENCY_WINDOW_S, now)
         self._stopping = False
 
     async def start(self) -> None:
@@ -87,26 +116,48 @@ class ServingEngine:
         """See `Engine.explain`."""
         return self._books.explain(_demand(request))
 
+    def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
+        """See `Engine.scale`."""
+        return self._pools.scale(targets)
+
+    def signals(self) -> dict[str, PoolSignals]:
+        """Each pool as it is now, by role, for who decides on its size."""
+        latencies = {"prefill": self._ttft_s.quantile(0.9), "decode": self._itl_s.mean()}
+        return pool_signals(
+            self._pools.members, self._pools.targets(), latencies, self._prefill_s.rate(), len(self._queue)
+        )
+
     def generate(self, request: EngineRequest) -> RunningRequest:
         """See `Engine.generate`."""
         return RunningRequest(self, request)
 
-    async def take_off(self, request: EngineRequest, deadline: float, arrived: float, attempts: int) -> Flight:
-        """Wait for room, choose a pair of workers and send them the request.
+    async def take_off(
+        self,
+        request: EngineRequest,
+        deadline: float,
+        arrived: float,
+        attempts: int,
+        output: tuple[int, ...] = (),
+        again: bool = False,
+    ) -> Flight:
+        """Wait for room, choose a pair of workers and send them the request, with what it has generated so far.
+
+        One that is here `again` is not turned away.
 
         Raises:
             QueueFullError: too many requests are waiting.
             CapacityError: no pair of workers could ever hold the request.
             NoWorkersError: a pool has no worker, and none is likely to come back soon.
         """
+        demand = _demand(request, output)
         flight = await self._queue.admit(
-            lambda: self._try_to_place(request, arrived, attempts),
-            Ticket(request.priority, request.user, len(request.prompt_token_ids)),
+            lambda: self._try_to_place(request, demand, arrived, attempts),
+            Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
             patience_s=deadline - now(),
         )
         if flight.error is None:
             try:
-                self._dispatch(flight, request, max(_MIN_TIMEOUT_S, deadline - now()))
+                self._dispatch(flight, request, output, max(_MIN_TIMEOUT_S, deadline - now()))
             except Exception as error:
                 flight.fail(error)
         return flight
@@ -117,17 +168,28 @@ class ServingEngine:
             return
         self._books.release(flight.flight_id)
         if not flight.finished:
-            for engine_id in (flight.prefill, flight.decode):
-                member = self._pools.find(engine_id)
-                if member is not None and member.state != "lost":
-                    member.handle.abort(flight.flight_id)
+            self._abort(flight)
         self._queue.retry()
 
-    def _try_to_place(self, request: EngineRequest, arrived: float, attempts: int) -> Flight | None:
+    def _abort(self, flight: Flight) -> None:
+        for engine_id in (flight.prefill, flight.decode):
+            member = self._pools.find(engine_id)
+            if member is not None and member.state != "lost":
+                member.handle.abort(flight.flight_id)
+
+    def _num_flights(self, engine_id: str) -> int:
+        return sum(flight.needs(engine_id) for flight in self._flights.values())
+
+    def _hand_on(self, engine_id: str) -> None:
+        """A worker leaves before these requests are done: stop them there, and they go on elsewhere."""
+        for flight in [flight for flight in self._flights.values() if flight.needs(engine_id)]:
+            flight.fail(WorkerLeavesError(f"{engine_id} left before the request was done"))
+            self._abort(flight)
+
+    def _try_to_place(self, request: EngineRequest, demand: Demand, arrived: float, attempts: int) -> Flight | None:
         """Book a pair of workers, or None if there is no room now."""
         if self._stopping:
             raise NoWorkersError(_SHUTTING_DOWN)
-        demand = _demand(request)
         placement = self._books.place(demand)
         if isinstance(placement, NoPlacement):
             if placement.hopeless:
@@ -148,40 +210,61 @@ class ServingEngine:
         if demand.max_tokens == 1:  # nothing to decode, so nothing to hand over
             flight.serve_alone()
         self._flights[flight.flight_id] = flight
-        self._books.book(flight.flight_id, flight.prefill, flight.decode, flight.num_tokens)
+        self._books.book(
+            flight.flight_id,
+            flight.prefill,
+            flight.decode,
+            flight.num_tokens,
+            demand.max_tokens,
+            placement.cached_tokens,
+        )
         return flight
 
-    def _dispatch(self, flight: Flight, request: EngineRequest, timeout_s: float) -> None:
+    def _dispatch(self, flight: Flight, request: EngineRequest, output: tuple[int, ...], timeout_s: float) -> None:
         """Send the request to both workers at once."""
         prefill, decode = self._pools.find(flight.prefill), self._pools.find(flight.decode)
         if prefill is None or (decode is None and flight.decode):
             flight.fail(WorkerLostError("a worker was lost before the request reached it"))
             return
-        handoff_id = secrets.token_bytes(16)
-        prompt, sampling = request.prompt_token_ids, request.sampling
+        name, handoff_id, after = flight.flight_id, secrets.token_bytes(16), len(output)
+        prompt, sampling = request.prompt_token_ids + output, request.sampling
         flight.dispatched = now()
         if decode is None:
-            prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, None, timeout_s))
+            prefill.handle.submit(PrefillRequest(name, handoff_id, prompt, sampling, None, timeout_s, after))
             return
         # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.
-        prefill.handle.submit(PrefillRequest(flight.flight_id, handoff_id, prompt, sampling, flight.decode, timeout_s))
-        decode.handle.submit(DecodeRequest(flight.flight_id, handoff_id, prompt, sampling, flight.prefill, timeout_s))
+        prefill.handle.submit(PrefillRequest(name, handoff_id, prompt, sampling, flight.decode, timeout_s, after))
+        decode.handle.submit(DecodeRequest(name, handoff_id, prompt, sampling, flight.prefill, timeout_s, after))
 
     def _on_output(self, output: StepOutput) -> None:
         self._books.quarantine(output.engine_id, output.load.quarantined_blocks)
+        if output.cache_update is not None:
+            self._books.cache_update(output.engine_id, output.cache_update)
         for event in output.events:
             if flight := self._flights.get(event.request_id):
-                tokens_before = flight.num_tokens
+                tokens_before, last_token_at = flight.num_tokens, flight.last_token_at
                 flight.take(output.engine_id, event)
+                self._measure(flight, last_token_at, flight.num_tokens - tokens_before)
+                if isinstance(event, PrefillReport):
+                    self._prefill_s.add(event.prefill_s, 1)
                 self._queue.charge(flight.user, flight.num_tokens - tokens_before)
                 self._keep_books(flight)
                 if flight.finished:
                     self._see_off(flight)
         self._queue.retry()
 
+    def _measure(self, flight: Flight, last_token_at: float, num_new: int) -> None:
+        """Note what these tokens were for whoever waited for them: for the pools, without the wait at the gateway."""
+        if not num_new:
+            return
+        if last_token_at:
+            self._itl_s.add(flight.last_token_at - last_token_at, num_new)
+        else:
+            self._ttft_s.add(flight.first_token_at - flight.dispatched)
+
     def _keep_books(self, flight: Flight) -> None:
         if flight.finished:
-            self._books.release(flight.flight_id)
+            self._books.finished(flight.flight_id, flight.num_tokens)
         elif flight.first_token_at:
             self._books.first_token(flight.flight_id)
             self._books.grown(flight.flight_id, flight.num_tokens)
@@ -203,8 +286,10 @@ class ServingEngine:
         self._queue.retry()
 
 
-def _demand(request: EngineRequest) -> Demand:
-    return Demand(len(request.prompt_token_ids), request.sampling.max_tokens or 1)
+def _demand(request: EngineRequest, output: tuple[int, ...] = ()) -> Demand:
+    """What it needs, or what is left of it after this output."""
+    prompt, max_tokens = request.prompt_token_ids + output, request.sampling.max_tokens or 1
+    return Demand(len(prompt), max_tokens - len(output), prefix=PromptPrefix(prompt))
 
 
 def _traits(members: Iterable[Member]) -> dict[WorkerTraits, bool]:
@@ -233,73 +318,3 @@ def _bars(members: Iterable[Member]) -> dict[tuple[str, str], Bar]:
             prefill, decode = (member.engine_id, peer) if member.handle.role == "prefill" else (peer, member.engine_id)
             bars[prefill, decode] = bar
     return bars
-
-
-class RunningRequest:
-    """One request under way: an asynchronous iterator of `TokenChunk`s.
-
-    Closing it, or leaving it by an exception, cancels the request on both sides. A request whose worker is lost, or
-    whose handoff fails, before its first token left starts again on other workers.
-    """
-
-    def __init__(self, engine: ServingEngine, request: EngineRequest) -> None:
-        self._engine = engine
-        self._request = request
-        self._arrived = now()
-        self._deadline = self._arrived + request.timeout_s
-        self._flight: Flight | None = None
-        self._delivered = False
-        self._over = False
-
-    def __aiter__(self) -> RunningRequest:
-        return self
-
-    async def __anext__(self) -> TokenChunk:
-        if self._over:
-            raise StopAsyncIteration
-        try:
-            async with asyncio.timeout(self._deadline - now()):
-                chunk = await self._next_chunk()
-        except TimeoutError:
-            await self.aclose()
-            raise DeadlineExceededError(f"the deadline of {self._request.timeout_s:.3g} s passed") from None
-        except BaseException:
-            await self.aclose()
-            raise
-        self._delivered = True
-        if self._flight is not None and self._flight.finished:
-            self._over = True
-        return chunk
-
-    async def aclose(self) -> None:
-        """Cancel what is under way."""
-        self._over = True
-        if self._flight is not None:
-            self._engine.land(self._flight)
-
-    async def report(self) -> RequestReport:
-        """Where the request went and where its time went, as far as it is known.
-
-        Raises:
-            RuntimeError: it has not been placed yet.
-        """
-        if self._flight is None:
-            raise RuntimeError("the request has not been placed yet")
-        if self._flight.finished:
-            await self._flight.handoff_reported(_REPORT_PATIENCE_S)
-        return self._flight.report()
-
-    async def _next_chunk(self) -> TokenChunk:
-        attempts = self._flight.attempts if self._flight is not None else 0
-        while True:
-            if self._flight is None:
-                attempts += 1
-                self._flight = await self._engine.take_off(self._request, self._deadline, self._arrived, attempts)
-            try:
-                return await self._flight.next_chunk()
-            except (WorkerLostError, HandoffError) as error:
-                if self._delivered or attempts >= _MAX_ATTEMPTS:
-                    raise
-                logger.info("request %s starts again: %s", self._request.request_id, error)
-                self._engine.land(self._flight)
-                self._flight = None

@@ -43,6 +43,10 @@ class WorkerLostError(BatonError):
     """A worker's process ended while it held the request."""
 
 
+class WorkerLeavesError(BatonError):
+    """A worker is to leave before it has finished the request: others go on with it, and no client sees this."""
+
+
 class AuthenticationError(BatonError):
     """The call carries no bearer token, or a wrong one."""
 
@@ -55,6 +59,7 @@ STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     RequestCancelledError: grpc.StatusCode.CANCELLED,
     asyncio.CancelledError: grpc.StatusCode.CANCELLED,
     WorkerLostError: grpc.StatusCode.UNAVAILABLE,
+    WorkerLeavesError: grpc.StatusCode.UNAVAILABLE,
     NoWorkersError: grpc.StatusCode.UNAVAILABLE,
     HandoffError: grpc.StatusCode.UNAVAILABLE,
     AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,

@@ -39,6 +39,7 @@ class Flight:
         user: whose request it is.
         dispatched: when both workers were sent the request.
         first_token_at: when prefill's token came; 0 before.
+        last_token_at: when the last token came that is in order; 0 before the first.
         finished: the last token is here.
         error: why the flight failed.
     """
@@ -52,6 +53,7 @@ class Flight:
     user: str = ""
     dispatched: float = field(default_factory=now)
     first_token_at: float = 0.0
+    last_token_at: float = 0.0
     finished: bool = False
     _held: list[TokenOutput] = field(default_factory=list)
     _ready: list[TokenOutput] = field(default_factory=list)
@@ -88,6 +90,14 @@ class Flight:
         """
         if engine_id == self.decode or (engine_id == self.prefill and not self.first_token_at):
             self.fail(WorkerLostError(f"{engine_id} was lost while it served the request"))
+
+    def needs(self, engine_id: str) -> bool:
+        """Whether it could not go on to its end without this worker."""
+        if self.error is not None:
+            return False
+        if engine_id == self.decode:
+            return not self.finished
+        return engine_id == self.prefill and not (self.first_token_at and self.reported)
 
     def fail(self, error: Exception) -> None:
         """End with an error, after the tokens that are here."""
@@ -138,6 +148,7 @@ class Flight:
             first_decode_s=decode.first_decode_s if decode else 0.0,
             kv_bytes=handoff.num_bytes if handoff else 0,
             attempts=self.attempts,
+            cached_tokens=prefill.cached_tokens if prefill else 0,
         )
 
     def _take_token(self, engine_id: str, token: TokenOutput) -> None:
@@ -149,6 +160,7 @@ class Flight:
         else:
             self.first_token_at = now()
             tokens, self._held = [token, *self._held], []
+        self.last_token_at = now()
         self._ready += tokens
         self.num_tokens += len(tokens)
         self.finished = self._ready[-1].finish_reason is not None

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from cluster.errors import WorkerLostError
-from cluster.worker_handle import LoadProgress, StartProgress
+from cluster.worker_handle import HEARTBEAT_S, LoadProgress, StartProgress
 from kv_transfer.local import LocalConnector, LocalFabric
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
@@ -78,7 +78,12 @@ class InProcessWorker:
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """See `WorkerHandle.outputs`."""
         while True:
-            item = await self._queue.get()
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    item = await self._queue.get()
+            except TimeoutError:
+                yield []
+                continue
             if isinstance(item, BaseException):
                 raise WorkerLostError(f"{self.name} is gone: {item}") from item
             yield [item]

@@ -16,12 +16,15 @@ import ray
 
 from attention.measurements import FILE_NAME
 from cluster.api import ModelInfo
-from cluster.config import PoolConfig, ServiceConfig, cache_dir
+from cluster.autoscaler import Autoscaler, policies_of
+from cluster.clock import now
+from cluster.config import AutoscalerConfig, PoolConfig, ServiceConfig, cache_dir
 from cluster.engine import ServingEngine
 from cluster.generation import Generation
 from cluster.inprocess import InProcessWorker
 from cluster.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.placement import Placement, place_pools
+from cluster.pools.scaling import PoolLimits
 from cluster.rank_placement import RankResources
 from cluster.ray_worker import RayWorker
 from cluster.recall import SHIPPED_MODEL
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _SHUTDOWN_TIMEOUT_S = 20.0
 _REACH_TIMEOUT_S = 5.0
+_SILENCE_S = 4.0  # workers say something every second
 _Spawn = Callable[[WorkerConfig, PoolConfig, Placement], WorkerHandle]
 
 
@@ -94,6 +98,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             _places(config, "prefill", config.prefill, prefill, folder, spawn),
             _places(config, "decode", config.decode, decode, folder, spawn),
             max_queue=config.server.max_queue,
+            max_queue_wait_s=config.server.max_queue_wait_s,
+            limits={"prefill": _limits(config.prefill), "decode": _limits(config.decode)},
+            silence_s=_SILENCE_S,
             progress=progress_lines(report),
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
@@ -102,6 +109,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             f"{pool_size('decode', config.decode)} on {decode.device}, {readable_size(model_bytes(model, dtype))} each"
         )
         await engine.start()
+        _autoscale(config.autoscaler, engine, report, stack)
         for worker in engine.infos():
             report(worker_line(worker))
         info = ModelInfo(
@@ -116,6 +124,23 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         yield Service(engine, Generation(engine, tokenizer, info), info)
 
 
+def _autoscale(
+    config: AutoscalerConfig, engine: ServingEngine, report: Callable[[str], None], stack: contextlib.AsyncExitStack
+) -> None:
+    """Have the pools' sizes looked after until the stack ends, if that is wanted."""
+    if config.mode == "off":
+        return
+    autoscaler = Autoscaler(
+        engine,
+        policies_of(config, now),
+        interval_s=config.interval_s,
+        dry_run=config.mode == "dry-run",
+        report=report,
+    )
+    task = asyncio.create_task(autoscaler.run())
+    stack.callback(task.cancel)
+
+
 def _places(
     config: ServiceConfig,
     role: str,
@@ -127,8 +152,12 @@ def _places(
     """For every place in a pool, how to make a worker for it."""
     return [
         partial(spawn, _worker_config(config, role, pool, placement, folder, number), pool, placement)
-        for number in range(pool.replicas)
+        for number in range(pool.max_replicas)
     ]
+
+
+def _limits(pool: PoolConfig) -> PoolLimits:
+    return PoolLimits(pool.replicas, pool.min_replicas, pool.drain_timeout_s)
 
 
 def _worker_config(
@@ -156,6 +185,7 @@ def _worker_config(
         max_num_seqs=pool.max_num_seqs,
         max_num_batched_tokens=pool.max_num_batched_tokens,
         layers_per_group=config.handoff.layers_per_group,
+        enable_prefix_caching=config.prefill.enable_prefix_caching,
         handoff_timeout_s=config.handoff.timeout_s,
     )
 
@@ -185,7 +215,7 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
     Raises:
         ConfigError: the cluster cannot be reached, or cannot hold the workers.
     """
-    needed = sum(p.replicas * p.tensor_parallel_size * p.num_cpus for p in (config.prefill, config.decode))
+    most = sum(p.max_replicas * p.tensor_parallel_size * p.num_cpus for p in (config.prefill, config.decode))
     local = config.ray.address is None
     report("starting Ray on this machine" if local else f"joining the Ray cluster at {config.ray.address}")
     _check_reachable(config.ray.address)
@@ -193,8 +223,9 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
         ray.init(
             address="local" if local else config.ray.address,
             namespace=config.ray.namespace,
-            # A small machine may share its cores between workers; a cluster's own figures are its operator's business.
-            num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))) if local else None,
+            # A small machine may share its cores between all workers that pools may have; a cluster's own figures are
+            # its operator's business.
+            num_cpus=max(os.cpu_count() or 1, int(-(-most // 1))) if local else None,
             include_dashboard=False if local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,

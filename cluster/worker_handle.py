@@ -26,6 +26,9 @@ class StartProgress:
     total: int
 
 
+HEARTBEAT_S = 1.0
+"""A worker that runs lets itself be heard this often."""
+
 LoadProgress = Callable[[str, StartProgress], None]
 """Told of a worker, by name, and how far its start is."""
 
@@ -76,7 +79,8 @@ class WorkerHandle(Protocol):
         ...
 
     def outputs(self) -> AsyncIterator[list[StepOutput]]:
-        """Each step's output, one stream for the whole worker.
+        """Each step's output, one stream for the whole worker: something every `HEARTBEAT_S` at least, if only an
+        empty list, also while a step takes long.
 
         Raises:
             WorkerLostError: the worker died or crashed.

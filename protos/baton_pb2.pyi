@@ -132,7 +132,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "ttft_s", "transfer_s", "exposed_transfer_s", "first_decode_s", "hidden_fraction", "kv_bytes", "attempts", "prefill_worker", "decode_worker")
+    __slots__ = ("queue_s", "prefill_s", "ttft_s", "transfer_s", "exposed_transfer_s", "first_decode_s", "hidden_fraction", "kv_bytes", "attempts", "prefill_worker", "decode_worker", "cached_tokens")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +144,7 @@ class Timings(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     ttft_s: float
@@ -155,7 +156,8 @@ class Timings(_message.Message):
     attempts: int
     prefill_worker: str
     decode_worker: str
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., hidden_fraction: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., attempts: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., hidden_fraction: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., attempts: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat")
@@ -208,7 +210,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[PairReport, _Mapping]]] = ...) -> None: ...
 
 class PairReport(_message.Message):
-    __slots__ = ("prefill", "decode", "ttft_s", "itl_s", "cost_s", "refusal", "chosen")
+    __slots__ = ("prefill", "decode", "ttft_s", "itl_s", "cost_s", "refusal", "chosen", "cached_tokens")
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +218,7 @@ class PairReport(_message.Message):
     COST_S_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prefill: str
     decode: str
     ttft_s: float
@@ -223,7 +226,8 @@ class PairReport(_message.Message):
     cost_s: float
     refusal: str
     chosen: bool
-    def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., refusal: _Optional[str] = ..., chosen: bool = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., refusal: _Optional[str] = ..., chosen: bool = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ()
@@ -272,3 +276,34 @@ class Load(_message.Message):
     waiting_tokens: int
     preempted: int
     def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., preempted: _Optional[int] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("targets",)
+    class TargetsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    targets: _containers.ScalarMap[str, int]
+    def __init__(self, targets: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("pools",)
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[PoolTarget]
+    def __init__(self, pools: _Optional[_Iterable[_Union[PoolTarget, _Mapping]]] = ...) -> None: ...
+
+class PoolTarget(_message.Message):
+    __slots__ = ("role", "target", "min_replicas", "max_replicas")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    target: int
+    min_replicas: int
+    max_replicas: int
+    def __init__(self, role: _Optional[str] = ..., target: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ...) -> None: ...

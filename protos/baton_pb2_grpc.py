@@ -77,6 +77,11 @@ class BatonStub(object):
                 request_serializer=protos_dot_baton__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_baton__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/baton.v1.Baton/Scale',
+                request_serializer=protos_dot_baton__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=protos_dot_baton__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class BatonServicer(object):
@@ -133,6 +138,14 @@ class BatonServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Has pools grow or shrink, and answers at once; ListWorkers shows how they follow. No request fails because of it.
+        The same targets again change nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BatonServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -165,6 +178,11 @@ def add_BatonServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=protos_dot_baton__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_baton__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=protos_dot_baton__pb2.ScaleRequest.FromString,
+                    response_serializer=protos_dot_baton__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -336,6 +354,33 @@ class Baton(object):
             '/baton.v1.Baton/Explain',
             protos_dot_baton__pb2.GenerateRequest.SerializeToString,
             protos_dot_baton__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Baton/Scale',
+            protos_dot_baton__pb2.ScaleRequest.SerializeToString,
+            protos_dot_baton__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,7 +15,8 @@ from workers.sampling.params import SamplingParams
 _EPILOG = """\
 ttft and itl are predicted: from what each worker has measured of itself, the prompts that wait on the prefill worker,
 and the batch of the decode worker. Of the pairs that can serve the request the one of the lowest cost, the time to the
-first token and through the next ones, is chosen. Nothing is generated or reserved.
+first token and through the next ones, is chosen. Nothing is generated or reserved. Tokens that are cached on the
+prefill worker are not computed again.
 
 examples:
   baton explain "The capital of France is" --max-tokens 16
@@ -65,11 +66,13 @@ def _print_table(explanation: Explanation) -> None:
         table.add_column(name, no_wrap=True)
     for name in ("ttft ms", "itl ms", "cost ms"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("cached", justify="right", no_wrap=True)
     table.add_column("why not")
     for pair in explanation.pairs:
         numbers = (f"{seconds * 1e3:.1f}" for seconds in (pair.ttft_s, pair.itl_s, pair.cost_s))
         names = (escape(engine_id.partition(".")[0]) for engine_id in (pair.prefill, pair.decode))
-        table.add_row("[green]→[/]" if pair.chosen else "", *names, *numbers, escape(pair.refusal))
+        mark, cached = "[green]→[/]" if pair.chosen else "", str(pair.cached_tokens)
+        table.add_row(mark, *names, *numbers, cached, escape(pair.refusal))
     console.print(table)
     if not any(pair.chosen for pair in explanation.pairs):
         console.print("no pair can take it now")

@@ -142,7 +142,8 @@ def _stats(usage: Usage, finish_reason: FinishReason | None, report: RequestRepo
     lines = [f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated, ended by {reason}"]
     if report is not None:
         lines += [
-            f"first token {_ms(report.ttft_s)}: queue {_ms(report.queue_s)}, prefill {_ms(report.prefill_s)}",
+            f"first token {_ms(report.ttft_s)}: queue {_ms(report.queue_s)}, prefill {_ms(report.prefill_s)}"
+            + (f" ({report.cached_tokens} prompt tokens were cached)" if report.cached_tokens else ""),
             f"handoff {report.kv_bytes / 2**20:.2f} MiB of KV cache in {_ms(report.transfer_s)}, "
             f"{report.hidden_fraction:.0%} of it hidden behind prefill, {_ms(report.exposed_transfer_s)} exposed",
             f"first decode {_ms(report.first_decode_s)}",

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("start the service here, in the foreground", "cluster.cli.up"),
     "generate": ("send a prompt and stream the answer", "cluster.cli.generate"),
     "status": ("show pools, workers, load and KV blocks", "cluster.cli.status"),
+    "scale": ("have pools grow or shrink while they serve", "cluster.cli.scale"),
     "explain": ("show where a request would go, and why", "cluster.cli.explain"),
     "backends": ("show which attention backends can run here, and which would be chosen", "cluster.cli.backends"),
     "doctor": ("prove the path that the KV cache takes between workers here", "cluster.cli.doctor"),

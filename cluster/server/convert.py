@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
 
-from cluster.api import Explanation, ModelInfo, RequestReport, Usage, WorkerStatus
+from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, Usage, WorkerStatus
 from cluster.routing.router import PairReport
 from protos import baton_pb2
 from workers.messages import FinishReason, Load
@@ -99,6 +99,16 @@ def explanation_from_proto(message: baton_pb2.ExplainResponse) -> Explanation:
     """Where a request would go."""
     pairs = (PairReport(**{name: getattr(pair, name) for name in _PAIR_FIELDS}) for pair in message.pairs)
     return Explanation(message.prompt_tokens, message.max_tokens, tuple(pairs))
+
+
+def targets_to_proto(targets: Iterable[PoolTarget]) -> baton_pb2.ScaleResponse:
+    """What the pools are to have."""
+    return baton_pb2.ScaleResponse(pools=[baton_pb2.PoolTarget(**asdict(target)) for target in targets])
+
+
+def targets_from_proto(message: baton_pb2.ScaleResponse) -> list[PoolTarget]:
+    """What the pools are to have."""
+    return [PoolTarget(m.role, m.target, m.min_replicas, m.max_replicas) for m in message.pools]
 
 
 def model_info_to_proto(info: ModelInfo) -> baton_pb2.GetModelInfoResponse:

@@ -81,6 +81,12 @@ class BatonService:
             await self._generation.explain(_generation_request(request, request_id, timeout_s))
         )
 
+    async def Scale(  # noqa: N802
+        self, request: baton_pb2.ScaleRequest, timeout_s: float
+    ) -> baton_pb2.ScaleResponse:
+        """Have pools grow or shrink."""
+        return convert.targets_to_proto(self._engine.scale(dict(request.targets)))
+
 
 def method_handlers(service: BatonService, default_timeout_s: float) -> grpc.GenericRpcHandler:
     """What a gRPC server needs to answer the service's calls.

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
-from cluster.api import EngineRequest, ModelInfo, RequestReport, TokenChunk, WorkerStatus
+from cluster.api import EngineRequest, ModelInfo, PoolTarget, RequestReport, TokenChunk, WorkerStatus
 from cluster.client import Connection
 from cluster.config import load_config
+from cluster.engine import ServingEngine
 from cluster.generation import Generation
+from cluster.inprocess import InProcessWorker
+from cluster.pools import replacement
+from cluster.pools.scaling import PoolLimits
 from cluster.routing.router import PairReport
 from cluster.server.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
+from fleet import Fleet
+from kv_transfer.local import Faults, LocalFabric
+from workers.capability import Capability
+from workers.config import WorkerConfig
+from workers.errors import InvalidRequestError
 from workers.messages import FinishReason, Load, TokenOutput
 
 EOS = 256
@@ -34,6 +46,7 @@ class ScriptedEngine:
     requests: list[EngineRequest] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
+    targets: dict[str, int] = field(default_factory=lambda: {"prefill": 1, "decode": 1})
 
     def generate(self, request: EngineRequest) -> ScriptedStream:
         self.requests.append(request)
@@ -51,6 +64,12 @@ class ScriptedEngine:
             PairReport("p-1.00", "d-2.00", 0.0123, 0.0045, 0.3, "", True),
             PairReport("p-1.00", "d-1.00", 0.0123, 0.0045, 0.3, "d-1.00: its batch is full", False),
         ]
+
+    def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
+        if targets.get("decode", 1) > 4:
+            raise InvalidRequestError(f"decode is {targets['decode']}, it must be in [1, 4]")
+        self.targets.update(targets)
+        return [PoolTarget(role, target, 1, 4) for role, target in self.targets.items()]
 
 
 class ScriptedStream:
@@ -149,3 +168,83 @@ async def serve(byte_tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Awaita
     yield start
     for server in servers:
         await server.stop(grace_s=0)
+
+
+@pytest.fixture
+async def make_fleet(tiny_checkpoint, monkeypatch):
+    """Start an engine; `prefill` and `decode` hold the settings of the worker of each place."""
+    monkeypatch.setattr(replacement, "_RESTART_DELAYS_S", (0.01,))
+    started: list[ServingEngine] = []
+
+    async def make(
+        prefill: int | list[dict] = 1,
+        decode: int | list[dict] = 1,
+        *,
+        faults: Faults | None = None,
+        max_queue: int = 64,
+        worker_class: type[InProcessWorker] = InProcessWorker,
+        limits: dict[str, PoolLimits] | None = None,
+        silence_s: float | None = None,
+        **settings,
+    ) -> Fleet:
+        fabric = LocalFabric(faults)
+
+        def places(role: str, pool: int | list[dict]):
+            each = [{}] * pool if isinstance(pool, int) else pool
+            base = {
+                "model": str(tiny_checkpoint("llama")),
+                "dtype": "float32",
+                "num_blocks": 64,
+                "max_model_len": 512,
+                "max_num_batched_tokens": 64,
+                **settings,
+            }
+            return [
+                partial(worker_class, WorkerConfig(**{"name": f"{role}-{i}", "role": role, **base, **own}), fabric)
+                for i, own in enumerate(each)
+            ]
+
+        engine = ServingEngine(
+            places("prefill", prefill),
+            places("decode", decode),
+            max_queue=max_queue,
+            limits=limits,
+            silence_s=silence_s,
+        )
+        started.append(engine)
+        await engine.start()
+        return Fleet(engine)
+
+    yield make
+    for engine in started:
+        await engine.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
+    """What transformers generates greedily."""
+    import transformers
+
+    checkpoint: Path = tiny_checkpoint("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+    def generate(token_ids: list[int], num_tokens: int) -> list[int]:
+        output = model.generate(
+            torch.tensor([token_ids]),
+            attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return output[0, len(token_ids) :].tolist()
+
+    return generate
+
+
+@pytest.fixture
+def like_workers(monkeypatch) -> None:
+    """Every worker measures the same."""
+    measured = Capability(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
+    monkeypatch.setattr("workers.assembly._measure", lambda *args, **kwargs: measured)

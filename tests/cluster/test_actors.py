@@ -126,3 +126,11 @@ print("not reached", flush=True)
     assert done.returncode == 1
     assert done.stdout == "in good order it stays\n"
     assert "a rank of prefill-0 ends: the lead is gone" in done.stderr
+
+
+async def test_a_worker_with_nothing_to_say_says_that(actor, monkeypatch):
+    monkeypatch.setattr("cluster.actors.HEARTBEAT_S", 0.01)
+    stream = actor.outputs()
+    assert [await anext(stream) for _ in range(3)] == [[], [], []]
+    await asyncio.to_thread(actor._emit, output(1))
+    assert [output(1)] in [await anext(stream) for _ in range(3)]

@@ -285,3 +285,51 @@ async def test_no_room_is_lost_among_priorities_and_users(seed):
     assert outcomes["served"] + outcomes["refused"] == 300
     assert outcomes["served"] > 20
     assert (rooms.free, len(queue)) == (3, 0)
+
+
+async def test_nobody_waits_longer_than_is_allowed():
+    queue: AdmissionQueue[str] = AdmissionQueue(100, max_wait_s=0.02)
+    rooms = Rooms(0)
+    waiting = await queue_up(queue, rooms, [("a", Ticket()), ("b", Ticket())])
+    with pytest.raises(QueueFullError, match=r"no room within 0\.02 s"):
+        await waiting[0]
+    with pytest.raises(QueueFullError, match="no room within"):
+        await waiting[1]
+    assert len(queue) == 0
+    rooms.free = 1
+    assert await queue.admit(rooms.attempt("c")) == "c"
+
+
+async def test_who_would_wait_longer_than_is_allowed_is_told_at_once():
+    clock = Clock()
+    queue: AdmissionQueue[str] = AdmissionQueue(100, clock, max_wait_s=30.0)
+    rooms = Rooms(0)
+    waiting = await queue_up(queue, rooms, [(str(i), Ticket()) for i in range(30)])
+    for _ in range(10):  # one admission every two seconds
+        clock.now += 2.0
+        rooms.free = 1
+        queue.retry()
+        await settle()
+    with pytest.raises(QueueFullError, match="about 36 s to wait, and 30 s is the most") as refused:
+        await queue.admit(rooms.attempt("x"))
+    assert refused.value.retry_after_s == pytest.approx(6.0), "then it would wait as long as is allowed"
+    await serve_one_by_one(queue, rooms)
+    await asyncio.gather(*waiting)
+
+
+async def test_a_quiet_hour_does_not_slow_the_pace():
+    clock = Clock()
+    queue: AdmissionQueue[str] = AdmissionQueue(100, clock)
+    rooms = Rooms(0)
+    for i in range(10):
+        (waiting,) = await queue_up(queue, rooms, [(str(i), Ticket())])
+        clock.now += 1.0
+        rooms.free = 1
+        queue.retry()
+        await waiting
+        clock.now += 3600.0
+    waiting = await queue_up(queue, rooms, [("a", Ticket()), ("b", Ticket())])
+    assert queue.expected_wait_s(Ticket()) == pytest.approx(2 * 0.9)
+    rooms.free = 2
+    await serve_one_by_one(queue, rooms)
+    await asyncio.gather(*waiting)

@@ -50,6 +50,7 @@ def test_attention_backend_variable_sets_both_pools_and_the_longer_name_beats_it
         ("prefill.gpu_memory_utilization", "1", 1.0),
         ("prefill.kv_cache_dtype", "fp8", "fp8"),
         ("decode.enforce_eager", "true", True),
+        ("prefill.enable_prefix_caching", "off", False),
         ("server.auth_token", "1234", "1234"),
         ("model.path", "org/name=with=equals", "org/name=with=equals"),
     ],
@@ -121,6 +122,9 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path, text: str, message
         ("decode.kv_cache_dtype", "int8", r"'int8', it must be one of auto, fp8"),
         ("decode.block_size", "0", r"decode\.block_size is 0, it must be at least 1"),
         ("model.dtype", "int8", r"'int8', it must be one of auto, float32, bfloat16, float16"),
+        ("decode.replicas", "65", r"decode\.replicas is 65, it must be in \[1, 64\], decode\.min_replicas and"),
+        ("decode.min_replicas", "2", r"decode\.replicas is 1, it must be in \[2, 64\]"),
+        ("prefill.drain_timeout_s", "-1", r"prefill\.drain_timeout_s is -1\.0, it must be at least 0"),
         ("server.port", "many", r"server\.port is 'many', it must be a whole number"),
     ],
 )

@@ -5,150 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable
-from functools import partial
-from itertools import count
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
-import torch
 
-from cluster import pool as pool_module
 from cluster.api import EngineRequest
-from cluster.engine import ServingEngine
 from cluster.errors import QueueFullError, WorkerLostError
 from cluster.inprocess import InProcessWorker
-from kv_transfer.local import Faults, LocalFabric
-from workers.capability import Capability
-from workers.config import WorkerConfig
+from fleet import prompt, tokens_of
+from kv_transfer.local import Faults
 from workers.errors import BatonError, CapacityError, ConfigError, DeadlineExceededError, HandoffError
 from workers.messages import StepOutput
 from workers.sampling.params import SamplingParams
-
-PATIENCE_S = 60.0
-_numbers = count()
-
-
-class Fleet:
-    """An engine, and the means to watch and to harm its workers."""
-
-    def __init__(self, engine: ServingEngine) -> None:
-        self.engine = engine
-
-    def start(self, prompt: list[int], max_tokens: int, *, timeout_s: float = PATIENCE_S, **sampling):
-        params = SamplingParams(
-            **{"temperature": 0.0, "seed": 0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
-        )
-        return self.engine.generate(EngineRequest(f"client-{next(_numbers)}", tuple(prompt), params, timeout_s))
-
-    async def run(self, prompt: list[int], max_tokens: int, **kwargs) -> list[int]:
-        return [token async for token in tokens_of(self.start(prompt, max_tokens, **kwargs))]
-
-    def handle(self, name: str) -> InProcessWorker:
-        return next(member.handle for member in self.engine._pools.members if member.handle.name == name)
-
-    def crash_on_submit(self, name: str) -> None:
-        """The worker dies with the next request that it is sent."""
-        handle = self.handle(name)
-        handle.submit = lambda request: handle.crash("killed by the test")
-
-    async def until(self, condition: Callable[[list], bool]) -> None:
-        for _ in range(int(PATIENCE_S / 0.005)):
-            if condition(self.engine.workers()):
-                return
-            await asyncio.sleep(0.005)
-        pytest.fail(f"waited in vain: {self.engine.workers()}")
-
-    async def until_idle(self) -> None:
-        """Every worker is ready and every block free, on both sides; and the engine has forgotten every request."""
-        await self.until(
-            lambda workers: all(
-                w.state == "ready" and w.load.free_blocks == w.load.total_blocks and w.load.waiting == 0
-                for w in workers
-            )
-        )
-        assert self.engine._flights == {}
-        assert len(self.engine._queue) == 0
-
-
-async def tokens_of(stream) -> AsyncIterator[int]:
-    async for chunk in stream:
-        for token in chunk.tokens:
-            yield token.token_id
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, 512) for _ in range(length)]
-
-
-@pytest.fixture(autouse=True)
-def _quick_restarts(monkeypatch):
-    monkeypatch.setattr(pool_module, "_RESTART_DELAYS_S", (0.01,))
-
-
-@pytest.fixture
-async def make_fleet(tiny_checkpoint):
-    """Start an engine; `prefill` and `decode` hold the settings of each worker."""
-    started: list[ServingEngine] = []
-
-    async def make(
-        prefill: int | list[dict] = 1,
-        decode: int | list[dict] = 1,
-        *,
-        faults: Faults | None = None,
-        max_queue: int = 64,
-        worker_class: type[InProcessWorker] = InProcessWorker,
-        **settings,
-    ) -> Fleet:
-        fabric = LocalFabric(faults)
-
-        def places(role: str, pool: int | list[dict]):
-            each = [{}] * pool if isinstance(pool, int) else pool
-            base = {
-                "model": str(tiny_checkpoint("llama")),
-                "dtype": "float32",
-                "num_blocks": 64,
-                "max_model_len": 512,
-                "max_num_batched_tokens": 64,
-                **settings,
-            }
-            return [
-                partial(worker_class, WorkerConfig(**{"name": f"{role}-{i}", "role": role, **base, **own}), fabric)
-                for i, own in enumerate(each)
-            ]
-
-        engine = ServingEngine(places("prefill", prefill), places("decode", decode), max_queue=max_queue)
-        started.append(engine)
-        await engine.start()
-        return Fleet(engine)
-
-    yield make
-    for engine in started:
-        await engine.stop()
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
-    """What transformers generates greedily."""
-    import transformers
-
-    checkpoint: Path = tiny_checkpoint("llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-
-    def generate(token_ids: list[int], num_tokens: int) -> list[int]:
-        output = model.generate(
-            torch.tensor([token_ids]),
-            attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return output[0, len(token_ids) :].tolist()
-
-    return generate
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 2)])
@@ -159,13 +27,6 @@ async def test_greedy_equals_transformers_under_concurrency(prefill, decode, mak
     answers = await asyncio.gather(*(fleet.run(token_ids, length) for token_ids, length in asked))
     assert answers == [expected(token_ids, length) for token_ids, length in asked]
     await fleet.until_idle()
-
-
-@pytest.fixture
-def like_workers(monkeypatch) -> None:
-    """Every worker measures the same."""
-    measured = Capability(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
-    monkeypatch.setattr("workers.assembly._measure", lambda *args, **kwargs: measured)
 
 
 @pytest.mark.usefixtures("like_workers")
@@ -477,3 +338,44 @@ async def test_stopping_ends_what_runs_and_what_waits(make_fleet):
     for task in (running, waiting):
         with pytest.raises(BatonError, match="shutting down"):
             await asyncio.wait_for(task, 5)
+
+
+class FallsSilent(InProcessWorker):
+    """A worker whose node is gone without a word: it takes requests, and nothing is heard of it."""
+
+    silenced: str
+
+    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+        async for batch in super().outputs():
+            if self.name == self.silenced:
+                await asyncio.Event().wait()
+            yield batch
+
+
+@pytest.mark.usefixtures("like_workers")
+async def test_a_worker_that_falls_silent_is_lost_and_others_do_its_work(make_fleet, expected):
+    FallsSilent.silenced = ""
+    fleet = await make_fleet(2, 1, worker_class=FallsSilent, silence_s=3.0)
+    before = {worker.engine_id for worker in fleet.engine.workers()}
+    FallsSilent.silenced = "prefill-0"
+    streams = [fleet.start(prompt(30, seed=i), 6) for i in range(4)]
+    answers = [asyncio.ensure_future(_all(stream)) for stream in streams]
+    await fleet.until(lambda workers: before - {worker.engine_id for worker in workers} != set())
+    FallsSilent.silenced = ""
+    assert await asyncio.gather(*answers) == [expected(prompt(30, seed=i), 6) for i in range(4)]
+    assert max([(await stream.report()).attempts for stream in streams]) == 2
+    (lost,) = before - {worker.engine_id for worker in fleet.engine.workers()}
+    assert lost.startswith("prefill-0.")
+    await fleet.until_idle()
+
+
+async def _all(stream) -> list[int]:
+    return [token async for token in tokens_of(stream)]
+
+
+async def test_workers_with_nothing_to_do_are_not_taken_for_lost(make_fleet, expected):
+    fleet = await make_fleet(silence_s=2.5)
+    before = {worker.engine_id for worker in fleet.engine.workers()}
+    await asyncio.sleep(3.5)
+    assert {worker.engine_id for worker in fleet.engine.workers()} == before
+    assert await fleet.run(prompt(20), 4) == expected(prompt(20), 4)

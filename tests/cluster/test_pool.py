@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 
-from cluster import pool as pool_module
 from cluster.errors import WorkerLostError
-from cluster.pool import WorkerPools
+from cluster.pools import introduction, replacement
+from cluster.pools.pools import WorkerPools
 from kv_transfer.errors import LayoutMismatchError, PeerError
 from kv_transfer.layout import KVLayout
 from kv_transfer.transport import EngineInfo
@@ -79,12 +79,13 @@ class Stage:
     def __init__(self, prefill: int = 1, decode: int = 1, settings: dict[str, list[dict]] | None = None) -> None:
         self.log: list[tuple] = []
         self.outputs: list[StepOutput] = []
+        self.on_output: Callable[[StepOutput], object] = self.outputs.append
         self.changes: list[str | None] = []
         self._settings = settings or {}
         self.pools = WorkerPools(
             [self._spawn(f"prefill-{i}") for i in range(prefill)],
             [self._spawn(f"decode-{i}") for i in range(decode)],
-            on_output=self.outputs.append,
+            on_output=lambda output: self.on_output(output),
             on_change=self.changes.append,
         )
 
@@ -112,7 +113,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick_restarts(monkeypatch):
-    monkeypatch.setattr(pool_module, "_RESTART_DELAYS_S", (0.0,))
+    monkeypatch.setattr(replacement, "_RESTART_DELAYS_S", (0.0,))
 
 
 async def test_everybody_of_one_pool_meets_everybody_of_the_other():
@@ -193,14 +194,14 @@ async def test_a_replacement_that_fails_is_tried_again_whatever_the_error(error)
 async def test_an_error_in_taking_output_costs_one_worker_not_the_service():
     stage = Stage()
     await stage.pools.start()
-    stage.pools._on_output = lambda output: 1 // 0
+    stage.on_output = lambda output: 1 // 0
     stage.member("decode-0").handle.said.put_nowait([StepOutput("decode-0.0", (), Load(8, 8))])
     await until(lambda: stage.states().get("decode-0.1") == "ready")
     await stage.pools.stop()
 
 
 async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monkeypatch):
-    monkeypatch.setattr(pool_module, "_RECONCILE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(introduction, "_RECONCILE_INTERVAL_S", 0.0)
     deaf = {"prefill-0": [{"unreachable": "decode-1.0"}], "decode-1": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 2, deaf)
     await stage.pools.start()
@@ -227,7 +228,7 @@ async def test_a_place_that_fails_again_and_again_has_no_future():
 
 
 async def test_stopping_in_the_middle_of_a_replacement(monkeypatch):
-    monkeypatch.setattr(pool_module, "_RESTART_DELAYS_S", (1000.0,))
+    monkeypatch.setattr(replacement, "_RESTART_DELAYS_S", (1000.0,))
     stage = Stage()
     await stage.pools.start()
     stage.member("decode-0").handle.said.put_nowait(WorkerLostError("killed"))

@@ -75,6 +75,7 @@ async def running(tiny_checkpoint) -> AsyncIterator[Running]:
         "decode.replicas": 2,
         "prefill.num_blocks": 256,
         "decode.num_blocks": 256,
+        "decode.drain_timeout_s": 0.5,
         "prefill.max_num_batched_tokens": 48,
     }
     config = load_config(environ={}, overrides=overrides)
@@ -191,3 +192,30 @@ async def test_every_answer_has_the_report_of_its_handoff(running):
     pool = prompts(40, seed=6, longest=30)
     answers = await asyncio.gather(*(running.generate(prompt, 2) for prompt in pool))
     assert all(report.kv_bytes > 0 for _, report in answers)
+
+
+async def test_pools_shrink_and_grow_while_they_serve(running, reference_greedy):
+    pool = prompts(24, seed=9)
+    loads = [asyncio.ensure_future(running.generate(prompt, 60)) for prompt in pool]
+
+    async def has(prefill: int, decode: int) -> None:
+        await running.until(
+            f"{prefill} prefill and {decode} decode workers are ready",
+            lambda workers: (
+                sorted((w.role, w.state) for w in workers)
+                == [("decode", "ready")] * decode + [("prefill", "ready")] * prefill
+            ),
+        )
+
+    before = {worker.engine_id for worker in await running.client.workers()}
+    targets = await running.client.scale({"prefill": 1, "decode": 1})
+    assert [(target.role, target.target) for target in targets] == [("prefill", 1), ("decode", 1)]
+    await has(1, 1)
+    loads += [asyncio.ensure_future(running.generate(prompt, 60)) for prompt in pool]
+    await running.client.scale({"prefill": 2, "decode": 2})
+    await has(2, 2)
+    for prompt, (tokens, report) in zip(pool * 2, await asyncio.gather(*loads), strict=True):
+        assert tokens == reference_greedy(running.checkpoint, prompt, 60)
+        assert report.attempts == 1
+    assert len(before - {worker.engine_id for worker in await running.client.workers()}) == 2
+    await running.until_idle()

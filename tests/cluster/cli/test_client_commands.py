@@ -177,7 +177,7 @@ async def test_explain_shows_every_pair(
     assert len(served.engine.requests[0].prompt_token_ids) == 3
     title, _, best, other = capsys.readouterr().out.splitlines()
     assert title == "3 prompt tokens, at most 5 to generate"
-    assert best.split() == ["→", "p-1", "d-2", "12.3", "4.5", "300.0"]
+    assert best.split() == ["→", "p-1", "d-2", "12.3", "4.5", "300.0", "0"]
     assert "d-1.00: its batch is full" in other
 
 
@@ -203,3 +203,34 @@ async def test_explain_refuses(
     served = await serve([])
     assert await baton("explain", *arguments, "--server", served.server.address) == 1
     assert message in capsys.readouterr().err
+
+
+async def test_scale_says_what_the_pools_are_to_have(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    served = await serve([])
+    assert await baton("scale", "prefill=2", "decode=3", "--server", served.server.address) == 0
+    assert served.engine.targets == {"prefill": 2, "decode": 3}
+    assert capsys.readouterr().out == "prefill: 2 workers (from 1 to 4)\ndecode: 3 workers (from 1 to 4)\n"
+    assert await baton("scale", "--json", "--server", served.server.address) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown[1] == {"role": "decode", "target": 3, "min_replicas": 1, "max_replicas": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("decode",), "'decode' must be POOL=N, such as decode=3"),
+        (("decode=two",), "'decode=two' must be POOL=N"),
+        (("decode=1", "decode=2"), "decode is given twice"),
+        (("decode=9999999999",), "the request cannot be sent"),
+        (("decode=5",), "INVALID_ARGUMENT: decode is 5, it must be in [1, 4]"),
+    ],
+)
+async def test_a_wrong_target_is_one_line(
+    serve: Serve, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve([])
+    assert await baton("scale", *arguments, "--server", served.server.address) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert served.engine.targets == {"prefill": 1, "decode": 1}

@@ -35,7 +35,7 @@ def test_what_is_booked_is_not_free():
     made = books()
     assert refusal(made, 100 * 16 - 1) == ""
     made.book("r", "p", "d", 50)
-    assert refusal(made, 96 * 16 - 1) == ""
+    assert refusal(made, 95 * 16 - 1) == ""
     assert refusal(made, 96 * 16) == "d: 97 blocks needed, 96 free"
     made.grown("r", 64)
     assert refusal(made, 96 * 16 - 1) == "d: 96 blocks needed, 95 free"
@@ -155,3 +155,56 @@ class BookKeeping(RuleBasedStateMachine):
 
 BookKeeping.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestBookKeeping = BookKeeping.TestCase
+
+
+def test_the_growth_of_what_runs_is_left_room():
+    made = books()
+    made.book("r", "p", "d", 800, max_tokens=700)
+    (report,) = made.explain(Demand(100, 1))
+    assert report.refusal == "d: its requests would grow to about 1613 tokens, 1600 fit"
+    assert isinstance(made.place(Demand(100, 1)), NoPlacement)
+    assert isinstance(made.place(Demand(80, 1)), Placement)
+    made.release("r")
+    assert isinstance(made.place(Demand(100, 700)), Placement)
+
+
+def test_an_idle_worker_takes_what_may_outgrow_it():
+    made = books()
+    assert isinstance(made.place(Demand(1500, 4000)), Placement), "waiting would not help"
+    made.book("r", "p", "d", 10, max_tokens=1)
+    assert isinstance(made.place(Demand(1500, 4000)), NoPlacement)
+
+
+def test_short_answers_make_room_for_more():
+    made = books()
+    made.book("r", "p", "d", 800, max_tokens=700)
+    for i in range(64):
+        made.book(f"short-{i}", "p", "d", 10, max_tokens=700)
+        made.finished(f"short-{i}", 10 + 20)
+    made.grown("r", 832)
+    assert refusal(made, 100) != "", "it has outlived them: it may go on to its limit"
+    made.release("r")
+    made.book("r", "p", "d", 800, max_tokens=700)
+    assert refusal(made, 100) == ""
+
+
+def test_quarantined_blocks_are_no_room_to_grow():
+    made = books()
+    made.book("r", "p", "d", 800, max_tokens=400)
+    assert isinstance(made.place(Demand(100, 1)), Placement)
+    made.quarantine("d", 30)
+    assert isinstance(made.place(Demand(100, 1)), NoPlacement)
+    made.quarantine("d", 0)
+    assert isinstance(made.place(Demand(100, 1)), Placement)
+
+
+def test_a_busy_prefill_worker_takes_nothing_more():
+    made = Books(max_queued_s=1.5)
+    made.update_pools({traits("p"): True}, {traits("d"): True}, {})
+    made.book("a", "p", "d", 1000)
+    assert isinstance(made.place(Demand(100, 1)), Placement)
+    made.book("b", "p", "", 1000)
+    assert made.refusals(Demand(100, 1)) == ("p: 2 s of work before it, 1.5 s allowed",)
+    assert made.place(Demand(100, 1)) == NoPlacement(hopeless=False)
+    made.first_token("a")
+    assert isinstance(made.place(Demand(100, 1)), Placement)

@@ -1,0 +1,123 @@
+"""Who is in the pools."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cluster.api import WorkerStatus
+from cluster.worker_handle import WorkerHandle
+from workers.host import WorkerInfo
+from workers.messages import Load
+
+_HOPELESS_AFTER_RESTARTS = 6
+
+Spawn = Callable[[], WorkerHandle]
+"""Makes a new worker for a place in a pool."""
+
+
+@dataclass(eq=False)
+class Member:
+    """One place in a pool, and whoever holds it.
+
+    Attributes:
+        spawn: makes a new worker for this place.
+        handle: the worker.
+        info: what it said of itself; None until it has loaded.
+        state: starting, ready, draining (it finishes what it has and gets nothing new) or lost.
+        load: last reported.
+        num_heard: times that it has been heard of.
+        refusals: engine ids of the other pool whose KV cache is laid out differently, and how.
+        estranged: engine ids of the other pool that it cannot reach at present, and why.
+        restarts: workers that this place has lost in a row.
+        ready_since: monotonic time.
+        life: the task that looks after it: listens to its worker, and replaces it.
+    """
+
+    spawn: Spawn
+    handle: WorkerHandle
+    info: WorkerInfo | None = None
+    state: str = "starting"
+    load: Load = field(default_factory=lambda: Load(0, 0))
+    num_heard: int = 0
+    refusals: dict[str, str] = field(default_factory=dict)
+    estranged: dict[str, str] = field(default_factory=dict)
+    restarts: int = 0
+    ready_since: float = 0.0
+    life: asyncio.Task[None] | None = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether requests may be on it."""
+        return self.state in ("ready", "draining")
+
+    @property
+    def has_a_future(self) -> bool:
+        """Whether it is ready, or likely to be soon."""
+        return self.state == "ready" or (self.state != "draining" and self.restarts < _HOPELESS_AFTER_RESTARTS)
+
+    @property
+    def engine_id(self) -> str:
+        """Of the worker that holds this place; its name until it is ready."""
+        return self.info.engine.engine_id if self.info is not None else self.handle.name
+
+    def renew(self) -> None:
+        """Have a new worker for this place, which has yet to start."""
+        self.handle = self.spawn()
+        self.info, self.state = None, "starting"
+
+    def status(self) -> WorkerStatus:
+        """As clients see it."""
+        info = self.info
+        return WorkerStatus(
+            engine_id=self.engine_id,
+            role=self.handle.role,
+            state=self.state,
+            device=info.device if info else "",
+            attention_backend=info.attention_backend if info else "",
+            block_size=info.engine.layout.block_size if info else 0,
+            load=self.load,
+        )
+
+
+class Roster:
+    """All members, each pool in the order in which they came, prefill first."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, list[Member]] = {"prefill": [], "decode": []}
+        self._serving: dict[str, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        for pool in self._pools.values():
+            yield from pool
+
+    def pool(self, role: str) -> list[Member]:
+        """The members of one pool."""
+        return list(self._pools[role])
+
+    def find(self, engine_id: str) -> Member | None:
+        """The member that holds this engine now."""
+        member = self._serving.get(engine_id)
+        return member if member is not None and member.engine_id == engine_id else None
+
+    def peers(self, member: Member) -> list[Member]:
+        """Those of the other pool that requests may be on."""
+        return [peer for peer in self if peer.serves and peer.handle.role != member.handle.role]
+
+    def add(self, member: Member) -> None:
+        """Somebody comes."""
+        self._pools[member.handle.role].append(member)
+
+    def remove(self, member: Member) -> None:
+        """Somebody goes."""
+        self._pools[member.handle.role].remove(member)
+        self.forget(member.engine_id)
+
+    def know(self, member: Member) -> None:
+        """A member's worker has said who it is."""
+        self._serving[member.engine_id] = member
+
+    def forget(self, engine_id: str) -> None:
+        """This engine is no more."""
+        self._serving.pop(engine_id, None)

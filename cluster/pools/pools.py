@@ -1,0 +1,110 @@
+"""The two pools as the engine sees them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from cluster.api import PoolTarget, WorkerStatus
+from cluster.pools.introduction import Introductions
+from cluster.pools.member import Member, Roster, Spawn
+from cluster.pools.replacement import Caretaker
+from cluster.pools.scaling import Obligations, PoolLimits, Scaling
+from cluster.pools.tasks import BackgroundTasks
+from cluster.worker_handle import LoadProgress
+from workers.host import WorkerInfo
+from workers.messages import StepOutput
+
+
+class WorkerPools:
+    """Every worker of the service.
+
+    Args:
+        prefill: makes a prefill worker for each place in the pool.
+        decode: makes a decode worker for each place in the pool.
+        on_output: takes every step's output.
+        on_change: called when somebody came, drains, left or was lost; for a lost one with its engine id.
+        limits: of the pools' sizes, by role; one that is not named has all its places held.
+        obligations: what the requests under way need of the workers.
+        progress: told how far loading is.
+        silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
+    """
+
+    def __init__(
+        self,
+        prefill: Sequence[Spawn],
+        decode: Sequence[Spawn],
+        *,
+        on_output: Callable[[StepOutput], None],
+        on_change: Callable[[str | None], None],
+        limits: Mapping[str, PoolLimits] | None = None,
+        obligations: Obligations | None = None,
+        progress: LoadProgress = lambda name, progress: None,
+        silence_s: float | None = None,
+    ) -> None:
+        self._roster = Roster()
+        self._tasks = BackgroundTasks()
+        self._introductions = Introductions(self._roster, self._tasks, lambda: on_change(None))
+        self._caretaker = Caretaker(self._roster, self._introductions, on_output, on_change, progress, silence_s)
+        self._scaling = Scaling(
+            {"prefill": prefill, "decode": decode},
+            {"prefill": PoolLimits(), "decode": PoolLimits(), **(limits or {})},
+            self._roster,
+            self._caretaker,
+            self._introductions,
+            self._tasks,
+            obligations or Obligations(),
+            lambda: on_change(None),
+        )
+
+    @property
+    def members(self) -> list[Member]:
+        """Everybody, prefill first."""
+        return list(self._roster)
+
+    def pool(self, role: str) -> list[Member]:
+        """The members of one pool."""
+        return self._roster.pool(role)
+
+    def infos(self) -> list[WorkerInfo]:
+        """What each worker that has started said of itself, prefill first."""
+        return [member.info for member in self._roster if member.info is not None]
+
+    def find(self, engine_id: str) -> Member | None:
+        """The member that holds this engine now."""
+        return self._roster.find(engine_id)
+
+    def status(self) -> list[WorkerStatus]:
+        """Every worker, prefill first."""
+        return [member.status() for member in self._roster]
+
+    def targets(self) -> list[PoolTarget]:
+        """See `Scaling.targets`."""
+        return self._scaling.targets()
+
+    def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
+        """See `Scaling.scale`; after `start`."""
+        return self._scaling.scale(targets)
+
+    async def start(self) -> None:
+        """Start all workers and introduce them.
+
+        Raises:
+            BatonError: a worker could not start, or no pair of workers can work together.
+        """
+        members = self.members
+        starts = [asyncio.ensure_future(self._caretaker.start(member)) for member in members]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            raise
+        self._introductions.check_some_pair_works()
+        for member in members:
+            member.life = self._tasks.spawn(self._caretaker.look_after(member, started=True))
+
+    async def stop(self) -> None:
+        """Stop all workers."""
+        await self._tasks.cancel_all()
+        await asyncio.gather(*(member.handle.stop() for member in self._roster), return_exceptions=True)

@@ -1,0 +1,71 @@
+"""An engine over workers in this process, and the means to watch and to harm them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from itertools import count
+
+import pytest
+
+from cluster.api import EngineRequest
+from cluster.engine import ServingEngine
+from cluster.inprocess import InProcessWorker
+from workers.sampling.params import SamplingParams
+
+PATIENCE_S = 60.0
+_numbers = count()
+
+
+class Fleet:
+    """An engine, and the means to watch and to harm its workers."""
+
+    def __init__(self, engine: ServingEngine) -> None:
+        self.engine = engine
+
+    def start(self, prompt: list[int], max_tokens: int, *, timeout_s: float = PATIENCE_S, **sampling):
+        params = SamplingParams(
+            **{"temperature": 0.0, "seed": 0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+        )
+        return self.engine.generate(EngineRequest(f"client-{next(_numbers)}", tuple(prompt), params, timeout_s))
+
+    async def run(self, prompt: list[int], max_tokens: int, **kwargs) -> list[int]:
+        return [token async for token in tokens_of(self.start(prompt, max_tokens, **kwargs))]
+
+    def handle(self, name: str) -> InProcessWorker:
+        return next(member.handle for member in self.engine._pools.members if member.handle.name == name)
+
+    def crash_on_submit(self, name: str) -> None:
+        """The worker dies with the next request that it is sent."""
+        handle = self.handle(name)
+        handle.submit = lambda request: handle.crash("killed by the test")
+
+    async def until(self, condition: Callable[[list], bool]) -> None:
+        for _ in range(int(PATIENCE_S / 0.005)):
+            if condition(self.engine.workers()):
+                return
+            await asyncio.sleep(0.005)
+        pytest.fail(f"waited in vain: {self.engine.workers()}")
+
+    async def until_idle(self) -> None:
+        """Every worker is ready and every block free, on both sides; and the engine has forgotten every request."""
+        await self.until(
+            lambda workers: all(
+                w.state == "ready" and w.load.free_blocks == w.load.total_blocks and w.load.waiting == 0
+                for w in workers
+            )
+        )
+        assert self.engine._flights == {}
+        assert len(self.engine._queue) == 0
+
+
+async def tokens_of(stream) -> AsyncIterator[int]:
+    async for chunk in stream:
+        for token in chunk.tokens:
+            yield token.token_id
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 512) for _ in range(length)]
