@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "router_quality.json", metavar="FILE")
     args = parser.parse_args(argv)
     environment = Environment.capture(1)
-    pool = [_hardware(1.0)] * args.fast + [_hardware(SLOWER)] * args.slow
+    pool = [hardware(1.0)] * args.fast + [hardware(SLOWER)] * args.slow
     cases = []
     for load in args.loads:
         trace = make_trace(args.requests, load * capacity(pool, make_trace(args.requests, 1.0, args.seed)), args.seed)
@@ -72,7 +72,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _hardware(slower: float) -> Hardware:
+def hardware(slower: float) -> Hardware:
+    """About an H200 with a model of eight billion parameters, so many times slower."""
     capability = Capability(*(tuple((n, s * slower) for n, s in points) for points in (PREFILL_S, DECODE_S)))
     return replace(Hardware(capability), link_bytes_per_s=250e9 / slower)
 

@@ -21,6 +21,10 @@ _ENOUGH_ADMISSIONS = 8
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 60.0
 
 
+_BEFORE_ALL = -(2**31) - 1
+"""More urgent than any priority that a client can ask for."""
+
+
 @dataclass(frozen=True)
 class Ticket:
     """Whose turn it is, and what it costs.
@@ -29,11 +33,17 @@ class Ticket:
         priority: lower ones go first, whatever the others have waited.
         user: those of one priority take turns by the tokens that each was served.
         prompt_tokens: of the request.
+        readmitted: it has been let in before and starts again: it goes before all others, and is never turned away.
     """
 
     priority: int = 0
     user: str = ""
     prompt_tokens: int = 0
+    readmitted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.readmitted:
+            object.__setattr__(self, "priority", _BEFORE_ALL)
 
 
 _ANYBODY = Ticket()
@@ -54,13 +64,25 @@ class AdmissionQueue(Generic[T]):
     the first to come. What is taken is taken by the one who waited for it, in one go with its return: nobody can be
     cancelled between getting room and knowing of it, so that no room is lost.
 
+    Past saturation somebody has to be refused. Without `max_wait_s` the queue grows until everybody waits just short of
+    the deadline, all of them late, and the service computes answers that come too late to be of use. With it, who would
+    be late is refused before anything was computed for it, so that what is computed is in time, and goodput stays what
+    it is at saturation however many requests come. It bounds the wait and not the time to the first token: that a
+    service is crowded is its own affair, that a prompt is long is not, and long ones are served when it is quiet and
+    when it is crowded.
+
     Args:
         max_waiting: requests that may wait. When all do, a more urgent one takes the place of the least urgent.
         clock: monotonic seconds.
+        max_wait_s: the longest that a request may wait here. One that would wait longer, by the pace of the last
+            admissions, is refused at once; one that has waited so long is refused then.
     """
 
-    def __init__(self, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, max_waiting: int, clock: Callable[[], float] = time.monotonic, max_wait_s: float = math.inf
+    ) -> None:
         self._max_waiting = max_waiting
+        self._max_wait_s = max_wait_s
         self._clock = clock
         self._counters = TokenCounters()
         self._lines: dict[tuple[int, str], OrderedDict[_Waiter, None]] = {}
@@ -69,6 +91,8 @@ class AdmissionQueue(Generic[T]):
         self._num_joined = 0
         self._num_waiting = 0
         self._admissions: deque[float] = deque(maxlen=_REMEMBERED_ADMISSIONS)
+        self._crowded_s = 0.0
+        self._crowded_since = 0.0
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -90,8 +114,10 @@ class AdmissionQueue(Generic[T]):
         if not self._num_waiting and (result := attempt()) is not None:
             self._counters.begin(ticket.user, ticket.prompt_tokens)
             return result
-        self._make_place(ticket, patience_s)
+        if not ticket.readmitted:
+            self._make_place(ticket, patience_s)
         waiter = self._join(ticket)
+        alarm = None if ticket.readmitted else self._set_alarm(waiter)
         try:
             while True:
                 await waiter.turn.wait()
@@ -100,9 +126,11 @@ class AdmissionQueue(Generic[T]):
                     raise waiter.turned_away
                 if (result := attempt()) is not None:
                     self._counters.begin(ticket.user, ticket.prompt_tokens)
-                    self._admissions.append(self._clock())
+                    self._admissions.append(self._crowded_time())
                     return result
         finally:
+            if alarm is not None:
+                alarm.cancel()
             self._leave(waiter)
             self.retry()  # there may be room for the next one too
 
@@ -116,11 +144,18 @@ class AdmissionQueue(Generic[T]):
         self._counters.charge(user, output_tokens)
 
     def expected_wait_s(self, ticket: Ticket) -> float:
-        """About how long a newcomer would wait, at the pace of the last admissions; 0 where there is none yet."""
+        """About how long a newcomer would wait, at the pace of the last admissions; 0 where there is none yet.
+
+        Only time in which somebody waited counts: after a quiet hour the pace is not one of a request an hour.
+        """
         if len(self._admissions) < _ENOUGH_ADMISSIONS:
             return 0.0
-        span = self._clock() - self._admissions[0]
+        span = self._crowded_time() - self._admissions[0]
         return self._num_ahead(ticket) * span / len(self._admissions)
+
+    def _crowded_time(self) -> float:
+        """Seconds during which somebody waited, so far."""
+        return self._crowded_s + (self._clock() - self._crowded_since if self._num_waiting else 0.0)
 
     def _num_ahead(self, ticket: Ticket) -> int:
         """Waiters that would go first, if users of its priority take turns."""
@@ -141,6 +176,11 @@ class AdmissionQueue(Generic[T]):
                 f"the service is at capacity: about {wait_s:.3g} s to wait, and {patience_s:.3g} s to the deadline",
                 retry_after_s=self._retry_after_s(wait_s),
             )
+        if wait_s > self._max_wait_s:
+            raise QueueFullError(
+                f"the service is at capacity: about {wait_s:.3g} s to wait, and {self._max_wait_s:.3g} s is the most",
+                retry_after_s=self._retry_after_s(wait_s - self._max_wait_s),
+            )
         if self._num_waiting < self._max_waiting:
             return
         full = QueueFullError(
@@ -156,10 +196,26 @@ class AdmissionQueue(Generic[T]):
         waiter.turn.set()
         self._leave(waiter)
 
+    def _set_alarm(self, waiter: _Waiter) -> asyncio.TimerHandle | None:
+        """See that nobody waits longer than is allowed."""
+        if math.isinf(self._max_wait_s):
+            return None
+        return asyncio.get_running_loop().call_later(self._max_wait_s, self._turn_away_late, waiter)
+
+    def _turn_away_late(self, waiter: _Waiter) -> None:
+        waiter.turned_away = waiter.turned_away or QueueFullError(
+            f"the service is at capacity: there was no room within {self._max_wait_s:.3g} s",
+            retry_after_s=self._retry_after_s(self.expected_wait_s(waiter.ticket)),
+        )
+        waiter.turn.set()
+        self._leave(waiter)
+
     def _retry_after_s(self, wait_s: float) -> float:
         return min(max(wait_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
     def _join(self, ticket: Ticket) -> _Waiter:
+        if not self._num_waiting:
+            self._crowded_since = self._clock()
         self._num_joined += 1
         self._num_waiting += 1
         waiter, key = _Waiter(ticket, self._num_joined), (ticket.priority, ticket.user)
@@ -174,6 +230,8 @@ class AdmissionQueue(Generic[T]):
         if line is None or waiter not in line:
             return
         del line[waiter]
+        self._crowded_s = self._crowded_time()
+        self._crowded_since = self._clock()
         self._num_waiting -= 1
         if not line:
             del self._lines[key]

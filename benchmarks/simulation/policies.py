@@ -8,7 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.router import Bars, Choose, Demand, NoPlacement, Placement, fits, has_room, is_hopeless, place
+from cluster.routing.router import (
+    Bars,
+    Choose,
+    Demand,
+    NoPlacement,
+    Placement,
+    fits,
+    has_room,
+    is_hopeless,
+    place,
+    takes_more,
+)
 from cluster.routing.worker_table import WorkerTable
 
 
@@ -49,7 +60,7 @@ def _pair(
     bars: Bars,
     pick: Callable[[WorkerTable, npt.NDArray[np.intp]], int],
 ) -> Placement | NoPlacement:
-    ps = np.flatnonzero(fits(prefill, demand))
+    ps = np.flatnonzero(fits(prefill, demand) & takes_more(prefill, demand))
     ds = np.flatnonzero(fits(decode, demand) & has_room(decode, demand))
     if not len(ps) or not len(ds):
         return NoPlacement(is_hopeless(demand, prefill, decode, bars))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from benchmarks.simulation.virtual_time import run_simulated
 from benchmarks.simulation.workers import Fabric, Hardware, SimulatedWorker
 from cluster.api import EngineRequest
 from cluster.clock import now
-from cluster.engine import ServingEngine
+from cluster.engine import WORKERS_SHARE_OF_WAIT, ServingEngine
 from cluster.routing.books import Books
 from cluster.routing.router import Choose
 from workers.errors import BatonError
@@ -28,18 +29,28 @@ class Outcome:
     Attributes:
         ttft_s: of each request that succeeded.
         itl_s: of each, its mean time between tokens.
+        ended_s: when each of them ended, seconds after the first could come.
         failures: by the error's name.
         killed: workers that were killed.
-        least_free_blocks: the fewest that any worker had; below 0 it was given more than fits.
+        scaled: times that the pools were given other targets.
+        preempted: times that a sequence had to leave a decode worker's cache for a while.
+        succeeded: requests; the lists have the times of those that `Plan.keep_one_in` lets keep.
         seconds: simulated.
     """
 
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
+    ended_s: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
     killed: int = 0
-    least_free_blocks: int = 0
+    scaled: int = 0
+    preempted: int = 0
+    succeeded: int = 0
     seconds: float = 0.0
+
+    def good(self, ttft_s: float, itl_s: float) -> int:
+        """Requests that succeeded within both limits."""
+        return sum(ttft <= ttft_s and itl <= itl_s for ttft, itl in zip(self.ttft_s, self.itl_s, strict=True))
 
 
 @dataclass(frozen=True)
@@ -50,16 +61,22 @@ class Plan:
         prefill: the hardware of each prefill worker.
         decode: the hardware of each decode worker.
         kill_every_s: mean time between kills of a worker; None: none.
+        scale_every_s: mean time between new targets for the pools, between half of all places and all; None: none.
         timeout_s: each request's deadline.
         max_queue: requests that may wait.
-        seed: of the kills.
+        max_queue_wait_s: how long.
+        keep_one_in: of how many requests the times of one are kept.
+        seed: of the kills and the targets.
     """
 
     prefill: Sequence[Hardware]
     decode: Sequence[Hardware]
     kill_every_s: float | None = None
+    scale_every_s: float | None = None
     timeout_s: float = 600.0
     max_queue: int = 100_000
+    max_queue_wait_s: float = math.inf
+    keep_one_in: int = 1
     seed: int = 0
 
 
@@ -75,17 +92,20 @@ class _Run:
         self._fabric: Fabric = {}
         self._all_workers: list[SimulatedWorker] = []
         self._outcome = Outcome()
+        self._started = 0.0
 
     async def run(self, trace: Iterable[Arrival]) -> Outcome:
         engine = ServingEngine(
             self._places("prefill", self._plan.prefill),
             self._places("decode", self._plan.decode),
             max_queue=self._plan.max_queue,
-            books=Books(self._choose),
+            max_queue_wait_s=self._plan.max_queue_wait_s,
+            books=Books(self._choose, self._plan.max_queue_wait_s * WORKERS_SHARE_OF_WAIT),
         )
         await engine.start()
-        started = now()
-        killer = asyncio.ensure_future(self._kill()) if self._plan.kill_every_s else None
+        started = self._started = now()
+        trouble = [asyncio.ensure_future(self._kill())] if self._plan.kill_every_s else []
+        trouble += [asyncio.ensure_future(self._scale(engine))] if self._plan.scale_every_s else []
         requests: set[asyncio.Task[None]] = set()
         for number, arrival in enumerate(trace):
             await asyncio.sleep(started + arrival.at_s - now())
@@ -94,10 +114,10 @@ class _Run:
             task.add_done_callback(requests.discard)
         while requests:
             await asyncio.wait(list(requests))
-        if killer is not None:
-            killer.cancel()
+        for task in trouble:
+            task.cancel()
         self._outcome.seconds = now() - started
-        self._outcome.least_free_blocks = min(worker.peak.least_free_blocks for worker in self._all_workers)
+        self._outcome.preempted += sum(worker.num_preempted for worker in self._all_workers)
         await engine.stop()
         return self._outcome
 
@@ -106,11 +126,14 @@ class _Run:
 
     def _spawn(self, name: str, role: str, hardware: Hardware) -> SimulatedWorker:
         worker = SimulatedWorker(name, role, hardware, self._fabric)
-        self._all_workers.append(worker)
+        gone = [other for other in self._all_workers if other.gone]
+        self._outcome.preempted += sum(other.num_preempted for other in gone)
+        self._all_workers = [other for other in self._all_workers if not other.gone] + [worker]
         return worker
 
     async def _request(self, engine: ServingEngine, number: int, arrival: Arrival) -> None:
-        sampling = SamplingParams(max_tokens=arrival.output_tokens, seed=0, ignore_eos=True)
+        limit = arrival.max_tokens or arrival.output_tokens
+        sampling = SamplingParams(max_tokens=limit, seed=arrival.output_tokens)
         request = EngineRequest(str(number), _prompt(arrival.prompt_tokens), sampling, self._plan.timeout_s)
         due, first, tokens = now(), 0.0, 0
         try:
@@ -123,7 +146,11 @@ class _Run:
         if tokens != arrival.output_tokens:
             self._outcome.failures["wrong number of tokens"] += 1
             return
+        self._outcome.succeeded += 1
+        if self._outcome.succeeded % self._plan.keep_one_in:
+            return
         self._outcome.ttft_s.append(first - due)
+        self._outcome.ended_s.append(now() - self._started)
         self._outcome.itl_s.append((now() - first) / (tokens - 1))
 
     async def _kill(self) -> None:
@@ -131,9 +158,17 @@ class _Run:
         while True:
             await asyncio.sleep(rng.expovariate(1.0 / (self._plan.kill_every_s or 1.0)))
             alive = [worker for worker in self._all_workers if worker.alive]
-            if alive:
+            if len(alive) > 1:
                 rng.choice(alive).kill()
                 self._outcome.killed += 1
+
+    async def _scale(self, engine: ServingEngine) -> None:
+        rng = random.Random(self._plan.seed + 1)
+        sizes = {"prefill": len(self._plan.prefill), "decode": len(self._plan.decode)}
+        while True:
+            await asyncio.sleep(rng.expovariate(1.0 / (self._plan.scale_every_s or 1.0)))
+            engine.scale({role: rng.randint(-(-size // 2), size) for role, size in sizes.items()})
+            self._outcome.scaled += 1
 
 
 @lru_cache(maxsize=4096)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 MEAN_PROMPT, SIGMA_PROMPT = 7590.0, 1.1
 MEAN_OUTPUT, SIGMA_OUTPUT = 182.0, 0.9
 _LONGEST_PROMPT, _LONGEST_OUTPUT = 120_000, 2_000
+_LIMITS = (256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,37 @@ class Arrival:
         at_s: when it comes.
         prompt_tokens: length of its prompt.
         output_tokens: tokens that it generates.
+        max_tokens: that its client allows; 0: exactly those.
     """
 
     at_s: float
     prompt_tokens: int
     output_tokens: int
+    max_tokens: int = 0
 
 
 def make_trace(
     requests: int, per_second: float, seed: int, *, prompt_scale: float = 1.0, output_scale: float = 1.0
 ) -> list[Arrival]:
-    """A trace of so many requests, Poisson arrivals; the scales stretch the mean lengths."""
-    rng = random.Random(seed)
-    arrivals, at_s = [], 0.0
+    """A trace of so many requests, Poisson arrivals; the scales stretch the mean lengths.
+
+    Clients allow generous lengths: one of a few usual limits, at random, of those that the answer keeps.
+    """
+    return list(arrivals(requests, per_second, seed, prompt_scale=prompt_scale, output_scale=output_scale))
+
+
+def arrivals(
+    requests: int, per_second: float, seed: int, *, prompt_scale: float = 1.0, output_scale: float = 1.0
+) -> Iterator[Arrival]:
+    """The same, one after the other."""
+    rng, limits = random.Random(seed), random.Random(seed + 1)
+    at_s = 0.0
     for _ in range(requests):
         at_s += rng.expovariate(per_second)
         prompt = _lognormal(rng, MEAN_PROMPT * prompt_scale, SIGMA_PROMPT, _LONGEST_PROMPT)
         output = _lognormal(rng, MEAN_OUTPUT * output_scale, SIGMA_OUTPUT, _LONGEST_OUTPUT)
-        arrivals.append(Arrival(at_s, prompt, max(2, output)))
-    return arrivals
+        output = max(2, output)
+        yield Arrival(at_s, prompt, output, limits.choice([limit for limit in _LIMITS if limit >= output]))
 
 
 def _lognormal(rng: random.Random, mean: float, sigma: float, longest: int) -> int:

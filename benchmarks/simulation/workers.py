@@ -1,8 +1,9 @@
 """Workers that only reckon: they take as long as a real one was measured to take, and compute nothing.
 
 A prefill worker computes its prompts one after the other. A decode worker's batch advances by a few steps at a time;
-who arrives in between joins at the next boundary. Both keep blocks and slots as the real ones do, and crash, and come
-back, when they are told to.
+who arrives in between joins at the next boundary. It keeps its blocks as the real one does, sequences grow and are
+preempted, at the cost of moving them. Both crash, and come back, when they are told to. An answer's length is its
+request's seed, if `max_tokens` allows it: chance decides it, and the service cannot know it before.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from benchmarks.simulation.decode_memory import DecodeMemory
+from benchmarks.simulation.decode_memory import Sequence as Decoding
 from cluster.errors import WorkerLostError
 from cluster.worker_handle import LoadProgress
 from kv_transfer.layout import KVLayout
 from kv_transfer.transport import EngineInfo
-from workers.block_manager import blocks_for
 from workers.capability import Capability
 from workers.errors import HandoffError
 from workers.host import WorkerInfo
@@ -33,6 +35,7 @@ from workers.messages import (
     TokenOutput,
     WorkerEvent,
 )
+from workers.sampling.params import SamplingParams
 
 _incarnations = itertools.count(1)
 
@@ -48,6 +51,7 @@ class Hardware:
         max_num_seqs: sequences at once.
         kv_bytes_per_token: what a handoff moves.
         link_bytes_per_s: how fast.
+        host_bytes_per_s: how fast a sequence's blocks move to host memory or back; the batch waits for it.
         load_s: from start to ready.
         steps_at_once: decode steps that are reckoned together.
     """
@@ -58,20 +62,18 @@ class Hardware:
     max_num_seqs: int = 256
     kv_bytes_per_token: int = 131_072
     link_bytes_per_s: float = 250e9
+    host_bytes_per_s: float = 50e9
     load_s: float = 20.0
     steps_at_once: int = 4
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer: what fits the cache."""
+        return min(131_072, self.num_blocks * self.block_size)
 
 
 Fabric = dict[str, "SimulatedWorker"]
 """By engine id: how a prefill worker finds its peer."""
-
-
-@dataclass(eq=False)
-class _Sequence:
-    request: DecodeRequest
-    blocks: int
-    remaining: int
-    arrived: bool = False
 
 
 class SimulatedWorker:
@@ -91,12 +93,11 @@ class SimulatedWorker:
         self._fabric = fabric
         self._out: asyncio.Queue[StepOutput | None] = asyncio.Queue()
         self._prompts: deque[PrefillRequest] = deque()
-        self._sequences: dict[str, _Sequence] = {}
-        self._free_blocks = hardware.num_blocks
+        self._memory = DecodeMemory(hardware.num_blocks, hardware.block_size)
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._alive = False
-        self.peak = _Peak()
+        self.gone = False
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """See `WorkerHandle.start`."""
@@ -112,7 +113,7 @@ class SimulatedWorker:
             engines=(engine,),
             device="simulated",
             attention_backend="NONE",
-            max_model_len=131_072,
+            max_model_len=self._hardware.max_model_len,
             max_num_seqs=self._hardware.max_num_seqs,
             num_blocks=self._hardware.num_blocks,
             capability=self._hardware.capability,
@@ -133,24 +134,26 @@ class SimulatedWorker:
         if isinstance(request, PrefillRequest):
             self._prompts.append(request)
         else:
-            blocks = blocks_for(
-                len(request.prompt_token_ids) + (request.sampling.max_tokens or 1), self._hardware.block_size
-            )
-            self._sequences[request.request_id] = _Sequence(request, blocks, (request.sampling.max_tokens or 1) - 1)
-            self._free_blocks -= blocks
-            self.peak.see(len(self._sequences), self._free_blocks)
+            tokens = len(request.prompt_token_ids) + 1
+            left = answer_tokens(request.sampling) - request.num_output_tokens - 1
+            remaining = min(left, self._hardware.max_model_len - tokens)
+            self._memory.enter(Decoding(request, tokens, remaining))
         self._news.set()
 
     def abort(self, request_id: str) -> None:
         """See `WorkerHandle.abort`."""
-        self._prompts = deque(prompt for prompt in self._prompts if prompt.request_id != request_id)
-        self._drop(request_id)
+        if self.role == "prefill":
+            self._prompts = deque(prompt for prompt in self._prompts if prompt.request_id != request_id)
+        else:
+            self._memory.leave(request_id)
+            self._news.set()
 
     def disconnect(self, engine_id: str) -> None:
         """See `WorkerHandle.disconnect`."""
-        for sequence in list(self._sequences.values()):
-            if sequence.request.prefill_engine == engine_id and not sequence.arrived:
-                self._drop(sequence.request.request_id)
+        for sequence in self._memory.all():
+            if sequence.request.prefill_engine == engine_id and not sequence.handed_over:
+                self._memory.leave(sequence.request.request_id)
+                self._news.set()
                 self._say(RequestFailed(sequence.request.request_id, HandoffError(f"{engine_id} is gone")))
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
@@ -166,7 +169,7 @@ class SimulatedWorker:
     def kill(self) -> None:
         """The process is gone, with everything in it."""
         if self._alive:
-            self._alive = False
+            self._alive, self.gone = False, True
             del self._fabric[self.engine_id]
             for task in self._tasks:
                 task.cancel()
@@ -179,9 +182,14 @@ class SimulatedWorker:
 
     def receive(self, request_id: str) -> None:
         """A sequence's KV cache is whole."""
-        if sequence := self._sequences.get(request_id):
-            sequence.arrived = True
+        if sequence := self._memory.find(request_id):
+            sequence.handed_over = True
             self._news.set()
+
+    @property
+    def num_preempted(self) -> int:
+        """Times that a sequence had to make room."""
+        return self._memory.num_preempted
 
     async def _prefill(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -189,10 +197,13 @@ class SimulatedWorker:
             while not self._prompts:
                 self._news.clear()
                 await self._news.wait()
-            request = self._prompts.popleft()
+            request = self._prompts[0]
             tokens, started = len(request.prompt_token_ids), clock()
             await asyncio.sleep(self._hardware.capability.prefill_seconds(tokens))
-            last = FinishReason.LENGTH if request.decode_engine is None else None
+            if not self._prompts or self._prompts[0] is not request:
+                continue  # aborted meanwhile
+            self._prompts.popleft()
+            last = _reason(request.sampling) if request.decode_engine is None else None
             self._say(
                 PrefillReport(request.request_id, 0.0, clock() - started, 1),
                 TokenOutput(request.request_id, 0, finish_reason=last),
@@ -208,33 +219,33 @@ class SimulatedWorker:
         self._say(HandoffReport(request.request_id, num_bytes, 1, 0.0, 0.0))
 
     async def _decode(self) -> None:
+        hardware = self._hardware
+        block_s = hardware.block_size * hardware.kv_bytes_per_token / hardware.host_bytes_per_s
         while True:
-            batch = [sequence for sequence in self._sequences.values() if sequence.arrived]
+            batch, steps, moved = self._memory.next_batch(hardware.steps_at_once)
             if not batch:
                 self._news.clear()
                 await self._news.wait()
                 continue
-            steps = min(self._hardware.steps_at_once, *(sequence.remaining for sequence in batch))
-            await asyncio.sleep(steps * self._hardware.capability.decode_seconds(len(batch)))
-            events: list[WorkerEvent] = []
-            for sequence in batch:
-                name = sequence.request.request_id
-                if name not in self._sequences:
-                    continue  # aborted meanwhile
-                sequence.remaining -= steps
-                events += [TokenOutput(name, 0)] * (steps - 1)
-                reason = FinishReason.LENGTH if sequence.remaining == 0 else None
-                events.append(TokenOutput(name, 0, finish_reason=reason))
-                if reason:
-                    self._drop(name)
-            self._say(*events)
+            await asyncio.sleep(moved * block_s + steps * hardware.capability.decode_seconds(len(batch)))
+            self._say(*(event for sequence in batch for event in self._advance(sequence, steps)))
 
-    def _drop(self, request_id: str) -> None:
-        if sequence := self._sequences.pop(request_id, None):
-            self._free_blocks += sequence.blocks
+    def _advance(self, sequence: Decoding, steps: int) -> list[TokenOutput]:
+        name = sequence.request.request_id
+        if self._memory.find(name) is not sequence:
+            return []  # aborted meanwhile
+        sequence.remaining -= steps
+        sequence.num_tokens += steps
+        over = sequence.remaining == 0
+        if over:
+            self._memory.leave(name)
+        last = TokenOutput(name, 0, finish_reason=_reason(sequence.request.sampling) if over else None)
+        return [TokenOutput(name, 0)] * (steps - 1) + [last]
 
     def _say(self, *events: WorkerEvent) -> None:
-        load = Load(self._hardware.num_blocks, max(0, self._free_blocks), running=len(self._sequences))
+        load = Load(
+            self._hardware.num_blocks, self._memory.num_free, waiting=len(self._prompts), running=len(self._memory)
+        )
         self._out.put_nowait(StepOutput(self.engine_id, events, load))
 
     def _spawn(self, coroutine: object) -> None:
@@ -243,14 +254,11 @@ class SimulatedWorker:
         task.add_done_callback(self._tasks.discard)
 
 
-@dataclass
-class _Peak:
-    """The most that a worker has held, to see afterwards that nobody was given more than fits."""
+def answer_tokens(sampling: SamplingParams) -> int:
+    """How long the answer will be; see the module."""
+    longest = sampling.max_tokens or 1
+    return longest if sampling.seed is None else max(1, min(longest, sampling.seed))
 
-    sequences: int = 0
-    least_free_blocks: int = field(default=1 << 60)
 
-    def see(self, sequences: int, free_blocks: int) -> None:
-        """Note a moment."""
-        self.sequences = max(self.sequences, sequences)
-        self.least_free_blocks = min(self.least_free_blocks, free_blocks)
+def _reason(sampling: SamplingParams) -> FinishReason:
+    return FinishReason.LENGTH if answer_tokens(sampling) == sampling.max_tokens else FinishReason.STOP

@@ -7,11 +7,19 @@ requests there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
+from cluster.routing.output_lengths import HORIZONS, OutputLengths
 from cluster.routing.router import Bar, Choose, Demand, NoPlacement, PairReport, Placement, explain, place, refusals
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
+from workers.messages import CacheUpdate
+
+_NOTHING = np.zeros((2, len(HORIZONS)))
 
 
 @dataclass
@@ -23,6 +31,9 @@ class _Booking:
     prefill_blocks: int
     decode_blocks: int
     prefill_s: float
+    prompt_tokens: int
+    max_tokens: int
+    future: npt.NDArray[np.float64]
     prefilling: bool = True
 
 
@@ -31,10 +42,14 @@ class Books:
 
     Args:
         choose: how a pair is chosen for a request.
+        max_queued_s: seconds of work that a prefill worker may have before it gets more; what waits longer waits at
+            the gateway, where its turn and its objective count.
     """
 
-    def __init__(self, choose: Choose = place) -> None:
+    def __init__(self, choose: Choose = place, max_queued_s: float = math.inf) -> None:
         self._choose = choose
+        self._max_queued_s = max_queued_s
+        self._lengths = OutputLengths()
         self._prefill, self._decode = WorkerTable(), WorkerTable()
         self._bars: dict[tuple[str, str], Bar] = {}
         self._bookings: dict[str, _Booking] = {}
@@ -52,7 +67,7 @@ class Books:
         """
         for table, workers in ((self._prefill, prefill), (self._decode, decode)):
             here = {traits.engine_id for traits in workers}
-            for engine_id in table.engine_ids:
+            for engine_id in list(table.engine_ids):
                 if engine_id not in here:
                     table.remove(engine_id)
                     self._quarantined.pop(engine_id, None)
@@ -65,24 +80,42 @@ class Books:
 
     def place(self, demand: Demand) -> Placement | NoPlacement:
         """See `router.place`."""
-        return self._choose(demand, self._prefill, self._decode, self._bars)
+        return self._choose(self._as_known(demand), self._prefill, self._decode, self._bars)
 
     def explain(self, demand: Demand) -> list[PairReport]:
         """See `router.explain`."""
-        return explain(demand, self._prefill, self._decode, self._bars)
+        return explain(self._as_known(demand), self._prefill, self._decode, self._bars)
 
     def refusals(self, demand: Demand) -> tuple[str, ...]:
         """See `router.refusals`."""
-        return refusals(demand, self._prefill, self._decode, self._bars)
+        return refusals(self._as_known(demand), self._prefill, self._decode, self._bars)
 
-    def book(self, request: str, prefill: str, decode: str, num_tokens: int) -> None:
-        """A request of so many tokens is on its way to two workers, or to a prefill worker alone (`decode` is "")."""
-        prefill_s = self._prefill.prefill_seconds_of(prefill, num_tokens)
-        booking = _Booking(prefill, decode, self._prefill.blocks(prefill, num_tokens), 0, prefill_s)
+    def cache_update(self, engine_id: str, update: CacheUpdate) -> None:
+        """A prefill worker's prefix cache has changed."""
+        self._prefill.prefixes.update(engine_id, update.stored, update.removed)
+
+    def book(
+        self, request: str, prefill: str, decode: str, num_tokens: int, max_tokens: int = 1, cached_tokens: int = 0
+    ) -> None:
+        """A request is on its way to two workers, or to a prefill worker alone (`decode` is "").
+
+        Args:
+            request: its name.
+            prefill: engine id.
+            decode: engine id.
+            num_tokens: of its prompt.
+            max_tokens: the most that it may generate.
+            cached_tokens: of its prompt, that the prefill worker has in its cache.
+        """
+        prefill_s = self._prefill.prefill_seconds_of(prefill, num_tokens, cached_tokens)
+        booking = _Booking(
+            prefill, decode, self._prefill.blocks(prefill, num_tokens), 0, prefill_s, num_tokens, max_tokens, _NOTHING
+        )
         self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=prefill_s)
         if decode:
             booking.decode_blocks = self._decode.blocks(decode, num_tokens)
             self._decode.take(decode, blocks=booking.decode_blocks, requests=1)
+            self._expect(booking, num_tokens)
         self._bookings[request] = booking
 
     def first_token(self, request: str) -> None:
@@ -105,6 +138,13 @@ class Books:
         if blocks != booking.decode_blocks:
             self._decode.take(booking.decode, blocks=blocks - booking.decode_blocks)
             booking.decode_blocks = blocks
+            self._expect(booking, num_tokens)
+
+    def finished(self, request: str, num_tokens: int) -> None:
+        """It has ended by itself, with so many tokens in all: learn from it, and release it."""
+        if (booking := self._bookings.get(request)) is not None:
+            self._lengths.observe(booking.max_tokens, num_tokens - booking.prompt_tokens)
+        self.release(request)
 
     def release(self, request: str) -> None:
         """It is over, or nobody cares any more. Nothing happens for one that is not booked."""
@@ -112,11 +152,25 @@ class Books:
         booking = self._bookings.pop(request, None)
         if booking is not None and booking.decode in self._decode:
             self._decode.take(booking.decode, blocks=-booking.decode_blocks, requests=-1)
+            self._decode.expect(booking.decode, -booking.future)
 
     def quarantine(self, engine_id: str, blocks: int) -> None:
         """A worker says that so many of its blocks cannot be used until a peer that was lost is surely gone."""
         table = self._prefill if engine_id in self._prefill else self._decode
         before = self._quarantined.get(engine_id, 0)
         if blocks != before and engine_id in table:
-            table.take(engine_id, blocks=blocks - before)
+            table.quarantine(engine_id, blocks - before)
             self._quarantined[engine_id] = blocks
+
+    def _as_known(self, demand: Demand) -> Demand:
+        """The demand with what these books know of its future."""
+        outlook = self._lengths.outlook(demand.max_tokens)
+        return replace(demand, outlook=outlook, max_queued_s=self._max_queued_s)
+
+    def _expect(self, booking: _Booking, num_tokens: int) -> None:
+        """Reckon anew with what a request will hold, now that it has so many tokens."""
+        outlook = self._lengths.outlook(booking.max_tokens, num_tokens - booking.prompt_tokens)
+        half_a_block = self._decode.block_size(booking.decode) / 2  # of its last block, that much is empty
+        future = outlook.held(num_tokens + half_a_block)
+        self._decode.expect(booking.decode, future - booking.future)
+        booking.future = future

@@ -6,13 +6,16 @@ measurements; there is no table of hardware here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.routing.output_lengths import Outlook, likely_peak
+from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.worker_table import WorkerTable
 from workers.block_manager import blocks_for
 
@@ -30,10 +33,16 @@ class Demand:
     Attributes:
         prompt_tokens: length of its prompt.
         max_tokens: the most tokens to generate.
+        outlook: how many it is likely to generate; None: its growth, and that of the others, is not looked at.
+        max_queued_s: a prefill worker that has more to do takes nothing now.
+        prefix: its prompt, as prefix caches are asked for it; None: they are not.
     """
 
     prompt_tokens: int
     max_tokens: int
+    outlook: Outlook | None = None
+    max_queued_s: float = math.inf
+    prefix: PromptPrefix | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -57,12 +66,14 @@ class Placement:
         decode: engine id.
         ttft_s: predicted seconds until the first token.
         itl_s: predicted seconds between tokens, as the decode worker's batch is now.
+        cached_tokens: of the prompt, that the prefill worker has in its cache.
     """
 
     prefill: str
     decode: str
     ttft_s: float
     itl_s: float
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ class PairReport:
         cost_s: predicted seconds to the first token and through the next ones: the lowest is chosen.
         refusal: why it cannot serve the request now; empty if it can.
         chosen: whether it is the one.
+        cached_tokens: of the prompt, that the prefill worker has in its cache.
     """
 
     prefill: str
@@ -93,6 +105,7 @@ class PairReport:
     cost_s: float
     refusal: str
     chosen: bool
+    cached_tokens: int = 0
 
 
 Choose = Callable[[Demand, WorkerTable, WorkerTable, Bars], Placement | NoPlacement]
@@ -102,7 +115,8 @@ Choose = Callable[[Demand, WorkerTable, WorkerTable, Bars], Placement | NoPlacem
 def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> Placement | NoPlacement:
     """Choose the pair that is predicted to answer soonest; of equals the one with the fewest requests.
 
-    The cost of a pair is the time until the first token (the prompts queued on the prefill worker, and this one) plus
+    The cost of a pair is the time until the first token (the prompts queued on the prefill worker, and what it has not
+    cached of this one) plus
     the time of the next decode steps with one sequence more in the decode worker's batch.
 
     Args:
@@ -111,8 +125,10 @@ def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars)
         decode: the decode pool.
         bars: pairs that cannot work together.
     """
-    p_fits, d_fits = fits(prefill, demand), fits(decode, demand) & has_room(decode, demand)
-    p_cost = np.where(p_fits, _ttft(prefill, demand), np.inf)
+    p_fits = fits(prefill, demand) & takes_more(prefill, demand)
+    d_fits = fits(decode, demand) & has_room(decode, demand)
+    cached = _cached(prefill, demand)
+    p_cost = np.where(p_fits, _ttft(prefill, demand, cached), np.inf)
     d_cost = np.where(d_fits, decode.column("step_s") * _steps(demand), np.inf)
     if not (p_fits.any() and d_fits.any()):
         return NoPlacement(is_hopeless(demand, prefill, decode, bars))
@@ -125,28 +141,31 @@ def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars)
             return NoPlacement(is_hopeless(demand, prefill, decode, bars))
         running = prefill.column("running")[:, None] + decode.column("running")
         p, d = divmod(_least(pairs.ravel(), running.ravel()), len(decode))
-    return Placement(prefill.engine_ids[p], decode.engine_ids[d], float(p_cost[p]), float(decode.column("step_s")[d]))
+    itl_s = float(decode.column("step_s")[d])
+    return Placement(prefill.engine_ids[p], decode.engine_ids[d], float(p_cost[p]), itl_s, int(cached[p]))
 
 
 def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> list[PairReport]:
     """Every pair, those that can serve the request first, best first; see `place`."""
     placement = place(demand, prefill, decode, bars)
     chosen = (placement.prefill, placement.decode) if isinstance(placement, Placement) else None
-    ttft, step_s = _ttft(prefill, demand), decode.column("step_s")
+    cached, step_s = _cached(prefill, demand), decode.column("step_s")
+    ttft = _ttft(prefill, demand, cached)
     reports = []
     for p, p_id in enumerate(prefill.engine_ids):
         for d, d_id in enumerate(decode.engine_ids):
             bar = bars.get((p_id, d_id))
             refusal = (
                 _unfit(prefill, p, demand)
+                or _busy(prefill, p, demand)
                 or (bar and f"{p_id} -> {d_id}: {bar.reason}")
                 or _unfit(decode, d, demand)
                 or _no_room(decode, d, demand)
             )
             cost = float(ttft[p] + step_s[d] * _steps(demand))
-            reports.append(
-                PairReport(p_id, d_id, float(ttft[p]), float(step_s[d]), cost, refusal, (p_id, d_id) == chosen)
-            )
+            is_chosen = (p_id, d_id) == chosen
+            ttft_s, itl_s, held = float(ttft[p]), float(step_s[d]), int(cached[p])
+            reports.append(PairReport(p_id, d_id, ttft_s, itl_s, cost, refusal, is_chosen, held))
     return sorted(reports, key=lambda r: (bool(r.refusal), not r.chosen, r.cost_s, r.prefill, r.decode))
 
 
@@ -156,8 +175,14 @@ def refusals(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Ba
     return tuple(dict.fromkeys(report.refusal for report in reports if report.refusal)) or ("there are no workers",)
 
 
-def _ttft(prefill: WorkerTable, demand: Demand) -> _Floats:
-    seconds: _Floats = prefill.column("queued_s") + prefill.prefill_seconds(demand.prompt_tokens)
+def _cached(prefill: WorkerTable, demand: Demand) -> npt.NDArray[np.int64]:
+    if demand.prefix is None:
+        return np.zeros(len(prefill), dtype=np.int64)
+    return prefill.cached_tokens(demand.prefix)
+
+
+def _ttft(prefill: WorkerTable, demand: Demand, cached: npt.NDArray[np.int64]) -> _Floats:
+    seconds: _Floats = prefill.column("queued_s") + prefill.missing_seconds(demand.prompt_tokens, cached)
     return seconds
 
 
@@ -181,10 +206,32 @@ def fits(table: WorkerTable, demand: Demand) -> _Flags:
 
 
 def has_room(table: WorkerTable, demand: Demand) -> _Flags:
-    """Whose cache and batch have room for the prompt and its first token now."""
+    """Whose cache and batch have room for the prompt and its first token now, and for everybody's growth."""
     room = table.column("free_blocks") * table.column("block_size")
     roomy: _Flags = (room >= demand.prompt_tokens + 1) & (table.column("free_slots") > 0)
+    if demand.outlook is not None and len(table):
+        roomy &= (table.column("running") == 0) | (_peak_tokens(table, demand, demand.outlook) <= _capacity(table))
     return roomy
+
+
+def takes_more(table: WorkerTable, demand: Demand) -> _Flags:
+    """Which prefill workers are not too busy to be given a prompt now."""
+    free: _Flags = table.column("queued_s") <= demand.max_queued_s
+    return free
+
+
+def _capacity(table: WorkerTable) -> npt.NDArray[np.int64]:
+    tokens: npt.NDArray[np.int64] = table.column("usable_blocks") * table.column("block_size")
+    return tokens
+
+
+def _peak_tokens(table: WorkerTable, demand: Demand, outlook: Outlook) -> _Floats:
+    """The most that each worker's requests and this one are likely to hold at any time to come.
+
+    A worker with nothing to do takes a request whatever this says: waiting would not make it smaller.
+    """
+    peaks: _Floats = table.column("peak_tokens") + likely_peak(outlook.held(demand.prompt_tokens))
+    return peaks
 
 
 def _least(cost: _Floats, running: npt.NDArray[Any]) -> int:
@@ -231,6 +278,16 @@ def _no_room(table: WorkerTable, row: int, demand: Demand) -> str:
         return f"{name}: its batch is full"
     if needed > free:
         return f"{name}: {needed} blocks needed, {free} free"
+    if demand.outlook is not None and not has_room(table, demand)[row]:
+        peak = _peak_tokens(table, demand, demand.outlook)[row]
+        return f"{name}: its requests would grow to about {peak:.0f} tokens, {_capacity(table)[row]} fit"
+    return ""
+
+
+def _busy(table: WorkerTable, row: int, demand: Demand) -> str:
+    """Why a prefill worker takes nothing now, in words; empty if it does."""
+    if (queued_s := table.column("queued_s")[row]) > demand.max_queued_s:
+        return f"{table.engine_ids[row]}: {queued_s:.3g} s of work before it, {demand.max_queued_s:.3g} s allowed"
     return ""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_tables, tables
+from benchmarks import gpu_tables, router_tables, tables
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import Environment
 
@@ -20,7 +20,26 @@ between
 <!-- table: disaggregation_cost -->
 <!-- end of table -->
 after
-""" + "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in gpu_tables.TABLES)
+""" + "".join(
+    f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in [*gpu_tables.TABLES, *router_tables.TABLES]
+)
+
+
+_SCALE: dict[str, Any] = {
+    "config": {"workers": 10, "requests": 100},
+    "result": {
+        "succeeded": 98, "failures": {"WorkerLostError": 2}, "lost": 0, "killed": 3, "scaled": 1, "simulated_s": 60.0,
+        "wall_s": 2.0, "requests_per_wall_s": 50.0, "peak_rss_mib": {"10%": 100.0, "100%": 101.0},
+    },
+}  # fmt: skip
+
+
+def _saturated(bound: float | None, goodput: float) -> dict[str, Any]:
+    return {
+        "workload": "long", "max_queue_wait_s": bound, "load": 2.0, "offered_per_s": 80.0, "requests": 100,
+        "goodput_per_s": goodput, "succeeded": 60, "failures": {"QueueFullError": 40}, "preempted": 0,
+        "ttft_p99_ms": None,
+    }  # fmt: skip
 
 
 def _results(folder: Path, ratio: float = 2.5) -> None:
@@ -34,6 +53,10 @@ def _results(folder: Path, ratio: float = 2.5) -> None:
     for name, content in (
         ("engine_vs_transformers", {"comparisons": [comparison]}),
         ("disaggregation_cost", {"cases": [case]}),
+        ("router", {"cases": [{"workers": 7, "decision_us": 41.4, "decision_p99_us": 90.0, "requests_per_s": 1e4}]}),
+        ("router_quality", {"cases": []}),
+        ("saturation", {"cases": [_saturated(2.0, 40.0), _saturated(2.0, 30.0), _saturated(None, 60.0)]}),
+        ("simulation_scale", _SCALE),
     ):
         (folder / f"{name}.json").write_text(json.dumps({"environment": environment, **content}))
 
@@ -56,6 +79,10 @@ def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest
     assert "**2.50×**" in text
     assert "| prefill alone | 12.50 |" in text
     assert "| KV cache moved, KiB | 2 |" in text
+    assert "| 7 | 41 | 90 | 10000 |" in text
+    assert "| long | 2 s | 2.00 × | 80.0 | 30.0 | 75% |" in text, "of the peak under the same bound"
+    assert "| long | no bound | 2.00 × | 80.0 | 60.0 | 100% |" in text
+    assert "| ended in an error | 2 WorkerLostError |" in text
     assert "`python -m x`" in text
     assert all(line in text for line in ("# Page", "before", "between", "after"))
 
