@@ -26,7 +26,8 @@ from benchmarks.report import to_json, write_json
 from benchmarks.synthetic_model import SHAPE, save_checkpoint
 from benchmarks.workload import RequestSpec
 from cluster.client import AsyncBatonClient, Connection
-from cluster.config import ServiceConfig, load_config
+from cluster.config import load_config
+from cluster.config_sections import ServiceConfig
 from workers.errors import BatonError
 from workers.sampling.params import SamplingParams
 

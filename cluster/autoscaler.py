@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from cluster.api import PoolTarget
-from cluster.config import AutoscalerConfig
+from cluster.config_sections import AutoscalerConfig
 from cluster.scaling_policy import Decision, PoolPolicy, PoolSignals, ScalingRules
 
 logger = logging.getLogger(__name__)

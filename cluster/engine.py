@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cluster.admission import AdmissionQueue, Ticket
 from cluster.api import EngineRequest, PoolTarget, WorkerStatus
@@ -14,14 +14,13 @@ from cluster.clock import now
 from cluster.errors import NoWorkersError, WorkerLeavesError, WorkerLostError
 from cluster.flight import Flight
 from cluster.latency_windows import RecentMean, RecentQuantile
-from cluster.pools.member import Member
+from cluster.pools.for_router import bars_of, traits_of
 from cluster.pools.pools import WorkerPools
 from cluster.pools.scaling import Obligations, PoolLimits
 from cluster.pools.signals import pool_signals
 from cluster.routing.books import Books
 from cluster.routing.prefix_index import PromptPrefix
-from cluster.routing.router import Bar, Demand, NoPlacement, PairReport
-from cluster.routing.worker_table import WorkerTraits
+from cluster.routing.router import Demand, NoPlacement, PairReport
 from cluster.running_request import RunningRequest
 from cluster.scaling_policy import PoolSignals
 from cluster.worker_handle import LoadProgress, WorkerHandle
@@ -278,7 +277,7 @@ class ServingEngine:
 
     def _on_change(self, lost: str | None) -> None:
         self._books.update_pools(
-            _traits(self._pools.pool("prefill")), _traits(self._pools.pool("decode")), _bars(self._pools.members)
+            traits_of(self._pools.pool("prefill")), traits_of(self._pools.pool("decode")), bars_of(self._pools.members)
         )
         if lost is not None:
             for flight in list(self._flights.values()):
@@ -290,31 +289,3 @@ def _demand(request: EngineRequest, output: tuple[int, ...] = ()) -> Demand:
     """What it needs, or what is left of it after this output."""
     prompt, max_tokens = request.prompt_token_ids + output, request.sampling.max_tokens or 1
     return Demand(len(prompt), max_tokens - len(output), prefix=PromptPrefix(prompt))
-
-
-def _traits(members: Iterable[Member]) -> dict[WorkerTraits, bool]:
-    """The workers that have said who they are, and whether each is ready."""
-    return {
-        WorkerTraits(
-            engine_id=member.engine_id,
-            max_model_len=info.max_model_len,
-            block_size=info.engine.layout.block_size,
-            total_blocks=info.num_blocks,
-            max_num_seqs=info.max_num_seqs,
-            capability=info.capability,
-        ): member.state == "ready"
-        for member in members
-        if (info := member.info) is not None
-    }
-
-
-def _bars(members: Iterable[Member]) -> dict[tuple[str, str], Bar]:
-    """The pairs that cannot work together, whichever of the two has found out."""
-    bars: dict[tuple[str, str], Bar] = {}
-    for member in members:
-        known = [(peer, Bar(why, forever=False)) for peer, why in member.estranged.items()]
-        known += [(peer, Bar(why, forever=True)) for peer, why in member.refusals.items()]
-        for peer, bar in known:
-            prefill, decode = (member.engine_id, peer) if member.handle.role == "prefill" else (peer, member.engine_id)
-            bars[prefill, decode] = bar
-    return bars

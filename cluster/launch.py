@@ -18,7 +18,8 @@ from attention.measurements import FILE_NAME
 from cluster.api import ModelInfo
 from cluster.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
-from cluster.config import AutoscalerConfig, PoolConfig, ServiceConfig, cache_dir
+from cluster.config import cache_dir
+from cluster.config_sections import AutoscalerConfig, PoolConfig, ServiceConfig
 from cluster.engine import ServingEngine
 from cluster.generation import Generation
 from cluster.inprocess import InProcessWorker

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.config import PoolConfig, ServiceConfig
+from cluster.config_sections import PoolConfig, ServiceConfig
 from workers.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cluster.config import PoolConfig, ServiceConfig
+from cluster.config_sections import PoolConfig, ServiceConfig
 from workers.errors import ConfigError
 
 GPU_MEMORY_UTILIZATION = 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from cluster.config import PoolConfig
+from cluster.config_sections import PoolConfig
 from cluster.worker_handle import LoadProgress, StartProgress
 from workers.host import WorkerInfo
 

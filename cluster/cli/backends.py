@@ -19,7 +19,8 @@ from attention.registry import BACKENDS, get_backend
 from attention.selector import refusals, select_backend
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, Phase
 from cluster.cli.backends_report import Choice, Question, Report, Row, as_json, print_report
-from cluster.config import ServiceConfig, cache_dir, load_config
+from cluster.config import cache_dir, load_config
+from cluster.config_sections import ServiceConfig
 from workers.errors import ConfigError
 from workers.models.checkpoint import resolve_checkpoint
 from workers.models.config import DTYPES, ModelConfig

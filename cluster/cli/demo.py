@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from cluster.api import RequestReport
 from cluster.client import AsyncBatonClient, Connection
-from cluster.config import ServiceConfig, load_config
+from cluster.config import load_config
+from cluster.config_sections import ServiceConfig
 from cluster.recall import recall_prompt
 from workers.sampling.params import SamplingParams
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.config import ServiceConfig, describe_settings, load_config
+from cluster.config import describe_settings, load_config
+from cluster.config_sections import ServiceConfig
 from workers.errors import ConfigError
 
 _EPILOG = """\

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.api import Engine, ModelInfo
-from cluster.config import ServerConfig
+from cluster.config_sections import ServerConfig
 from cluster.generation import Generation
 from cluster.server.auth import BearerTokenInterceptor, bearer
 from cluster.server.service import SERVICE, BatonService, method_handlers

@@ -14,7 +14,7 @@ from benchmarks.simulation.workers import Fabric, Hardware, SimulatedWorker
 from cluster.api import EngineRequest
 from cluster.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
-from cluster.config import AutoscalerConfig
+from cluster.config_sections import AutoscalerConfig
 from cluster.engine import ServingEngine
 from cluster.pools.scaling import PoolLimits
 from fleet import prompt

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ServiceConfig, load_config
+from cluster.config import load_config
+from cluster.config_sections import ServiceConfig
 from cluster.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.placement import place_pools
 from workers.errors import ConfigError

@@ -7,7 +7,8 @@ import argparse
 import pytest
 
 from cluster.cli.up import add_arguments, overrides_of
-from cluster.config import ServiceConfig, load_config
+from cluster.config import load_config
+from cluster.config_sections import ServiceConfig
 from workers.errors import ConfigError
 
 

@@ -1,0 +1,48 @@
+"""The rules that concern more than one setting."""
+
+from __future__ import annotations
+
+from cluster.config_sections import PoolConfig, ServiceConfig
+from workers.errors import ConfigError
+
+
+def check_together(config: ServiceConfig) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    server = config.server
+    if (server.tls_cert is None) != (server.tls_key is None):
+        missing = "server.tls_key" if server.tls_key is None else "server.tls_cert"
+        raise ConfigError(f"TLS needs both server.tls_cert and server.tls_key; {missing} is not set")
+    if server.tls_client_ca is not None and server.tls_cert is None:
+        raise ConfigError("server.tls_client_ca is set without server.tls_cert: client certificates need TLS")
+    if server.auth_token is not None and server.auth_token_file is not None:
+        raise ConfigError("both server.auth_token and server.auth_token_file are set; give one")
+    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        if pool.num_blocks is not None and pool.kv_cache_gb is not None:
+            raise ConfigError(f"both {name}.num_blocks and {name}.kv_cache_gb are set; give one")
+        if not pool.min_replicas <= pool.replicas <= pool.max_replicas:
+            raise ConfigError(
+                f"{name}.replicas is {pool.replicas}, it must be in [{pool.min_replicas}, {pool.max_replicas}], "
+                f"{name}.min_replicas and {name}.max_replicas"
+            )
+        _check_nodes(name, pool, config.ray.address)
+        if pool.tensor_parallel_size > 1 and config.handoff.connector == "local":
+            raise ConfigError(
+                f"{name}.tensor_parallel_size is {pool.tensor_parallel_size}, it must be 1 with handoff.connector "
+                "local: ranks are processes, and local means one"
+            )
+
+
+def _check_nodes(name: str, pool: PoolConfig, address: str | None) -> None:
+    """The rules for a pool that has nodes of its own kind."""
+    for key, value in (("resources", pool.resources), ("labels", pool.labels)):
+        if value and address is None:
+            raise ConfigError(
+                f"{name}.{key} is set, but Ray is started on this machine; set ray.address to join a cluster"
+            )
+    for resource, setting in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        if resource in (pool.resources or {}):
+            raise ConfigError(f"{name}.resources has {resource}, which {setting} says")
