@@ -42,10 +42,9 @@ class Airport(Protocol):
 class RunningRequest:
     """One request under way: an asynchronous iterator of `TokenChunk`s.
 
-    Closing it, or leaving it by an exception, cancels the request on both sides. A request whose worker is lost, or
-    whose handoff fails, before its first token left starts again on other workers. One whose worker leaves in good
-    order goes on elsewhere, with what was generated so far as part of its prompt: noise depends on seed and position
-    alone, and penalties on the tokens, so that the client sees no seam.
+    Closing it, or leaving it by an exception, cancels the request on both sides. A request whose worker is lost or
+    leaves, or whose handoff fails, goes on elsewhere, with the tokens that the client has as part of its prompt: noise
+    depends on seed and position alone, and penalties on the tokens, so that the client sees no seam.
     """
 
     def __init__(self, engine: Airport, request: EngineRequest) -> None:
@@ -109,13 +108,13 @@ class RunningRequest:
                 return await self._flight.next_chunk()
             except WorkerLeavesError as error:
                 logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
-                if self._output and self._first_report is None:
-                    self._first_report = self._flight.report()
                 self._attempts -= 1  # nothing has failed
             except (WorkerLostError, HandoffError) as error:
-                if self._output or self._attempts >= _MAX_ATTEMPTS:
+                if self._attempts >= _MAX_ATTEMPTS:
                     raise
-                logger.info("request %s starts again: %s", self._request.request_id, error)
+                logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
+            if self._output and self._first_report is None:
+                self._first_report = self._flight.report()
             self._engine.land(self._flight)
             self._flight = None
 

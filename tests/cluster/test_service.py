@@ -155,7 +155,7 @@ async def test_the_deadline_governs_and_frees_both_sides(running):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_a_killed_worker(role, running, reference_greedy):
-    """Its requests end with UNAVAILABLE or are served elsewhere, the others go on, the blocks and the worker return."""
+    """Its requests go on elsewhere or end with UNAVAILABLE, the others go on, the blocks and the worker return."""
     await running.until_idle()
     before = {w.engine_id for w in await running.client.workers() if w.role == role}
     victim = sorted(before)[0]
