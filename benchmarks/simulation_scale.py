@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, quantiles
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--output", type=Path, default=RESULTS / "simulation_scale.json", metavar="FILE")
     args = parser.parse_args(argv)
-    logging.getLogger("cluster").setLevel(logging.CRITICAL)  # that a worker was killed is no news here
     environment = Environment.capture(1)
-    result = measure(args.workers, args.requests, args.seed)
+    with _without_warnings():
+        result = measure(args.workers, args.requests, args.seed)
     print(
         f"{result['succeeded']} of {args.requests} requests, {result['failures']}, {result['lost']} lost; "
         f"{result['killed']} workers killed, {result['scaled']} times scaled; {result['simulated_s']:.0f} s in "
@@ -60,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_json(args.output, to_json("simulation_scale", environment, config, {"result": result}))
     return 1 if result["lost"] else 0
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """That a worker was killed is no news here."""
+    log = logging.getLogger("cluster")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def measure(workers: int, requests: int, seed: int) -> dict[str, Any]:

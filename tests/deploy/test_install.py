@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OF_THE_GPU = {"torch", "flashinfer-python"}
+OF_THE_GPU = {"torch", "triton", "flashinfer-python"}
 
 
 def pins(file: Path) -> dict[str, str]:
