@@ -21,8 +21,7 @@ from protos import baton_pb2
 from workers.errors import DeadlineExceededError, InvalidRequestError
 
 SERVICE = baton_pb2.DESCRIPTOR.services_by_name["Baton"]
-MAX_REQUEST_ID_BYTES = 128
-MAX_USER_BYTES = 128
+MAX_NAME_BYTES = 128
 _NO_DEADLINE_S = 1e9
 
 
@@ -161,17 +160,14 @@ def _serialize(message: Any) -> bytes:
 
 
 def _request_id(given: str) -> str:
-    size = len(given.encode())
-    if size > MAX_REQUEST_ID_BYTES:
-        raise InvalidRequestError(f"request_id has {size} bytes, at most {MAX_REQUEST_ID_BYTES} are allowed")
-    return given or uuid.uuid4().hex
+    return _short("request_id", given) or uuid.uuid4().hex
 
 
-def _user(given: str) -> str:
-    size = len(given.encode())
-    if size > MAX_USER_BYTES:
-        raise InvalidRequestError(f"user has {size} bytes, at most {MAX_USER_BYTES} are allowed")
-    return given
+def _short(field: str, text: str) -> str:
+    size = len(text.encode())
+    if size > MAX_NAME_BYTES:
+        raise InvalidRequestError(f"{field} has {size} bytes, at most {MAX_NAME_BYTES} are allowed")
+    return text
 
 
 def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
@@ -182,5 +178,5 @@ def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, tim
         timeout_s=timeout_s,
         model=request.model,
         priority=request.priority,
-        user=_user(request.user),
+        user=_short("user", request.user),
     )

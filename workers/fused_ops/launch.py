@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +10,6 @@ import torch
 _MOST_DEPENDENT_PER_SM = 4
 """Programs for each multiprocessor up to which a dependent launch pays. Measured on an H200: it saves 0.3 µs of a
 kernel of 1 to 2 µs, and costs up to 0.8 µs where programs wait in line for a place."""
-
-
-def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def dependent_launch(device: torch.device, num_programs: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attention.ops.triton.launch import on_device
 from workers.fused_ops.choose_tokens import ChoiceRows
-from workers.fused_ops.launch import on_device
 from workers.fused_ops.triton_rows import filters_of, is_asking, mass_of, order_key, row_scores, scores_of
 
 PIECE = 4096

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attention.ops.triton.launch import on_device
 from workers.fused_ops.choose_tokens import ChoiceRows
-from workers.fused_ops.launch import on_device
 from workers.fused_ops.triton_candidates import CAPACITY, find_candidates
 from workers.fused_ops.triton_rows import (
     filters_of,

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from attention.ops.triton.launch import on_device
 from workers.fused_ops.decode_inputs import PADDING_LEN, DecodeInputs
-from workers.fused_ops.launch import on_device
 
 _ROWS = 128
 

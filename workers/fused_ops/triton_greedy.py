@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.fused_ops.launch import dependent_launch, on_device
+from attention.ops.triton.launch import on_device
+from workers.fused_ops.launch import dependent_launch
 
 _PIECE, _NUM_WARPS = 4096, 4
 

@@ -11,8 +11,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.fp8 import FP8_MAX
+from attention.ops.triton.launch import on_device
 from attention.spec import FP8
-from workers.fused_ops.launch import dependent_launch, on_device
+from workers.fused_ops.launch import dependent_launch
 
 if TYPE_CHECKING:
     from workers.fused_ops.rope import CacheWrite

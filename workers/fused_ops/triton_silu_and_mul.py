@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.fused_ops.launch import dependent_launch, num_sms, on_device
+from attention.ops.triton.launch import on_device
+from workers.fused_ops.launch import dependent_launch, num_sms
 
 _SMALL_BLOCK, _BLOCK, _NUM_WARPS = 1024, 2048, 4
 """8 elements a thread (one 16-byte load each of gate and up in 16-bit dtypes), or 16 where there is enough work."""
