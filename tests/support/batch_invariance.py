@@ -67,7 +67,7 @@ def microseconds(run: Callable[[], object], calls: int = 10, repeats: int = 9) -
 
 
 def linear(name: str, rows: int, dtype: torch.dtype, *, adds: bool) -> Callable[[int], torch.Tensor]:
-    """A layer of `LAYERS` as the model computes it; `adds`: onto a residual, in one call."""
+    """A layer of `LAYERS` in the device's own library; `adds`: onto a residual, in one call."""
     generator = torch.Generator("cuda").manual_seed(len(name))
     num_in, num_out = LAYERS[name]
     x = torch.randn(rows, num_in, generator=generator, device="cuda").to(dtype)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import on_device
-from workers.fused_ops.launch import dependent_launch
 
 _PIECE, _NUM_WARPS = 4096, 4
 
@@ -27,8 +27,8 @@ def best_of_pieces_kernel(
     """One program: the largest of `PIECE` logits of a row and its lowest id; NaN counts as plus infinity."""
     PIECES: tl.constexpr = (V + PIECE - 1) // PIECE
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     row = (program // PIECES).to(tl.int64)
     token_id = program % PIECES * PIECE + tl.arange(0, PIECE)
@@ -52,8 +52,8 @@ def best_of_rows_kernel(
 ) -> None:
     """One program: a row's token from its pieces, -1 where the largest logit is not finite."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)
     piece = tl.arange(0, PIECES_PADDED)
     values = tl.load(values_ptr + row * PIECES + piece, mask=piece < PIECES, other=float("-inf"))

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import on_device
-from workers.fused_ops.launch import dependent_launch
 
 _TILE = 1024
 """Elements of the smallest tile: rows shorter than this share a program."""
@@ -38,8 +38,8 @@ def rms_norm_kernel(
     # Weights do not change while kernels run: they are fetched before the kernel that makes x has ended.
     weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     x_rows = (row // INNER) * stride_outer + (row % INNER) * stride_inner
     x = tl.load(x_ptr + x_rows[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
     contiguous = row[:, None] * H + column[None, :]

@@ -11,9 +11,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.fp8 import FP8_MAX
+from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import on_device
 from attention.spec import FP8
-from workers.fused_ops.launch import dependent_launch
 
 if TYPE_CHECKING:
     from workers.fused_ops.rope import CacheWrite
@@ -68,8 +68,8 @@ def qk_norm_rope_kernel(
     NUM_HEADS: tl.constexpr = ROTATED if cache_ptr is None else ROTATED + NUM_KV_HEADS
     TILES: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token = (tl.program_id(0) // TILES).to(tl.int64)
     first_head = tl.program_id(0) % TILES * HEADS
     head = first_head + tl.arange(0, HEADS)

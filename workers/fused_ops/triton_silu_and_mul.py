@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from attention.ops.triton.dependent_launch import dependent_launch, num_sms
 from attention.ops.triton.launch import on_device
-from workers.fused_ops.launch import dependent_launch, num_sms
 
 _SMALL_BLOCK, _BLOCK, _NUM_WARPS = 1024, 2048, 4
 """8 elements a thread (one 16-byte load each of gate and up in 16-bit dtypes), or 16 where there is enough work."""
@@ -28,8 +28,8 @@ def silu_and_mul_kernel(
     """One program: `BLOCK` of the `SIZE` columns of one token."""
     TILES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token = (tl.program_id(0) // TILES).to(tl.int64)
     column = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
     mask = column < SIZE

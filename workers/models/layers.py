@@ -8,6 +8,8 @@ from torch import nn
 
 from workers.fused_ops.rms_norm import add_rms_norm, rms_norm
 from workers.fused_ops.silu_and_mul import silu_and_mul
+from workers.fused_ops.skinny_linear import skinny_gated_linear, skinny_linear
+from workers.fused_ops.skinny_tiles import skinny_tile
 from workers.parallel.group import TensorParallelGroup
 
 
@@ -71,15 +73,30 @@ class Linear(nn.Module):
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self._packed is not None:
             return packed_linear(x, self._packed, bias)
-        return F.linear(x, self._unpacked(), bias)
+        weight = self._unpacked()
+        tile = skinny_tile(x.shape[0], *weight.shape, weight.dtype, weight.device)
+        return F.linear(x, weight, bias) if tile is None else skinny_linear(x, weight, tile, bias=bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`residual + self(x)` in one call where there is one; may overwrite `residual`."""
         if self._packed is not None:
             return packed_linear_add(residual, x, self._packed, self.bias)
+        weight = self._unpacked()
+        tile = skinny_tile(x.shape[0], *weight.shape, weight.dtype, weight.device)
+        if tile is not None:
+            return skinny_linear(x, weight, tile, bias=self.bias, residual=residual, out=residual)
         if x.is_cuda and self.bias is None:  # cuBLAS adds before the result is rounded, and needs no copy to add to
-            return torch.addmm(residual, x, self._unpacked().t(), out=residual)
-        return residual + F.linear(x, self._unpacked(), self.bias)
+            return torch.addmm(residual, x, weight.t(), out=residual)
+        return residual + F.linear(x, weight, self.bias)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in_features) to (T, out_features / 2): `silu` of the product's first half, times the other."""
+        if self._packed is None and self.bias is None:
+            weight = self._unpacked()
+            tile = skinny_tile(x.shape[0], *weight.shape, weight.dtype, weight.device, gated=True)
+            if tile is not None:
+                return skinny_gated_linear(x, weight, tile)
+        return silu_and_mul(self(x))
 
     def _unpacked(self) -> nn.Parameter:
         assert self.weight is not None
@@ -184,4 +201,4 @@ class GatedMLP(nn.Module):
 
     def add_and_norm(self, residual: torch.Tensor, x: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
         """`residual` plus the MLP of `x`, all (T, hidden_size), and that normalised; may overwrite `residual`."""
-        return self.down_proj.add_and_norm(residual, silu_and_mul(self.gate_up_proj(x)), norm)
+        return self.down_proj.add_and_norm(residual, self.gate_up_proj.gated(x), norm)

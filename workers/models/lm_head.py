@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from workers.fused_ops.skinny_linear import skinny_linear
+from workers.fused_ops.skinny_tiles import skinny_tile
 from workers.models.config import ModelConfig
 from workers.models.layers import empty_parameter, pack_weight, packed_linear
 from workers.parallel.group import TensorParallelGroup
@@ -68,9 +70,11 @@ class LMHead(nn.Module):
         if self._packed is not None:
             logits = packed_linear(hidden, self._packed, None)
             return logits if out is None else out.copy_(logits)
-        if out is not None:
-            return torch.mm(hidden, self._own_weight().t(), out=out)
-        return F.linear(hidden, self._own_weight())
+        weight = self._own_weight()
+        tile = skinny_tile(hidden.shape[0], *weight.shape, weight.dtype, weight.device)
+        if tile is not None:
+            return skinny_linear(hidden, weight, tile, out=out)
+        return F.linear(hidden, weight) if out is None else torch.mm(hidden, weight.t(), out=out)
 
     def _own_weight(self) -> torch.Tensor:
         weight = self.weight if self._tied is None else self._tied

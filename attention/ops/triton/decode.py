@@ -7,6 +7,7 @@ import triton
 
 from attention.errors import AttentionInputError
 from attention.ops.triton.decode_kernel import decode_kernel, reduce_kernel
+from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import (
     check_cache,
     check_heads,
@@ -100,6 +101,7 @@ def paged_decode(
             NUM_HEADS=num_heads, GROUP=group, D=head_size, D_PAD=head_size_padded, BLOCK_SIZE=kv_cache.shape[2],
             BLOCK_M=tile.rows, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES, DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **dependent_launch(query.device, head_tiles * splits.count * batch),
         )  # fmt: skip
         if splits.count > 1:
             reduce_kernel[(num_heads, batch)](
@@ -107,4 +109,5 @@ def paged_decode(
                 output.stride(0), output.stride(1), *lse_strides,
                 NUM_HEADS=num_heads, D=head_size, D_PAD=head_size_padded, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES,
                 SPLITS_PAD=triton.next_power_of_2(splits.count), num_warps=4,
+                **dependent_launch(query.device, num_heads * batch),
             )  # fmt: skip

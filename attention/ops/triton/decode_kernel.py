@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.ops.triton.tiles import (
     LN_2,
@@ -84,6 +85,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program: one split of a sequence's keys, for up to `BLOCK_M` of the query heads of one KV head.
 
@@ -92,6 +94,9 @@ def decode_kernel(
     the output is written.
     """
     HEAD_TILES: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     kv_head = tl.program_id(0) // HEAD_TILES
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -170,8 +175,12 @@ def reduce_kernel(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program: merge the splits of one query head of one sequence by their log-sum-exp. Grid (Hq, B)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     _, _, used = _split_range(

@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel here needs."""
+"""Launches that overlap the end of the kernel before."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ kernel of 1 to 2 µs, and costs up to 0.8 µs where programs wait in line for a 
 
 
 def dependent_launch(device: torch.device, num_programs: int) -> dict[str, Any]:
-    """Options of a launch whose programs may be placed while the kernel before still runs, where that helps.
+    """Options of a launch whose programs may be placed while kernels before still run, where that helps.
 
     This is CUDA's programmatic dependent launch (CUDA C++ Programming Guide, "Programmatic Dependent Launch and
     Synchronization", compute capability 9.0). A kernel launched so takes `PDL` and must execute `gdc_wait` in every
     program before it touches what another kernel wrote or still reads; from there on memory is as if launches had
     waited for each other.
+
+    Kernels execute `gdc_launch_dependents` before `gdc_wait`: then a whole chain of them takes its places while the
+    first still runs. The order of memory holds along the chain, because a kernel is not done before its own wait is.
     """
-    if num_programs <= _MOST_DEPENDENT_PER_SM * num_sms(device) and _launches_dependents(device):
+    if num_programs <= _MOST_DEPENDENT_PER_SM * num_sms(device) and launches_dependents(device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -32,7 +35,8 @@ def num_sms(device: torch.device) -> int:
 
 
 @functools.cache
-def _launches_dependents(device: torch.device) -> bool:
+def launches_dependents(device: torch.device) -> bool:
+    """Whether the device has dependent launches."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
