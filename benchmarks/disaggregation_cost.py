@@ -205,6 +205,7 @@ def _service_config(checkpoint: Path, threads: int) -> ServiceConfig:
         "decode.threads": threads,
         "prefill.max_num_seqs": 4,
         "prefill.enable_prefix_caching": False,
+        "decode.enable_prefix_caching": False,
         "decode.max_num_seqs": 4,
     }
     return load_config(environ={}, overrides=overrides)

@@ -96,7 +96,11 @@ class EngineAlone:
             enable_prefix_caching=False,  # a prompt that is measured again is computed again
         )
         self._decode = DecodeWorker(
-            decode_runner, decode_connector, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            decode_runner,
+            decode_connector,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enable_prefix_caching=False,  # and handed over again
         )
 
     def run(self, jobs: Sequence[Job]) -> BatchRun:

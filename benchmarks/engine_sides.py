@@ -133,7 +133,13 @@ def build_worker(
             enable_prefix_caching=False,  # a prompt that is measured again is computed again
         )
     else:
-        worker = DecodeWorker(runner, InstantConnector(), max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+        worker = DecodeWorker(
+            runner,
+            InstantConnector(),
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            enable_prefix_caching=False,  # every sequence has blocks of its own
+        )
     lap()
     about = {"attention_backend": model.backend.name, "kv_blocks": cache.shape[1], "block_size": config.block_size}
     load, profiled, captured = (end - begin for begin, end in itertools.pairwise(times))

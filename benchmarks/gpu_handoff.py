@@ -72,6 +72,7 @@ def command(args: argparse.Namespace, folder: Path) -> list[str]:
         "server.port": 0,
         "prefill.max_num_batched_tokens": args.max_num_batched_tokens,
         "prefill.enable_prefix_caching": False,  # a prompt that is measured again is computed again
+        "decode.enable_prefix_caching": False,  # and handed over again
         "decode.max_num_seqs": args.max_num_seqs,
     }
     flags = [f"--set={key}={value}" for key, value in settings.items()] + [f"--set={text}" for text in args.set]

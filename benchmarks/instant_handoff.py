@@ -21,7 +21,9 @@ class InstantConnector(KVConnector):
         self._events: list[ConnectorEvent] = []
         self._generation = 0
 
-    def expect(self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int]) -> HandoffKey:
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
+    ) -> HandoffKey:
         """See `KVConnector.expect`; the handoff is received at the next `poll`."""
         self._generation += 1
         key = HandoffKey(handoff_id, 0, self._generation)
@@ -45,7 +47,7 @@ class InstantConnector(KVConnector):
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")
 
-    def disconnect(self, engine_id: str) -> None:
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """Nothing to do."""
 
     def cancel(self, key: HandoffKey) -> None:

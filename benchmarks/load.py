@@ -41,7 +41,7 @@ class LoadRun:
     duration_s: float
 
 
-def poisson_arrivals(rate: float, seed: int) -> Iterator[float]:
+def poisson_arrivals(rate: float, seed: int | str) -> Iterator[float]:
     """Seconds after the beginning at which requests arrive, without end: exponential gaps of mean 1 / `rate`."""
     rng = random.Random(f"arrivals/{seed}")
     at = 0.0

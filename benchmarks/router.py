@@ -1,7 +1,9 @@
-"""How long the router takes to place a request: books kept, pools of many workers, one core.
+"""How long the router takes to choose workers for a request: books kept, pools of many workers, one core.
 
 Every request is placed, booked, followed through its first token and its growth, and released, while thousands of
-others are under way, so that the decisions are those of a loaded service. Nothing is sent anywhere.
+others are under way, so that the decisions are those of a loaded service. Nothing is sent anywhere. Each case knows
+more than the one before: the way between every two workers, that prompts may be computed where they are decoded, and
+what both pools have in their prefix caches.
 """
 
 from __future__ import annotations
@@ -12,33 +14,70 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
 from benchmarks.report import to_json, write_json
 from cluster.routing.books import Books
-from cluster.routing.router import Demand, Placement
+from cluster.routing.demand import Demand, Placement
+from cluster.routing.pairs import Way
+from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.worker_table import WorkerTraits
 from workers.capability import Capability
+from workers.messages import CacheUpdate
 
 _LENGTHS, _BATCHES = (32, 128, 512, 2048), (1, 4, 16, 64)
+_BLOCK_SIZE = 64
+_FAMILIES, _HOLDERS = 64, 0.1
+_KV_TOKEN_BYTES, _NUM_LAYERS = 131_072, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the router knows.
+
+    Attributes:
+        name: of the case.
+        ways: what the way between every two workers costs.
+        disaggregation: where prompts may be computed.
+        prefixes: what is in the caches: most prompts begin like others, whose blocks some workers of each pool hold.
+    """
+
+    name: str
+    ways: bool = False
+    disaggregation: str = "always"
+    prefixes: bool = False
+
+
+CASES = (
+    Case("load"),
+    Case("and ways", ways=True),
+    Case("and both places", ways=True, disaggregation="auto"),
+    Case("and prefixes", ways=True, disaggregation="auto", prefixes=True),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser("router", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--workers", type=int, nargs="+", default=[10, 100, 1000], metavar="N", help="of each pool")
-    parser.add_argument("--requests", type=int, default=20_000, metavar="N", help="to place in each case")
+    parser.add_argument("--requests", type=int, default=10_000, metavar="N", help="to place in each case")
     parser.add_argument("--under-way", type=int, default=20, metavar="N", help="requests under way per decode worker")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--output", type=Path, default=RESULTS / "router.json", metavar="FILE")
     args = parser.parse_args(argv)
     environment = Environment.capture(1)
-    cases = [measure(n, args.requests, args.under_way, random.Random(args.seed)) for n in args.workers]
+    cases = [
+        measure(case, workers, args.requests, args.under_way, random.Random(args.seed))
+        for workers in args.workers
+        for case in CASES
+    ]
     for case in cases:
         print(
-            f"{case['workers']} + {case['workers']} workers: {case['decision_us']:.0f} µs a decision "
+            f"{case['workers']} + {case['workers']} workers, {case['knows']}: {case['decision_us']:.0f} µs a decision "
             f"(p99 {case['decision_p99_us']:.0f}), {case['requests_per_s']:.0f} requests a second with all books"
         )
     config = {"requests": args.requests, "under_way_per_worker": args.under_way, "seed": args.seed}
@@ -46,16 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(workers: int, requests: int, under_way: int, rng: random.Random) -> dict[str, float]:
+def measure(case: Case, workers: int, requests: int, under_way: int, rng: random.Random) -> dict[str, Any]:
     """One size of pools; microseconds of a decision, and requests a second with everything that is booked for them."""
-    books = Books()
-    prefill, decode = (dict.fromkeys((_worker(f"{role}-{i}", rng) for i in range(workers)), True) for role in "pd")
-    books.update_pools(prefill, decode, {})
-    demands = [Demand(rng.randint(64, 8192), rng.randint(16, 512)) for _ in range(requests)]
+    books = _books(case, workers, rng)
+    make_demand = _with_prefixes(books, workers, rng) if case.prefixes else _plain(rng)
     live: deque[tuple[str, Demand]] = deque()
-    decisions = []
-    started = time.perf_counter()
-    for number, demand in enumerate(demands):
+    decisions, spent_s = [], 0.0
+    for number in range(requests):
+        demand = make_demand()
+        if demand.prefix is not None:
+            demand.prefix.prepare(books.block_sizes)  # the service does it on another thread
+        started = time.perf_counter()
         if len(live) >= under_way * workers:
             name, old = live.popleft()
             books.grown(name, old.prompt_tokens + old.max_tokens)
@@ -65,17 +105,55 @@ def measure(workers: int, requests: int, under_way: int, rng: random.Random) -> 
         decisions.append(time.perf_counter() - before)
         if isinstance(placement, Placement):
             name = str(number)
-            books.book(name, placement.prefill, placement.decode, demand.prompt_tokens)
+            books.book(
+                name, placement.prefill, placement.decode, demand.prompt_tokens, demand.max_tokens,
+                placement.cached_tokens,
+            )  # fmt: skip
             live.append((name, demand))
         if len(live) > 2 * workers:
             books.first_token(live[-2 * workers][0])
-    seconds = time.perf_counter() - started
+        spent_s += time.perf_counter() - started
     return {
         "workers": workers,
+        "knows": case.name,
         "decision_us": median(decisions) * 1e6,
         "decision_p99_us": quantiles(decisions, n=100)[98] * 1e6,
-        "requests_per_s": requests / seconds,
+        "requests_per_s": requests / spent_s,
     }
+
+
+def _books(case: Case, workers: int, rng: random.Random) -> Books:
+    books = Books(disaggregation=case.disaggregation)
+    prefill, decode = (dict.fromkeys((_worker(f"{role}-{i}", rng) for i in range(workers)), True) for role in "pd")
+    ways = {
+        p.engine_id: {d.engine_id: Way(rng.uniform(1e-4, 1e-3), rng.choice((12e9, 50e9, 300e9))) for d in decode}
+        for p in prefill
+    }
+    books.update_pools(prefill, decode, {}, ways if case.ways else {})
+    return books
+
+
+def _plain(rng: random.Random) -> Any:
+    return lambda: Demand(rng.randint(64, 8192), rng.randint(16, 512))
+
+
+def _with_prefixes(books: Books, workers: int, rng: random.Random) -> Any:
+    """Each pool's workers hold a few families of prompts; of a prompt half is of one of them on average."""
+    some = [rng.randrange(1 << 17) for _ in range(8192)]
+    families = [[number, *some] for number in range(_FAMILIES)]
+    for family in families:
+        hashes = PromptPrefix([*family, 0]).hashes(_BLOCK_SIZE)
+        for role in "pd":
+            for i in rng.sample(range(workers), max(1, round(_HOLDERS * workers))):
+                books.cache_update(f"{role}-{i}", CacheUpdate(hashes[: rng.randint(1, len(hashes))], ()))
+
+    def make() -> Demand:
+        length = rng.randint(64, 8192)
+        shared = rng.randint(0, length)
+        tokens = [*rng.choice(families)[:shared], rng.randrange(1 << 17, 1 << 30), *some][:length]
+        return Demand(length, rng.randint(16, 512), prefix=PromptPrefix(tokens))
+
+    return make
 
 
 def _worker(name: str, rng: random.Random) -> WorkerTraits:
@@ -83,7 +161,8 @@ def _worker(name: str, rng: random.Random) -> WorkerTraits:
     speed = rng.uniform(0.5, 2.0)
     prefill = tuple((n, speed * (0.008 + n * 2.2e-5)) for n in _LENGTHS)
     decode = tuple((n, speed * (0.0045 + n * 1.5e-5)) for n in _BATCHES)
-    return WorkerTraits(name, 131_072, 64, 8192, 256, Capability(prefill, decode))
+    capability = Capability(prefill, decode, speed * _KV_TOKEN_BYTES / 4e12)
+    return WorkerTraits(name, 131_072, _BLOCK_SIZE, 8192, 256, capability, _KV_TOKEN_BYTES, _NUM_LAYERS)
 
 
 if __name__ == "__main__":

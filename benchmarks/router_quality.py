@@ -1,7 +1,9 @@
-"""How much the router's choice is worth: one trace, the real engine, simulated workers of two speeds, three policies.
+"""How much the router's choice is worth: one trace, the real engine, simulated workers of two speeds, some policies.
 
-Every policy sees the same requests at the same times on the same workers. The load is given as a share of what the
-prefill pool could compute if it never waited.
+Every policy sees the same requests at the same times on the same workers; where prompts are never computed on prefill
+workers, these decode, too. Half of all tokens are in prompts that begin like others; the workers are on two hosts, and
+between those KV cache moves more slowly. The load is given as a share of what the prefill pool could compute if it
+never waited and nothing was cached.
 """
 
 from __future__ import annotations
@@ -24,8 +26,19 @@ from workers.capability import Capability
 
 PREFILL_S = ((32, 0.006), (128, 0.0065), (512, 0.014), (2048, 0.045), (8192, 0.2), (16384, 0.45), (131072, 9.0))
 DECODE_S = ((1, 0.0045), (16, 0.0049), (64, 0.0053), (256, 0.0092))
-"""About an H200 with a model of eight billion parameters."""
+KV_TOKEN_S = 131_072 / 4e12
+"""About an H200 with a model of eight billion parameters: 128 KiB of keys and values a token, read at 4 TB/s."""
 SLOWER = 2.5
+SHARED = 0.5
+NETWORK_BYTES_PER_S = 25e9
+CASES = (
+    ("predicted time", "always"),
+    ("predicted time", "auto"),
+    ("predicted time", "never"),
+    ("least loaded", "always"),
+    ("round robin", "always"),
+)
+"""Policies, and where prompts may be computed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,18 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "router_quality.json", metavar="FILE")
     args = parser.parse_args(argv)
     environment = Environment.capture(1)
-    pool = [hardware(1.0)] * args.fast + [hardware(SLOWER)] * args.slow
+    pool = [
+        replace(hardware(SLOWER if slow else 1.0), host=f"host-{number % 2}", network_bytes_per_s=NETWORK_BYTES_PER_S)
+        for slow, count in ((False, args.fast), (True, args.slow))
+        for number in range(count)
+    ]
     cases = []
     for load in args.loads:
-        trace = make_trace(args.requests, load * capacity(pool, make_trace(args.requests, 1.0, args.seed)), args.seed)
-        for name, make_policy in POLICIES.items():
-            case = {"load": load, "policy": name} | summary(simulate(Plan(pool, pool), trace, make_policy()))
+        rate = load * capacity(pool, make_trace(args.requests, 1.0, args.seed))
+        trace = make_trace(args.requests, rate, args.seed, shared=SHARED)
+        for name, disaggregation in CASES:
+            plan = Plan(pool, pool, disaggregation=disaggregation)
+            if disaggregation == "never":
+                plan = replace(plan, prefill=[], decode=[*pool, *pool])
+            case = {"load": load, "policy": name, "disaggregation": disaggregation}
+            case |= summary(simulate(plan, trace, POLICIES[name]()))
             print(
-                f"load {load:.0%}, {name}: TTFT mean {case['ttft_mean_ms']:.0f} p99 {case['ttft_p99_ms']:.0f} ms, "
-                f"ITL mean {case['itl_mean_ms']:.2f} p99 {case['itl_p99_ms']:.2f} ms"
+                f"load {load:.0%}, {name}, disaggregation {disaggregation}: TTFT mean {case['ttft_mean_ms']:.0f} "
+                f"p99 {case['ttft_p99_ms']:.0f} ms, ITL mean {case['itl_mean_ms']:.2f} p99 {case['itl_p99_ms']:.2f} ms"
             )
             cases.append(case)
     config = {"requests": args.requests, "fast": args.fast, "slow": args.slow, "slower": SLOWER, "seed": args.seed}
+    config |= {"shared": SHARED, "network_bytes_per_s": NETWORK_BYTES_PER_S}
     write_json(args.output, to_json("router_quality", environment, config, {"cases": cases}))
     return 0
 
@@ -74,7 +97,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 def hardware(slower: float) -> Hardware:
     """About an H200 with a model of eight billion parameters, so many times slower."""
-    capability = Capability(*(tuple((n, s * slower) for n, s in points) for points in (PREFILL_S, DECODE_S)))
+    prefill, decode = (tuple((n, s * slower) for n, s in points) for points in (PREFILL_S, DECODE_S))
+    capability = Capability(prefill, decode, KV_TOKEN_S * slower)
     return replace(Hardware(capability), link_bytes_per_s=250e9 / slower)
 
 

@@ -12,26 +12,37 @@ Result = Mapping[str, Any]
 
 def router(result: Result) -> str:
     """How long a decision takes."""
-    header = ("workers in each pool", "decision, µs", "p99, µs", "requests/s with all books")
+    header = ("workers in each pool", "what is known", "decision, µs", "p99, µs", "requests/s with all books")
     rows = [
         (
             f"{case['workers']}",
+            case["knows"],
             f"{case['decision_us']:.0f}",
             f"{case['decision_p99_us']:.0f}",
             f"{case['requests_per_s']:.0f}",
         )
         for case in result["cases"]
     ]
-    return table(header, rows, num_text_columns=0)
+    return table(header, rows, num_text_columns=2)
 
 
 def router_quality(result: Result) -> str:
     """Policies beside each other at each load."""
-    header = ("load", "policy", "TTFT mean, ms", "TTFT p99, ms", "ITL mean, ms", "ITL p99, ms", "failed")
+    header = (
+        "load",
+        "policy",
+        "disaggregation",
+        "TTFT mean, ms",
+        "TTFT p99, ms",
+        "ITL mean, ms",
+        "ITL p99, ms",
+        "failed",
+    )
     rows = [
         (
             f"{case['load']:.0%}",
             case["policy"],
+            case["disaggregation"],
             f"{case['ttft_mean_ms']:.0f}",
             f"{case['ttft_p99_ms']:.0f}",
             f"{case['itl_mean_ms']:.2f}",
@@ -40,7 +51,7 @@ def router_quality(result: Result) -> str:
         )
         for case in result["cases"]
     ]
-    return table(header, rows, num_text_columns=2)
+    return table(header, rows, num_text_columns=3)
 
 
 def saturation(result: Result) -> str:

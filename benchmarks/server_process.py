@@ -34,6 +34,11 @@ class ServerProcess:
         self.log = log
         self.started = started
 
+    def cpu_seconds(self) -> float:
+        """Processor time of the process itself so far, without what it started; 0 once it is gone."""
+        fields = _stat(self._process.pid)
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
     async def wait_for(self, ready: Callable[[], T | None], timeout_s: float) -> T:
         """Ask again and again until the answer is not None.
 

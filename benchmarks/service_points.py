@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -70,6 +71,10 @@ def add_service_arguments(parser: argparse.ArgumentParser) -> None:
     points.add_argument("--requests", type=int, default=8, metavar="N", help="of each length (default: 8)")
     points.add_argument("--warmup", type=int, default=2, metavar="N", help="of each length, before (default: 2)")
     points.add_argument("--output-tokens", type=int, default=24, metavar="N", help="of each (default: 24)")
+    points.add_argument(
+        "--pause", type=float, default=0.3, metavar="S",
+        help="before each of them: a GPU's clocks after idling are not those after work (default: %(default)s)",
+    )  # fmt: skip
     points.add_argument("--alone", action="store_true", help="also send each prompt for a single token")
     points.add_argument(
         "--load", type=Load.parse, metavar="R:P:O:S", help="Poisson load: rate, prompt, output, seconds"
@@ -115,6 +120,9 @@ async def measure_service(
 async def measure_length(client: Client, length: int, args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     """Prompts of one length, one at a time: medians, and every request.
 
+    Each is sent after the same pause: a GPU that has just worked runs at other clocks than one that has idled, and what
+    is compared must not differ by what came before it.
+
     Raises:
         ConfigError: a request failed.
     """
@@ -123,8 +131,10 @@ async def measure_length(client: Client, length: int, args: argparse.Namespace, 
     for index in range(args.warmup + args.requests):
         prompt = _prompt(rng, length, vocab_size)
         spec = RequestSpec(index, prompt, None, None, _greedy(args.output_tokens))
+        await asyncio.sleep(args.pause)
         row = await _one(client, spec)
         if args.alone:
+            await asyncio.sleep(args.pause)
             single = await _one(client, replace(spec, sampling=_greedy(1)))
             alone.append(single)
         rows.append(row)

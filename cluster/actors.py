@@ -8,8 +8,11 @@ import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 
+from cluster.sayings import Sayings
 from cluster.worker_handle import HEARTBEAT_S, StartProgress
+from kv_transfer.lease import Lease, lease_clock
 from kv_transfer.nixl.connector import NixlConnector
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
 from workers.host import WorkerHost, WorkerInfo
@@ -40,6 +43,8 @@ class WorkerActor:
         self._progress: dict[str, StartProgress] = {}
         self._channel: LeadChannel | None = None
         self._aborted: OrderedDict[str, None] = OrderedDict()
+        self._lease = Lease()
+        self._sayings = Sayings(lease_clock)
 
     async def start(self) -> WorkerInfo:
         """Build the worker; takes as long as loading does."""
@@ -49,7 +54,7 @@ class WorkerActor:
     def _build(self) -> WorkerHost:
         return WorkerHost(
             self._config,
-            NixlConnector(),
+            NixlConnector(may_write=self._lease.holds),
             self._emit,
             self._on_crash,
             lambda done, total: self._on_progress(StartProgress("weights", done, total)),
@@ -87,9 +92,24 @@ class WorkerActor:
         """See `WorkerHost.probe`."""
         return await asyncio.to_thread(self._started.probe, engine_id, CONNECT_TIMEOUT_S)
 
-    async def disconnect(self, engine_id: str) -> None:
+    async def path_to(self, engine_id: str) -> PathCost | None:
+        """See `WorkerHost.path_to`."""
+        return self._started.path_to(engine_id)
+
+    async def disconnect(self, engine_id: str, may_write_s: float) -> None:
         """See `WorkerHost.disconnect`."""
-        self._started.disconnect(engine_id)
+        self._started.disconnect(engine_id, may_write_s)
+
+    async def renew(self, num_heard: int) -> float | None:
+        """Whoever reads `outputs` has heard so many items: for a lease's length from then on this worker may write.
+
+        Returns:
+            When the last of them was said, by `lease_clock`, for the other ranks; None: it is not known any more.
+        """
+        said_at = self._sayings.when(num_heard)
+        if said_at is not None:
+            self._lease.renew(said_at)
+        return said_at
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """Everything the worker says, in lists of what has gathered since the last one.
@@ -98,11 +118,13 @@ class WorkerActor:
         compiling or computing something long.
         """
         self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._lease.renew(lease_clock())
         while True:
             await self._news.wait()
             self._news.clear()
             batch, self._outputs = self._outputs, []
             if batch or self._crash is None:
+                self._sayings.note()
                 yield batch
             if self._crash is not None:
                 raise self._crash
@@ -121,6 +143,9 @@ class WorkerActor:
         return self._host
 
     def _beat(self) -> None:
+        if not self._lease.holds():
+            logger.error("%s ends: nobody has heard of it for long, and it has been replaced", self._config.name)
+            os._exit(1)
         self._news.set()
         self._loop.call_later(HEARTBEAT_S, self._beat)
 
@@ -145,10 +170,16 @@ class FollowerActor:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._host: FollowerHost | None = None
+        self._lease = Lease()
 
     async def start(self, seat: Seat) -> None:
         """Build the rank; returns when the lead knows of it."""
-        self._host = await asyncio.to_thread(FollowerHost, self._config, seat, NixlConnector(), self._on_end)
+        connector = NixlConnector(may_write=self._lease.holds)
+        self._host = await asyncio.to_thread(FollowerHost, self._config, seat, connector, self._on_end)
+
+    async def renew(self, said_at: float) -> None:
+        """The lead was heard, see `WorkerActor.renew`."""
+        self._lease.renew(said_at)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `FollowerHost.connect`."""
@@ -157,6 +188,10 @@ class FollowerActor:
     async def probe(self, engine_id: str) -> float:
         """See `FollowerHost.probe`."""
         return await asyncio.to_thread(self._started.probe, engine_id, CONNECT_TIMEOUT_S)
+
+    async def path_to(self, engine_id: str) -> PathCost | None:
+        """See `FollowerHost.path_to`."""
+        return self._started.path_to(engine_id)
 
     async def pid(self) -> int:
         """Of its process."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.routing.router import PairReport
+from cluster.group_keys import group_key
+from cluster.routing.demand import PairReport
+from cluster.routing.prefix_index import PromptPrefix
+from workers.capability import Capability
 from workers.messages import Load, TokenOutput
 from workers.sampling.params import SamplingParams
 
@@ -22,6 +25,8 @@ class EngineRequest:
         timeout_s: what is left of its deadline.
         priority: of those that wait for room, lower ones go first.
         user: whose it is; users take turns.
+        prefix: the prompt's blocks, hashed for `Engine.block_sizes` on a thread of whoever makes the request; None:
+            they are hashed when workers are chosen.
     """
 
     request_id: str
@@ -30,6 +35,7 @@ class EngineRequest:
     timeout_s: float
     priority: int = 0
     user: str = ""
+    prefix: PromptPrefix | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class RequestReport:
     """Where a request went and where its time went. Seconds; workers are named by engine id.
 
     Attributes:
-        prefill_worker: computed the prompt and the first token.
-        decode_worker: the other tokens; empty when one was all that was wanted.
+        prefill_worker: computed the prompt and the first token; empty when the decode worker did.
+        decode_worker: the other tokens; empty when one was all that was wanted, and prefill's.
         queue_s: from arrival to the first chunk being computed (gateway queue and prefill queue together).
         prefill_s: from there to the sampled first token.
         ttft_s: from arrival to the first token reaching the gateway.
@@ -54,7 +60,8 @@ class RequestReport:
         first_decode_s: from the complete KV cache to the first decoded token.
         kv_bytes: KV cache bytes moved.
         attempts: 1, or more when a lost prefill worker made the request start again.
-        cached_tokens: of the prompt, that the prefill worker had in its prefix cache.
+        cached_tokens: of the prompt, that the worker that computed it had in its prefix cache.
+        decode_cached_tokens: of the prompt, that the decode worker had in its own, and that were not moved to it.
     """
 
     prefill_worker: str
@@ -68,6 +75,7 @@ class RequestReport:
     kv_bytes: int = 0
     attempts: int = 1
     cached_tokens: int = 0
+    decode_cached_tokens: int = 0
 
     @property
     def hidden_fraction(self) -> float:
@@ -77,7 +85,11 @@ class RequestReport:
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """One worker as `baton status` shows it. `state` is starting, ready, draining or lost."""
+    """One worker as `baton status` shows it. `state` is starting, ready, draining or lost.
+
+    `group` is empty in a pool that names none; `max_num_seqs` and `capability`, what it has measured of itself, are
+    there once it has loaded.
+    """
 
     engine_id: str
     role: str
@@ -86,16 +98,25 @@ class WorkerStatus:
     attention_backend: str
     block_size: int
     load: Load
+    group: str = ""
+    max_num_seqs: int = 0
+    capability: Capability = field(default_factory=Capability)
 
 
 @dataclass(frozen=True)
 class PoolTarget:
-    """How many workers a pool (`role`) is to have now, at least and at most."""
+    """How many workers a pool (`role`), or a named group of it, is to have now, at least and at most."""
 
     role: str
     target: int
     min_replicas: int
     max_replicas: int
+    group: str = ""
+
+    @property
+    def key(self) -> str:
+        """What it is scaled by."""
+        return group_key(self.role, self.group)
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,11 @@ class Engine(Protocol):
         """Run one request."""
         ...
 
+    @property
+    def block_sizes(self) -> frozenset[int]:
+        """Tokens in a block of the workers' prefix caches: all sizes that there are."""
+        ...
+
     def workers(self) -> list[WorkerStatus]:
         """Every worker, prefill first."""
         ...
@@ -180,9 +206,11 @@ class Engine(Protocol):
         ...
 
     def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
-        """Have pools grow or shrink to so many workers, by role; the others stay as they are. Returns all targets.
+        """Have pools grow or shrink to so many workers, by role, or by role and group where a pool has named groups.
+
+        The others stay as they are. Returns all targets.
 
         Raises:
-            InvalidRequestError: there is no such pool, or it may not have so many workers.
+            InvalidRequestError: there is no such pool or group, or it may not have so many workers.
         """
         ...

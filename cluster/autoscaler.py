@@ -1,10 +1,14 @@
-"""Asks the policy of each pool what its size should be, and follows it, or only says so."""
+"""Asks the policy of each pool what its size should be, and follows it, or only says so.
+
+What a worker of a group costs is not to be measured, so the order in which the configuration names the groups of a pool
+is that of preference: a pool grows in the first group that has a place left, and shrinks in the last that may.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from cluster.api import PoolTarget
@@ -22,12 +26,16 @@ class Scalable(Protocol):
         ...
 
     def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
-        """Give pools new targets."""
+        """Give groups new targets, by key. Returns those of all, in the order of the configuration."""
         ...
 
 
 def policies_of(config: AutoscalerConfig, clock: Callable[[], float]) -> dict[str, PoolPolicy]:
-    """A policy for each pool: prefill goes by the time to the first token, decode by the time between tokens."""
+    """A policy for each pool.
+
+    Prefill goes by the time to the first token, decode by the time between tokens, and by the former, too, where it
+    computes prompts.
+    """
     return {
         role: PoolPolicy(
             ScalingRules(
@@ -40,6 +48,7 @@ def policies_of(config: AutoscalerConfig, clock: Callable[[], float]) -> dict[st
                 cooldown_s=config.cooldown_s,
                 grow_step=config.grow_step,
                 shrink_step=config.shrink_step,
+                local_ttft_s=config.ttft_s,
             ),
             clock,
         )
@@ -72,7 +81,7 @@ class Autoscaler:
         self._interval_s = interval_s
         self._dry_run = dry_run
         self._report = report
-        self._said: dict[str, tuple[int, int]] = {}
+        self._said: dict[str, str] = {}
 
     async def run(self) -> None:
         """Go on until cancelled."""
@@ -88,14 +97,44 @@ class Autoscaler:
         decisions = {}
         for role, signals in self._engine.signals().items():
             decision = decisions[role] = self._policies[role].decide(signals)
-            change = (signals.target, decision.target)
-            if decision.target == signals.target:
-                continue
-            if not self._dry_run:
-                self._engine.scale({role: decision.target})
-            elif self._said.get(role) == change:
-                continue
-            self._said[role] = change
-            verb = "would go" if self._dry_run else "goes"
-            self._report(f"the {role} pool {verb} from {change[0]} to {change[1]} workers: {decision.why}")
+            if decision.target != signals.target:
+                self._change(role, decision)
         return decisions
+
+    def _change(self, role: str, decision: Decision) -> None:
+        groups = [group for group in self._engine.scale({}) if group.role == role]
+        now_held, changes = sum(group.target for group in groups), share_change(groups, decision.target)
+        if not self._dry_run:
+            self._engine.scale(changes)
+        line = f"{now_held} to {decision.target} workers{_by_group(groups, changes)}"
+        if self._dry_run and self._said.get(role) == line:
+            return
+        self._said[role] = line
+        verb = "would go" if self._dry_run else "goes"
+        self._report(f"the {role} pool {verb} from {line}: {decision.why}")
+
+
+def share_change(groups: Sequence[PoolTarget], target: int) -> dict[str, int]:
+    """What the groups of a pool are to have so that it has `target` workers, or as near to it as their bounds allow.
+
+    Args:
+        groups: of the pool, in the order of preference.
+        target: of the pool.
+
+    Returns:
+        By key, the targets that change.
+    """
+    change = target - sum(group.target for group in groups)
+    changes: dict[str, int] = {}
+    for group in groups if change > 0 else reversed(groups):
+        wanted = min(max(group.target + change, group.min_replicas), group.max_replicas)
+        if change * (wanted - group.target) > 0:
+            changes[group.key] = wanted
+            change -= wanted - group.target
+    return changes
+
+
+def _by_group(groups: Sequence[PoolTarget], changes: Mapping[str, int]) -> str:
+    """Which groups change, where they have names."""
+    moves = [f"{g.group} from {g.target} to {changes[g.key]}" for g in groups if g.group and g.key in changes]
+    return f" ({', '.join(moves)})" if moves else ""

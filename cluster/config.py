@@ -1,6 +1,7 @@
 """The one place that loads the service's configuration, and reads environment variables.
 
-Defaults < YAML file < environment (`BATON_SECTION__KEY`) < command line (`--set section.key=value`, named flags).
+Defaults < YAML file < environment (`BATON_SECTION__KEY`) < command line (`--set section.key=value`, named flags). The
+keys of a group of workers are longer: `decode.groups.NAME.key`, `BATON_DECODE__GROUPS__NAME__KEY`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from cluster.config_groups import build_pool, merge_groups, parse_group_setting, read_groups
 from cluster.config_rules import check_together
-from cluster.config_sections import SECTIONS, ServiceConfig
+from cluster.config_sections import POOLS, SECTIONS, ServiceConfig
 from cluster.settings import build, check_key, parse_text
 from workers.errors import ConfigError
 
@@ -24,6 +26,8 @@ _BACKEND_VARIABLE = "BATON_ATTENTION_BACKEND"
 _PREFIX = "BATON_"
 CUDA_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _TRANSPORT_PREFIXES = ("UCX_", "NIXL_")
+_Values = dict[str, dict[str, Any]]
+"""By section and key; under the key "groups" of a pool, by group and key."""
 
 
 def load_config(
@@ -36,19 +40,21 @@ def load_config(
     Args:
         path: YAML file of sections; None for none.
         environ: `BATON_SECTION__KEY=value`, and `BATON_ATTENTION_BACKEND` for both pools; None reads the process's own.
-        overrides: "section.key" to a value, or to the text of one.
+        overrides: "section.key" or "pool.groups.name.key" to a value, or to the text of one.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range, a file that cannot be read.
     """
-    values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    values: _Values = {name: {} for name in SECTIONS}
     if path is not None:
         _merge(values, _read_file(Path(path)))
     _merge(values, _read_environment(os.environ if environ is None else environ))
-    for key, value in (overrides or {}).items():
-        section, name = split_key(key)
-        values[section][name] = parse_text(key, SECTIONS[section], name, value) if isinstance(value, str) else value
-    config = ServiceConfig(**{name: build(name, cls, values[name]) for name, cls in SECTIONS.items()})
+    _merge(values, _read_overrides(overrides or {}))
+    sections = {
+        name: build_pool(name, cls, values[name]) if name in POOLS else build(name, cls, values[name])
+        for name, cls in SECTIONS.items()
+    }
+    config = ServiceConfig(**sections)
     check_together(config)
     return _with_token(config)
 
@@ -79,16 +85,13 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     return Path(variables.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "baton"
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """Split "section.key" and check both parts.
+def check_setting(key: str) -> None:
+    """Refuse a "section.key" that names nothing.
 
     Raises:
-        ConfigError: it names nothing; the text has the nearest key that exists.
+        ConfigError: the text has the nearest key that exists.
     """
-    known = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)]
-    check_key(key, known)
-    section, _, name = key.partition(".")
-    return section, name
+    check_key(key, [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)])
 
 
 def describe_settings() -> str:
@@ -118,28 +121,63 @@ def _read_file(path: Path) -> dict[str, Any]:
         if not isinstance(entries, dict | None):
             raise ConfigError(f"section {section} in {path} must be a mapping of keys to values, not {entries!r}")
         for name in entries or {}:
-            split_key(f"{section}.{name}")
-    return {section: entries or {} for section, entries in content.items()}
+            check_setting(f"{section}.{name}")
+    sections: dict[str, Any] = {section: entries or {} for section, entries in content.items()}
+    for pool in POOLS:
+        if "groups" in sections.get(pool, {}):
+            sections[pool]["groups"] = read_groups(pool, SECTIONS[pool], sections[pool]["groups"])
+    return sections
 
 
-def _read_environment(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+def _read_overrides(overrides: Mapping[str, Any]) -> _Values:
+    values: _Values = {name: {} for name in SECTIONS}
+    for key, value in overrides.items():
+        if not _is_of_group(key):
+            check_setting(key)
+        _put(values, key, key, value)
+    return values
+
+
+def _read_environment(environ: Mapping[str, str]) -> _Values:
+    values: _Values = {name: {} for name in SECTIONS}
     if backend := environ.get(_BACKEND_VARIABLE):
         values["prefill"]["attention_backend"] = values["decode"]["attention_backend"] = backend
-    known = {f"{_PREFIX}{s}__{f.name}".upper(): (s, f.name) for s, cls in SECTIONS.items() for f in fields(cls)}
+    known = {f"{_PREFIX}{s}__{f.name}".upper(): f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)}
     for variable, text in environ.items():
         # Without a double underscore it is somebody else's: a Kubernetes service named baton sets BATON_PORT and more.
         if not variable.startswith(_PREFIX) or "__" not in variable:
             continue
-        check_key(variable, list(known), what="environment variable")
-        section, name = known[variable]
-        values[section][name] = parse_text(variable, SECTIONS[section], name, text)
+        key = variable.removeprefix(_PREFIX).lower().replace("__", ".")
+        if not _is_of_group(key):
+            check_key(variable, list(known), what="environment variable")
+            key = known[variable]
+        _put(values, key, variable, text)
     return values
 
 
-def _merge(values: dict[str, dict[str, Any]], more: Mapping[str, Mapping[str, Any]]) -> None:
+def _is_of_group(key: str) -> bool:
+    return any(key.startswith(f"{pool}.groups.") for pool in POOLS)
+
+
+def _put(values: _Values, key: str, called: str, value: Any) -> None:
+    """Set what a known key, or one of a group, says: a value, or the text of one. Messages have it as `called`."""
+    section, _, name = key.partition(".")
+    cls = SECTIONS[section]
+    if _is_of_group(key):
+        group, name, parsed = parse_group_setting(key, called, cls, value)
+        values[section].setdefault("groups", {}).setdefault(group, {})[name] = parsed
+    elif name == "groups":
+        values[section][name] = read_groups(section, cls, value)
+    else:
+        values[section][name] = parse_text(called, cls, name, value) if isinstance(value, str) else value
+
+
+def _merge(values: _Values, more: Mapping[str, Mapping[str, Any]]) -> None:
     for section, entries in more.items():
+        groups = merge_groups(section, values[section].get("groups", {}), entries.get("groups", {}))
         values[section].update(entries)
+        if groups:
+            values[section]["groups"] = groups
 
 
 def _with_token(config: ServiceConfig) -> ServiceConfig:

@@ -47,16 +47,18 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """A pool of equal workers.
+    """A pool of workers, which are equal unless it has groups.
 
     A worker's KV cache has `num_blocks` blocks, or as many as fit in `kv_cache_gb`, or what `gpu_memory_utilization`
     leaves of a GPU's memory, or a share of the host's. Of several ranks each has as many blocks, with its share of the
     heads.
     """
 
-    replicas: int = _setting(1, "workers in the pool to begin with; `baton scale` changes it", low=1)
-    min_replicas: int = _setting(1, "workers in the pool at least, however it is scaled", low=1)
-    max_replicas: int = _setting(64, "workers in the pool at most, however it is scaled", low=1, high=4096)
+    replicas: int = _setting(1, "workers to begin with; `baton scale` changes it", low=0)
+    min_replicas: int | None = _setting(
+        None, "workers at least, however it is scaled; default: 1, or 0 where replicas is 0", low=0
+    )
+    max_replicas: int = _setting(64, "workers at most, however it is scaled", low=1, high=4096)
     drain_timeout_s: float = _setting(
         60.0, "a worker that leaves may finish its requests for so long; then other workers go on with them", low=0
     )
@@ -91,6 +93,15 @@ class PoolConfig:
     num_blocks: int | None = _setting(None, "size of a worker's KV cache in blocks", low=1)
     max_num_seqs: int = _setting(16, "sequences in a batch", low=1)
     max_num_batched_tokens: int = _setting(2048, "tokens computed in one step; longer prompts go in chunks", low=1)
+    enable_prefix_caching: bool = _setting(True, "keep KV blocks for prompts that begin with what they hold")
+    groups: Mapping[str, PoolConfig] | None = _setting(
+        None, "unlike workers in one pool: by group name, the settings that differ from the pool's"
+    )
+
+    @property
+    def fewest_replicas(self) -> int:
+        """Workers at least."""
+        return min(1, self.replicas) if self.min_replicas is None else self.min_replicas
 
     @property
     def waits_for_nodes(self) -> bool:
@@ -99,17 +110,25 @@ class PoolConfig:
 
 
 @dataclass(frozen=True)
-class PrefillPoolConfig(PoolConfig):
-    """The prefill pool: as `PoolConfig`, with a prefix cache."""
+class DecodePoolConfig(PoolConfig):
+    """The decode pool: as `PoolConfig`, with a larger batch, and smaller chunks of what prompts it computes."""
 
-    enable_prefix_caching: bool = _setting(True, "keep the KV blocks of prompts for those that begin alike")
+    max_num_seqs: int = _setting(64, "sequences in a batch", low=1)
+    max_num_batched_tokens: int = _setting(
+        512, "prompt tokens computed beside a decode step, where router.disaggregation lets it compute any", low=1
+    )
 
 
 @dataclass(frozen=True)
-class DecodePoolConfig(PoolConfig):
-    """The decode pool: as `PoolConfig`, with a larger batch."""
+class RouterConfig:
+    """Where requests go."""
 
-    max_num_seqs: int = _setting(64, "sequences in a batch", low=1)
+    disaggregation: str = _setting(
+        "always",
+        "where prompts are computed: always on a prefill worker, never (each on its decode worker), or auto, "
+        "wherever that is predicted to delay requests least",
+        choices=("auto", "always", "never"),
+    )
 
 
 @dataclass(frozen=True)
@@ -159,11 +178,13 @@ class ServiceConfig:
 
     model: ModelConfig = ModelConfig()
     server: ServerConfig = ServerConfig()
-    prefill: PrefillPoolConfig = PrefillPoolConfig()
+    prefill: PoolConfig = PoolConfig()
     decode: DecodePoolConfig = DecodePoolConfig()
+    router: RouterConfig = RouterConfig()
     handoff: HandoffConfig = HandoffConfig()
     autoscaler: AutoscalerConfig = AutoscalerConfig()
     ray: RayConfig = RayConfig()
 
 
 SECTIONS: dict[str, type[Any]] = get_type_hints(ServiceConfig)
+POOLS = ("prefill", "decode")

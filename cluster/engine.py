@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 from cluster.admission import AdmissionQueue, Ticket
 from cluster.api import EngineRequest, PoolTarget, WorkerStatus
@@ -14,16 +14,18 @@ from cluster.clock import now
 from cluster.errors import NoWorkersError, WorkerLeavesError, WorkerLostError
 from cluster.flight import Flight
 from cluster.latency_windows import RecentMean, RecentQuantile
-from cluster.pools.for_router import bars_of, traits_of
+from cluster.pools.for_router import bars_of, traits_of, ways_of
+from cluster.pools.gpu_stock import GpuStock
+from cluster.pools.groups import Places, PoolLimits
 from cluster.pools.pools import WorkerPools
-from cluster.pools.scaling import Obligations, PoolLimits
+from cluster.pools.scaling import Obligations
 from cluster.pools.signals import pool_signals
 from cluster.routing.books import Books
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.router import Demand, NoPlacement, PairReport
 from cluster.running_request import RunningRequest
 from cluster.scaling_policy import PoolSignals
-from cluster.worker_handle import LoadProgress, WorkerHandle
+from cluster.worker_handle import LoadProgress
 from workers.errors import CapacityError
 from workers.host import WorkerInfo
 from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, StepOutput
@@ -47,16 +49,18 @@ class ServingEngine:
         max_queue: requests that may wait for room.
         max_queue_wait_s: the longest that one may wait before its prompt is computed, at the gateway and on its prefill
             worker together; who would wait longer is refused, see `AdmissionQueue`.
-        limits: of the pools' sizes, by role; one that is not named has all its places held.
+        limits: of the groups' sizes, by key; one that is not named has all its places held.
         books: of the two pools, empty; None: books that choose by predicted time.
         progress: told how far loading is.
         silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
+        gpus: what bounds the groups besides their limits; None: nothing.
+        disaggregation: where prompts may be computed, see `Demand`; books that are given have their own.
     """
 
     def __init__(
         self,
-        prefill: Sequence[Callable[[], WorkerHandle]],
-        decode: Sequence[Callable[[], WorkerHandle]],
+        prefill: Places,
+        decode: Places,
         *,
         max_queue: int,
         max_queue_wait_s: float = math.inf,
@@ -64,6 +68,8 @@ class ServingEngine:
         books: Books | None = None,
         progress: LoadProgress = lambda name, progress: None,
         silence_s: float | None = None,
+        gpus: GpuStock | None = None,
+        disaggregation: str = "always",
     ) -> None:
         self._pools = WorkerPools(
             prefill,
@@ -71,18 +77,22 @@ class ServingEngine:
             on_output=self._on_output,
             on_change=self._on_change,
             limits=limits,
-            obligations=Obligations(self._num_flights, self._hand_on),
+            obligations=Obligations(self._num_flights, self._hand_on, lambda: self._books.needed_roles),
             progress=progress,
             silence_s=silence_s,
+            gpus=gpus,
         )
         self._queue: AdmissionQueue[Flight] = AdmissionQueue(
             max_queue, clock=now, max_wait_s=max_queue_wait_s * (1.0 - WORKERS_SHARE_OF_WAIT)
         )
-        self._books = books or Books(max_queued_s=max_queue_wait_s * WORKERS_SHARE_OF_WAIT)
+        self._books = books or Books(
+            max_queued_s=max_queue_wait_s * WORKERS_SHARE_OF_WAIT, disaggregation=disaggregation, clock=now
+        )
         self._flights: dict[str, Flight] = {}
         self._ttft_s = RecentQuantile(_LATENCY_WINDOW_S, now)
         self._itl_s = RecentMean(_LATENCY_WINDOW_S, now)
-        self._prefill_s = RecentMean(_LATENCY_WINDOW_S, now)
+        self._local_ttft_s = RecentQuantile(_LATENCY_WINDOW_S, now)
+        self._prompts_s = {role: RecentMean(_LATENCY_WINDOW_S, now) for role in ("prefill", "decode")}
         self._stopping = False
 
     async def start(self) -> None:
@@ -102,6 +112,11 @@ class ServingEngine:
     def max_model_len(self) -> int:
         """The context window that every worker can serve, tokens; after `start`."""
         return min(member.info.max_model_len for member in self._pools.members if member.info is not None)
+
+    @property
+    def block_sizes(self) -> frozenset[int]:
+        """See `Engine.block_sizes`."""
+        return self._books.block_sizes
 
     def infos(self) -> list[WorkerInfo]:
         """What each worker that has started said of itself, prefill first."""
@@ -123,7 +138,12 @@ class ServingEngine:
         """Each pool as it is now, by role, for who decides on its size."""
         latencies = {"prefill": self._ttft_s.quantile(0.9), "decode": self._itl_s.mean()}
         return pool_signals(
-            self._pools.members, self._pools.targets(), latencies, self._prefill_s.rate(), len(self._queue)
+            self._pools.members,
+            self._pools.targets(),
+            latencies,
+            {role: work.rate() for role, work in self._prompts_s.items()},
+            len(self._queue),
+            self._local_ttft_s.quantile(0.9),
         )
 
     def generate(self, request: EngineRequest) -> RunningRequest:
@@ -194,24 +214,24 @@ class ServingEngine:
             if placement.hopeless:
                 why = "; ".join(self._books.refusals(demand))
                 raise CapacityError(f"no pair of workers can serve this request: {why}")
-            if not all(any(m.has_a_future for m in self._pools.pool(role)) for role in ("prefill", "decode")):
+            if not all(any(m.has_a_future for m in self._pools.pool(role)) for role in self._books.needed_roles):
                 raise NoWorkersError("no worker is ready: " + "; ".join(self._books.refusals(demand)))
             return None
         flight = Flight(
             secrets.token_hex(8),
-            placement.prefill,
+            placement.prefill or "",
             placement.decode,
             demand.prompt_tokens,
             arrived,
             attempts,
             request.user,
         )
-        if demand.max_tokens == 1:  # nothing to decode, so nothing to hand over
+        if demand.max_tokens == 1 and flight.prefill:  # nothing to decode, so nothing to hand over
             flight.serve_alone()
         self._flights[flight.flight_id] = flight
         self._books.book(
             flight.flight_id,
-            flight.prefill,
+            flight.prefill or None,
             flight.decode,
             flight.num_tokens,
             demand.max_tokens,
@@ -220,20 +240,20 @@ class ServingEngine:
         return flight
 
     def _dispatch(self, flight: Flight, request: EngineRequest, output: tuple[int, ...], timeout_s: float) -> None:
-        """Send the request to both workers at once."""
+        """Send the request to its workers at once."""
         prefill, decode = self._pools.find(flight.prefill), self._pools.find(flight.decode)
-        if prefill is None or (decode is None and flight.decode):
+        if (flight.prefill and prefill is None) or (flight.decode and decode is None):
             flight.fail(WorkerLostError("a worker was lost before the request reached it"))
             return
         name, handoff_id, after = flight.flight_id, secrets.token_bytes(16), len(output)
         prompt, sampling = request.prompt_token_ids + output, request.sampling
+        p_id, d_id = flight.prefill or None, flight.decode or None
         flight.dispatched = now()
-        if decode is None:
-            prefill.handle.submit(PrefillRequest(name, handoff_id, prompt, sampling, None, timeout_s, after))
-            return
         # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.
-        prefill.handle.submit(PrefillRequest(name, handoff_id, prompt, sampling, flight.decode, timeout_s, after))
-        decode.handle.submit(DecodeRequest(name, handoff_id, prompt, sampling, flight.prefill, timeout_s, after))
+        if prefill is not None:
+            prefill.handle.submit(PrefillRequest(name, handoff_id, prompt, sampling, d_id, timeout_s, after))
+        if decode is not None:
+            decode.handle.submit(DecodeRequest(name, handoff_id, prompt, sampling, p_id, timeout_s, after))
 
     def _on_output(self, output: StepOutput) -> None:
         self._books.quarantine(output.engine_id, output.load.quarantined_blocks)
@@ -245,7 +265,7 @@ class ServingEngine:
                 flight.take(output.engine_id, event)
                 self._measure(flight, last_token_at, flight.num_tokens - tokens_before)
                 if isinstance(event, PrefillReport):
-                    self._prefill_s.add(event.prefill_s, 1)
+                    self._prompts_s["prefill" if flight.prefill else "decode"].add(event.prefill_s, 1)
                 self._queue.charge(flight.user, flight.num_tokens - tokens_before)
                 self._keep_books(flight)
                 if flight.finished:
@@ -259,7 +279,8 @@ class ServingEngine:
         if last_token_at:
             self._itl_s.add(flight.last_token_at - last_token_at, num_new)
         else:
-            self._ttft_s.add(flight.first_token_at - flight.dispatched)
+            ttft_s = self._ttft_s if flight.prefill else self._local_ttft_s
+            ttft_s.add(flight.first_token_at - flight.dispatched)
 
     def _keep_books(self, flight: Flight) -> None:
         if flight.finished:
@@ -277,7 +298,10 @@ class ServingEngine:
 
     def _on_change(self, lost: str | None) -> None:
         self._books.update_pools(
-            traits_of(self._pools.pool("prefill")), traits_of(self._pools.pool("decode")), bars_of(self._pools.members)
+            traits_of(self._pools.pool("prefill")),
+            traits_of(self._pools.pool("decode")),
+            bars_of(self._pools.members),
+            ways_of(self._pools.pool("prefill")),
         )
         if lost is not None:
             for flight in list(self._flights.values()):
@@ -287,5 +311,9 @@ class ServingEngine:
 
 def _demand(request: EngineRequest, output: tuple[int, ...] = ()) -> Demand:
     """What it needs, or what is left of it after this output."""
-    prompt, max_tokens = request.prompt_token_ids + output, request.sampling.max_tokens or 1
-    return Demand(len(prompt), max_tokens - len(output), prefix=PromptPrefix(prompt))
+    prefix, max_tokens = request.prefix or PromptPrefix(request.prompt_token_ids), request.sampling.max_tokens or 1
+    return Demand(
+        len(request.prompt_token_ids) + len(output),
+        max_tokens - len(output),
+        prefix=prefix.followed_by(output) if output else prefix,
+    )

@@ -1,4 +1,4 @@
-"""One attempt at a request: what its two workers have said so far, put in order."""
+"""One attempt at a request: what its workers have said so far, put in order."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Flight:
     """Where a request is, and what has come of it.
 
     The two workers' streams are independent, so that a decoded token can overtake the first one, which prefill sampled:
-    it is held until that has come.
+    it is held until that has come. Where the decode worker computes the prompt itself, all tokens are in one stream.
 
     Attributes:
         flight_id: the request's name on its workers.
-        prefill: engine id.
+        prefill: engine id; empty when the decode worker computes the prompt.
         decode: engine id; empty when there is nothing to decode.
         num_tokens: prompt and output tokens so far, for the books.
         arrived: when the request came, monotonic time.
         attempts: this one included.
         user: whose request it is.
-        dispatched: when both workers were sent the request.
-        first_token_at: when prefill's token came; 0 before.
+        dispatched: when its workers were sent the request.
+        first_token_at: when the first token came; 0 before.
         last_token_at: when the last token came that is in order; 0 before the first.
         finished: the last token is here.
         error: why the flight failed.
@@ -63,6 +63,10 @@ class Flight:
     _handoff_report: HandoffReport | None = None
     _decode_report: DecodeReport | None = None
     _handoff_reported: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        if not self.prefill:  # there is no handoff to hear of
+            self._handoff_reported.set()
 
     def take(self, engine_id: str, event: WorkerEvent) -> None:
         """Something that one of the workers said."""
@@ -149,10 +153,11 @@ class Flight:
             kv_bytes=handoff.num_bytes if handoff else 0,
             attempts=self.attempts,
             cached_tokens=prefill.cached_tokens if prefill else 0,
+            decode_cached_tokens=decode.cached_tokens if decode else 0,
         )
 
     def _take_token(self, engine_id: str, token: TokenOutput) -> None:
-        if engine_id == self.decode:
+        if engine_id == self.decode and (self.first_token_at or self.prefill):
             if not self.first_token_at:
                 self._held.append(token)
                 return

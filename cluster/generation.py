@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import ChatMessage, Tokenizer
@@ -23,6 +24,8 @@ from workers.messages import FinishReason, TokenOutput
 from workers.sampling.params import SamplingParams
 
 _TOKENIZER_THREADS = 2
+_HASHED_AT_ONCE = 1024
+"""Tokens: that many are hashed in less time than another thread takes to hear of it."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,13 @@ class Generation:
         arrival = time.monotonic()
         prompt = await self.tokenize(request.prompt, request.model)
         sampling = self._complete(request.sampling, len(prompt))
+        prefix = await self._hash(prompt)
         timeout_s = request.timeout_s - (time.monotonic() - arrival)
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
         text = _TextAssembler(self._tokenizer, sampling)
         engine_request = EngineRequest(
-            request.request_id, prompt, sampling, timeout_s, priority=request.priority, user=request.user
+            request.request_id, prompt, sampling, timeout_s, request.priority, request.user, prefix
         )
         async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
@@ -113,7 +117,10 @@ class Generation:
         """
         prompt = await self.tokenize(request.prompt, request.model)
         sampling = self._complete(request.sampling, len(prompt))
-        pairs = self._engine.explain(EngineRequest(request.request_id, prompt, sampling, request.timeout_s))
+        prefix = await self._hash(prompt)
+        pairs = self._engine.explain(
+            EngineRequest(request.request_id, prompt, sampling, request.timeout_s, prefix=prefix)
+        )
         return Explanation(len(prompt), sampling.max_tokens or 1, tuple(pairs))
 
     async def tokenize(self, prompt: Prompt, model: str = "") -> tuple[int, ...]:
@@ -132,6 +139,15 @@ class Generation:
         token_ids = tuple(await loop.run_in_executor(self._executor, self._encode, prompt))
         self._check_length(len(token_ids))
         return token_ids
+
+    async def _hash(self, prompt: tuple[int, ...]) -> PromptPrefix:
+        """The prompt as prefix caches are asked for it: a long one is hashed on the tokeniser's threads."""
+        prefix, block_sizes = PromptPrefix(prompt), self._engine.block_sizes
+        if len(prompt) <= _HASHED_AT_ONCE:
+            prefix.prepare(block_sizes)
+        else:
+            await asyncio.get_running_loop().run_in_executor(self._executor, prefix.prepare, block_sizes)
+        return prefix
 
     def token_text(self, token_id: int) -> str:
         """A token's text by itself; special tokens have none."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from cluster.errors import WorkerLostError
 from cluster.worker_handle import HEARTBEAT_S, LoadProgress, StartProgress
 from kv_transfer.local import LocalConnector, LocalFabric
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
 from workers.host import WorkerHost, WorkerInfo
@@ -63,6 +64,10 @@ class InProcessWorker:
         """See `WorkerHandle.probe`."""
         return await asyncio.to_thread(self._host.probe, engine_id, _TIMEOUT_S)
 
+    async def path_to(self, engine_id: str) -> PathCost | None:
+        """See `WorkerHandle.path_to`."""
+        return self._host.path_to(engine_id)
+
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
         """See `WorkerHandle.submit`."""
         self._host.submit(request)
@@ -71,9 +76,9 @@ class InProcessWorker:
         """See `WorkerHandle.abort`."""
         self._host.abort(request_id)
 
-    def disconnect(self, engine_id: str) -> None:
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """See `WorkerHandle.disconnect`."""
-        self._host.disconnect(engine_id)
+        self._host.disconnect(engine_id, may_write_s)
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """See `WorkerHandle.outputs`."""
@@ -88,13 +93,13 @@ class InProcessWorker:
                 raise WorkerLostError(f"{self.name} is gone: {item}") from item
             yield [item]
 
-    async def stop(self) -> None:
+    async def stop(self) -> float:
         """See `WorkerHandle.stop`."""
-        if self._building is None:
-            return
-        with contextlib.suppress(Exception):
-            host = await self._building
-            await asyncio.to_thread(host.close)
+        if self._building is not None:
+            with contextlib.suppress(Exception):
+                host = await self._building
+                await asyncio.to_thread(host.close)
+        return 0.0
 
     def crash(self, reason: str) -> None:
         """End the worker as if its process had died."""

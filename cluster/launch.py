@@ -7,33 +7,28 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import ray
 
-from attention.measurements import FILE_NAME
 from cluster.api import ModelInfo
 from cluster.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
-from cluster.config import cache_dir
-from cluster.config_sections import AutoscalerConfig, PoolConfig, ServiceConfig
+from cluster.config_groups import groups_of
+from cluster.config_sections import AutoscalerConfig, ServiceConfig
 from cluster.engine import ServingEngine
 from cluster.generation import Generation
-from cluster.inprocess import InProcessWorker
 from cluster.node_demands import awaited_nodes, check_cpus, gpus_in_sight
-from cluster.placement import Placement, place_pools
-from cluster.pools.scaling import PoolLimits
-from cluster.rank_placement import RankResources
-from cluster.ray_worker import RayWorker
+from cluster.placement import place_groups
+from cluster.pools.gpu_stock import GpuStock
 from cluster.recall import SHIPPED_MODEL
-from cluster.start_lines import pool_size, progress_lines, readable_size, worker_line
+from cluster.start_lines import group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.text.tokenizer import Tokenizer
-from cluster.worker_handle import WorkerHandle
+from cluster.worker_places import Start, gpu_stock, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.local import LocalFabric
-from workers.config import WorkerConfig
 from workers.errors import ConfigError
 from workers.models.checkpoint import resolve_checkpoint
 from workers.models.config import ModelConfig
@@ -44,7 +39,7 @@ logger = logging.getLogger(__name__)
 _SHUTDOWN_TIMEOUT_S = 20.0
 _REACH_TIMEOUT_S = 5.0
 _SILENCE_S = 4.0  # workers say something every second
-_Spawn = Callable[[WorkerConfig, PoolConfig, Placement], WorkerHandle]
+_COUNT_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -77,39 +72,34 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     path = config.model.path or str(SHIPPED_MODEL)
     folder = await asyncio.to_thread(resolve_checkpoint, path)
     model = ModelConfig.from_file(folder)
-    for pool in (config.prefill, config.decode):
-        model.sharded(pool.tensor_parallel_size)
+    groups = groups_of(config)
+    for group in groups:
+        model.sharded(group.settings.tensor_parallel_size)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
-        if config.handoff.connector == "local":
-            spawn: _Spawn = partial(_spawn_in_process, fabric=LocalFabric())
-            gpus = None
-        else:
-            local = await asyncio.to_thread(_start_ray, config, report)
-            stack.push_async_callback(asyncio.to_thread, ray.shutdown)
-            env = _worker_environment(local)
-            spawn = partial(_spawn_actor, env=env)
-            present = ray.cluster_resources()
-            gpus = gpus_in_sight(config, present)
-            for line in awaited_nodes(config, present):
-                report(line)
-        prefill, decode = place_pools(config, gpus)
+        start, present = await _prepare(config, report, stack)
+        placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
+        stock = None if present is None else gpu_stock(groups, placements, present.get("GPU", 0.0))
         dtype = resolve_dtype(config.model.dtype, model)
         engine = ServingEngine(
-            _places(config, "prefill", config.prefill, prefill, folder, spawn),
-            _places(config, "decode", config.decode, decode, folder, spawn),
+            places_of(config, "prefill", placements, folder, start),
+            places_of(config, "decode", placements, folder, start),
             max_queue=config.server.max_queue,
             max_queue_wait_s=config.server.max_queue_wait_s,
-            limits={"prefill": _limits(config.prefill), "decode": _limits(config.decode)},
+            limits={group.key: limits_of(group.settings) for group in groups},
             silence_s=_SILENCE_S,
             progress=progress_lines(report),
+            gpus=stock,
+            disaggregation=config.router.disaggregation,
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
-        report(
-            f"loading {folder.name} into {pool_size('prefill', config.prefill)} on {prefill.device} and "
-            f"{pool_size('decode', config.decode)} on {decode.device}, {readable_size(model_bytes(model, dtype))} each"
-        )
+        sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
+        report(f"loading {folder.name} into {in_words(sizes)}, {readable_size(model_bytes(model, dtype))} each")
+        if not any(group.settings.replicas for group in groups if group.role == "prefill"):
+            report("there are no prefill workers: every prompt is computed on its decode worker")
         await engine.start()
+        if stock is not None:
+            stack.callback(asyncio.create_task(_count_gpus(stock)).cancel)
         _autoscale(config.autoscaler, engine, report, stack)
         for worker in engine.infos():
             report(worker_line(worker))
@@ -123,6 +113,20 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         yield Service(engine, Generation(engine, tokenizer, info), info)
+
+
+async def _prepare(
+    config: ServiceConfig, report: Callable[[str], None], stack: contextlib.AsyncExitStack
+) -> tuple[Start, Mapping[str, float] | None]:
+    """What starts workers, and the resources of the Ray cluster that they start on; None: it is this process."""
+    if config.handoff.connector == "local":
+        return partial(start_in_process, fabric=LocalFabric()), None
+    local = await asyncio.to_thread(_start_ray, config, report)
+    stack.push_async_callback(asyncio.to_thread, ray.shutdown)
+    present: Mapping[str, float] = ray.cluster_resources()
+    for line in awaited_nodes(config, present):
+        report(line)
+    return partial(start_actor, env=_worker_environment(local)), present
 
 
 def _autoscale(
@@ -142,72 +146,12 @@ def _autoscale(
     stack.callback(task.cancel)
 
 
-def _places(
-    config: ServiceConfig,
-    role: str,
-    pool: PoolConfig,
-    placement: Placement,
-    folder: Path,
-    spawn: _Spawn,
-) -> list[Callable[[], WorkerHandle]]:
-    """For every place in a pool, how to make a worker for it."""
-    return [
-        partial(spawn, _worker_config(config, role, pool, placement, folder, number), pool, placement)
-        for number in range(pool.max_replicas)
-    ]
-
-
-def _limits(pool: PoolConfig) -> PoolLimits:
-    return PoolLimits(pool.replicas, pool.min_replicas, pool.drain_timeout_s)
-
-
-def _worker_config(
-    config: ServiceConfig, role: str, pool: PoolConfig, placement: Placement, folder: Path, number: int
-) -> WorkerConfig:
-    ranks = sum(pool.replicas * pool.tensor_parallel_size for pool in (config.prefill, config.decode))
-    return WorkerConfig(
-        name=f"{role}-{number}",
-        role=role,
-        model=str(folder),
-        dtype=config.model.dtype,
-        load_format=config.model.load_format,
-        device=placement.device,
-        tensor_parallel_size=pool.tensor_parallel_size,
-        threads=pool.threads or max(1, (os.cpu_count() or 1) // ranks),
-        attention_backend=pool.attention_backend,
-        block_size=placement.block_size,
-        num_blocks=pool.num_blocks,
-        kv_cache_bytes=int(pool.kv_cache_gb * 1e9) if pool.kv_cache_gb is not None else None,
-        kv_cache_dtype=pool.kv_cache_dtype,
-        gpu_memory_utilization=placement.gpu_memory_utilization,
-        enforce_eager=pool.enforce_eager,
-        attention_measurements=str(cache_dir() / FILE_NAME),
-        max_model_len=config.model.max_model_len,
-        max_num_seqs=pool.max_num_seqs,
-        max_num_batched_tokens=pool.max_num_batched_tokens,
-        layers_per_group=config.handoff.layers_per_group,
-        enable_prefix_caching=config.prefill.enable_prefix_caching,
-        handoff_timeout_s=config.handoff.timeout_s,
-    )
-
-
-def _spawn_in_process(
-    worker: WorkerConfig, pool: PoolConfig, placement: Placement, *, fabric: LocalFabric
-) -> InProcessWorker:
-    return InProcessWorker(worker, fabric)
-
-
-def _spawn_actor(worker: WorkerConfig, pool: PoolConfig, placement: Placement, *, env: dict[str, str]) -> RayWorker:
-    threads = {"OMP_NUM_THREADS": str(worker.threads)} if worker.threads else {}
-    resources = RankResources(
-        pool.num_cpus,
-        placement.num_gpus,
-        placement.gpu_by_rank,
-        {**env, **threads},
-        custom=pool.resources or {},
-        labels=pool.labels or {},
-    )
-    return RayWorker(worker, resources)
+async def _count_gpus(stock: GpuStock) -> None:
+    """Look now and then how many GPUs the cluster has, for ever: nodes come and go."""
+    while True:
+        await asyncio.sleep(_COUNT_INTERVAL_S)
+        with contextlib.suppress(Exception):  # Ray may be out of reach for a while
+            stock.total = (await asyncio.to_thread(ray.cluster_resources)).get("GPU", 0.0)
 
 
 def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
@@ -216,7 +160,8 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
     Raises:
         ConfigError: the cluster cannot be reached, or cannot hold the workers.
     """
-    most = sum(p.max_replicas * p.tensor_parallel_size * p.num_cpus for p in (config.prefill, config.decode))
+    pools = [group.settings for group in groups_of(config)]
+    most = sum(pool.max_replicas * pool.tensor_parallel_size * pool.num_cpus for pool in pools)
     local = config.ray.address is None
     report("starting Ray on this machine" if local else f"joining the Ray cluster at {config.ray.address}")
     _check_reachable(config.ray.address)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.config_sections import PoolConfig, ServiceConfig
+from cluster.config_groups import WorkerGroup, groups_of
+from cluster.config_sections import ServiceConfig
 from workers.errors import ConfigError
 
 
@@ -22,7 +23,9 @@ def check_cpus(config: ServiceConfig, present: Mapping[str, float]) -> None:
     Raises:
         ConfigError: the pools that do not wait for nodes ask for more CPUs than there are.
     """
-    needed = sum(_ranks(pool) * pool.num_cpus for pool in _pools(config).values() if not pool.waits_for_nodes)
+    needed = sum(
+        group.ranks * group.settings.num_cpus for group in groups_of(config) if not group.settings.waits_for_nodes
+    )
     available = present.get("CPU", 0.0)
     if available < needed:
         raise ConfigError(f"the workers need {needed:g} CPUs, the Ray cluster has {available:g}")
@@ -31,9 +34,9 @@ def check_cpus(config: ServiceConfig, present: Mapping[str, float]) -> None:
 def gpus_in_sight(config: ServiceConfig, present: Mapping[str, float]) -> float:
     """GPUs that the pools can be placed on: those of the cluster, or those of the nodes that will come for them."""
     coming = sum(
-        _ranks(pool) * (1.0 if pool.num_gpus is None else pool.num_gpus)
-        for pool in _pools(config).values()
-        if pool.waits_for_nodes and pool.device == "cuda"
+        group.ranks * (1.0 if group.settings.num_gpus is None else group.settings.num_gpus)
+        for group in groups_of(config)
+        if group.settings.waits_for_nodes and group.settings.device == "cuda"
     )
     return max(present.get("GPU", 0.0), coming)
 
@@ -41,17 +44,13 @@ def gpus_in_sight(config: ServiceConfig, present: Mapping[str, float]) -> float:
 def awaited_nodes(config: ServiceConfig, present: Mapping[str, float]) -> list[str]:
     """For each resource that a pool waits for, one line that says how much of it is there."""
     return [
-        f"the {name} pool waits for nodes: it needs {_ranks(pool) * amount:g} {resource}, "
+        f"{_in_words(group)} waits for nodes: it needs {group.ranks * amount:g} {resource}, "
         f"the Ray cluster has {present.get(resource, 0.0):g}"
-        for name, pool in _pools(config).items()
-        for resource, amount in (pool.resources or {}).items()
-        if present.get(resource, 0.0) < _ranks(pool) * amount
+        for group in groups_of(config)
+        for resource, amount in (group.settings.resources or {}).items()
+        if present.get(resource, 0.0) < group.ranks * amount
     ]
 
 
-def _pools(config: ServiceConfig) -> dict[str, PoolConfig]:
-    return {"prefill": config.prefill, "decode": config.decode}
-
-
-def _ranks(pool: PoolConfig) -> int:
-    return pool.replicas * pool.tensor_parallel_size
+def _in_words(group: WorkerGroup) -> str:
+    return f"the group {group.name} of the {group.role} pool" if group.name else f"the {group.role} pool"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cluster.actors import FollowerActor, WorkerActor
 from cluster.errors import WorkerLostError
 from cluster.rank_placement import RankPlacement, RankResources
-from cluster.worker_handle import LoadProgress
+from cluster.worker_handle import HEARTBEAT_S, LoadProgress
+from kv_transfer.lease import LEASE_S
+from kv_transfer.path_cost import PathCost, together
 from kv_transfer.transport import EngineInfo
 from workers.config import WorkerConfig
 from workers.host import WorkerInfo
@@ -21,6 +24,8 @@ from workers.messages import DecodeRequest, PrefillRequest, StepOutput
 
 _PROGRESS_INTERVAL_S = 0.25
 _STOP_TIMEOUT_S = 5.0
+_SILENT_AFTER_S = 2.5 * HEARTBEAT_S
+_PROCESS_ENDED = "worker process has died"  # as its node says; a node that is lost says nothing of its processes
 
 
 class RayWorker:
@@ -38,6 +43,10 @@ class RayWorker:
         self.name = config.name
         self.role = config.role
         self._lost = False
+        self._unreachable = False
+        self._num_heard = 0
+        self._heard_at = self._renewed_at = 0.0
+        self._renewal: asyncio.Task[None] | None = None
         self._placement = RankPlacement(config.name, config.tensor_parallel_size, resources)
         self._lead: Any = self._placement.create(WorkerActor, 0, config)
         self._followers: list[Any] = [
@@ -74,6 +83,12 @@ class RayWorker:
         probes = (self._call(rank.probe.remote(engine_id)) for rank in (self._lead, *self._followers))
         return float(max(await asyncio.gather(*probes)))
 
+    async def path_to(self, engine_id: str) -> PathCost | None:
+        """See `WorkerHandle.path_to`."""
+        ranks = (self._lead, *self._followers)
+        paths = await asyncio.gather(*(self._call(rank.path_to.remote(engine_id)) for rank in ranks))
+        return together([path for path in paths if path is not None])
+
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
         """See `WorkerHandle.submit`."""
         self._lead.submit.remote(request)
@@ -82,9 +97,9 @@ class RayWorker:
         """See `WorkerHandle.abort`."""
         self._lead.abort.remote(request_id)
 
-    def disconnect(self, engine_id: str) -> None:
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """See `WorkerHandle.disconnect`."""
-        self._lead.disconnect.remote(engine_id)
+        self._lead.disconnect.remote(engine_id, may_write_s)
 
     async def rank_pids(self) -> list[int]:
         """The followers' processes, in order of rank; the lead's is in its `WorkerInfo`."""
@@ -95,16 +110,21 @@ class RayWorker:
         stream = self._lead.outputs.options(num_returns="streaming").remote()
         try:
             async for ref in stream:
-                yield await ref
+                batch = await ref
+                self._hear()
+                yield batch
         except RayError as error:
             self._lost = True
+            self._unreachable = isinstance(error, RayActorError) and _PROCESS_ENDED not in str(error)
             raise WorkerLostError(f"{self.name} is gone: {_first_line(error)}") from error
         raise WorkerLostError(f"{self.name} ended its output")
 
-    async def stop(self) -> None:
+    async def stop(self) -> float:
         """See `WorkerHandle.stop`."""
         ranks = (self._lead, *self._followers)
-        if not self._lost:  # of a worker that is lost, ranks may be waiting for each other: they end as they are
+        if not self._lost and self._heard_at and time.monotonic() - self._heard_at > _SILENT_AFTER_S:
+            self._lost = self._unreachable = True
+        if not self._lost:  # one that is lost ends as it is: its ranks may be waiting for each other
             stops = asyncio.gather(*(rank.stop.remote() for rank in ranks), return_exceptions=True)
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(stops, _STOP_TIMEOUT_S)
@@ -112,6 +132,23 @@ class RayWorker:
             with contextlib.suppress(Exception):
                 ray.kill(rank)
         self._placement.remove()
+        if not self._unreachable:
+            return 0.0
+        return max(0.0, self._heard_at + LEASE_S - time.monotonic())  # nobody kills it for certain; its lease ends it
+
+    def _hear(self) -> None:
+        """Something was heard of it, so its lease may be renewed."""
+        self._num_heard += 1
+        self._heard_at = time.monotonic()
+        if self._heard_at - self._renewed_at >= HEARTBEAT_S / 2 and (self._renewal is None or self._renewal.done()):
+            self._renewed_at = self._heard_at
+            self._renewal = asyncio.create_task(self._renew(self._num_heard))
+
+    async def _renew(self, num_heard: int) -> None:
+        with contextlib.suppress(WorkerLostError):
+            said_at = await self._call(self._lead.renew.remote(num_heard))
+            if said_at is not None:
+                await asyncio.gather(*(self._call(follower.renew.remote(said_at)) for follower in self._followers))
 
     async def _call(self, ref: Any) -> Any:
         """Await a call; what the worker raised is raised here, a dead worker is a `WorkerLostError`."""

@@ -26,7 +26,8 @@ class PoolSignals:
             were none.
         queued: requests that wait for room in it.
         occupancy: the share of its KV blocks, or of its batch, that is taken; the larger one.
-        busy: the share of the time that its workers compute; 1 is no reason to grow, if nobody waits.
+        busy: the share of the time that its workers compute prompts; 1 is no reason to grow, if nobody waits.
+        local_ttft_s: of a decode pool: time to the first token of the prompts that it computed. None: there were none.
     """
 
     target: int
@@ -37,6 +38,7 @@ class PoolSignals:
     queued: int
     occupancy: float
     busy: float = 0.0
+    local_ttft_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ScalingRules:
         cooldown_s: from one change to the next.
         grow_step: workers added at once, at most.
         shrink_step: workers taken away at once, at most.
+        local_ttft_s: time to the first token that is pressure 1, of prompts that a decode pool computes.
     """
 
     objective_s: float
@@ -68,6 +71,7 @@ class ScalingRules:
     cooldown_s: float = 30.0
     grow_step: int = 2
     shrink_step: int = 1
+    local_ttft_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,10 @@ class PoolPolicy:
 
     def _pressure(self, signals: PoolSignals) -> tuple[float, str]:
         """The highest of all pressures, and what it comes from."""
-        rules, latency_s = self._rules, signals.latency_s or 0.0
+        rules, latency_s, ttft_s = self._rules, signals.latency_s or 0.0, signals.local_ttft_s or 0.0
         return max(
             (latency_s / rules.objective_s, f"latency {latency_s:.3g} s of {rules.objective_s:.3g} s"),
+            (ttft_s / rules.local_ttft_s, f"first token after {ttft_s:.3g} s of {rules.local_ttft_s:.3g} s"),
             (signals.occupancy / rules.occupancy, f"{signals.occupancy:.0%} taken of {rules.occupancy:.0%}"),
             (self._queue_pressure(signals), f"{signals.queued} requests wait"),
         )
@@ -118,11 +123,14 @@ class PoolPolicy:
 
     def _want(self, signals: PoolSignals, pressure: float) -> int:
         """Workers for this pressure, with hysteresis, and within the bounds."""
-        target, rules, latency_s = signals.target, self._rules, signals.latency_s or 0.0
+        target, rules = signals.target, self._rules
+        latency = max(
+            (signals.latency_s or 0.0) / rules.objective_s, (signals.local_ttft_s or 0.0) / rules.local_ttft_s
+        )
         work = max(signals.occupancy / rules.occupancy, signals.busy, self._queue_pressure(signals))
         if pressure > rules.grow_above:
             wanted = min(math.ceil(target * pressure / rules.grow_above), target + rules.grow_step)
-        elif work < rules.shrink_below and latency_s < rules.calm_latency * rules.objective_s and target > 1:
+        elif work < rules.shrink_below and latency < rules.calm_latency and target > 1:
             needed = math.floor(target * work / rules.grow_above) + 1  # so many stay below the upper threshold
             wanted = max(min(needed, target), target - rules.shrink_step)
         else:
@@ -146,7 +154,7 @@ class PoolPolicy:
         if signals.ready != target:
             return target, f"{why}; {signals.ready} of {target} workers are ready"
         after_s = rules.grow_after_s if wanted > target else rules.shrink_after_s
-        within = [w for at, w in self._wanted if at > now - after_s]
+        within = [w for at, w in self._wanted if at > now - after_s] or [wanted]
         steady = min(within) if wanted > target else max(within)
         began = self._began if self._began is not None else now
         if (steady > target) != (wanted > target) or steady == target or now - began < after_s:

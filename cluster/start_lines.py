@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from cluster.config_sections import PoolConfig
+from cluster.config_groups import WorkerGroup
 from cluster.worker_handle import LoadProgress, StartProgress
 from workers.host import WorkerInfo
 
 
-def pool_size(role: str, pool: PoolConfig) -> str:
-    """How many workers a pool has, of how many ranks."""
-    ranks = f" of {pool.tensor_parallel_size} ranks" if pool.tensor_parallel_size > 1 else ""
-    return f"{pool.replicas} {role} workers{ranks}"
+def group_size(group: WorkerGroup, device: str) -> str:
+    """How many workers a group has, of how many ranks, and where."""
+    size = group.settings.tensor_parallel_size
+    ranks = f" of {size} ranks" if size > 1 else ""
+    return f"{group.settings.replicas} {group.label} workers{ranks} on {device}"
+
+
+def in_words(parts: Sequence[str]) -> str:
+    """A list as a sentence has it: a, b and c."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def worker_line(worker: WorkerInfo) -> str:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 from workers.host import WorkerInfo
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
@@ -66,6 +67,10 @@ class WorkerHandle(Protocol):
         """
         ...
 
+    async def path_to(self, engine_id: str) -> PathCost | None:
+        """What the way to a peer that has been met costs, all ranks together; None: it was not measured."""
+        ...
+
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
         """Send a request; what becomes of it comes out of `outputs`."""
         ...
@@ -74,8 +79,8 @@ class WorkerHandle(Protocol):
         """Stop a request."""
         ...
 
-    def disconnect(self, engine_id: str) -> None:
-        """Tell it that a peer's process is gone."""
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """Tell it that a peer is lost, which may still write to its peers for so long."""
         ...
 
     def outputs(self) -> AsyncIterator[list[StepOutput]]:
@@ -87,6 +92,10 @@ class WorkerHandle(Protocol):
         """
         ...
 
-    async def stop(self) -> None:
-        """End the worker; never fails."""
+    async def stop(self) -> float:
+        """End the worker; never fails.
+
+        Returns:
+            How long what is left of it may still write to its peers, seconds: 0 unless it cannot be reached.
+        """
         ...

@@ -5,7 +5,10 @@ A handoff in order:
     decode   expect(handoff, blocks)            reserves; the prefill worker is sent a grant
     prefill  begin(handoff), push(part)…        parts pushed before the grant arrives wait for it
     prefill  finish(handoff, first token)
-    decode   HandoffReceived                    every block of every layer was counted
+    decode   HandoffReceived                    every granted block of every layer was counted
+
+Prefill pushes the whole sequence and decode grants the blocks that it lacks, a tail of the sequence: only these are
+written.
     prefill  HandoffSent                        nothing is in flight: its blocks are its own again
 
 Whatever goes wrong, decode gets `HandoffFailed` at once and `HandoffReleased` when nobody can write to its blocks any
@@ -23,6 +26,7 @@ import torch
 
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import HandoffKey
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 
 
@@ -111,15 +115,37 @@ class KVConnector(ABC):
             PeerError: no answer in time, or data does not arrive.
         """
 
+    def path_to(self, engine_id: str) -> PathCost | None:
+        """What the way to a peer that has been met costs; None: it was not measured."""
+        return None
+
     @abstractmethod
-    def disconnect(self, engine_id: str) -> None:
-        """The peer's process is gone: end its handoffs and, once nothing of it can arrive, release their blocks."""
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """The peer is lost: end its handoffs and, once nothing of it can arrive, release their blocks.
+
+        Args:
+            engine_id: the peer.
+            may_write_s: how long it may still write, because nobody knows that its process is gone.
+        """
 
     # decode
 
     @abstractmethod
-    def expect(self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int]) -> HandoffKey:
-        """Reserve these blocks for a handoff and grant them to the prefill worker."""
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
+    ) -> HandoffKey:
+        """Reserve these blocks for a handoff and grant them to the prefill worker.
+
+        Args:
+            handoff_id: of the handoff.
+            prefill_engine: who will write.
+            block_ids: for the sequence's blocks from `first_block` to its last. None at all is in order: the handoff
+                then brings the first token alone.
+            first_block: how many of the sequence's blocks are here already; they are neither granted nor written.
+
+        Raises:
+            ValueError: `first_block` is negative.
+        """
 
     @abstractmethod
     def cancel(self, key: HandoffKey) -> None:

@@ -46,12 +46,12 @@ class IncomingHandoffs:
         """Whether anything is open."""
         return bool(self._open)
 
-    def expect(self, key: HandoffKey, peer: str, block_ids: Sequence[int]) -> None:
-        """Grant the blocks to the prefill worker."""
-        handoff = _Incoming(key, peer, PartLedger(self._num_layers, len(block_ids)))
+    def expect(self, key: HandoffKey, peer: str, block_ids: Sequence[int], first_block: int = 0) -> None:
+        """Grant the blocks to the prefill worker: for those of the sequence from `first_block` on."""
+        handoff = _Incoming(key, peer, PartLedger(self._num_layers, len(block_ids), first_block))
         self._open[key] = handoff
         try:
-            self._transport.send(peer, encode(Grant(key, tuple(block_ids))))
+            self._transport.send(peer, encode(Grant(key, tuple(block_ids), first_block)))
         except PeerError as error:
             self._fail(handoff, str(error))
             self._release(handoff)  # who was never granted the blocks cannot write to them
@@ -88,12 +88,12 @@ class IncomingHandoffs:
             self._fail(handoff, closed.reason)
             self._release(handoff)
 
-    def peer_lost(self, engine_id: str) -> None:
-        """A prefill worker is gone: its handoffs fail now, their blocks are released after the drain."""
+    def peer_lost(self, engine_id: str, may_write_s: float) -> None:
+        """A prefill worker is lost: its handoffs fail now, their blocks are released when it cannot write any more."""
         for handoff in self._open.values():
             if handoff.peer == engine_id and handoff.drained_at is None:
                 self._fail(handoff, f"prefill worker {engine_id} is gone")
-                handoff.drained_at = time.monotonic() + self._drain_s
+                handoff.drained_at = time.monotonic() + may_write_s + self._drain_s
 
     def progress(self) -> None:
         """Release what has drained."""

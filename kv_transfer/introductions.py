@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Generator
@@ -17,12 +18,15 @@ from kv_transfer.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+_ASK_AGAIN_S = 1.0
+
 
 @dataclass(eq=False)
 class _Meeting:
     peer: str
     steps: Generator[str, None, float]
     result: Future[float]
+    hello: HandoffKey | None = None
     waits_for: str = "its turn"
 
 
@@ -58,11 +62,11 @@ class Introductions:
         return given_up[0].waits_for if given_up else "nothing"
 
     def on_hello(self, sender: str, hello: Hello) -> None:
-        """A peer introduces itself, or answers; it is answered when data has moved to it."""
+        """A peer introduces itself, or answers; it is answered when data has moved to it, once if it asks again."""
         if hello.reply:
             self._unanswered.discard(hello.key)
-        else:
-            self._meetings.append(_Meeting(sender, self._welcome(sender, hello), Future()))
+        elif not any(meeting.peer == sender and meeting.hello == hello.key for meeting in self._meetings):
+            self._meetings.append(_Meeting(sender, self._welcome(sender, hello), Future(), hello.key))
 
     def peer_lost(self, engine_id: str) -> None:
         """A peer is gone; whoever waits to meet it does so in vain."""
@@ -110,16 +114,23 @@ class Introductions:
             yield "data on its way there"
 
     def _ask(self, peer: str) -> Generator[str, None, float]:
+        """Ask until there is an answer: a first message can get lost where both sides are just making connections.
+
+        Returns:
+            Seconds from the last time it was asked.
+        """
         key = self._new_key()
-        started = time.monotonic()
+        asked_at = -math.inf
         self._unanswered.add(key)
         try:
-            self._transport.send(peer, encode(Hello(key, reply=False)))
             while key in self._unanswered:
+                if time.monotonic() >= asked_at + _ASK_AGAIN_S:
+                    asked_at = time.monotonic()
+                    self._transport.send(peer, encode(Hello(key, reply=False)))
                 yield "its answer"
         finally:
             self._unanswered.discard(key)
-        return time.monotonic() - started
+        return time.monotonic() - asked_at
 
     def _new_key(self) -> HandoffKey:
         return HandoffKey(secrets.token_bytes(16), self._incarnation, 0)

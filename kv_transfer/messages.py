@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from kv_transfer.errors import ProtocolError
 
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<BB16sQI")
+_GRANT = struct.Struct("<I")
 _PART = struct.Struct("<IHHII")
 _FINAL = struct.Struct("<II")
 _MAX_REASON_BYTES = 512
@@ -46,10 +47,17 @@ class Hello:
 
 @dataclass(frozen=True)
 class Grant:
-    """Decode → prefill: these blocks are yours to write to, in the order of the sequence."""
+    """Decode → prefill: these blocks are yours to write to, in the order of the sequence.
+
+    Attributes:
+        key: the reservation.
+        block_ids: for the sequence's blocks from `first_block` to its last; those before it are not to be written.
+        first_block: how many of the sequence's blocks the decode worker has already.
+    """
 
     key: HandoffKey
     block_ids: tuple[int, ...]
+    first_block: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Final:
-    """Prefill → decode: the first token, and how many parts there are in all."""
+    """Prefill → decode: the first token, and how many parts were written in all."""
 
     key: HandoffKey
     first_token: int
@@ -99,8 +107,8 @@ def encode(message: Message) -> bytes:
     match message:
         case Hello(_, reply):
             return header + bytes([reply])
-        case Grant(_, block_ids):
-            return header + struct.pack(f"<{len(block_ids)}I", *block_ids)
+        case Grant(_, block_ids, first_block):
+            return header + _GRANT.pack(first_block) + struct.pack(f"<{len(block_ids)}I", *block_ids)
         case Part(_, index, first_layer, num_layers, first_block, num_blocks):
             return header + _PART.pack(index, first_layer, num_layers, first_block, num_blocks)
         case Final(_, first_token, num_parts):
@@ -131,7 +139,9 @@ def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
     if kind is Hello:
         return Hello(key, bool(body[0]))
     if kind is Grant:
-        return Grant(key, struct.unpack(f"<{len(body) // 4}I", body))
+        (first_block,) = _GRANT.unpack_from(body)
+        block_ids = body[_GRANT.size :]
+        return Grant(key, struct.unpack(f"<{len(block_ids) // 4}I", block_ids), first_block)
     if kind is Part:
         return Part(key, *_PART.unpack(body))
     if kind is Final:

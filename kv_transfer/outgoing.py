@@ -4,55 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from kv_transfer.connector import HandoffAborted, HandoffSent, PrefillEvent, ReadyEvent
 from kv_transfer.errors import PeerError
 from kv_transfer.messages import Cancel, Closed, Final, Grant, HandoffKey, Part, encode
-from kv_transfer.transport import Transfer, TransferState, Transport
+from kv_transfer.pushed import PushedHandoff, PushedPart
+from kv_transfer.transport import TransferState, Transport
 
 logger = logging.getLogger(__name__)
 
 _REMEMBERED = 65_536
 _GRANT_PATIENCE_S = 300.0
-
-
-@dataclass
-class _Part:
-    layers: range
-    first_block: int
-    src_blocks: tuple[int, ...]
-    ready: ReadyEvent | None
-
-
-@dataclass
-class _Outgoing:
-    handoff_id: bytes
-    peer: str
-    grant: Grant | None = None
-    waiting: deque[_Part] = field(default_factory=deque)
-    in_flight: list[Transfer] = field(default_factory=list)
-    posted: int = 0
-    num_bytes: int = 0
-    first_token: int | None = None
-    final_sent: bool = False
-    failure: str | None = None
-    tell_peer: bool = True
-    busy_since: float = 0.0
-    busy_s: float = 0.0
-    finished_at: float = 0.0
-    last_landed_at: float = 0.0
-
-    @property
-    def busy(self) -> bool:
-        """Whether the network or the peer has something to do for it; a prompt still being computed has not."""
-        return bool(self.in_flight or self.waiting) or self.final_sent or self.failure is not None
-
-    def may_be_told(self, sender: str, key: HandoffKey) -> bool:
-        """Whether a message about this reservation is about this handoff."""
-        return self.peer == sender and (self.grant is None or self.grant.key == key)
 
 
 class OutgoingHandoffs:
@@ -68,7 +32,7 @@ class OutgoingHandoffs:
         self._transport = transport
         self._block_bytes = block_bytes
         self._emit = emit
-        self._open: dict[bytes, _Outgoing] = {}
+        self._open: dict[bytes, PushedHandoff] = {}
         self._early_grants: OrderedDict[bytes, tuple[str, Grant, float]] = OrderedDict()
         self._ended: OrderedDict[bytes, HandoffKey | None] = OrderedDict()  # with the key of one that was sent whole
 
@@ -79,7 +43,7 @@ class OutgoingHandoffs:
 
     def begin(self, handoff_id: bytes, peer: str) -> None:
         """Open a handoff; a grant may have come before, and so may its cancellation."""
-        handoff = _Outgoing(handoff_id, peer)
+        handoff = PushedHandoff(handoff_id, peer)
         self._open[handoff_id] = handoff
         if handoff_id in self._ended:
             self._fail(handoff, "cancelled by the decode worker", tell_peer=False)
@@ -93,7 +57,9 @@ class OutgoingHandoffs:
         handoff = self._open.get(handoff_id)
         if handoff is None or handoff.failure is not None:
             return
-        handoff.waiting.append(_Part(layers, first_block, tuple(src_blocks), ready))
+        part = PushedPart(layers, first_block, tuple(src_blocks), ready)
+        handoff.num_blocks = max(handoff.num_blocks, part.end)
+        handoff.waiting.append(part)
         self._flush(handoff)
 
     def finish(self, handoff_id: bytes, first_token: int, finished_at: float) -> None:
@@ -156,7 +122,7 @@ class OutgoingHandoffs:
             self._remember(handoff_id)
             self._close(sender, grant.key, "the request never reached the prefill worker")
 
-    def _flush(self, handoff: _Outgoing) -> None:
+    def _flush(self, handoff: PushedHandoff) -> None:
         """Post what waits and is ready; must not be called for a failed handoff.
 
         Events are asked, never waited for: a thread that waits for the GPU would not look after anything else.
@@ -165,26 +131,26 @@ class OutgoingHandoffs:
             return
         try:
             while handoff.waiting and handoff.failure is None:
-                ready = handoff.waiting[0].ready
-                if ready is not None and not ready.query():
+                part = handoff.waiting[0].without(handoff.grant.first_block)
+                if part is not None and part.ready is not None and not part.ready.query():
                     return
-                self._post(handoff, handoff.grant, handoff.waiting.popleft())
+                handoff.waiting.popleft()
+                if part is not None:
+                    self._post(handoff, handoff.grant, part)
             if handoff.first_token is not None and not handoff.final_sent and handoff.failure is None:
-                final = Final(handoff.grant.key, handoff.first_token, handoff.posted)
-                self._transport.send(handoff.peer, encode(final))
-                handoff.final_sent = True
+                self._end(handoff, handoff.grant, handoff.first_token)
         except PeerError as error:
             self._fail(handoff, str(error))
         except Exception as error:
             logger.exception("pushing to %s failed", handoff.peer)
             self._fail(handoff, f"pushing to {handoff.peer} failed: {error}")
 
-    def _post(self, handoff: _Outgoing, grant: Grant, part: _Part) -> None:
+    def _post(self, handoff: PushedHandoff, grant: Grant, part: PushedPart) -> None:
         count = len(part.src_blocks)
-        dst_blocks = grant.block_ids[part.first_block : part.first_block + count]
+        offset = part.first_block - grant.first_block
+        dst_blocks = grant.block_ids[offset : offset + count]
         if len(dst_blocks) < count:
-            needed = part.first_block + count
-            self._fail(handoff, f"the decode worker granted {len(grant.block_ids)} blocks, {needed} are needed")
+            self._fail(handoff, _wrong_grant(grant, part.end))
             return
         part_message = Part(
             grant.key, handoff.posted, part.layers.start, len(part.layers), part.first_block, len(part.src_blocks)
@@ -197,7 +163,15 @@ class OutgoingHandoffs:
         handoff.num_bytes += count * len(part.layers) * self._block_bytes
         self._reap(handoff)
 
-    def _reap(self, handoff: _Outgoing) -> None:
+    def _end(self, handoff: PushedHandoff, grant: Grant, first_token: int) -> None:
+        """Send the last message, if what was pushed is what was granted: else decode would wait for the rest."""
+        if handoff.num_blocks != grant.first_block + len(grant.block_ids):
+            self._fail(handoff, _wrong_grant(grant, handoff.num_blocks))
+            return
+        self._transport.send(handoff.peer, encode(Final(grant.key, first_token, handoff.posted)))
+        handoff.final_sent = True
+
+    def _reap(self, handoff: PushedHandoff) -> None:
         """Forget the transfers that have ended; one that failed fails the handoff."""
         if not handoff.in_flight:
             return
@@ -210,7 +184,7 @@ class OutgoingHandoffs:
         if TransferState.FAILED in states:
             self._fail(handoff, f"a transfer to {handoff.peer} failed")
 
-    def _settle(self, handoff: _Outgoing) -> None:
+    def _settle(self, handoff: PushedHandoff) -> None:
         """End the handoff if nothing of it is in flight and nothing is to come."""
         if handoff.in_flight:
             return
@@ -223,13 +197,13 @@ class OutgoingHandoffs:
             sent = HandoffSent(handoff.handoff_id, handoff.num_bytes, handoff.posted, handoff.busy_s, exposed_s)
             self._forget(handoff, sent, handoff.grant.key if handoff.grant is not None else None)
 
-    def _fail(self, handoff: _Outgoing, reason: str, *, tell_peer: bool = True) -> None:
+    def _fail(self, handoff: PushedHandoff, reason: str, *, tell_peer: bool = True) -> None:
         if handoff.failure is None:
             handoff.failure = reason
             handoff.waiting.clear()
         handoff.tell_peer = handoff.tell_peer and tell_peer
 
-    def _forget(self, handoff: _Outgoing, event: PrefillEvent, served: HandoffKey | None = None) -> None:
+    def _forget(self, handoff: PushedHandoff, event: PrefillEvent, served: HandoffKey | None = None) -> None:
         del self._open[handoff.handoff_id]
         self._remember(handoff.handoff_id, served)
         self._emit(event)
@@ -254,3 +228,8 @@ class OutgoingHandoffs:
             self._transport.send(peer, encode(Closed(key, reason)))
         except PeerError:
             return  # a peer that is gone needs no confirmation
+
+
+def _wrong_grant(grant: Grant, num_blocks: int) -> str:
+    held = f" behind {grant.first_block} that it has" if grant.first_block else ""
+    return f"the decode worker granted {len(grant.block_ids)} blocks{held}, {num_blocks} are needed"

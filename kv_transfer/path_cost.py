@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -18,6 +19,17 @@ class PathCost:
     write_s: float
     descriptor_s: float
     bytes_per_s: float
+
+
+def together(paths: Sequence[PathCost]) -> PathCost | None:
+    """What the way costs that these are the lanes of, used at once, each for an equal share; None: there are none."""
+    if not paths:
+        return None
+    return PathCost(
+        max(path.write_s for path in paths),
+        max(path.descriptor_s for path in paths),
+        len(paths) * min(path.bytes_per_s for path in paths),
+    )
 
 
 def layers_per_group(

@@ -22,7 +22,7 @@ from kv_transfer.introductions import Introductions
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import Cancel, Closed, Final, Grant, HandoffKey, Hello, Part, decode
 from kv_transfer.outgoing import OutgoingHandoffs
-from kv_transfer.path_cost import layers_per_group
+from kv_transfer.path_cost import PathCost, layers_per_group
 from kv_transfer.transport import EngineInfo, Transport
 
 logger = logging.getLogger(__name__)
@@ -98,16 +98,24 @@ class PushConnector(KVConnector):
                 f"{engine_id} was not met within {timeout_s:g} s: still waiting for {waited_for}"
             ) from error
 
-    def disconnect(self, engine_id: str) -> None:
-        """See `KVConnector.disconnect`."""
-        self._post(lambda: self._peer_lost(engine_id))
+    def path_to(self, engine_id: str) -> PathCost | None:
+        """See `KVConnector.path_to`."""
+        return self._introductions.paths.get(engine_id)
 
-    def expect(self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int]) -> HandoffKey:
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """See `KVConnector.disconnect`."""
+        self._post(lambda: self._peer_lost(engine_id, may_write_s))
+
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
+    ) -> HandoffKey:
         """See `KVConnector.expect`."""
+        if first_block < 0:
+            raise ValueError(f"first_block is {first_block}, it cannot be negative")
         self._generation += 1
         key = HandoffKey(handoff_id, self._incarnation, self._generation)
         blocks = tuple(block_ids)
-        self._post(lambda: self._incoming.expect(key, prefill_engine, blocks))
+        self._post(lambda: self._incoming.expect(key, prefill_engine, blocks, first_block))
         return key
 
     def cancel(self, key: HandoffKey) -> None:
@@ -233,11 +241,11 @@ class PushConnector(KVConnector):
             case Hello():
                 self._introductions.on_hello(sender, message)
 
-    def _peer_lost(self, engine_id: str) -> None:
+    def _peer_lost(self, engine_id: str, may_write_s: float) -> None:
         self._receive()  # what it said before it was lost still counts
         self._transport.remove_peer(engine_id)
         self._outgoing.peer_lost(engine_id)
-        self._incoming.peer_lost(engine_id)
+        self._incoming.peer_lost(engine_id, may_write_s)
         self._introductions.peer_lost(engine_id)
 
     def _emit(self, event: ConnectorEvent) -> None:

@@ -132,7 +132,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "ttft_s", "transfer_s", "exposed_transfer_s", "first_decode_s", "hidden_fraction", "kv_bytes", "attempts", "prefill_worker", "decode_worker", "cached_tokens")
+    __slots__ = ("queue_s", "prefill_s", "ttft_s", "transfer_s", "exposed_transfer_s", "first_decode_s", "hidden_fraction", "kv_bytes", "attempts", "prefill_worker", "decode_worker", "cached_tokens", "decode_cached_tokens")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +145,7 @@ class Timings(_message.Message):
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     ttft_s: float
@@ -157,7 +158,8 @@ class Timings(_message.Message):
     prefill_worker: str
     decode_worker: str
     cached_tokens: int
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., hidden_fraction: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., attempts: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    decode_cached_tokens: int
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., hidden_fraction: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., attempts: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., decode_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat")
@@ -210,7 +212,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[PairReport, _Mapping]]] = ...) -> None: ...
 
 class PairReport(_message.Message):
-    __slots__ = ("prefill", "decode", "ttft_s", "itl_s", "cost_s", "refusal", "chosen", "cached_tokens")
+    __slots__ = ("prefill", "decode", "ttft_s", "itl_s", "cost_s", "refusal", "chosen", "cached_tokens", "handoff_s", "others_s", "decode_cached_tokens")
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +221,9 @@ class PairReport(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prefill: str
     decode: str
     ttft_s: float
@@ -227,7 +232,10 @@ class PairReport(_message.Message):
     refusal: str
     chosen: bool
     cached_tokens: int
-    def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., refusal: _Optional[str] = ..., chosen: bool = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    handoff_s: float
+    others_s: float
+    decode_cached_tokens: int
+    def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., ttft_s: _Optional[float] = ..., itl_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., refusal: _Optional[str] = ..., chosen: bool = ..., cached_tokens: _Optional[int] = ..., handoff_s: _Optional[float] = ..., others_s: _Optional[float] = ..., decode_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ()
@@ -240,7 +248,7 @@ class ListWorkersResponse(_message.Message):
     def __init__(self, workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("engine_id", "role", "state", "device", "attention_backend", "block_size", "load")
+    __slots__ = ("engine_id", "role", "state", "device", "attention_backend", "block_size", "load", "group", "max_num_seqs", "capability")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +256,9 @@ class WorkerStatus(_message.Message):
     ATTENTION_BACKEND_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     role: str
     state: str
@@ -255,7 +266,28 @@ class WorkerStatus(_message.Message):
     attention_backend: str
     block_size: int
     load: Load
-    def __init__(self, engine_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., block_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    group: str
+    max_num_seqs: int
+    capability: Capability
+    def __init__(self, engine_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., block_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., group: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ...) -> None: ...
+
+class Capability(_message.Message):
+    __slots__ = ("prefill", "decode", "kv_token_s")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    prefill: _containers.RepeatedCompositeFieldContainer[MeasuredTime]
+    decode: _containers.RepeatedCompositeFieldContainer[MeasuredTime]
+    kv_token_s: float
+    def __init__(self, prefill: _Optional[_Iterable[_Union[MeasuredTime, _Mapping]]] = ..., decode: _Optional[_Iterable[_Union[MeasuredTime, _Mapping]]] = ..., kv_token_s: _Optional[float] = ...) -> None: ...
+
+class MeasuredTime(_message.Message):
+    __slots__ = ("size", "seconds")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    seconds: float
+    def __init__(self, size: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("total_blocks", "free_blocks", "reserved_blocks", "quarantined_blocks", "running", "waiting", "waiting_tokens", "preempted")
@@ -297,13 +329,15 @@ class ScaleResponse(_message.Message):
     def __init__(self, pools: _Optional[_Iterable[_Union[PoolTarget, _Mapping]]] = ...) -> None: ...
 
 class PoolTarget(_message.Message):
-    __slots__ = ("role", "target", "min_replicas", "max_replicas")
+    __slots__ = ("role", "target", "min_replicas", "max_replicas", "group")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     role: str
     target: int
     min_replicas: int
     max_replicas: int
-    def __init__(self, role: _Optional[str] = ..., target: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ...) -> None: ...
+    group: str
+    def __init__(self, role: _Optional[str] = ..., target: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., group: _Optional[str] = ...) -> None: ...

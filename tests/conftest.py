@@ -69,6 +69,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(ConformanceSummary(Path(path)), "conformance-summary")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In pytest-xdist's processes the tests with Ray come first: they take longest, and wait most of the time."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """See `side_by_side`; for `--dist loadfile`."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from side_by_side import RayTogether
+
+    return RayTogether(config, log)
+
+
 def _save_tokenizer(folder: Path, vocab_size: int) -> None:
     """A byte-level BPE of at most `vocab_size` tokens: <pad> 0, <s> 1, </s> 2, then bytes, then merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

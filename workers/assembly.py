@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from workers.decode import DecodeWorker
 from workers.errors import ConfigError
 from workers.kv_memory import allocate_kv_cache, kv_layout
 from workers.largest_batches import largest_batches_of
+from workers.local_prefill import warm_up_chunks
 from workers.model_runner import ModelRunner
 from workers.models.decoder import Decoder
 from workers.models.loader import load_model, model_bytes
@@ -108,6 +109,7 @@ def assemble_worker(
         load_progress,
         config.load_format,
         phase=Phase(config.role),
+        local_prefill=config.local_prefill,
         kv_cache_dtype=config.kv_cache_dtype,
         measurements=Path(config.attention_measurements) if config.attention_measurements else None,
         group=group,
@@ -155,17 +157,20 @@ def _make_worker(
     clock: Callable[[], float],
     capture_progress: Progress,
 ) -> PrefillWorker | DecodeWorker:
+    if config.role == "prefill" or config.local_prefill:  # logits of prompts are float32
+        warm_up_sampling(runner.model.config.vocab_size, torch.float32, runner.device)
     if config.role == "decode":
         return DecodeWorker(
             runner,
             connector,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens if config.local_prefill else None,
             enforce_eager=config.enforce_eager,
+            enable_prefix_caching=config.enable_prefix_caching,
             progress=capture_progress,
             clock=clock,
         )
-    warm_up_sampling(runner.model.config.vocab_size, torch.float32, runner.device)  # logits of prompts are float32
     return PrefillWorker(
         runner,
         connector,
@@ -193,10 +198,15 @@ def _measure(
     def slowest(seconds: float) -> float:
         return -group.agree_min(-round(seconds * 1e9)) / 1e9
 
-    if isinstance(worker, PrefillWorker):
+    prefill = Capability()
+    if config.role == "prefill" or config.local_prefill:
         max_tokens = min(max_model_len, config.max_num_batched_tokens)
-        return measure_prefill(runner, max_tokens=max_tokens, agree=slowest)
-    return measure_decode(
+        prefill = measure_prefill(runner, max_tokens=max_tokens, agree=slowest)
+    if config.local_prefill:
+        warm_up_chunks(runner, config.max_num_batched_tokens, max_model_len)
+    if isinstance(worker, PrefillWorker):
+        return prefill
+    decode = measure_decode(
         worker.decoder,
         num_blocks=runner.kv_cache.shape[1],
         block_size=runner.block_size,
@@ -204,6 +214,7 @@ def _measure(
         max_model_len=max_model_len,
         agree=slowest,
     )
+    return replace(decode, prefill=prefill.prefill)
 
 
 class _Graphs:

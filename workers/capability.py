@@ -15,30 +15,38 @@ from workers.sampling.params import SamplingParams
 from workers.sampling.state import SamplingState
 
 _PREFILL_LENGTHS = (32, 128, 512, 2048)
-_DECODE_BATCHES = (1, 4, 16, 64)
+_DECODE_BATCHES = (1, 4, 16, 64, 256)
 _MIN_REPEATS, _MAX_REPEATS, _ENOUGH_S = 2, 8, 0.05
 _STEPS_IN_A_ROW, _PROBE_TOKENS = 4, 2
+_KV_TOKENS = (512, 4096, 16_384, 65_536)
+"""Of all sequences of a batch; on a large GPU with a model of eight billion parameters the last is half a step."""
 
 
 @dataclass(frozen=True)
 class Capability:
     """Measured seconds.
 
+    A decode step reads the weights once for the whole batch and each sequence's keys and values, so that it takes
+    f(sequences) + kv_token_s · tokens: bound by memory bandwidth, as in Pope et al., "Efficiently Scaling Transformer
+    Inference" (arXiv:2211.05102, section 2).
+
     Attributes:
         prefill: (prompt tokens, seconds) for one prompt, by length.
-        decode: (sequences, seconds) for one step, by batch size.
+        decode: (sequences, seconds) for one step, by batch size, of sequences that have hardly any tokens.
+        kv_token_s: what each token that such a step's sequences have in the cache adds to it.
     """
 
     prefill: tuple[tuple[int, float], ...] = ()
     decode: tuple[tuple[int, float], ...] = ()
+    kv_token_s: float = 0.0
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """How long a prompt takes, interpolated; 0 when nothing was measured."""
         return _interpolate(self.prefill, num_tokens)
 
-    def decode_seconds(self, batch_size: int) -> float:
-        """How long a decode step takes, interpolated; 0 when nothing was measured."""
-        return _interpolate(self.decode, batch_size)
+    def decode_seconds(self, batch_size: int, kv_tokens: float = 0.0) -> float:
+        """How long a decode step takes, with so many tokens in the cache; 0 when nothing was measured."""
+        return _interpolate(self.decode, batch_size) + self.kv_token_s * kv_tokens
 
 
 Agree = Callable[[float], float]
@@ -75,7 +83,11 @@ def measure_decode(
     budget_s: float = 1.5,
     agree: Agree = float,
 ) -> Capability:
-    """Time a decode step on this device, larger and larger batches until the budget is spent. Overwrites cache blocks.
+    """Time a decode step on this device. Overwrites cache blocks.
+
+    Larger and larger batches first, of sequences as short as can be; then the largest of them with more and more tokens
+    in the cache, in blocks that no two share, as far as they are there. Either ends when its half of the budget is
+    spent. The slope between the fewest and the most tokens is what a token adds.
 
     Args:
         decoder: of the worker, with nothing in flight.
@@ -84,7 +96,7 @@ def measure_decode(
         max_num_seqs: the largest batch to try.
         max_model_len: tokens that a sequence may have; where it is short, fewer steps are timed in a row, and none
             where no token can follow a prompt.
-        budget_s: no larger one is tried after so many seconds of trying; the first one always is.
+        budget_s: nothing larger is tried after so many seconds of trying; the first one always is.
         agree: between ranks.
     """
     steps = min(_STEPS_IN_A_ROW, max_model_len - _PROBE_TOKENS + 1)
@@ -93,19 +105,44 @@ def measure_decode(
     blocks_each = blocks_for(_PROBE_TOKENS + steps - 1, block_size)
 
     def run(size: int) -> float:
-        batch = [_Probe([block] * blocks_each) for block in range(size)]
-
-        def launch_all() -> None:
-            for _ in range(steps):
-                launched = decoder.launch(batch)
-                for probe in batch:
-                    probe.num_scheduled, probe.last_token = probe.num_scheduled + 1, None
-            launched.sampled.token_ids()
-
-        return _seconds(launch_all) / steps
+        return _decode_seconds(decoder, [_Probe([block] * blocks_each) for block in range(size)], steps)
 
     sizes = [n for n in _DECODE_BATCHES if n == 1 or n <= min(max_num_seqs, num_blocks)]
-    return Capability(decode=_measure(sizes, run, budget_s, agree))
+    decode = _measure(sizes, run, budget_s / 2, agree)
+    batch_size = decode[-1][0]
+    most = min(max_model_len - steps, num_blocks // batch_size * block_size - steps)
+
+    def run_long(kv_tokens: int) -> float:
+        length = kv_tokens // batch_size
+        blocks = blocks_for(length + steps, block_size)
+        batch = [_Probe([*range(i * blocks, (i + 1) * blocks)], length) for i in range(batch_size)]
+        _decode_seconds(decoder, batch, 1)  # their block tables get to the device
+        return _decode_seconds(decoder, batch, steps - 1)
+
+    if steps < 2 or most * batch_size < _KV_TOKENS[0]:
+        return Capability(decode=decode)
+    few, *more = dict.fromkeys(min(tokens, most * batch_size) for tokens in _KV_TOKENS)
+    points = _measure([few, *more], run_long, budget_s / 2, agree)
+    return Capability(decode=decode, kv_token_s=_slope(points))
+
+
+def _decode_seconds(decoder: DecodeRunner[Any], batch: list[_Probe], steps: int) -> float:
+    """Of each of so many steps in a row."""
+
+    def launch_all() -> None:
+        for _ in range(steps):
+            launched = decoder.launch(batch)
+            for probe in batch:
+                probe.num_scheduled, probe.last_token = probe.num_scheduled + 1, None
+        launched.sampled.token_ids()
+
+    return _seconds(launch_all) / steps
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    """Seconds for each token between the first point and the last, not negative; 0 where there is one alone."""
+    (few, few_s), (most, most_s) = points[0], points[-1]
+    return max(0.0, most_s - few_s) / (most - few) if most > few else 0.0
 
 
 _GREEDY = SamplingState(SamplingParams(temperature=0.0, seed=0), (0,), frozenset(), _PROBE_TOKENS)

@@ -25,9 +25,10 @@ class Abort:
 
 @dataclass(frozen=True)
 class Disconnect:
-    """A peer's process is gone."""
+    """A peer is lost; see `KVConnector.disconnect`."""
 
     engine_id: str
+    may_write_s: float = 0.0
 
 
 Command = Submit | Abort | Disconnect
@@ -42,8 +43,8 @@ def apply_command(worker: PrefillWorker | DecodeWorker, command: Command) -> Non
     match command:
         case Abort(request_id):
             worker.abort(request_id)
-        case Disconnect(engine_id):
-            worker.disconnect(engine_id)
+        case Disconnect(engine_id, may_write_s):
+            worker.disconnect(engine_id, may_write_s)
         case Submit(request):
             if isinstance(worker, PrefillWorker) and isinstance(request, PrefillRequest):
                 worker.add(request)
@@ -82,5 +83,5 @@ class Alone:
         return self._worker.step()
 
     def take_cache_update(self) -> CacheUpdate | None:
-        """See `PrefillWorker.take_cache_update`; decode workers have nothing to say."""
-        return self._worker.take_cache_update() if isinstance(self._worker, PrefillWorker) else None
+        """How the worker's prefix cache has changed since the last call; None: not at all."""
+        return self._worker.take_cache_update()

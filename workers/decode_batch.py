@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from kv_transfer.messages import HandoffKey
-from workers.block_manager import BlockManager, blocks_for
+from workers.block_manager import blocks_for
 from workers.messages import DecodeRequest
+from workers.prefix_cache import BlockHashes, PrefixCache
 from workers.sampling.state import SamplingState
 
 
@@ -36,8 +37,10 @@ class Sequence:
         request: what was asked.
         state: its tokens, as the sampler sees them.
         deadline: monotonic time.
-        key: of its handoff, once blocks are reserved.
+        arrived: when its request came, monotonic time.
         blocks: its block table; empty while preempted. Grows in place; after preemption it is another list.
+        content: the hashes of its full blocks; None: they are not kept.
+        num_cached_blocks: leading blocks of its prompt that were here when it was admitted.
         received: when its KV cache was complete, monotonic time.
         host_copy: its cache while preempted.
         in_flight: tokens that are being computed: launched, and not looked at yet.
@@ -47,8 +50,10 @@ class Sequence:
     request: DecodeRequest
     state: SamplingState
     deadline: float
-    key: HandoffKey | None = None
+    arrived: float = 0.0
     blocks: list[int] = field(default_factory=list)
+    content: BlockHashes | None = None
+    num_cached_blocks: int = 0
     received: float = 0.0
     host_copy: torch.Tensor | None = None
     in_flight: int = 0
@@ -63,6 +68,17 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output tokens; all but the last are in the cache."""
         return len(self.state.prompt_token_ids) + len(self.state.output_token_ids)
+
+    @property
+    def hashes(self) -> Many[bytes]:
+        """Of its full blocks, as far as they are known."""
+        return self.content.hashes if self.content is not None else ()
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Its tokens from `start` to before `end`."""
+        prompt, output = self.state.prompt_token_ids, self.state.output_token_ids
+        cut = len(prompt)
+        return [*prompt[start:end], *output[max(0, start - cut) : max(0, end - cut)]]
 
     @property
     def num_scheduled(self) -> int:
@@ -93,7 +109,7 @@ class DecodeBatch:
         max_num_seqs: sequences that may run at once.
     """
 
-    def __init__(self, blocks: BlockManager, store: BlockStore, max_num_seqs: int) -> None:
+    def __init__(self, blocks: PrefixCache, store: BlockStore, max_num_seqs: int) -> None:
         self.max_num_seqs = max_num_seqs
         self._blocks = blocks
         self._store = store
@@ -122,7 +138,7 @@ class DecodeBatch:
             if sequence.in_flight:
                 self._leaving.add(sequence)
             else:
-                self._blocks.free(sequence.blocks)
+                self._blocks.release(sequence.blocks)
         else:
             self._preempted.remove(sequence)
             sequence.host_copy = None
@@ -149,7 +165,7 @@ class DecodeBatch:
             if missing > self._blocks.num_free:
                 self._preempt(sequence)
             else:
-                sequence.blocks += self._blocks.allocate(missing)
+                sequence.blocks += self._blocks.allocate((), missing)[0]
                 ready.append(sequence)
         return ready
 
@@ -165,7 +181,7 @@ class DecodeBatch:
             return True
         if sequence.in_flight == 0:
             self._leaving.remove(sequence)
-            self._blocks.free(sequence.blocks)
+            self._blocks.release(sequence.blocks)
         return False
 
     @property
@@ -173,17 +189,20 @@ class DecodeBatch:
         """Whether there is room for the oldest preempted sequence and its next token."""
         if not self._preempted or len(self._running) >= self.max_num_seqs:
             return False
-        return blocks_for(self._preempted[0].num_tokens, self._store.block_size) <= self._blocks.num_free
+        oldest = self._preempted[0]
+        return self._blocks.fits(oldest.hashes, blocks_for(oldest.num_tokens, self._store.block_size))
 
     def resume_preempted(self) -> None:
-        """Bring sequences back from host memory, oldest first, while there is room."""
+        """Bring sequences back, oldest first, while there is room: from host memory what is not here any more."""
         while self.can_resume:
             sequence = self._preempted.pop(0)
             data, sequence.host_copy = sequence.host_copy, None
             if data is None:
                 raise RuntimeError(f"{sequence.request.request_id} was preempted without a copy of its cache")
-            sequence.blocks = self._blocks.allocate(blocks_for(sequence.num_tokens, self._store.block_size))
-            self._store.write_blocks(sequence.blocks[: data.shape[1]], data)
+            count = blocks_for(sequence.num_tokens, self._store.block_size)
+            sequence.blocks, num_found = self._blocks.allocate(sequence.hashes, count)
+            if num_found < data.shape[1]:
+                self._store.write_blocks(sequence.blocks[num_found : data.shape[1]], data[:, num_found:])
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.received)
 
@@ -195,7 +214,7 @@ class DecodeBatch:
         if sequence.in_flight or self._leaving:
             raise RuntimeError(f"{sequence.request.request_id} has to make room while a step is in flight")
         sequence.host_copy = self._store.read_blocks(sequence.blocks)
-        self._blocks.free(sequence.blocks)
+        self._blocks.release(sequence.blocks)
         sequence.blocks = []
         self._running.remove(sequence)
         self._preempted.append(sequence)

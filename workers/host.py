@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kv_transfer.connector import KVConnector
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 from workers.assembly import AssembledWorker, Progress, WorkerMemory, assemble_worker
 from workers.capability import Capability
@@ -39,6 +40,7 @@ class WorkerInfo:
         capability: measured on its device.
         pid: of its process; of several ranks, the lead's.
         memory: what it takes on its device; of several ranks, on each one's.
+        max_num_batched_tokens: of prompts, that it computes in a step.
     """
 
     name: str
@@ -52,6 +54,7 @@ class WorkerInfo:
     capability: Capability
     pid: int
     memory: WorkerMemory = field(default_factory=WorkerMemory)
+    max_num_batched_tokens: int = 2048
 
     @property
     def engine(self) -> EngineInfo:
@@ -142,9 +145,13 @@ class WorkerHost:
         """Prove the path to a peer; see `KVConnector.probe`."""
         return self._connector.probe(engine_id, timeout_s)
 
-    def disconnect(self, engine_id: str) -> None:
-        """A peer's process is gone."""
-        self._loop.post(lambda worker: worker.take(Disconnect(engine_id)))
+    def path_to(self, engine_id: str) -> PathCost | None:
+        """What the way to a peer costs; see `KVConnector.path_to`."""
+        return self._connector.path_to(engine_id)
+
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """A peer is lost; see `KVConnector.disconnect`."""
+        self._loop.post(lambda worker: worker.take(Disconnect(engine_id, may_write_s)))
 
     def close(self) -> None:
         """Stop the loop, then the followers, then the connector."""
@@ -175,4 +182,5 @@ def _info(config: WorkerConfig, built: AssembledWorker, engines: tuple[EngineInf
         built.capability,
         os.getpid(),
         built.memory,
+        config.max_num_batched_tokens,
     )

@@ -34,6 +34,17 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, what: str = "prom
         raise InvalidRequestError(f"{what} {wrong} is out of range: the vocabulary has {vocab_size} tokens")
 
 
+def check_local(token_ids: Sequence[int], vocab_size: int, computes_prompts: bool) -> None:
+    """Refuse a prompt without a prefill worker that the decode worker cannot compute either.
+
+    Raises:
+        InvalidRequestError: it computes none, or an id is out of range.
+    """
+    if not computes_prompts:
+        raise InvalidRequestError("the request names no prefill worker, and this decode worker computes no prompts")
+    check_token_ids(token_ids, vocab_size)
+
+
 def check_capacity(num_tokens: int, block_size: int, num_blocks: int, role: str) -> None:
     """Refuse what needs more blocks than there are.
 

@@ -22,16 +22,19 @@ _EVERYTHING = SamplingParams(seed=0, top_k=2, top_p=0.9, logprobs=1, presence_pe
 def largest_batches_of(model: Decoder, config: WorkerConfig, max_model_len: int) -> Callable[[], None]:
     """What runs them, for `plan_kv_cache`: `max_num_batched_tokens` of prefill or `max_num_seqs` of decode, by role.
 
-    All sequences share one block, so that the cache they run over is next to nothing. What comes out is of no use.
+    A decode worker that computes prompts runs both, one after the other, as in its steps. All sequences share one
+    block, so that the cache they run over is next to nothing. What comes out is of no use.
     """
-    rows = prefill_rows if config.role == "prefill" else decode_rows
+    kinds = [prefill_rows] if config.role == "prefill" or config.local_prefill else []
+    kinds += [decode_rows] if config.role == "decode" else []
 
     @torch.inference_mode()
     def run() -> None:
         runner = ModelRunner(model, model.kv_cache_spec.allocate(1, model.device))
-        logits = runner.forward(rows(config, max_model_len, model.block_size))
-        states = [SamplingState(_EVERYTHING, (0,), frozenset(), max_model_len=2)] * logits.shape[0]
-        launch_sample(logits, states).tokens(states)
+        for rows in kinds:
+            logits = runner.forward(rows(config, max_model_len, model.block_size))
+            states = [SamplingState(_EVERYTHING, (0,), frozenset(), max_model_len=2)] * logits.shape[0]
+            launch_sample(logits, states).tokens(states)
 
     return run
 

@@ -43,13 +43,19 @@ class PrefillRequest:
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """A sequence to decode once its KV cache has arrived from a prefill worker. Fields as in `PrefillRequest`."""
+    """A sequence to decode once its KV cache has arrived from a prefill worker, or is computed where it decodes.
+
+    Fields as in `PrefillRequest`.
+
+    Attributes:
+        prefill_engine: engine id of the prefill worker; None: the decode worker computes the prompt itself.
+    """
 
     request_id: str
     handoff_id: bytes
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    prefill_engine: str
+    prefill_engine: str | None
     timeout_s: float
     num_output_tokens: int = 0
 
@@ -75,7 +81,7 @@ class TokenOutput:
 
 @dataclass(frozen=True)
 class PrefillReport:
-    """What a prompt was to its prefill worker.
+    """What a prompt was to the worker that computed it.
 
     Attributes:
         request_id: whose.
@@ -112,10 +118,17 @@ class HandoffReport:
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """From a handoff being complete to the first token decoded, seconds, by the decode worker's clock."""
+    """What a request was to its decode worker.
+
+    Attributes:
+        request_id: whose.
+        first_decode_s: seconds from its handoff being complete to the first token decoded, by the worker's clock.
+        cached_tokens: of its prompt, that were in the worker's cache already and were not handed over.
+    """
 
     request_id: str
     first_decode_s: float
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,8 +153,8 @@ class Load:
             in flight (prefill).
         quarantined_blocks: blocks that a lost peer might still write to or a stuck WRITE might still read from.
         running: sequences in the batch.
-        waiting: requests waiting for blocks or for their KV cache.
-        waiting_tokens: prompt tokens not yet computed (prefill) or not yet arrived (decode).
+        waiting: requests waiting for blocks or for their KV cache, which decode may compute itself.
+        waiting_tokens: prompt tokens not yet computed (prefill), or neither arrived nor computed (decode).
         preempted: sequences whose blocks are in host memory.
     """
 
@@ -157,7 +170,7 @@ class Load:
 
 @dataclass(frozen=True)
 class CacheUpdate:
-    """How a prefill worker's prefix cache has changed; no hash is in both. See `workers.prefix_cache.block_hashes`.
+    """How a worker's prefix cache has changed; no hash is in both. See `workers.prefix_cache.block_hashes`.
 
     Attributes:
         stored: hashes of blocks that are there now, a few thousand at most.

@@ -110,9 +110,9 @@ class PrefillWorker:
         if prompt := self._prompts.pop(request_id, None):
             self._stop(prompt, "the request was cancelled")
 
-    def disconnect(self, engine_id: str) -> None:
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """A decode worker's process is gone."""
-        self._connector.disconnect(engine_id)
+        self._connector.disconnect(engine_id, may_write_s)
 
     @property
     def has_work(self) -> bool:
@@ -183,7 +183,7 @@ class PrefillWorker:
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             sampled = launch.first_tokens.wait()
-            store_complete(self._blocks, launch, self._runner.block_size)
+            store_complete(self._blocks, launch.chunks, self._runner.block_size)
             for prompt in launch.prompts:
                 prompt.in_flight -= 1
                 if prompt.unwanted:

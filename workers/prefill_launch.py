@@ -147,9 +147,9 @@ def push_cached(connector: KVConnector, num_layers: int, chunks: Sequence[Chunk]
             connector.push(prompt.request.handoff_id, range(num_layers), 0, blocks, None)
 
 
-def store_complete(cache: PrefixCache, launch: Launch, block_size: int) -> None:
+def store_complete(cache: PrefixCache, chunks: Sequence[Chunk], block_size: int) -> None:
     """Keep the full blocks that a step has completed. The step must be done, and their prompts must still hold them."""
-    for chunk in launch.chunks:
+    for chunk in chunks:
         progress = chunk.prompt
         full = range(chunk.start // block_size, chunk.end // block_size) if progress.hashes else ()
         for place in full:

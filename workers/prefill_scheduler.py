@@ -95,7 +95,7 @@ class PrefillScheduler:
     @property
     def can_schedule(self) -> bool:
         """Whether `schedule` would return a chunk now."""
-        return bool(self._running) or (bool(self._waiting) and self._fits(self._waiting[0]))
+        return bool(self._running) or (bool(self._waiting) and self.fits(self._waiting[0]))
 
     def add(self, prompt: PromptProgress) -> None:
         """Queue a prompt of at least one token."""
@@ -107,10 +107,9 @@ class PrefillScheduler:
         chunks: list[Chunk] = []
         for prompt in self._running[: self._max_num_seqs]:
             budget -= self._take(prompt, budget, chunks)
-        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs and self._fits(self._waiting[0]):
+        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs and self.fits(self._waiting[0]):
             prompt = self._waiting.popleft()
-            self._admit(prompt)
-            self._running.append(prompt)
+            self.admit(prompt)
             budget -= self._take(prompt, budget, chunks)
         return chunks
 
@@ -140,14 +139,18 @@ class PrefillScheduler:
         elif prompt in self._waiting:
             self._waiting.remove(prompt)
 
-    def _fits(self, prompt: PromptProgress) -> bool:
-        return self._blocks.fits(self._reusable(prompt), blocks_for(prompt.num_tokens, self._block_size))
+    def fits(self, prompt: PromptProgress, more_tokens: int = 0) -> bool:
+        """Whether there are blocks for all of a prompt, and for so many tokens behind it."""
+        count = blocks_for(prompt.num_tokens + more_tokens, self._block_size)
+        return self._blocks.fits(self._reusable(prompt), count)
 
-    def _admit(self, prompt: PromptProgress) -> None:
+    def admit(self, prompt: PromptProgress) -> None:
+        """Take the blocks of a prompt that `fits` and is not queued here (any more); it is under way from now on."""
         count = blocks_for(prompt.num_tokens, self._block_size)
         prompt.blocks, num_cached = self._blocks.allocate(self._reusable(prompt), count)
         prompt.num_pushed_blocks = num_cached
         prompt.num_computed_tokens = prompt.num_cached_tokens = num_cached * self._block_size
+        self._running.append(prompt)
 
     def _reusable(self, prompt: PromptProgress) -> Sequence[bytes]:
         """Hashes of the blocks that need not be computed: not of the one with the last token."""

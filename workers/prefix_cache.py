@@ -24,23 +24,46 @@ _MAX_HASHES_TOLD = 4096
 """Of one `CacheUpdate`, stored and removed each: 64 KiB; what is left goes with the next one."""
 
 
-def block_hashes(token_ids: Sequence[int] | np.ndarray, block_size: int) -> tuple[bytes, ...]:
-    """One hash for each full block of a prompt: BLAKE2b, 128 bits, over all token ids up to the block's end.
+class BlockHashes:
+    """The hashes of a sequence's full blocks, continued as it grows.
 
-    The hash of a block thus covers its ancestors. Finding two prompts with one hash takes about 2^64 attempts.
+    BLAKE2b, 128 bits, over all token ids up to the block's end: the hash of a block thus covers its ancestors. Finding
+    two sequences with one hash takes about 2^64 attempts.
+
+    Attributes:
+        hashes: one for each full block so far.
+
+    Args:
+        block_size: tokens in a block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.hashes: list[bytes] = []
+        self._width = 8 * block_size
+        self._running = hashlib.blake2b(digest_size=_HASH_BYTES)
+
+    def extend(self, token_ids: Sequence[int] | np.ndarray) -> None:
+        """Go on with these tokens, the first of which begins a block; what fills no block at their end is left out.
+
+        Args:
+            token_ids: an array must be int64.
+        """
+        data = token_ids.tobytes() if isinstance(token_ids, np.ndarray) else array("q", token_ids).tobytes()
+        for end in range(self._width, len(data) + 1, self._width):
+            self._running.update(data[end - self._width : end])
+            self.hashes.append(self._running.digest())
+
+
+def block_hashes(token_ids: Sequence[int] | np.ndarray, block_size: int) -> tuple[bytes, ...]:
+    """One hash for each full block of a prompt; see `BlockHashes`.
 
     Args:
         token_ids: the prompt; an array must be int64.
         block_size: tokens in a block.
     """
-    data = token_ids.tobytes() if isinstance(token_ids, np.ndarray) else array("q", token_ids).tobytes()
-    width = 8 * block_size
-    running = hashlib.blake2b(digest_size=_HASH_BYTES)
-    hashes = []
-    for end in range(width, len(data) + 1, width):
-        running.update(data[end - width : end])
-        hashes.append(running.digest())
-    return tuple(hashes)
+    running = BlockHashes(block_size)
+    running.extend(token_ids)
+    return tuple(running.hashes)
 
 
 class PrefixCache:

@@ -23,6 +23,7 @@ class Sequence:
         remaining: tokens that it will still generate.
         handed_over: the prefill worker has sent its cache.
         blocks: that it holds on the device.
+        cached_tokens: of its prompt, that were here when it came.
     """
 
     request: DecodeRequest
@@ -30,6 +31,7 @@ class Sequence:
     remaining: int
     handed_over: bool = False
     blocks: int = 0
+    cached_tokens: int = 0
 
 
 class DecodeMemory:

@@ -8,18 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.router import (
-    Bars,
-    Choose,
-    Demand,
-    NoPlacement,
-    Placement,
-    fits,
-    has_room,
-    is_hopeless,
-    place,
-    takes_more,
-)
+from cluster.routing.router import Choose, Demand, NoPlacement, Pairs, Placement, place
+from cluster.routing.suitability import fits, has_room, is_hopeless, takes_more
 from cluster.routing.worker_table import WorkerTable
 
 
@@ -27,9 +17,9 @@ def round_robin() -> Choose:
     """One after the other, of those that can take the request."""
     turns = itertools.count()
 
-    def choose(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> Placement | NoPlacement:
+    def choose(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
         turn = next(turns)
-        return _pair(demand, prefill, decode, bars, lambda table, able: int(able[turn % len(able)]))
+        return _pair(demand, prefill, decode, pairs, lambda table, able: int(able[turn % len(able)]))
 
     return choose
 
@@ -37,9 +27,9 @@ def round_robin() -> Choose:
 def least_loaded() -> Choose:
     """Whoever has the fewest requests, of those that can take it."""
 
-    def choose(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> Placement | NoPlacement:
+    def choose(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
         return _pair(
-            demand, prefill, decode, bars, lambda table, able: int(able[table.column("running")[able].argmin()])
+            demand, prefill, decode, pairs, lambda table, able: int(able[table.column("running")[able].argmin()])
         )
 
     return choose
@@ -57,11 +47,11 @@ def _pair(
     demand: Demand,
     prefill: WorkerTable,
     decode: WorkerTable,
-    bars: Bars,
+    pairs: Pairs,
     pick: Callable[[WorkerTable, npt.NDArray[np.intp]], int],
 ) -> Placement | NoPlacement:
     ps = np.flatnonzero(fits(prefill, demand) & takes_more(prefill, demand))
     ds = np.flatnonzero(fits(decode, demand) & has_room(decode, demand))
     if not len(ps) or not len(ds):
-        return NoPlacement(is_hopeless(demand, prefill, decode, bars))
+        return NoPlacement(is_hopeless(demand, prefill, decode, pairs))
     return Placement(prefill.engine_ids[pick(prefill, ps)], decode.engine_ids[pick(decode, ds)], 0.0, 0.0)

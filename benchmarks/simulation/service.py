@@ -8,8 +8,9 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 
+from benchmarks.simulation.content import ContentPrefix, prompt_of
 from benchmarks.simulation.trace import Arrival
 from benchmarks.simulation.virtual_time import run_simulated
 from benchmarks.simulation.workers import Fabric, Hardware, SimulatedWorker
@@ -65,6 +66,7 @@ class Plan:
         timeout_s: each request's deadline.
         max_queue: requests that may wait.
         max_queue_wait_s: how long.
+        disaggregation: where prompts may be computed.
         keep_one_in: of how many requests the times of one are kept.
         seed: of the kills and the targets.
     """
@@ -76,6 +78,7 @@ class Plan:
     timeout_s: float = 600.0
     max_queue: int = 100_000
     max_queue_wait_s: float = math.inf
+    disaggregation: str = "always"
     keep_one_in: int = 1
     seed: int = 0
 
@@ -100,7 +103,12 @@ class _Run:
             self._places("decode", self._plan.decode),
             max_queue=self._plan.max_queue,
             max_queue_wait_s=self._plan.max_queue_wait_s,
-            books=Books(self._choose, self._plan.max_queue_wait_s * WORKERS_SHARE_OF_WAIT),
+            books=Books(
+                self._choose,
+                self._plan.max_queue_wait_s * WORKERS_SHARE_OF_WAIT,
+                self._plan.disaggregation,
+                now,
+            ),
         )
         await engine.start()
         started = self._started = now()
@@ -134,7 +142,9 @@ class _Run:
     async def _request(self, engine: ServingEngine, number: int, arrival: Arrival) -> None:
         limit = arrival.max_tokens or arrival.output_tokens
         sampling = SamplingParams(max_tokens=limit, seed=arrival.output_tokens)
-        request = EngineRequest(str(number), _prompt(arrival.prompt_tokens), sampling, self._plan.timeout_s)
+        prompt = prompt_of(arrival.prompt_tokens, arrival.family, arrival.shared_tokens, number)
+        prefix = ContentPrefix(prompt) if arrival.family else None
+        request = EngineRequest(str(number), prompt, sampling, self._plan.timeout_s, prefix=prefix)
         due, first, tokens = now(), 0.0, 0
         try:
             async for chunk in engine.generate(request):
@@ -169,8 +179,3 @@ class _Run:
             await asyncio.sleep(rng.expovariate(1.0 / (self._plan.scale_every_s or 1.0)))
             engine.scale({role: rng.randint(-(-size // 2), size) for role, size in sizes.items()})
             self._outcome.scaled += 1
-
-
-@lru_cache(maxsize=4096)
-def _prompt(num_tokens: int) -> tuple[int, ...]:
-    return (0,) * num_tokens

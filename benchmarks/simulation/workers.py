@@ -1,9 +1,11 @@
 """Workers that only reckon: they take as long as a real one was measured to take, and compute nothing.
 
-A prefill worker computes its prompts one after the other. A decode worker's batch advances by a few steps at a time;
-who arrives in between joins at the next boundary. It keeps its blocks as the real one does, sequences grow and are
-preempted, at the cost of moving them. Both crash, and come back, when they are told to. An answer's length is its
-request's seed, if `max_tokens` allows it: chance decides it, and the service cannot know it before.
+A prefill worker computes its prompts one after the other, and hands them over while it does. A decode worker's batch
+advances by a few steps at a time; who arrives in between joins at the next boundary. Where it has prompts of its own to
+compute, a chunk goes with each step. It keeps its blocks as the real one does, sequences grow and are preempted, at the
+cost of moving them. Either keeps the blocks of prompts for those that begin alike. Both crash, and come back, when they
+are told to. An answer's length is its request's seed, if `max_tokens` allows it: chance decides it, and the service
+cannot know it before.
 """
 
 from __future__ import annotations
@@ -12,20 +14,21 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 
+from benchmarks.simulation.answers import answer_tokens, finish_reason
 from benchmarks.simulation.decode_memory import DecodeMemory
 from benchmarks.simulation.decode_memory import Sequence as Decoding
+from benchmarks.simulation.hardware import Hardware
+from benchmarks.simulation.local_prompts import LocalPrompts
+from benchmarks.simulation.prefix_store import PrefixStore
 from cluster.errors import WorkerLostError
 from cluster.worker_handle import LoadProgress
-from kv_transfer.layout import KVLayout
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
-from workers.capability import Capability
 from workers.errors import HandoffError
 from workers.host import WorkerInfo
 from workers.messages import (
     DecodeRequest,
-    FinishReason,
     HandoffReport,
     Load,
     PrefillReport,
@@ -35,42 +38,10 @@ from workers.messages import (
     TokenOutput,
     WorkerEvent,
 )
-from workers.sampling.params import SamplingParams
+
+__all__ = ["Fabric", "Hardware", "SimulatedWorker"]
 
 _incarnations = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What a simulated worker is made of.
-
-    Attributes:
-        capability: how long things take.
-        num_blocks: of its KV cache.
-        block_size: tokens in a block.
-        max_num_seqs: sequences at once.
-        kv_bytes_per_token: what a handoff moves.
-        link_bytes_per_s: how fast.
-        host_bytes_per_s: how fast a sequence's blocks move to host memory or back; the batch waits for it.
-        load_s: from start to ready.
-        steps_at_once: decode steps that are reckoned together.
-    """
-
-    capability: Capability
-    num_blocks: int = 8192
-    block_size: int = 64
-    max_num_seqs: int = 256
-    kv_bytes_per_token: int = 131_072
-    link_bytes_per_s: float = 250e9
-    host_bytes_per_s: float = 50e9
-    load_s: float = 20.0
-    steps_at_once: int = 4
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of prompt and answer: what fits the cache."""
-        return min(131_072, self.num_blocks * self.block_size)
-
 
 Fabric = dict[str, "SimulatedWorker"]
 """By engine id: how a prefill worker finds its peer."""
@@ -94,6 +65,8 @@ class SimulatedWorker:
         self._out: asyncio.Queue[StepOutput | None] = asyncio.Queue()
         self._prompts: deque[PrefillRequest] = deque()
         self._memory = DecodeMemory(hardware.num_blocks, hardware.block_size)
+        self._local = LocalPrompts(hardware)
+        self._store = PrefixStore(hardware.num_blocks, hardware.block_size)
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._alive = False
@@ -105,20 +78,7 @@ class SimulatedWorker:
         self._alive = True
         self._fabric[self.engine_id] = self
         self._spawn(self._prefill() if self.role == "prefill" else self._decode())
-        layout = KVLayout("mha", 32, self._hardware.block_size, 8, 128, "bfloat16")
-        engine = EngineInfo(self.engine_id, 0, layout, self._hardware.num_blocks, 0, "cuda", 0, b"")
-        return WorkerInfo(
-            name=self.name,
-            role=self.role,
-            engines=(engine,),
-            device="simulated",
-            attention_backend="NONE",
-            max_model_len=self._hardware.max_model_len,
-            max_num_seqs=self._hardware.max_num_seqs,
-            num_blocks=self._hardware.num_blocks,
-            capability=self._hardware.capability,
-            pid=0,
-        )
+        return self._hardware.described(self.name, self.role, self.engine_id)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
@@ -126,6 +86,12 @@ class SimulatedWorker:
     async def probe(self, engine_id: str) -> float:
         """See `WorkerHandle.probe`."""
         return 0.0
+
+    async def path_to(self, engine_id: str) -> PathCost | None:
+        """See `WorkerHandle.path_to`."""
+        if (peer := self._fabric.get(engine_id)) is None:
+            return None
+        return PathCost(0.0, 0.0, self._hardware.bytes_per_s(peer._hardware))
 
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
         """See `WorkerHandle.submit`."""
@@ -137,7 +103,10 @@ class SimulatedWorker:
             tokens = len(request.prompt_token_ids) + 1
             left = answer_tokens(request.sampling) - request.num_output_tokens - 1
             remaining = min(left, self._hardware.max_model_len - tokens)
-            self._memory.enter(Decoding(request, tokens, remaining))
+            sequence = Decoding(request, tokens, remaining, cached_tokens=self._store.find(request.prompt_token_ids))
+            if request.prefill_engine is None:
+                self._local.add(sequence)
+            self._memory.enter(sequence)
         self._news.set()
 
     def abort(self, request_id: str) -> None:
@@ -145,10 +114,11 @@ class SimulatedWorker:
         if self.role == "prefill":
             self._prompts = deque(prompt for prompt in self._prompts if prompt.request_id != request_id)
         else:
+            self._local.remove(request_id)
             self._memory.leave(request_id)
             self._news.set()
 
-    def disconnect(self, engine_id: str) -> None:
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """See `WorkerHandle.disconnect`."""
         for sequence in self._memory.all():
             if sequence.request.prefill_engine == engine_id and not sequence.handed_over:
@@ -162,9 +132,10 @@ class SimulatedWorker:
             yield [output]
         raise WorkerLostError(f"{self.name} is gone")
 
-    async def stop(self) -> None:
+    async def stop(self) -> float:
         """See `WorkerHandle.stop`."""
         self.kill()
+        return 0.0
 
     def kill(self) -> None:
         """The process is gone, with everything in it."""
@@ -184,7 +155,15 @@ class SimulatedWorker:
         """A sequence's KV cache is whole."""
         if sequence := self._memory.find(request_id):
             sequence.handed_over = True
+            self._store.keep(sequence.request.prompt_token_ids)
+            if sequence.remaining < 1:  # its first token was the last
+                self._memory.leave(request_id)
             self._news.set()
+
+    def lacks(self, request: PrefillRequest) -> int:
+        """Tokens of a prompt that are to be moved here."""
+        sequence = self._memory.find(request.request_id)
+        return len(request.prompt_token_ids) - (sequence.cached_tokens if sequence else 0)
 
     @property
     def num_preempted(self) -> int:
@@ -198,37 +177,62 @@ class SimulatedWorker:
                 self._news.clear()
                 await self._news.wait()
             request = self._prompts[0]
-            tokens, started = len(request.prompt_token_ids), clock()
-            await asyncio.sleep(self._hardware.capability.prefill_seconds(tokens))
+            tokens, started, cached = len(request.prompt_token_ids), clock(), self._store.find(request.prompt_token_ids)
+            await asyncio.sleep(self._hardware.prompt_s(tokens, cached))
             if not self._prompts or self._prompts[0] is not request:
                 continue  # aborted meanwhile
             self._prompts.popleft()
-            last = _reason(request.sampling) if request.decode_engine is None else None
+            self._store.keep(request.prompt_token_ids)
+            ends = request.decode_engine is None or request.num_output_tokens + 1 >= answer_tokens(request.sampling)
+            last = finish_reason(request.sampling) if ends else None
+            compute_s = clock() - started
             self._say(
-                PrefillReport(request.request_id, 0.0, clock() - started, 1),
+                PrefillReport(request.request_id, 0.0, compute_s, 1, cached),
                 TokenOutput(request.request_id, 0, finish_reason=last),
             )
             if request.decode_engine is not None:
-                self._spawn(self._hand_over(request, tokens))
+                self._spawn(self._hand_over(request, compute_s))
 
-    async def _hand_over(self, request: PrefillRequest, tokens: int) -> None:
-        num_bytes = tokens * self._hardware.kv_bytes_per_token
-        await asyncio.sleep(num_bytes / self._hardware.link_bytes_per_s)
+    async def _hand_over(self, request: PrefillRequest, compute_s: float) -> None:
+        exposed_s, num_bytes = 0.0, 0
         if peer := self._fabric.get(request.decode_engine or ""):
+            lacks = peer.lacks(request)
+            exposed_s = self._hardware.exposed_s(peer._hardware, lacks, compute_s)
+            num_bytes = lacks * self._hardware.kv_bytes_per_token
+            await asyncio.sleep(exposed_s)
             peer.receive(request.request_id)
-        self._say(HandoffReport(request.request_id, num_bytes, 1, 0.0, 0.0))
+        self._say(HandoffReport(request.request_id, num_bytes, 1, exposed_s, exposed_s))
 
     async def _decode(self) -> None:
         hardware = self._hardware
         block_s = hardware.block_size * hardware.kv_bytes_per_token / hardware.host_bytes_per_s
         while True:
-            batch, steps, moved = self._memory.next_batch(hardware.steps_at_once)
-            if not batch:
+            batch, steps, moved = self._memory.next_batch(1 if self._local else hardware.steps_at_once)
+            chunk_s, ended = self._local.compute(lambda sequence: sequence.blocks > 0) if self._local else (0.0, [])
+            if not batch and not chunk_s:
                 self._news.clear()
                 await self._news.wait()
                 continue
-            await asyncio.sleep(moved * block_s + steps * hardware.capability.decode_seconds(len(batch)))
-            self._say(*(event for sequence in batch for event in self._advance(sequence, steps)))
+            tokens = sum(sequence.num_tokens for sequence in batch)
+            step_s = hardware.capability.decode_seconds(len(batch), tokens) if batch else 0.0
+            await asyncio.sleep(moved * block_s + chunk_s + steps * step_s)
+            events = [event for sequence in batch for event in self._advance(sequence, steps)]
+            self._say(*events, *(event for sequence in ended for event in self._begin(sequence)))
+
+    def _begin(self, sequence: Decoding) -> list[WorkerEvent]:
+        """A prompt that was computed here has its first token."""
+        request = sequence.request
+        if self._memory.find(request.request_id) is not sequence:
+            return []  # aborted meanwhile
+        sequence.handed_over = True
+        self._store.keep(request.prompt_token_ids)
+        last = finish_reason(request.sampling) if sequence.remaining < 1 else None
+        if last is not None:
+            self._memory.leave(request.request_id)
+        return [
+            PrefillReport(request.request_id, 0.0, 0.0, 1, sequence.cached_tokens),
+            TokenOutput(request.request_id, 0, finish_reason=last),
+        ]
 
     def _advance(self, sequence: Decoding, steps: int) -> list[TokenOutput]:
         name = sequence.request.request_id
@@ -239,26 +243,16 @@ class SimulatedWorker:
         over = sequence.remaining == 0
         if over:
             self._memory.leave(name)
-        last = TokenOutput(name, 0, finish_reason=_reason(sequence.request.sampling) if over else None)
+        last = TokenOutput(name, 0, finish_reason=finish_reason(sequence.request.sampling) if over else None)
         return [TokenOutput(name, 0)] * (steps - 1) + [last]
 
     def _say(self, *events: WorkerEvent) -> None:
         load = Load(
             self._hardware.num_blocks, self._memory.num_free, waiting=len(self._prompts), running=len(self._memory)
         )
-        self._out.put_nowait(StepOutput(self.engine_id, events, load))
+        self._out.put_nowait(StepOutput(self.engine_id, events, load, self._store.take_update()))
 
     def _spawn(self, coroutine: object) -> None:
         task = asyncio.ensure_future(coroutine)  # type: ignore[call-overload]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def answer_tokens(sampling: SamplingParams) -> int:
-    """How long the answer will be; see the module."""
-    longest = sampling.max_tokens or 1
-    return longest if sampling.seed is None else max(1, min(longest, sampling.seed))
-
-
-def _reason(sampling: SamplingParams) -> FinishReason:
-    return FinishReason.LENGTH if answer_tokens(sampling) == sampling.max_tokens else FinishReason.STOP

@@ -13,21 +13,26 @@ from workers.errors import InvalidRequestError
 from workers.sampling.params import SamplingParams
 
 _EPILOG = """\
-ttft and itl are predicted: from what each worker has measured of itself, the prompts that wait on the prefill worker,
-and the batch of the decode worker. Of the pairs that can serve the request the one of the lowest cost, the time to the
-first token and through the next ones, is chosen. Nothing is generated or reserved. Tokens that are cached on the
-prefill worker are not computed again.
+All times are predicted: from what each worker has measured of itself and of the way to the other, the prompts that
+wait on it, and the sequences and tokens that the decode worker has. Of those that can serve the request the one of the
+lowest cost is chosen: the time to the first token (ttft), of the handoff as far as prefill does not hide it, through
+the next tokens (itl), and, where a prompt is computed on its decode worker, that by which it holds up the others there.
+Nothing is generated or reserved. Tokens in the prefix cache are not computed again, those of the decode worker's
+("there") not moved.
 
 examples:
   baton explain "The capital of France is" --max-tokens 16
   baton explain --prompt-tokens 4000 --max-tokens 200
 """
 _TIMEOUT_S = 10.0
+_ON_DECODE = "on the decode worker"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.description = "Show every pair of workers with its predicted times for a request, or why it cannot serve it."
+    parser.description = (
+        "Show every choice of workers with its predicted times for a request, or why it cannot serve it."
+    )
     parser.epilog = _EPILOG
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the request's prompt")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="instead of a prompt: its length in tokens")
@@ -64,15 +69,20 @@ def _print_table(explanation: Explanation) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     for name in ("", "prefill", "decode"):
         table.add_column(name, no_wrap=True)
-    for name in ("ttft ms", "itl ms", "cost ms"):
+    for name in ("ttft ms", "handoff", "itl", "others", "cost", "cached", "there"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("cached", justify="right", no_wrap=True)
     table.add_column("why not")
     for pair in explanation.pairs:
-        numbers = (f"{seconds * 1e3:.1f}" for seconds in (pair.ttft_s, pair.itl_s, pair.cost_s))
-        names = (escape(engine_id.partition(".")[0]) for engine_id in (pair.prefill, pair.decode))
-        mark, cached = "[green]→[/]" if pair.chosen else "", str(pair.cached_tokens)
-        table.add_row(mark, *names, *numbers, cached, escape(pair.refusal))
+        times = (pair.ttft_s, pair.handoff_s, pair.itl_s, pair.others_s, pair.cost_s)
+        numbers = (f"{seconds * 1e3:.1f}" for seconds in times)
+        cached = (str(pair.cached_tokens), str(pair.decode_cached_tokens))
+        prefill = _ON_DECODE if pair.prefill is None else _short(pair.prefill)
+        mark = "[green]→[/]" if pair.chosen else ""
+        table.add_row(mark, escape(prefill), escape(_short(pair.decode)), *numbers, *cached, escape(pair.refusal))
     console.print(table)
     if not any(pair.chosen for pair in explanation.pairs):
-        console.print("no pair can take it now")
+        console.print("nobody can take it now")
+
+
+def _short(engine_id: str) -> str:
+    return engine_id.partition(".")[0]

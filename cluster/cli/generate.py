@@ -141,15 +141,27 @@ def _stats(usage: Usage, finish_reason: FinishReason | None, report: RequestRepo
     reason = finish_reason.value if finish_reason else "unknown"
     lines = [f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated, ended by {reason}"]
     if report is not None:
-        lines += [
+        lines.append(
             f"first token {_ms(report.ttft_s)}: queue {_ms(report.queue_s)}, prefill {_ms(report.prefill_s)}"
-            + (f" ({report.cached_tokens} prompt tokens were cached)" if report.cached_tokens else ""),
-            f"handoff {report.kv_bytes / 2**20:.2f} MiB of KV cache in {_ms(report.transfer_s)}, "
-            f"{report.hidden_fraction:.0%} of it hidden behind prefill, {_ms(report.exposed_transfer_s)} exposed",
+            + (f" ({report.cached_tokens} prompt tokens were cached)" if report.cached_tokens else "")
+        )
+        if report.prefill_worker:
+            lines.append(
+                f"handoff {report.kv_bytes / 2**20:.2f} MiB of KV cache in {_ms(report.transfer_s)}, "
+                f"{report.hidden_fraction:.0%} of it hidden behind prefill, {_ms(report.exposed_transfer_s)} exposed"
+                + (f" ({report.decode_cached_tokens} tokens were there)" if report.decode_cached_tokens else "")
+            )
+        lines += [
             f"first decode {_ms(report.first_decode_s)}",
-            f"workers {report.prefill_worker} → {report.decode_worker or 'none needed'}, attempts {report.attempts}",
+            f"workers {_workers(report)}, attempts {report.attempts}",
         ]
     return "\n".join(lines)
+
+
+def _workers(report: RequestReport) -> str:
+    if not report.prefill_worker:
+        return f"{report.decode_worker} alone"
+    return f"{report.prefill_worker} → {report.decode_worker or 'none needed'}"
 
 
 def _ms(seconds: float) -> str:

@@ -65,10 +65,15 @@ def _print_tables(model: ModelInfo, workers: Sequence[WorkerStatus]) -> None:
     console.print(table)
     for role in ("prefill", "decode"):
         pool = [w for w in workers if w.role == role]
-        ready = sum(w.state == "ready" for w in pool)
-        free, total = sum(w.load.free_blocks for w in pool), sum(w.load.total_blocks for w in pool)
-        tokens = sum(w.load.waiting_tokens for w in pool)
-        console.print(
-            f"{role} pool: {ready} of {len(pool)} workers ready, {free} of {total} blocks free, "
-            f"{tokens} prompt tokens waiting"
-        )
+        console.print(f"{role} pool: {_summary(pool)}")
+        for group in dict.fromkeys(w.group for w in pool if w.group):
+            console.print(f"  {group}: {_summary([w for w in pool if w.group == group])}")
+
+
+def _summary(workers: Sequence[WorkerStatus]) -> str:
+    if not workers:
+        return "no workers"
+    ready = sum(w.state == "ready" for w in workers)
+    free, total = sum(w.load.free_blocks for w in workers), sum(w.load.total_blocks for w in workers)
+    tokens = sum(w.load.waiting_tokens for w in workers)
+    return f"{ready} of {len(workers)} workers ready, {free} of {total} blocks free, {tokens} prompt tokens waiting"

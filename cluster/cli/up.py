@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.config import describe_settings, load_config
+from cluster.config_groups import groups_of
 from cluster.config_sections import ServiceConfig
 from workers.errors import ConfigError
 
 _EPILOG = """\
 Settings come from the defaults, then the file, then the environment (BATON_SECTION__KEY, as in BATON_SERVER__PORT, and
-BATON_ATTENTION_BACKEND for both pools), then the command line; the later one wins.
+BATON_ATTENTION_BACKEND for both pools), then the command line; the later one wins. A pool of unlike workers has groups:
+decode.groups.NAME.KEY (BATON_DECODE__GROUPS__NAME__KEY) is a setting of one; what a group does not say is its pool's.
 
 settings (section.key, default, meaning):
 {settings}
@@ -153,6 +155,11 @@ async def _serve(config: ServiceConfig, console: Any, take_signals: Callable[[],
                 await server.stop()
 
 
+def _sizes(config: ServiceConfig) -> str:
+    """How many workers there are to begin with."""
+    return ", ".join(f"{group.settings.replicas} {group.key}" for group in groups_of(config))
+
+
 def _welcome(config: ServiceConfig, address: str, model: Any) -> str:
     from cluster.recall import EXAMPLE, is_shipped
 
@@ -163,8 +170,7 @@ def _welcome(config: ServiceConfig, address: str, model: Any) -> str:
     curl += '-H "authorization: Bearer $BATON_TOKEN" ' if token else ""
     prompt = EXAMPLE if is_shipped(config.model.path) else "Hello"
     lines = [
-        f"Baton serves {model.name} on {address} "
-        f"({config.prefill.replicas} prefill, {config.decode.replicas} decode, context {model.max_model_len} tokens).",
+        f"Baton serves {model.name} on {address} ({_sizes(config)}, context {model.max_model_len} tokens).",
         "Try it:",
         f'  baton generate "{prompt}"{client}',
         f"  baton status{client}",

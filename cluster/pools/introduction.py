@@ -14,12 +14,15 @@ from collections.abc import Callable
 from cluster.errors import WorkerLostError
 from cluster.pools.member import Member, Roster
 from cluster.pools.tasks import BackgroundTasks
+from cluster.routing.pairs import Way
 from kv_transfer.errors import KVTransferError, LayoutMismatchError
 from workers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _RECONCILE_INTERVAL_S = 2.0
+_START_PATIENCE_S = 60.0  # a meeting that fails takes up to 30 s
+_LOOK_INTERVAL_S = 0.05
 
 
 class Introductions:
@@ -40,7 +43,7 @@ class Introductions:
 
     async def introduce(self, member: Member) -> None:
         """Make a new worker and every serving one of the other pool known to each other."""
-        member.refusals, member.estranged = {}, {}
+        member.refusals, member.estranged, member.ways = {}, {}, {}
         for peer in self._roster.peers(member):
             if not peer.serves:  # it has left while others were met
                 continue
@@ -48,32 +51,40 @@ class Introductions:
                 await _meet(member, peer)
             except LayoutMismatchError as error:
                 member.refusals[peer.engine_id] = str(error)
-                logger.warning("%s", error)
+                logger.warning("%s %s", member.engine_id, error)
             except (KVTransferError, WorkerLostError) as error:
                 member.estranged[peer.engine_id] = str(error)
                 logger.warning("%s and %s cannot meet: %s", member.engine_id, peer.engine_id, error)
                 self._tasks.spawn(self._reconcile(member, peer))
 
-    def part(self, member: Member) -> None:
-        """A member's worker is gone, and writes nothing any more: its peers drop it."""
+    def part(self, member: Member, may_write_s: float) -> None:
+        """A member's worker is gone, or as good as gone: its peers drop it, and know how long it may still write."""
         gone = member.engine_id
         for peer in self._roster:
             peer.refusals.pop(gone, None)
             peer.estranged.pop(gone, None)
+            peer.ways.pop(gone, None)
         for peer in self._roster.pool("decode" if member.handle.role == "prefill" else "prefill"):
             if peer.info is not None and peer.state != "lost":  # one that starts may be about to meet it, in vain
-                peer.handle.disconnect(gone)
+                peer.handle.disconnect(gone, may_write_s)
 
-    def check_some_pair_works(self) -> None:
-        """Refuse pools of which no two workers fit.
+    async def check_some_pair_works(self) -> None:
+        """Refuse pools of which no two workers fit; those that only could not reach each other get time to.
 
         Raises:
             ConfigError: with the first reason.
         """
-        refusals = [why for member in self._roster for why in (member.refusals | member.estranged).values()]
+        clock = asyncio.get_running_loop().time
+        patience_ends = clock() + _START_PATIENCE_S
         pairs = len(self._roster.pool("prefill")) * len(self._roster.pool("decode"))
-        if refusals and len(refusals) == pairs:
-            raise ConfigError("no prefill worker can hand over to any decode worker: " + refusals[0])
+        while True:
+            refused = [why for member in self._roster for why in member.refusals.values()]
+            estranged = [why for member in self._roster for why in member.estranged.values()]
+            if not pairs or len(refused) + len(estranged) < pairs:
+                return
+            if not estranged or clock() >= patience_ends:
+                raise ConfigError(f"no prefill worker can hand over to any decode worker: {(estranged + refused)[0]}")
+            await asyncio.sleep(_LOOK_INTERVAL_S)
 
     async def _reconcile(self, one: Member, other: Member) -> None:
         """Introduce two workers again and again until they reach each other or one of them is gone."""
@@ -95,4 +106,8 @@ async def _meet(one: Member, other: Member) -> None:
     await one.handle.connect(other.info.engines)
     await other.handle.connect(one.info.engines)
     seconds = await one.handle.probe(other.engine_id)
+    prefill, decode = (one, other) if one.handle.role == "prefill" else (other, one)
+    path = await prefill.handle.path_to(decode.engine_id)
+    if path is not None:
+        prefill.ways[decode.engine_id] = Way(path.write_s + seconds / 2, path.bytes_per_s)
     logger.info("%s and %s: round trip %.1f ms", one.engine_id, other.engine_id, seconds * 1e3)

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.api import WorkerStatus
+from cluster.group_keys import group_key
+from cluster.routing.pairs import Way
 from cluster.worker_handle import WorkerHandle
+from workers.capability import Capability
 from workers.host import WorkerInfo
 from workers.messages import Load
 
@@ -24,12 +27,15 @@ class Member:
     Attributes:
         spawn: makes a new worker for this place.
         handle: the worker.
+        group: name of the group that the place belongs to; empty in a pool that names none.
         info: what it said of itself; None until it has loaded.
+        predecessor: what the last one that held this place said of itself; the next will be its like.
         state: starting, ready, draining (it finishes what it has and gets nothing new) or lost.
         load: last reported.
         num_heard: times that it has been heard of.
         refusals: engine ids of the other pool whose KV cache is laid out differently, and how.
         estranged: engine ids of the other pool that it cannot reach at present, and why.
+        ways: of a prefill worker: what the way to each decode worker costs that it has met, by engine id.
         restarts: workers that this place has lost in a row.
         ready_since: monotonic time.
         life: the task that looks after it: listens to its worker, and replaces it.
@@ -37,15 +43,23 @@ class Member:
 
     spawn: Spawn
     handle: WorkerHandle
+    group: str = ""
     info: WorkerInfo | None = None
+    predecessor: WorkerInfo | None = None
     state: str = "starting"
     load: Load = field(default_factory=lambda: Load(0, 0))
     num_heard: int = 0
     refusals: dict[str, str] = field(default_factory=dict)
     estranged: dict[str, str] = field(default_factory=dict)
+    ways: dict[str, Way] = field(default_factory=dict)
     restarts: int = 0
     ready_since: float = 0.0
     life: asyncio.Task[None] | None = None
+
+    @property
+    def group_key(self) -> str:
+        """Of its group."""
+        return group_key(self.handle.role, self.group)
 
     @property
     def serves(self) -> bool:
@@ -65,7 +79,13 @@ class Member:
     def renew(self) -> None:
         """Have a new worker for this place, which has yet to start."""
         self.handle = self.spawn()
+        self.predecessor = self.info or self.predecessor
         self.info, self.state = None, "starting"
+
+    @property
+    def foreseeable(self) -> WorkerInfo | None:
+        """What its worker has said of itself, or is likely to say soon; None: there is no knowing."""
+        return self.info or (self.predecessor if self.has_a_future else None)
 
     def status(self) -> WorkerStatus:
         """As clients see it."""
@@ -78,6 +98,9 @@ class Member:
             attention_backend=info.attention_backend if info else "",
             block_size=info.engine.layout.block_size if info else 0,
             load=self.load,
+            group=self.group,
+            max_num_seqs=info.max_num_seqs if info else 0,
+            capability=info.capability if info else Capability(),
         )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from cluster.api import PoolTarget, WorkerStatus
+from cluster.pools.gpu_stock import GpuStock
+from cluster.pools.groups import Places, PoolLimits, groups_of_pools
 from cluster.pools.introduction import Introductions
-from cluster.pools.member import Member, Roster, Spawn
+from cluster.pools.member import Member, Roster
 from cluster.pools.replacement import Caretaker
-from cluster.pools.scaling import Obligations, PoolLimits, Scaling
+from cluster.pools.scaling import Obligations, Scaling
 from cluster.pools.tasks import BackgroundTasks
 from cluster.worker_handle import LoadProgress
 from workers.host import WorkerInfo
@@ -24,16 +26,17 @@ class WorkerPools:
         decode: makes a decode worker for each place in the pool.
         on_output: takes every step's output.
         on_change: called when somebody came, drains, left or was lost; for a lost one with its engine id.
-        limits: of the pools' sizes, by role; one that is not named has all its places held.
+        limits: of the groups' sizes, by key; one that is not named has all its places held.
         obligations: what the requests under way need of the workers.
         progress: told how far loading is.
         silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
+        gpus: what bounds the groups besides; None: nothing.
     """
 
     def __init__(
         self,
-        prefill: Sequence[Spawn],
-        decode: Sequence[Spawn],
+        prefill: Places,
+        decode: Places,
         *,
         on_output: Callable[[StepOutput], None],
         on_change: Callable[[str | None], None],
@@ -41,20 +44,21 @@ class WorkerPools:
         obligations: Obligations | None = None,
         progress: LoadProgress = lambda name, progress: None,
         silence_s: float | None = None,
+        gpus: GpuStock | None = None,
     ) -> None:
         self._roster = Roster()
         self._tasks = BackgroundTasks()
         self._introductions = Introductions(self._roster, self._tasks, lambda: on_change(None))
         self._caretaker = Caretaker(self._roster, self._introductions, on_output, on_change, progress, silence_s)
         self._scaling = Scaling(
-            {"prefill": prefill, "decode": decode},
-            {"prefill": PoolLimits(), "decode": PoolLimits(), **(limits or {})},
+            groups_of_pools({"prefill": prefill, "decode": decode}, limits or {}),
             self._roster,
             self._caretaker,
             self._introductions,
             self._tasks,
             obligations or Obligations(),
             lambda: on_change(None),
+            gpus,
         )
 
     @property
@@ -100,7 +104,7 @@ class WorkerPools:
             for start in starts:
                 start.cancel()
             raise
-        self._introductions.check_some_pair_works()
+        await self._introductions.check_some_pair_works()
         for member in members:
             member.life = self._tasks.spawn(self._caretaker.look_after(member, started=True))
 

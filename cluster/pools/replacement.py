@@ -98,8 +98,7 @@ class Caretaker:
             member.restarts = 0
         self._roster.forget(lost)
         self._on_change(lost)  # at once: its requests need not wait until it is buried
-        await member.handle.stop()  # before its peers are told: then nothing of it writes any more
-        self._introductions.part(member)
+        self._introductions.part(member, await member.handle.stop())  # its peers are told when it has ended, if it can
         return wanted
 
     async def _replace(self, member: Member) -> None:

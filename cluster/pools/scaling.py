@@ -8,12 +8,13 @@ not after a while hands its requests on to others.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from cluster.api import PoolTarget
+from cluster.pools.gpu_stock import GpuStock
+from cluster.pools.groups import Group
 from cluster.pools.introduction import Introductions
 from cluster.pools.member import Member, Roster, Spawn
 from cluster.pools.replacement import Caretaker
@@ -27,128 +28,151 @@ _HAND_ON_S = 5.0  # aborts reach a worker that is well within a step
 
 
 @dataclass(frozen=True)
-class PoolLimits:
-    """How large a pool may be; the most that it may have is the number of its places.
-
-    Attributes:
-        target: workers to begin with; None: one for each place.
-        minimum: workers at least.
-        drain_timeout_s: how long a worker that leaves may take to finish its requests before they are handed on.
-    """
-
-    target: int | None = None
-    minimum: int = 1
-    drain_timeout_s: float = 60.0
-
-
-@dataclass(frozen=True)
 class Obligations:
     """What the pools must know of the requests that are under way.
 
     Attributes:
         count: how many still need this engine.
         hand_on: have others take over those that still need this engine.
+        needed_roles: the pools without whose workers no request can be served.
     """
 
     count: Callable[[str], int] = lambda engine_id: 0
     hand_on: Callable[[str], None] = lambda engine_id: None
+    needed_roles: Callable[[], Collection[str]] = lambda: ("prefill", "decode")
 
 
 class Scaling:
-    """Keeps each pool at its target.
+    """Keeps each group of workers at its target.
 
     Args:
-        places: of each pool, by role: how to make a worker for each place.
-        limits: of each pool, by role.
+        groups: by key.
         roster: all members; those to begin with are added here.
         caretaker: looks after them.
         introductions: to part from those that leave.
         tasks: for what goes on in the background.
         obligations: of the members.
         on_change: called when a member drains, serves again, or has left.
+        gpus: what bounds the groups besides; None: nothing.
     """
 
     def __init__(
         self,
-        places: Mapping[str, Sequence[Spawn]],
-        limits: Mapping[str, PoolLimits],
+        groups: Mapping[str, Group],
         roster: Roster,
         caretaker: Caretaker,
         introductions: Introductions,
         tasks: BackgroundTasks,
         obligations: Obligations,
         on_change: Callable[[], None],
+        gpus: GpuStock | None = None,
     ) -> None:
-        self._places = places
-        self._limits = limits
+        self._groups = groups
         self._roster = roster
         self._caretaker = caretaker
         self._introductions = introductions
         self._tasks = tasks
         self._obligations = obligations
         self._on_change = on_change
+        self._gpus = gpus
         self._targets = {
-            role: len(own) if limits[role].target is None else limits[role].target or 0 for role, own in places.items()
+            key: len(group.places) if group.limits.target is None else group.limits.target
+            for key, group in groups.items()
         }
         self._leaving: dict[Member, asyncio.Task[None]] = {}
-        for role, target in self._targets.items():
-            for spawn in places[role][:target]:
-                roster.add(Member(spawn, spawn()))
+        for key, target in self._targets.items():
+            for spawn in groups[key].places[:target]:
+                roster.add(Member(spawn, spawn(), groups[key].name))
 
     def targets(self) -> list[PoolTarget]:
-        """What each pool is to have, and may have."""
+        """What each group is to have, and may have, prefill first."""
         return [
-            PoolTarget(role, target, self._limits[role].minimum, len(self._places[role]))
-            for role, target in self._targets.items()
+            PoolTarget(group.role, self._targets[key], group.limits.minimum, self._most(key), group.name)
+            for key, group in self._groups.items()
         ]
 
     def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
-        """Give pools new targets; those that are not named keep theirs. Returns all; the pools follow by and by.
+        """Give groups new targets; those that are not named keep theirs. Returns all; the pools follow by and by.
+
+        Args:
+            targets: by key, or by role where a pool has one group.
 
         Raises:
-            InvalidRequestError: there is no such pool, or it may not have so many workers; nothing has changed then.
+            InvalidRequestError: there is no such pool or group, it may not have so many workers, the GPUs do not
+                suffice for them, or nobody would be left in a pool; nothing has changed then.
         """
-        for role, target in targets.items():
-            self._check(role, target)
-        for role, target in targets.items():
-            if target != self._targets[role]:
-                logger.info("the %s pool goes from %d to %d workers", role, self._targets[role], target)
-            self._targets[role] = target
-            self._fit(role)
+        wanted: dict[str, int] = {}
+        for name, target in targets.items():
+            key = self._key_of(name)
+            if key in wanted:
+                raise InvalidRequestError(f"{key} is given twice")
+            wanted[key] = target
+        self._check(wanted)
+        for key, target in wanted.items():
+            if target != self._targets[key]:
+                logger.info("%s goes from %d to %d workers", key, self._targets[key], target)
+            self._targets[key] = target
+            self._fit(key)
         return self.targets()
 
-    def _check(self, role: str, target: int) -> None:
-        if role not in self._places:
-            raise InvalidRequestError(f"there is no pool {role!r}; the pools are {', '.join(self._places)}")
-        least, most = self._limits[role].minimum, len(self._places[role])
-        if not least <= target <= most:
-            raise InvalidRequestError(f"{role} is {target}, it must be in [{least}, {most}], its min_ and max_replicas")
+    def _key_of(self, name: str) -> str:
+        """The group that is meant by its key, or by its pool's role if that has one group."""
+        if name in self._groups:
+            return name
+        own = [key for key, group in self._groups.items() if group.role == name]
+        if len(own) == 1:
+            return own[0]
+        if own:
+            raise InvalidRequestError(f"the {name} pool has several groups: say which of {', '.join(own)}")
+        raise InvalidRequestError(f"there is no pool {name!r}; the pools are {', '.join(self._groups)}")
 
-    def _fit(self, role: str) -> None:
+    def _most(self, key: str) -> int:
+        """Workers that a group may have at most; what it has, it may keep."""
+        places, target = len(self._groups[key].places), self._targets[key]
+        return max(target, self._gpus.most(key, self._targets, places)) if self._gpus is not None else places
+
+    def _check(self, wanted: Mapping[str, int]) -> None:
+        after = {**self._targets, **wanted}
+        for key, target in wanted.items():
+            least, most = self._groups[key].limits.minimum, len(self._groups[key].places)
+            if not least <= target <= most:
+                raise InvalidRequestError(
+                    f"{key} is {target}, it must be in [{least}, {most}], its min_ and max_replicas"
+                )
+        for role in self._obligations.needed_roles():
+            own = [key for key, group in self._groups.items() if group.role == role]
+            if not wanted.keys().isdisjoint(own) and not any(after[key] for key in own):
+                raise InvalidRequestError(f"nobody would be left in the {role} pool: one of {', '.join(own)} needs 1")
+        if self._gpus is not None and any(after[key] > self._targets[key] for key in wanted):
+            self._gpus.check(after)
+
+    def _fit(self, key: str) -> None:
         """Add or take away members until as many stay as the target says."""
-        staying = [member for member in self._roster.pool(role) if member not in self._leaving]
-        missing = self._targets[role] - len(staying)
+        group = self._groups[key]
+        members = [member for member in self._roster.pool(group.role) if member.group == group.name]
+        staying = [member for member in members if member not in self._leaving]
+        missing = self._targets[key] - len(staying)
         if missing < 0:
-            for member in sorted(staying, key=self._worth)[: len(staying) - self._targets[role]]:
+            for member in sorted(staying, key=self._worth)[: len(staying) - self._targets[key]]:
                 self._let_go(member)
         # Whoever drains still serves as well as a new one would, and is there already: the busiest first.
-        returning = [m for m in self._roster.pool(role) if m in self._leaving and m.state == "draining"]
+        returning = [member for member in members if member in self._leaving and member.state == "draining"]
         for member in sorted(returning, key=self._worth, reverse=True)[: max(0, missing)]:
             self._leaving.pop(member).cancel()
             member.state = "ready"
             missing -= 1
-        held = {member.spawn for member in self._roster.pool(role)}
-        free = [spawn for spawn in self._places[role] if spawn not in held]
+        held = {member.spawn for member in members}
+        free = [spawn for spawn in group.places if spawn not in held]
         for spawn in free[: max(0, missing)]:
-            self._add(spawn)
+            self._add(spawn, group)
         self._on_change()
 
     def _worth(self, member: Member) -> tuple[bool, int, float]:
         """Who goes last when the pool shrinks: who serves, who has the most requests, who has been there longest."""
         return member.state == "ready", self._obligations.count(member.engine_id), -member.ready_since
 
-    def _add(self, spawn: Spawn) -> None:
-        member = Member(spawn, spawn())
+    def _add(self, spawn: Spawn, group: Group) -> None:
+        member = Member(spawn, spawn(), group.name)
         self._roster.add(member)
         member.life = self._tasks.spawn(self._caretaker.look_after(member, started=False))
 
@@ -165,17 +189,15 @@ class Scaling:
         if member.life is not None:
             member.life.cancel()
             await asyncio.wait({member.life})
-        with contextlib.suppress(Exception):
-            await member.handle.stop()  # before its peers are told, as when it is lost
-        self._introductions.part(member)
+        self._introductions.part(member, await member.handle.stop())  # as when it is lost
         del self._leaving[member]
         self._roster.remove(member)
         logger.info("%s has left", member.engine_id)
-        self._fit(member.handle.role)  # its place is free, and may be wanted
+        self._fit(member.group_key)  # its place is free, and may be wanted
 
     async def _drained(self, member: Member) -> None:
         """Until nothing needs a member, or it is lost, or its patience is at an end."""
-        limit_s = self._limits[member.handle.role].drain_timeout_s
+        limit_s = self._groups[member.group_key].limits.drain_timeout_s
         clock = asyncio.get_running_loop().time
         patience_ends, given_up = clock() + limit_s, False
         while member.state == "draining" and not self._idle(member):

@@ -15,17 +15,19 @@ def pool_signals(
     members: Iterable[Member],
     targets: Iterable[PoolTarget],
     latencies: Mapping[str, float | None],
-    prefill_work: float,
+    prompt_work: Mapping[str, float],
     queued: int,
+    local_ttft_s: float | None = None,
 ) -> dict[str, PoolSignals]:
     """Each pool as it is now, by role.
 
     Args:
         members: of both pools.
-        targets: of both.
+        targets: of all groups of both.
         latencies: what requests have lately experienced of each, seconds.
-        prefill_work: seconds of computing prompts in a second, of all prefill workers together.
+        prompt_work: seconds of computing prompts in a second, of all workers of each pool together.
         queued: requests that wait at the gateway, for whichever pool has no room.
+        local_ttft_s: time to the first token of prompts that decode workers have lately computed.
     """
     ready: dict[str, list[Member]] = {"prefill": [], "decode": []}
     for member in members:
@@ -34,18 +36,22 @@ def pool_signals(
     occupancy = {role: _occupancy(role, pool) for role, pool in ready.items()}
     prefill_is_busy = any(member.load.waiting_tokens for member in ready["prefill"])
     waits_for = "prefill" if prefill_is_busy and occupancy["decode"] < _FULL else "decode"
+    groups: dict[str, list[PoolTarget]] = {role: [] for role in ready}
+    for target in targets:
+        groups[target.role].append(target)
     return {
-        target.role: PoolSignals(
-            target=target.target,
-            ready=len(ready[target.role]),
-            minimum=target.min_replicas,
-            maximum=target.max_replicas,
-            latency_s=latencies[target.role],
-            queued=queued if target.role == waits_for else 0,
-            occupancy=occupancy[target.role],
-            busy=min(1.0, prefill_work / max(1, len(ready["prefill"]))) if target.role == "prefill" else 0.0,
+        role: PoolSignals(
+            target=sum(group.target for group in own),
+            ready=len(ready[role]),
+            minimum=max(sum(group.min_replicas for group in own), int(any(group.target for group in own))),
+            maximum=sum(group.max_replicas for group in own),
+            latency_s=latencies[role],
+            queued=queued if role == waits_for else 0,
+            occupancy=occupancy[role],
+            busy=min(1.0, prompt_work[role] / max(1, len(ready[role]))),
+            local_ttft_s=local_ttft_s if role == "decode" else None,
         )
-        for target in targets
+        for role, own in groups.items()
     }
 
 

@@ -8,14 +8,18 @@ requests there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.routing.arrival_rate import ArrivalRate
+from cluster.routing.demand import Bar, Demand, NoPlacement, PairReport, Placement
 from cluster.routing.output_lengths import HORIZONS, OutputLengths
-from cluster.routing.router import Bar, Choose, Demand, NoPlacement, PairReport, Placement, explain, place, refusals
+from cluster.routing.pairs import Pairs, Way
+from cluster.routing.router import Choose, explain, place, refusals
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from workers.messages import CacheUpdate
 
@@ -24,9 +28,12 @@ _NOTHING = np.zeros((2, len(HORIZONS)))
 
 @dataclass
 class _Booking:
-    """What one request takes of its pair; prefill's share ends with the first token. `decode` may be nobody, ""."""
+    """What one request takes of its pair; prefill's share ends with the first token.
 
-    prefill: str
+    `decode` may be nobody, ""; `prefill` may be None: the decode worker computes the prompt, too.
+    """
+
+    prefill: str | None
     decode: str
     prefill_blocks: int
     decode_blocks: int
@@ -42,16 +49,26 @@ class Books:
 
     Args:
         choose: how a pair is chosen for a request.
-        max_queued_s: seconds of work that a prefill worker may have before it gets more; what waits longer waits at
-            the gateway, where its turn and its objective count.
+        max_queued_s: seconds of prompts that a worker may have to compute before it gets more; what waits longer waits
+            at the gateway, where its turn and its objective count.
+        disaggregation: where prompts may be computed, see `Demand`.
+        clock: seconds, for how often requests come.
     """
 
-    def __init__(self, choose: Choose = place, max_queued_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        choose: Choose = place,
+        max_queued_s: float = math.inf,
+        disaggregation: str = "always",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._choose = choose
         self._max_queued_s = max_queued_s
+        self._disaggregation = disaggregation
+        self._arrivals = ArrivalRate(clock)
         self._lengths = OutputLengths()
         self._prefill, self._decode = WorkerTable(), WorkerTable()
-        self._bars: dict[tuple[str, str], Bar] = {}
+        self._pairs = Pairs()
         self._bookings: dict[str, _Booking] = {}
         self._quarantined: dict[str, int] = {}
 
@@ -60,10 +77,12 @@ class Books:
         prefill: Mapping[WorkerTraits, bool],
         decode: Mapping[WorkerTraits, bool],
         bars: Mapping[tuple[str, str], Bar],
+        ways: Mapping[str, Mapping[str, Way]] | None = None,
     ) -> None:
-        """Who is there now, and whether it is ready; and who cannot work with whom.
+        """Who is there now, and whether it is ready; who cannot work with whom; what the ways between them cost.
 
-        A worker that is gone takes its bookings' share with it; a new one has nothing to do.
+        A worker that is gone takes its bookings' share with it; a new one has nothing to do. A way that was known
+        before need not be given again; they are by prefill worker, then by decode worker.
         """
         for table, workers in ((self._prefill, prefill), (self._decode, decode)):
             here = {traits.engine_id for traits in workers}
@@ -76,42 +95,63 @@ class Books:
                     table.set_ready(traits.engine_id, ready)
                 else:
                     table.add(traits, ready=ready)
-        self._bars = dict(bars)
+        self._pairs.update(self._prefill, self._decode, bars, ways)
+
+    @property
+    def block_sizes(self) -> frozenset[int]:
+        """For which a prompt's hashes may be asked for."""
+        return frozenset((*self._prefill.prefixes.block_sizes, *self._decode.prefixes.block_sizes))
+
+    @property
+    def needed_roles(self) -> tuple[str, ...]:
+        """The pools without whose workers no request can be served."""
+        return ("prefill", "decode") if self._disaggregation == "always" else ("decode",)
 
     def place(self, demand: Demand) -> Placement | NoPlacement:
         """See `router.place`."""
-        return self._choose(self._as_known(demand), self._prefill, self._decode, self._bars)
+        return self._choose(self._as_known(demand), self._prefill, self._decode, self._pairs)
 
     def explain(self, demand: Demand) -> list[PairReport]:
         """See `router.explain`."""
-        return explain(self._as_known(demand), self._prefill, self._decode, self._bars)
+        return explain(self._as_known(demand), self._prefill, self._decode, self._pairs)
 
     def refusals(self, demand: Demand) -> tuple[str, ...]:
         """See `router.refusals`."""
-        return refusals(self._as_known(demand), self._prefill, self._decode, self._bars)
+        return refusals(self._as_known(demand), self._prefill, self._decode, self._pairs)
 
     def cache_update(self, engine_id: str, update: CacheUpdate) -> None:
-        """A prefill worker's prefix cache has changed."""
-        self._prefill.prefixes.update(engine_id, update.stored, update.removed)
+        """A worker's prefix cache has changed."""
+        table = self._prefill if engine_id in self._prefill else self._decode
+        table.prefixes.update(engine_id, update.stored, update.removed)
 
     def book(
-        self, request: str, prefill: str, decode: str, num_tokens: int, max_tokens: int = 1, cached_tokens: int = 0
+        self,
+        request: str,
+        prefill: str | None,
+        decode: str,
+        num_tokens: int,
+        max_tokens: int = 1,
+        cached_tokens: int = 0,
     ) -> None:
-        """A request is on its way to two workers, or to a prefill worker alone (`decode` is "").
+        """A request is on its way to two workers, or to one alone: prefill (`decode` is "") or decode.
 
         Args:
             request: its name.
-            prefill: engine id.
+            prefill: engine id; None: the decode worker computes the prompt.
             decode: engine id.
             num_tokens: of its prompt.
             max_tokens: the most that it may generate.
-            cached_tokens: of its prompt, that the prefill worker has in its cache.
+            cached_tokens: of its prompt, that the worker that computes it has in its cache.
         """
-        prefill_s = self._prefill.prefill_seconds_of(prefill, num_tokens, cached_tokens)
-        booking = _Booking(
-            prefill, decode, self._prefill.blocks(prefill, num_tokens), 0, prefill_s, num_tokens, max_tokens, _NOTHING
-        )
-        self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=prefill_s)
+        self._arrivals.count()
+        booking = _Booking(prefill, decode, 0, 0, 0.0, num_tokens, max_tokens, _NOTHING)
+        if prefill is None:
+            booking.prefill_s = self._decode.local_seconds_of(decode, num_tokens, cached_tokens)
+            self._decode.take(decode, queued_s=booking.prefill_s)
+        else:
+            booking.prefill_s = self._prefill.prefill_seconds_of(prefill, num_tokens, cached_tokens)
+            booking.prefill_blocks = self._prefill.blocks(prefill, num_tokens)
+            self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=booking.prefill_s)
         if decode:
             booking.decode_blocks = self._decode.blocks(decode, num_tokens)
             self._decode.take(decode, blocks=booking.decode_blocks, requests=1)
@@ -124,7 +164,10 @@ class Books:
         if booking is None or not booking.prefilling:
             return
         booking.prefilling = False
-        if booking.prefill in self._prefill:
+        if booking.prefill is None:
+            if booking.decode in self._decode:
+                self._decode.take(booking.decode, queued_s=-booking.prefill_s)
+        elif booking.prefill in self._prefill:
             self._prefill.take(
                 booking.prefill, blocks=-booking.prefill_blocks, requests=-1, queued_s=-booking.prefill_s
             )
@@ -165,7 +208,13 @@ class Books:
     def _as_known(self, demand: Demand) -> Demand:
         """The demand with what these books know of its future."""
         outlook = self._lengths.outlook(demand.max_tokens)
-        return replace(demand, outlook=outlook, max_queued_s=self._max_queued_s)
+        return replace(
+            demand,
+            outlook=outlook,
+            max_queued_s=self._max_queued_s,
+            disaggregation=self._disaggregation,
+            arrivals_per_s=self._arrivals.per_s(),
+        )
 
     def _expect(self, booking: _Booking, num_tokens: int) -> None:
         """Reckon anew with what a request will hold, now that it has so many tokens."""

@@ -1,4 +1,4 @@
-"""Which prefill workers hold the beginning of a prompt, from what they say of their prefix caches.
+"""Which workers of a pool hold the beginning of a prompt, from what they say of their prefix caches.
 
 A table from the hash of a block to the workers that hold it, as the bits of a whole number: a prompt is followed
 through it block by block for all workers at once. It holds no more than the workers do. What it says may be a moment
@@ -8,19 +8,22 @@ old, which makes a prediction worse and nothing wrong: a worker looks for itself
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from workers.prefix_cache import block_hashes
+from workers.prefix_cache import BlockHashes
 
 _FEW = 8
 """Workers up to which it is quicker to look at each alone."""
 
 
 class PromptPrefix:
-    """A prompt as the index looks for it: its blocks' hashes, made when first asked for, once for each block size.
+    """A prompt as the index looks for it: its blocks' hashes, for each block size.
+
+    They are made when they are first asked for. Of a long prompt that takes a while: `prepare` it on another thread
+    before the router sees it.
 
     Args:
         token_ids: the prompt.
@@ -28,14 +31,29 @@ class PromptPrefix:
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self._token_ids = token_ids
+        self._chains: dict[int, BlockHashes] = {}
         self._hashes: dict[int, tuple[bytes, ...]] = {}
+
+    def prepare(self, block_sizes: Iterable[int]) -> None:
+        """Make the hashes for workers of these block sizes."""
+        for block_size in block_sizes:
+            self.hashes(block_size)
+
+    def followed_by(self, output: Sequence[int]) -> PromptPrefix:
+        """The prompt with what was generated after it, whose hashes go on where these ended."""
+        longer = PromptPrefix((*self._token_ids, *output))
+        longer._chains = self._chains
+        return longer
 
     def hashes(self, block_size: int) -> tuple[bytes, ...]:
         """Of the full blocks that a worker need not compute; the one with the last token is always computed."""
-        if block_size not in self._hashes:
+        if (known := self._hashes.get(block_size)) is None:
             reusable = (len(self._token_ids) - 1) // block_size
-            self._hashes[block_size] = block_hashes(self._token_ids, block_size)[:reusable]
-        return self._hashes[block_size]
+            if (chain := self._chains.get(block_size)) is None:
+                chain = self._chains[block_size] = BlockHashes(block_size)
+            chain.extend(self._token_ids[len(chain.hashes) * block_size :])
+            known = self._hashes[block_size] = tuple(chain.hashes[:reusable])
+        return known
 
 
 class PrefixIndex:
@@ -49,6 +67,16 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._holders)
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """Each worker's slot."""
+        return self._slots
+
+    @property
+    def block_sizes(self) -> Collection[int]:
+        """Of the workers that are here."""
+        return self._sizes.keys()
 
     def add(self, engine_id: str, block_size: int) -> int:
         """A worker is here; its cache is empty. Returns its slot: the lowest that is not taken."""

@@ -1,4 +1,4 @@
-"""Which pair of workers serves a request: filter by what they can do, then score by measured cost and load.
+"""Which workers serve a request: filter by what they can do, then score by measured cost and load.
 
 Plain data in, plain data out; knows neither Ray nor requests under way. Costs are predictions from each worker's own
 measurements; there is no table of hardware here.
@@ -6,290 +6,192 @@ measurements; there is no table of hardware here.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.output_lengths import Outlook, likely_peak
-from cluster.routing.prefix_index import PromptPrefix
+from cluster.routing.costs import Costs
+from cluster.routing.demand import Bar, Bars, Demand, NoPlacement, PairReport, Placement
+from cluster.routing.pair_search import cheapest_pair
+from cluster.routing.pairs import Pairs
+from cluster.routing.suitability import busy, fits, has_room, is_hopeless, no_room, takes_more, unfit
 from cluster.routing.worker_table import WorkerTable
-from workers.block_manager import blocks_for
 
-_LOOK_AHEAD_TOKENS = 64
-"""Decode steps that a placement is judged by: about as long as today's load is likely to last."""
+__all__ = [
+    "Bar",
+    "Bars",
+    "Choose",
+    "Demand",
+    "NoPlacement",
+    "PairReport",
+    "Pairs",
+    "Placement",
+    "explain",
+    "place",
+    "refusals",
+]
+
+_CLOSE_ENOUGH = 0.01
+"""A pair is not looked for that would be better by less than this share: nothing is predicted so well."""
+_EVEN_S = 1e-9
+"""What a request on a worker counts for beside the cost: of equals the one with the fewest is chosen."""
 
 _Floats = npt.NDArray[np.float64]
-_Flags = npt.NDArray[np.bool_]
+
+Choose = Callable[[Demand, WorkerTable, WorkerTable, Pairs], Placement | NoPlacement]
+"""How workers are chosen from (demand, prefill pool, decode pool, pairs): `place`, or a policy to compare with."""
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a request needs.
+def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
+    """Choose the workers of the lowest cost; of equals those with the fewest requests.
 
-    Attributes:
-        prompt_tokens: length of its prompt.
-        max_tokens: the most tokens to generate.
-        outlook: how many it is likely to generate; None: its growth, and that of the others, is not looked at.
-        max_queued_s: a prefill worker that has more to do takes nothing now.
-        prefix: its prompt, as prefix caches are asked for it; None: they are not.
-    """
+    What is minimised is the predicted delay that the placement causes, in seconds: the request's own, to its first
+    token and through the next decode steps, and that of others whom it holds up.
 
-    prompt_tokens: int
-    max_tokens: int
-    outlook: Outlook | None = None
-    max_queued_s: float = math.inf
-    prefix: PromptPrefix | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Bar:
-    """Why two workers cannot work together; `forever`: waiting does not help."""
-
-    reason: str
-    forever: bool
-
-
-Bars = Mapping[tuple[str, str], Bar]
-"""By (prefill, decode)."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A chosen pair.
-
-    Attributes:
-        prefill: engine id.
-        decode: engine id.
-        ttft_s: predicted seconds until the first token.
-        itl_s: predicted seconds between tokens, as the decode worker's batch is now.
-        cached_tokens: of the prompt, that the prefill worker has in its cache.
-    """
-
-    prefill: str
-    decode: str
-    ttft_s: float
-    itl_s: float
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class NoPlacement:
-    """No pair can take the request now; `explain` says why. `hopeless`: none could, even if all were idle and ready."""
-
-    hopeless: bool
-
-
-@dataclass(frozen=True)
-class PairReport:
-    """A pair as the router saw it for one request.
-
-    Attributes:
-        prefill: engine id.
-        decode: engine id.
-        ttft_s: predicted seconds until the first token.
-        itl_s: predicted seconds between tokens.
-        cost_s: predicted seconds to the first token and through the next ones: the lowest is chosen.
-        refusal: why it cannot serve the request now; empty if it can.
-        chosen: whether it is the one.
-        cached_tokens: of the prompt, that the prefill worker has in its cache.
-    """
-
-    prefill: str
-    decode: str
-    ttft_s: float
-    itl_s: float
-    cost_s: float
-    refusal: str
-    chosen: bool
-    cached_tokens: int = 0
-
-
-Choose = Callable[[Demand, WorkerTable, WorkerTable, Bars], Placement | NoPlacement]
-"""How a pair is chosen from (demand, prefill pool, decode pool, bars): `place`, or another policy to compare with."""
-
-
-def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> Placement | NoPlacement:
-    """Choose the pair that is predicted to answer soonest; of equals the one with the fewest requests.
-
-    The cost of a pair is the time until the first token (the prompts queued on the prefill worker, and what it has not
-    cached of this one) plus
-    the time of the next decode steps with one sequence more in the decode worker's batch.
+    * A pair costs the prompts queued on the prefill worker, what it has not cached of this one, what that does not hide
+      of moving the blocks that the decode worker lacks, and the next steps of the decode worker's batch with one
+      sequence more and its tokens in the cache. Nobody else waits: who is queued before it goes first, and the decode
+      worker never stops. If the decode worker still has prompts of its own to compute, the steps begin after those.
+    * A decode worker alone costs the prompts queued there, what it has not cached of this one, with a step of its batch
+      for each chunk, and the same next steps; no handoff. But no sequence of its batch goes on while a chunk is
+      computed: that time counts once for each of them, and half of it for each that is likely to come meanwhile. So a
+      short prompt, or one of which little is missing, takes no detour where the decode worker is idle; a long one does,
+      and a busy worker is only stopped where the prefill workers are far behind.
 
     Args:
-        demand: what the request needs.
+        demand: what the request needs; which of the two may be chosen at all.
         prefill: the prefill pool.
         decode: the decode pool.
-        bars: pairs that cannot work together.
+        pairs: what is known of pairs of them.
     """
-    p_fits = fits(prefill, demand) & takes_more(prefill, demand)
+    costs = Costs(demand, prefill, decode, pairs)
     d_fits = fits(decode, demand) & has_room(decode, demand)
-    cached = _cached(prefill, demand)
-    p_cost = np.where(p_fits, _ttft(prefill, demand, cached), np.inf)
-    d_cost = np.where(d_fits, decode.column("step_s") * _steps(demand), np.inf)
-    if not (p_fits.any() and d_fits.any()):
-        return NoPlacement(is_hopeless(demand, prefill, decode, bars))
-    p, d = _least(p_cost, prefill.column("running")), _least(d_cost, decode.column("running"))
-    if bars and (prefill.engine_ids[p], decode.engine_ids[d]) in bars:
-        pairs = p_cost[:, None] + d_cost
-        for row, column in _barred_cells(bars, prefill, decode):
-            pairs[row, column] = np.inf
-        if not np.isfinite(pairs).any():
-            return NoPlacement(is_hopeless(demand, prefill, decode, bars))
-        running = prefill.column("running")[:, None] + decode.column("running")
-        p, d = divmod(_least(pairs.ravel(), running.ravel()), len(decode))
-    itl_s = float(decode.column("step_s")[d])
-    return Placement(prefill.engine_ids[p], decode.engine_ids[d], float(p_cost[p]), itl_s, int(cached[p]))
+    if not d_fits.any():
+        return NoPlacement(is_hopeless(demand, prefill, decode, pairs))
+    pair = _best_pair(demand, prefill, decode, pairs, costs, d_fits) if demand.in_pairs else None
+    alone = _best_alone(demand, decode, costs, d_fits) if demand.alone else None
+    if alone is not None and (pair is None or alone[1] < pair[2]):
+        d = alone[0]
+        return Placement(
+            None, decode.engine_ids[d], float(costs.local_ttft_s[d]), float(costs.itl_s[d]), int(costs.decode_cached[d])
+        )
+    if pair is None:
+        return NoPlacement(is_hopeless(demand, prefill, decode, pairs))
+    p, d, _ = pair
+    return Placement(
+        prefill.engine_ids[p],
+        decode.engine_ids[d],
+        float(costs.ttft_s[p]),
+        float(costs.itl_s[d]),
+        int(costs.cached[p]),
+    )
 
 
-def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> list[PairReport]:
-    """Every pair, those that can serve the request first, best first; see `place`."""
-    placement = place(demand, prefill, decode, bars)
+def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> list[PairReport]:
+    """Every pair and every decode worker alone, as far as the demand allows for either; see `place`.
+
+    Those that can serve the request come first, best first.
+    """
+    placement = place(demand, prefill, decode, pairs)
     chosen = (placement.prefill, placement.decode) if isinstance(placement, Placement) else None
-    cached, step_s = _cached(prefill, demand), decode.column("step_s")
-    ttft = _ttft(prefill, demand, cached)
-    reports = []
-    for p, p_id in enumerate(prefill.engine_ids):
-        for d, d_id in enumerate(decode.engine_ids):
-            bar = bars.get((p_id, d_id))
-            refusal = (
-                _unfit(prefill, p, demand)
-                or _busy(prefill, p, demand)
-                or (bar and f"{p_id} -> {d_id}: {bar.reason}")
-                or _unfit(decode, d, demand)
-                or _no_room(decode, d, demand)
-            )
-            cost = float(ttft[p] + step_s[d] * _steps(demand))
-            is_chosen = (p_id, d_id) == chosen
-            ttft_s, itl_s, held = float(ttft[p]), float(step_s[d]), int(cached[p])
-            reports.append(PairReport(p_id, d_id, ttft_s, itl_s, cost, refusal, is_chosen, held))
-    return sorted(reports, key=lambda r: (bool(r.refusal), not r.chosen, r.cost_s, r.prefill, r.decode))
+    costs = Costs(demand, prefill, decode, pairs)
+    reports: list[PairReport] = []
+    if demand.in_pairs:
+        reports += _pair_reports(demand, prefill, decode, pairs, costs, chosen)
+    if demand.alone:
+        reports += _local_reports(demand, decode, costs, chosen)
+    return sorted(reports, key=lambda r: (bool(r.refusal), not r.chosen, r.cost_s, r.prefill or "", r.decode))
 
 
-def refusals(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> tuple[str, ...]:
-    """Why no pair can take the request now, each reason once."""
-    reports = explain(demand, prefill, decode, bars)
+def refusals(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> tuple[str, ...]:
+    """Why nobody can take the request now, each reason once."""
+    reports = explain(demand, prefill, decode, pairs)
     return tuple(dict.fromkeys(report.refusal for report in reports if report.refusal)) or ("there are no workers",)
 
 
-def _cached(prefill: WorkerTable, demand: Demand) -> npt.NDArray[np.int64]:
-    if demand.prefix is None:
-        return np.zeros(len(prefill), dtype=np.int64)
-    return prefill.cached_tokens(demand.prefix)
+def _best_pair(
+    demand: Demand,
+    prefill: WorkerTable,
+    decode: WorkerTable,
+    pairs: Pairs,
+    costs: Costs,
+    d_fits: npt.NDArray[np.bool_],
+) -> tuple[int, int, float] | None:
+    """Rows of the cheapest pair, and its cost; None: no pair can take the request."""
+    p_fits = fits(prefill, demand) & takes_more(prefill, demand)
+    if not p_fits.any():
+        return None
+    p_cost = _among(p_fits, costs.ttft_s, prefill)
+    d_cost = _among(d_fits, costs.decode_s, decode)
+    if pairs.differ or decode.column("queued_s").any():
+        return cheapest_pair(p_cost, d_cost + costs.least_handoff_s, costs.more_s, _CLOSE_ENOUGH)
+    p, d = int(p_cost.argmin()), int(d_cost.argmin())
+    return p, d, float(p_cost[p] + d_cost[d])
 
 
-def _ttft(prefill: WorkerTable, demand: Demand, cached: npt.NDArray[np.int64]) -> _Floats:
-    seconds: _Floats = prefill.column("queued_s") + prefill.missing_seconds(demand.prompt_tokens, cached)
-    return seconds
+def _best_alone(
+    demand: Demand, decode: WorkerTable, costs: Costs, d_fits: npt.NDArray[np.bool_]
+) -> tuple[int, float] | None:
+    """Row of the cheapest decode worker that computes the prompt itself, and its cost; None: none can."""
+    able = d_fits & takes_more(decode, demand)
+    if not able.any():
+        return None
+    cost = _among(able, costs.local_s, decode)
+    d = int(cost.argmin())
+    return d, float(cost[d])
 
 
-def _steps(demand: Demand) -> int:
-    return min(demand.max_tokens, _LOOK_AHEAD_TOKENS)
+def _among(able: npt.NDArray[np.bool_], cost: _Floats, table: WorkerTable) -> _Floats:
+    return np.where(able, cost + table.column("running") * _EVEN_S, np.inf)
 
 
-def _could(table: WorkerTable, demand: Demand) -> _Flags:
-    """Who could take the request if it were idle and ready."""
-    needed = demand.prompt_tokens + 1
-    could: _Flags = (table.column("max_model_len") >= needed) & (
-        table.column("total_blocks") * table.column("block_size") >= needed
-    )
-    return could
+def _pair_reports(
+    demand: Demand,
+    prefill: WorkerTable,
+    decode: WorkerTable,
+    pairs: Pairs,
+    costs: Costs,
+    chosen: tuple[str | None, str] | None,
+) -> Iterator[PairReport]:
+    everybody = np.arange(len(prefill)), np.arange(len(decode))
+    handoff_s, pair_s = costs.handoff_s(*everybody), costs.pair_s(*everybody)
+    for p, p_id in enumerate(prefill.engine_ids):
+        for d, d_id in enumerate(decode.engine_ids):
+            bar = pairs.bars.get((p_id, d_id))
+            yield PairReport(
+                prefill=p_id,
+                decode=d_id,
+                ttft_s=float(costs.ttft_s[p]),
+                itl_s=float(costs.itl_s[d]),
+                cost_s=float(costs.ttft_s[p] + costs.decode_s[d] + (0.0 if bar else pair_s[p, d])),
+                refusal=(
+                    unfit(prefill, p, demand)
+                    or busy(prefill, p, demand)
+                    or (bar and f"{p_id} -> {d_id}: {bar.reason}")
+                    or unfit(decode, d, demand)
+                    or no_room(decode, d, demand)
+                ),
+                chosen=(p_id, d_id) == chosen,
+                cached_tokens=int(costs.cached[p]),
+                handoff_s=0.0 if bar else float(handoff_s[p, d]),
+                decode_cached_tokens=int(costs.decode_cached[d]),
+            )
 
 
-def fits(table: WorkerTable, demand: Demand) -> _Flags:
-    """Who can take the request, as far as its length goes, and is ready."""
-    fitting: _Flags = _could(table, demand) & table.column("ready")
-    return fitting
-
-
-def has_room(table: WorkerTable, demand: Demand) -> _Flags:
-    """Whose cache and batch have room for the prompt and its first token now, and for everybody's growth."""
-    room = table.column("free_blocks") * table.column("block_size")
-    roomy: _Flags = (room >= demand.prompt_tokens + 1) & (table.column("free_slots") > 0)
-    if demand.outlook is not None and len(table):
-        roomy &= (table.column("running") == 0) | (_peak_tokens(table, demand, demand.outlook) <= _capacity(table))
-    return roomy
-
-
-def takes_more(table: WorkerTable, demand: Demand) -> _Flags:
-    """Which prefill workers are not too busy to be given a prompt now."""
-    free: _Flags = table.column("queued_s") <= demand.max_queued_s
-    return free
-
-
-def _capacity(table: WorkerTable) -> npt.NDArray[np.int64]:
-    tokens: npt.NDArray[np.int64] = table.column("usable_blocks") * table.column("block_size")
-    return tokens
-
-
-def _peak_tokens(table: WorkerTable, demand: Demand, outlook: Outlook) -> _Floats:
-    """The most that each worker's requests and this one are likely to hold at any time to come.
-
-    A worker with nothing to do takes a request whatever this says: waiting would not make it smaller.
-    """
-    peaks: _Floats = table.column("peak_tokens") + likely_peak(outlook.held(demand.prompt_tokens))
-    return peaks
-
-
-def _least(cost: _Floats, running: npt.NDArray[Any]) -> int:
-    """The lowest cost; of equals the one with the fewest requests."""
-    equals = np.flatnonzero(cost <= cost.min() * (1.0 + 1e-9))
-    return int(equals[running[equals].argmin()])
-
-
-def _barred_cells(bars: Bars, prefill: WorkerTable, decode: WorkerTable) -> Iterator[tuple[int, int]]:
-    for p_id, d_id in bars:
-        row, column = prefill.row(p_id), decode.row(d_id)
-        if row is not None and column is not None:
-            yield row, column
-
-
-def is_hopeless(demand: Demand, prefill: WorkerTable, decode: WorkerTable, bars: Bars) -> bool:
-    """Whether no pair could take the request, even if all were idle and ready. An empty pool may yet fill."""
-    if not len(prefill) or not len(decode):
-        return False
-    possible = np.logical_and.outer(_could(prefill, demand), _could(decode, demand))
-    forever = {pair: bar for pair, bar in bars.items() if bar.forever}
-    for row, column in _barred_cells(forever, prefill, decode):
-        possible[row, column] = False
-    return not possible.any()
-
-
-def _unfit(table: WorkerTable, row: int, demand: Demand) -> str:
-    """Why a worker cannot take the prompt, in words; empty if it can."""
-    name, needed = table.engine_ids[row], _blocks(table, row, demand)
-    window, blocks = table.column("max_model_len")[row], table.column("total_blocks")[row]
-    if demand.prompt_tokens + 1 > window:
-        return f"{name}: {demand.prompt_tokens} prompt tokens, context window {window}"
-    if needed > blocks:
-        return f"{name}: {needed} blocks needed, {blocks} in all"
-    if not table.column("ready")[row]:
-        return f"{name}: not ready"
-    return ""
-
-
-def _no_room(table: WorkerTable, row: int, demand: Demand) -> str:
-    """Why a decode worker has no room for the request now, in words; empty if it has."""
-    name, needed, free = table.engine_ids[row], _blocks(table, row, demand), table.column("free_blocks")[row]
-    if table.column("free_slots")[row] < 1:
-        return f"{name}: its batch is full"
-    if needed > free:
-        return f"{name}: {needed} blocks needed, {free} free"
-    if demand.outlook is not None and not has_room(table, demand)[row]:
-        peak = _peak_tokens(table, demand, demand.outlook)[row]
-        return f"{name}: its requests would grow to about {peak:.0f} tokens, {_capacity(table)[row]} fit"
-    return ""
-
-
-def _busy(table: WorkerTable, row: int, demand: Demand) -> str:
-    """Why a prefill worker takes nothing now, in words; empty if it does."""
-    if (queued_s := table.column("queued_s")[row]) > demand.max_queued_s:
-        return f"{table.engine_ids[row]}: {queued_s:.3g} s of work before it, {demand.max_queued_s:.3g} s allowed"
-    return ""
-
-
-def _blocks(table: WorkerTable, row: int, demand: Demand) -> int:
-    return blocks_for(demand.prompt_tokens + 1, int(table.column("block_size")[row]))
+def _local_reports(
+    demand: Demand, decode: WorkerTable, costs: Costs, chosen: tuple[str | None, str] | None
+) -> Iterator[PairReport]:
+    for d, d_id in enumerate(decode.engine_ids):
+        yield PairReport(
+            prefill=None,
+            decode=d_id,
+            ttft_s=float(costs.local_ttft_s[d]),
+            itl_s=float(costs.itl_s[d]),
+            cost_s=float(costs.local_s[d]),
+            refusal=unfit(decode, d, demand) or busy(decode, d, demand) or no_room(decode, d, demand),
+            chosen=(None, d_id) == chosen,
+            cached_tokens=int(costs.decode_cached[d]),
+            others_s=float(costs.others_s[d]),
+            decode_cached_tokens=int(costs.decode_cached[d]),
+        )

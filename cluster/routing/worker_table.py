@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ class WorkerTraits:
         total_blocks: of its cache.
         max_num_seqs: sequences that it takes at once.
         capability: measured costs.
+        kv_token_bytes: of the KV cache of a token, in all layers and ranks.
+        num_layers: that have a cache.
+        chunk_tokens: of prompts, that it computes in one step.
     """
 
     engine_id: str
@@ -40,6 +43,9 @@ class WorkerTraits:
     total_blocks: int
     max_num_seqs: int
     capability: Capability = field(default_factory=Capability)
+    kv_token_bytes: float = 0.0
+    num_layers: int = 1
+    chunk_tokens: int = 2048
 
 
 class WorkerTable:
@@ -47,9 +53,11 @@ class WorkerTable:
 
     Columns, as arrays of that length: `ready`, `max_model_len`, `block_size`, `total_blocks`, `free_blocks`,
     `usable_blocks` (those in quarantine left out), `free_slots`, `running` (requests), `queued_s` (predicted seconds of
-    the prompts that it has to compute first), `step_s` (predicted seconds of a decode step with one sequence more),
-    `future` (mean and variance of the tokens that its requests will hold, see `output_lengths`; workers × 2 × spans)
-    and `peak_tokens` (the most that they are likely to hold at once).
+    the prompts that it has to compute first), `step_s` (predicted seconds of a decode step with one sequence more, all
+    of them short), `kv_token_s` (what each token in the cache adds to it), `kv_token_bytes`, `num_layers`,
+    `chunk_tokens` (see `WorkerTraits`), `slot` (a small number that is the worker's for as long as it lives), `future`
+    (mean and variance of the tokens that its requests will hold, see `output_lengths`; workers × 2 × spans) and
+    `peak_tokens` (the most that they are likely to hold at once).
     """
 
     def __init__(self) -> None:
@@ -75,6 +83,11 @@ class WorkerTable:
         """The row of a worker; None if it is not here."""
         return self._rows.get(engine_id)
 
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """Each worker's slot."""
+        return self.prefixes.slots
+
     def column(self, name: str) -> npt.NDArray[Any]:
         """One column; see the class."""
         return self._columns[name][: len(self._traits)]
@@ -95,9 +108,16 @@ class WorkerTable:
         cached[row] = cached_tokens
         return float(self.missing_seconds(num_tokens, cached)[row])
 
+    def local_seconds_of(self, engine_id: str, num_tokens: int, cached_tokens: int = 0) -> float:
+        """The same for a decode worker, which takes a step of its batch with each chunk."""
+        row = self._rows[engine_id]
+        chunks = -(-(num_tokens - cached_tokens) // self._traits[row].chunk_tokens)
+        steps_s = chunks * float(self._columns["step_s"][row]) if self._columns["running"][row] else 0.0
+        return self.prefill_seconds_of(engine_id, num_tokens, cached_tokens) + steps_s
+
     def cached_tokens(self, prefix: PromptPrefix) -> npt.NDArray[np.int64]:
         """How many of a prompt's first tokens each worker has in its prefix cache."""
-        slots: npt.NDArray[np.int64] = self.column("prefix_slot")
+        slots: npt.NDArray[np.int64] = self.column("slot")
         return self.prefixes.cached_tokens(prefix)[slots]
 
     def missing_seconds(self, num_tokens: int, cached: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -138,6 +158,10 @@ class WorkerTable:
             0,
             0.0,
             traits.capability.decode_seconds(1),
+            traits.capability.kv_token_s,
+            traits.kv_token_bytes,
+            traits.num_layers,
+            traits.chunk_tokens,
             [traits.capability.prefill_seconds(n) for n in PROMPT_LENGTHS],
             self.prefixes.add(traits.engine_id, traits.block_size),
             0.0,
@@ -221,8 +245,12 @@ _COLUMNS = np.dtype(
         ("running", np.int64),
         ("queued_s", np.float64),
         ("step_s", np.float64),
+        ("kv_token_s", np.float64),
+        ("kv_token_bytes", np.float64),
+        ("num_layers", np.int64),
+        ("chunk_tokens", np.int64),
         ("prefill_s", np.float64, (len(PROMPT_LENGTHS),)),
-        ("prefix_slot", np.int64),
+        ("slot", np.int64),
         ("future", np.float64, (2, len(HORIZONS))),
         ("peak_tokens", np.float64),
     ]

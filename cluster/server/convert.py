@@ -9,6 +9,7 @@ from typing import Any
 from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, Usage, WorkerStatus
 from cluster.routing.router import PairReport
 from protos import baton_pb2
+from workers.capability import Capability
 from workers.messages import FinishReason, Load
 from workers.sampling.params import SamplingParams
 
@@ -71,7 +72,25 @@ def report_from_proto(message: baton_pb2.Timings) -> RequestReport:
 
 def worker_to_proto(worker: WorkerStatus) -> baton_pb2.WorkerStatus:
     """One worker's status."""
-    return baton_pb2.WorkerStatus(**asdict(worker))
+    plain = {field.name: getattr(worker, field.name) for field in fields(worker)}
+    values = {**plain, "load": asdict(worker.load), "capability": _capability_to_proto(worker.capability)}
+    return baton_pb2.WorkerStatus(**values)
+
+
+def _capability_to_proto(capability: Capability) -> baton_pb2.Capability | None:
+    """None where nothing was measured."""
+    if capability == Capability():
+        return None
+    times = {
+        name: [baton_pb2.MeasuredTime(size=size, seconds=seconds) for size, seconds in points]
+        for name, points in (("prefill", capability.prefill), ("decode", capability.decode))
+    }
+    return baton_pb2.Capability(**times, kv_token_s=capability.kv_token_s)
+
+
+def _capability_from_proto(message: baton_pb2.Capability) -> Capability:
+    prefill, decode = (tuple((t.size, t.seconds) for t in times) for times in (message.prefill, message.decode))
+    return Capability(prefill, decode, message.kv_token_s)
 
 
 def workers_from_proto(messages: Iterable[baton_pb2.WorkerStatus]) -> list[WorkerStatus]:
@@ -85,6 +104,9 @@ def workers_from_proto(messages: Iterable[baton_pb2.WorkerStatus]) -> list[Worke
             attention_backend=m.attention_backend,
             block_size=m.block_size,
             load=Load(**{name: getattr(m.load, name) for name in _LOAD_FIELDS}),
+            group=m.group,
+            max_num_seqs=m.max_num_seqs,
+            capability=_capability_from_proto(m.capability),
         )
         for m in messages
     ]
@@ -97,7 +119,10 @@ def explanation_to_proto(explanation: Explanation) -> baton_pb2.ExplainResponse:
 
 def explanation_from_proto(message: baton_pb2.ExplainResponse) -> Explanation:
     """Where a request would go."""
-    pairs = (PairReport(**{name: getattr(pair, name) for name in _PAIR_FIELDS}) for pair in message.pairs)
+    pairs = (
+        PairReport(**{name: getattr(pair, name) for name in _PAIR_FIELDS} | {"prefill": pair.prefill or None})
+        for pair in message.pairs
+    )
     return Explanation(message.prompt_tokens, message.max_tokens, tuple(pairs))
 
 
@@ -108,7 +133,7 @@ def targets_to_proto(targets: Iterable[PoolTarget]) -> baton_pb2.ScaleResponse:
 
 def targets_from_proto(message: baton_pb2.ScaleResponse) -> list[PoolTarget]:
     """What the pools are to have."""
-    return [PoolTarget(m.role, m.target, m.min_replicas, m.max_replicas) for m in message.pools]
+    return [PoolTarget(m.role, m.target, m.min_replicas, m.max_replicas, m.group) for m in message.pools]
 
 
 def model_info_to_proto(info: ModelInfo) -> baton_pb2.GetModelInfoResponse:

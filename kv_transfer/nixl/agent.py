@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,10 +55,12 @@ class NixlTransport(Transport):
 
     Args:
         count_descriptors: have every transfer say how many descriptors it became.
+        may_write: asked before every WRITE; where it says no, the WRITE fails.
     """
 
-    def __init__(self, *, count_descriptors: bool = False) -> None:
+    def __init__(self, *, count_descriptors: bool = False, may_write: Callable[[], bool] = lambda: True) -> None:
         self._count_descriptors = count_descriptors
+        self._may_write = may_write
         self._agent: nixl_agent | None = None
         self._registrations: list[object] = []
         self._rehearsal: torch.Tensor | None = None
@@ -174,6 +176,9 @@ class NixlTransport(Transport):
         agent = self._started
         try:
             handle = agent.make_prepped_xfer(operation, own, own_indices, other, other_indices, message)
+            if not self._may_write():
+                handle.release()
+                raise PeerError("this worker has not been heard for so long that others may use that memory")
             state = _STATES[agent.transfer(handle)]
         except Exception as error:
             raise PeerError(f"{operation} with {peer.info.engine_id} failed: {error}") from error

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kv_transfer.nixl.agent import NixlTransport
 from kv_transfer.push import PushConnector
 
 
 class NixlConnector(PushConnector):
-    """Pushes KV cache with NIXL WRITEs, from a thread that owns the agent."""
+    """Pushes KV cache with NIXL WRITEs, from a thread that owns the agent.
 
-    def __init__(self, *, drain_s: float = 1.0) -> None:
-        super().__init__(NixlTransport(), drain_s=drain_s)
+    Args:
+        drain_s: see `PushConnector`.
+        may_write: see `NixlTransport`.
+    """
+
+    def __init__(self, *, drain_s: float = 1.0, may_write: Callable[[], bool] = lambda: True) -> None:
+        super().__init__(NixlTransport(may_write=may_write), drain_s=drain_s)

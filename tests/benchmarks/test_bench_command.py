@@ -52,6 +52,8 @@ class _Stream:
 class _Engine:
     """Fails the requests whose numbers, counted from 0 and the warm-up included, are in `failing`."""
 
+    block_sizes: frozenset[int] = frozenset()
+
     def __init__(self, failing: range) -> None:
         self.requests: list[EngineRequest] = []
         self._failing = failing

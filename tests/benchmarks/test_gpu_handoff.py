@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,20 @@ TINY = {
 
 
 def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
-    output = tmp_path / "result.json"
+    output, before = tmp_path / "result.json", descendants(os.getpid())
     settings = ("handoff.connector=local", "prefill.num_blocks=32", "decode.num_blocks=64", "decode.device=cpu")
     code = gpu_handoff.main(
         [
             "--devices", "0", "--dtype", "float32", "--model", str(save_shape(tmp_path / "tiny", TINY)),
             "--max-model-len", "256", "--max-num-batched-tokens", "64", "--max-num-seqs", "4", "--start-timeout", "90",
             "--lengths", "20", "100", "--requests", "2", "--warmup", "1", "--output-tokens", "5", "--alone",
+            "--pause", "0",
             "--load", "8:24:6:1", "--short", "8:8:4:1", "--kernel-cache", str(tmp_path / "kernels"),
             "--output", str(output), "--run", "test", *(f"--set={setting}" for setting in settings),
         ]
     )  # fmt: skip
     assert code == 0
-    assert not descendants(os.getpid())
+    assert not descendants(os.getpid()).keys() - before.keys()
     result = json.loads(output.read_text())
     assert (result["config"]["gpus"], result["config"]["cold_caches"]) == (1, True)
     assert result["first_token_s"] > 0
@@ -87,5 +89,15 @@ def test_a_stopped_server_takes_its_children_with_it(tmp_path: Path) -> None:
         family = descendants(os.getpid())
         assert len(family) == 2
     assert not family.keys() & descendants(os.getpid()).keys()
-    alive = [pid for pid in family if Path(f"/proc/{pid}/stat").exists()]
-    assert all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in alive)
+    give_up_at = time.monotonic() + 20.0
+    while any(runs(pid) for pid in family):  # a signal takes its time where others use the cores
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -117,7 +117,7 @@ def test_the_handoff_benchmark_runs_end_to_end(devices: str, tmp_path: Path) -> 
         [
             "--vllm-path", str(tmp_path / "packages"), "--devices", devices, "--run", "test",
             "--model", str(save_shape(tmp_path / "tiny", TINY)), "--start-timeout", "30",
-            "--lengths", "8", "20", "--requests", "2", "--warmup", "1", "--output-tokens", "4",
+            "--lengths", "8", "20", "--requests", "2", "--warmup", "1", "--output-tokens", "4", "--pause", "0",
             "--load", "40:6:4:0.5", "--kernel-cache", str(tmp_path / "cache"), "--output", str(output),
         ]
     )  # fmt: skip

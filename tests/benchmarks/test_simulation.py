@@ -49,7 +49,10 @@ def test_a_standstill_is_an_error_and_no_hang():
 def test_one_request_takes_what_its_workers_take():
     outcome = simulate(Plan([HARDWARE], [HARDWARE]), [Arrival(5.0, 100, 11)], place)
     assert outcome.ttft_s == [pytest.approx(1.0)]
-    assert outcome.itl_s == [pytest.approx(0.01 + 0.1 / 10)], "ten steps, and a handoff of 100 tokens before them"
+    assert outcome.itl_s == [pytest.approx(0.01 + 0.1 / 32 / 10)], "ten steps, and the last layer's handoff before them"
+    slow = replace(HARDWARE, link_bytes_per_s=50 * 131_072.0)
+    outcome = simulate(Plan([slow], [HARDWARE]), [Arrival(5.0, 100, 11)], place)
+    assert outcome.itl_s == [pytest.approx(0.01 + (2.0 - 1.0) / 10)], "computing hides a second of two"
 
 
 def test_prompts_wait_for_each_other():
@@ -99,10 +102,16 @@ def test_the_trace_has_the_lengths_that_it_says():
 
 def test_the_benchmarks_write_their_results(tmp_path):
     assert router.main(["--workers", "3", "--requests", "200", "--output", str(tmp_path / "a.json")]) == 0
-    (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
-    assert case["workers"] == 3
-    assert case["decision_us"] > 0
+    cases = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert [(case["workers"], case["knows"]) for case in cases] == [(3, case.name) for case in router.CASES]
+    assert all(case["decision_us"] > 0 for case in cases)
     assert router_quality.main(["--requests", "60", "--loads", "0.5", "--output", str(tmp_path / "b.json")]) == 0
     cases = json.loads((tmp_path / "b.json").read_text())["cases"]
-    assert [case["policy"] for case in cases] == list(POLICIES)
+    assert [(case["policy"], case["disaggregation"]) for case in cases] == [
+        ("predicted time", "always"),
+        ("predicted time", "auto"),
+        ("predicted time", "never"),
+        ("least loaded", "always"),
+        ("round robin", "always"),
+    ]
     assert all(case["succeeded"] == 60 for case in cases)

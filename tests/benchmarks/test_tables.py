@@ -50,10 +50,11 @@ def _results(folder: Path, ratio: float = 2.5) -> None:
         "total_ratio": 1.0, "target": 1.0, "equal_jobs": 1, "jobs": [{}],
     }  # fmt: skip
     case = {"model": "100M", "prompt_tokens": 64, "medians": {**dict.fromkeys(LABELS, 0.0125), "kv_bytes": 2048.0}}
+    decision = {"workers": 7, "knows": "all", "decision_us": 41.4, "decision_p99_us": 90.0, "requests_per_s": 1e4}
     for name, content in (
         ("engine_vs_transformers", {"comparisons": [comparison]}),
         ("disaggregation_cost", {"cases": [case]}),
-        ("router", {"cases": [{"workers": 7, "decision_us": 41.4, "decision_p99_us": 90.0, "requests_per_s": 1e4}]}),
+        ("router", {"cases": [decision]}),
         ("router_quality", {"cases": []}),
         ("saturation", {"cases": [_saturated(2.0, 40.0), _saturated(2.0, 30.0), _saturated(None, 60.0)]}),
         ("simulation_scale", _SCALE),
@@ -79,7 +80,7 @@ def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest
     assert "**2.50×**" in text
     assert "| prefill alone | 12.50 |" in text
     assert "| KV cache moved, KiB | 2 |" in text
-    assert "| 7 | 41 | 90 | 10000 |" in text
+    assert "| 7 | all | 41 | 90 | 10000 |" in text
     assert "| long | 2 s | 2.00 × | 80.0 | 30.0 | 75% |" in text, "of the peak under the same bound"
     assert "| long | no bound | 2.00 × | 80.0 | 60.0 | 100% |" in text
     assert "| ended in an error | 2 WorkerLostError |" in text

@@ -18,8 +18,10 @@ from cluster.engine import ServingEngine
 from cluster.generation import Generation
 from cluster.inprocess import InProcessWorker
 from cluster.pools import replacement
-from cluster.pools.scaling import PoolLimits
-from cluster.routing.router import PairReport
+from cluster.pools.groups import PoolLimits
+from cluster.routing.books import Books
+from cluster.routing.demand import PairReport
+from cluster.routing.router import Choose, place
 from cluster.server.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
 from fleet import Fleet
@@ -47,6 +49,7 @@ class ScriptedEngine:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     targets: dict[str, int] = field(default_factory=lambda: {"prefill": 1, "decode": 1})
+    block_sizes: frozenset[int] = frozenset()
 
     def generate(self, request: EngineRequest) -> ScriptedStream:
         self.requests.append(request)
@@ -61,7 +64,8 @@ class ScriptedEngine:
     def explain(self, request: EngineRequest) -> list[PairReport]:
         self.requests.append(request)
         return [
-            PairReport("p-1.00", "d-2.00", 0.0123, 0.0045, 0.3, "", True),
+            PairReport("p-1.00", "d-2.00", 0.0123, 0.0045, 0.3, "", True, 64, 0.0021, 0.0, 32),
+            PairReport(None, "d-2.00", 0.0151, 0.0045, 0.41, "", False, 32, 0.0, 0.1, 32),
             PairReport("p-1.00", "d-1.00", 0.0123, 0.0045, 0.3, "d-1.00: its batch is full", False),
         ]
 
@@ -172,24 +176,28 @@ async def serve(byte_tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Awaita
 
 @pytest.fixture
 async def make_fleet(tiny_checkpoint, monkeypatch):
-    """Start an engine; `prefill` and `decode` hold the settings of the worker of each place."""
+    """Start an engine; `prefill` and `decode` have the settings of each place's worker, by group if there are any."""
     monkeypatch.setattr(replacement, "_RESTART_DELAYS_S", (0.01,))
     started: list[ServingEngine] = []
 
     async def make(
-        prefill: int | list[dict] = 1,
-        decode: int | list[dict] = 1,
+        prefill: int | list[dict] | dict[str, list[dict]] = 1,
+        decode: int | list[dict] | dict[str, list[dict]] = 1,
         *,
         faults: Faults | None = None,
         max_queue: int = 64,
         worker_class: type[InProcessWorker] = InProcessWorker,
         limits: dict[str, PoolLimits] | None = None,
         silence_s: float | None = None,
+        disaggregation: str = "always",
+        choose: Choose = place,
         **settings,
     ) -> Fleet:
         fabric = LocalFabric(faults)
 
-        def places(role: str, pool: int | list[dict]):
+        def places(role: str, pool: int | list[dict] | dict[str, list[dict]], prefix: str = ""):
+            if isinstance(pool, dict):
+                return {name: places(role, each, f"{name}-") for name, each in pool.items()}
             each = [{}] * pool if isinstance(pool, int) else pool
             base = {
                 "model": str(tiny_checkpoint("llama")),
@@ -197,12 +205,11 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
                 "num_blocks": 64,
                 "max_model_len": 512,
                 "max_num_batched_tokens": 64,
+                "local_prefill": role == "decode" and disaggregation != "always",
                 **settings,
             }
-            return [
-                partial(worker_class, WorkerConfig(**{"name": f"{role}-{i}", "role": role, **base, **own}), fabric)
-                for i, own in enumerate(each)
-            ]
+            named = [{"name": f"{role}-{prefix}{i}", "role": role, **base, **own} for i, own in enumerate(each)]
+            return [partial(worker_class, WorkerConfig(**settings), fabric) for settings in named]
 
         engine = ServingEngine(
             places("prefill", prefill),
@@ -210,6 +217,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
             max_queue=max_queue,
             limits=limits,
             silence_s=silence_s,
+            books=Books(choose, disaggregation=disaggregation),
         )
         started.append(engine)
         await engine.start()

@@ -128,6 +128,46 @@ print("not reached", flush=True)
     assert "a rank of prefill-0 ends: the lead is gone" in done.stderr
 
 
+async def test_what_is_heard_renews_the_right_to_write(actor, monkeypatch):
+    monkeypatch.setattr("cluster.actors.HEARTBEAT_S", 0.01)
+    assert await actor.renew(0) is None, "nothing has been said yet"
+    stream = actor.outputs()
+    await anext(stream)
+    first = await actor.renew(1)
+    assert first is not None
+    for _ in range(100):
+        await anext(stream)
+    last = await actor.renew(101)
+    assert last is not None
+    assert last > first
+    assert actor._lease.holds()
+
+
+def test_a_worker_that_nobody_hears_ends_its_process():
+    program = """
+import asyncio
+from cluster.actors import WorkerActor
+from kv_transfer.lease import Lease
+from workers.config import WorkerConfig
+
+async def run():
+    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere"))
+    actor._lease = Lease(1.5)
+    heard = 0
+    async for _ in actor.outputs():
+        heard += 1
+        print(heard, flush=True)
+        if heard < 3:
+            await actor.renew(heard)
+
+asyncio.run(run())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stdout.startswith("1\n2\n3\n")
+    assert "prefill-0 ends: nobody has heard of it for long" in done.stderr
+
+
 async def test_a_worker_with_nothing_to_say_says_that(actor, monkeypatch):
     monkeypatch.setattr("cluster.actors.HEARTBEAT_S", 0.01)
     stream = actor.outputs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,12 +12,13 @@ import pytest
 
 from benchmarks.simulation.virtual_time import run_simulated
 from benchmarks.simulation.workers import Fabric, Hardware, SimulatedWorker
-from cluster.api import EngineRequest
-from cluster.autoscaler import Autoscaler, policies_of
+from cluster.api import EngineRequest, PoolTarget
+from cluster.autoscaler import Autoscaler, policies_of, share_change
 from cluster.clock import now
 from cluster.config_sections import AutoscalerConfig
 from cluster.engine import ServingEngine
-from cluster.pools.scaling import PoolLimits
+from cluster.pools.groups import PoolLimits
+from cluster.scaling_policy import PoolSignals
 from fleet import prompt
 from workers.capability import Capability
 from workers.sampling.params import SamplingParams
@@ -104,6 +106,80 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing():
     assert any("the prefill pool would go from 1 to" in line and "pressure" in line for line in day.lines)
     assert not any(" goes " in line for line in day.lines)
     assert len(day.lines) < 20, "once for each thing it would do"
+
+
+GROUPS = (
+    PoolTarget("decode", 1, 1, 3, "spot"),
+    PoolTarget("decode", 2, 1, 2, "own"),
+    PoolTarget("decode", 1, 0, 9, "far"),
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [
+        (4, {}),
+        (5, {"decode.spot": 2}),
+        (8, {"decode.spot": 3, "decode.far": 3}),
+        (99, {"decode.spot": 3, "decode.far": 9}),
+        (3, {"decode.far": 0}),
+        (2, {"decode.far": 0, "decode.own": 1}),
+        (1, {"decode.far": 0, "decode.own": 1}),
+    ],
+)
+def test_a_pool_grows_in_its_first_group_with_room_and_shrinks_in_its_last(target, changes):
+    assert share_change(GROUPS, target) == changes
+
+
+def test_a_group_out_of_its_bounds_moves_towards_them_only():
+    too_many = [PoolTarget("decode", 5, 1, 3, "a"), PoolTarget("decode", 1, 1, 3, "b")]
+    assert share_change(too_many, 7) == {"decode.b": 2}
+    assert share_change(too_many, 5) == {"decode.a": 3}
+
+
+class Groups:
+    """Pools that follow their targets at once, under a latency that is given."""
+
+    def __init__(self, *targets: PoolTarget) -> None:
+        self.targets, self.latency_s = list(targets), 0.0
+
+    def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
+        self.targets = [replace(t, target=targets.get(t.key, t.target)) for t in self.targets]
+        return self.targets
+
+    def signals(self) -> dict[str, PoolSignals]:
+        target = sum(t.target for t in self.targets)
+        return {"decode": PoolSignals(target, target, 1, 14, self.latency_s, 0, 0.0)}
+
+
+@pytest.mark.parametrize("mode", ["on", "dry-run"])
+def test_it_says_which_groups_change(mode):
+    pools, lines, time_s = Groups(*GROUPS), [], 0.0
+    config = AutoscalerConfig(mode=mode, itl_s=1.0, grow_after_s=0.0, shrink_after_s=0.0, cooldown_s=0.0, grow_step=4)
+    autoscaler = Autoscaler(
+        pools,
+        policies_of(config, lambda: time_s),
+        interval_s=1.0,
+        dry_run=mode == "dry-run",
+        report=lambda line: lines.append(line.partition(":")[0]),
+    )
+    for pools.latency_s in (2.0, 2.0, 0.0):
+        autoscaler.look()
+        time_s += 1.0
+    sizes = {t.group: t.target for t in pools.targets}
+    if mode == "on":
+        assert lines == [
+            "the decode pool goes from 4 to 8 workers (spot from 1 to 3, far from 1 to 3)",
+            "the decode pool goes from 8 to 12 workers (far from 3 to 7)",
+            "the decode pool goes from 12 to 11 workers (far from 7 to 6)",
+        ]
+        assert sizes == {"spot": 3, "own": 2, "far": 6}
+    else:
+        assert lines == [
+            "the decode pool would go from 4 to 8 workers (spot from 1 to 3, far from 1 to 3)",
+            "the decode pool would go from 4 to 3 workers (far from 1 to 0)",
+        ], "once for each thing it would do"
+        assert sizes == {"spot": 1, "own": 2, "far": 1}
 
 
 async def test_load_adds_a_decode_worker_and_idleness_takes_it_back(make_fleet, expected):

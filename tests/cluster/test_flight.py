@@ -98,12 +98,13 @@ async def test_the_report():
     one.take("p", PrefillReport("f", queue_s=0.5, prefill_s=0.25, num_chunks=2, cached_tokens=48))
     one.take("p", token(1))
     one.take("p", HandoffReport("f", num_bytes=4096, num_parts=3, transfer_s=0.2, exposed_s=0.05))
-    one.take("d", DecodeReport("f", first_decode_s=0.01))
+    one.take("d", DecodeReport("f", first_decode_s=0.01, cached_tokens=32))
     one.take("d", token(2, FinishReason.LENGTH))
     await one.handoff_reported(0.0)
     report = one.report()
     assert (report.prefill_worker, report.decode_worker, report.attempts) == ("p", "d", 1)
     assert report.cached_tokens == 48
+    assert report.decode_cached_tokens == 32
     assert (report.queue_s, report.prefill_s, report.first_decode_s) == (2.5, 0.25, 0.01)
     assert (report.kv_bytes, report.transfer_s, report.exposed_transfer_s) == (4096, 0.2, 0.05)
     assert report.ttft_s >= 5.0

@@ -1,16 +1,20 @@
 """The text pipeline on a scripted engine, without a server."""
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from cluster.api import TokenChunk, Usage
 from cluster.generation import Conversation, Generation, GenerationRequest, TextChunk
+from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.tokenizer import ChatMessage, Tokenizer
 from workers.errors import DeadlineExceededError
 from workers.messages import FinishReason, TokenOutput
+from workers.prefix_cache import BlockHashes, block_hashes
 from workers.sampling.params import SamplingParams
 
 Answer = Callable[..., list]
@@ -103,3 +107,31 @@ async def test_a_conversation_is_tokenised_by_the_template(byte_tokenizer: Token
     generation = Generation(engine, byte_tokenizer, model)
     token_ids = await generation.tokenize(Conversation((ChatMessage("user", "hi"),)))
     assert byte_tokenizer.decode(token_ids) == "[user]hi[assistant]"
+
+
+@pytest.mark.parametrize("length", [40, 3000])
+async def test_a_prompt_is_hashed_before_the_engine_sees_it(
+    byte_tokenizer: Tokenizer, scripted: Callable, answer: Answer, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    engine, model = scripted(answer("ab"))
+    engine.block_sizes = frozenset({16, 64})
+    generation = Generation(engine, byte_tokenizer, replace(model, max_model_len=5000))
+    text = "x" * length
+    token_ids = byte_tokenizer.encode(text)
+    expected = {size: block_hashes(token_ids, size)[: (len(token_ids) - 1) // size] for size in engine.block_sizes}
+    hashed_by: list[threading.Thread] = []
+    prepare = PromptPrefix.prepare
+
+    def watched(prefix: PromptPrefix, block_sizes: Iterable[int]) -> None:
+        hashed_by.append(threading.current_thread())
+        prepare(prefix, block_sizes)
+
+    monkeypatch.setattr(PromptPrefix, "prepare", watched)
+    [_ async for _ in generation.generate(GenerationRequest("r", text, SamplingParams(), timeout_s=5.0))]
+    await generation.explain(GenerationRequest("r", text, SamplingParams(), timeout_s=5.0))
+    assert len(engine.requests) == len(hashed_by) == 2
+    assert all((thread is threading.main_thread()) == (length == 40) for thread in hashed_by)
+    for request in engine.requests:
+        monkeypatch.setattr(BlockHashes, "extend", None)  # what is asked for now is there
+        for block_size in (16, 64):
+            assert request.prefix.hashes(block_size) == expected[block_size]

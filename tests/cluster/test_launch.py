@@ -70,3 +70,44 @@ async def test_a_whole_service_in_one_process(tiny_checkpoint, reference_greedy)
     assert any("into 1 prefill workers on cpu and 1 decode workers on cpu, 0." in line for line in lines)
     # Full batches of 256 tokens; a token has keys and values of 2 heads of 32 floats in each of 3 layers.
     assert any("256 KV blocks of 16 tokens (4096 tokens, 6.3 MB)" in line for line in lines)
+
+
+async def test_a_pool_of_groups_says_what_each_is(tiny_checkpoint, reference_greedy):
+    checkpoint = tiny_checkpoint("llama")
+    overrides = {
+        "model.path": str(checkpoint),
+        "handoff.connector": "local",
+        "prefill.num_blocks": "128",
+        "decode.groups": {"small": {"num_blocks": 256}, "more": {"replicas": 0}, "large": {"kv_cache_gb": 0.01}},
+    }
+    lines: list[str] = []
+    async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
+        sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=5, ignore_eos=True)
+        stream = service.engine.generate(EngineRequest("r", tuple(range(3, 40)), sampling, 30.0))
+        tokens = [token.token_id async for chunk in stream for token in chunk.tokens]
+        targets = [(target.key, target.target) for target in service.engine.scale({})]
+        names = [worker.engine_id.partition(".")[0] for worker in service.engine.workers()]
+    assert tokens == reference_greedy(checkpoint, list(range(3, 40)), 5)
+    assert targets == [("prefill", 1), ("decode.small", 1), ("decode.more", 0), ("decode.large", 1)]
+    assert names == ["prefill-0", "decode-small-0", "decode-large-0"]
+    assert any("1 prefill workers on cpu, 1 decode-small workers on cpu and 1 decode-large" in line for line in lines)
+    assert any(line.startswith("decode-small-0 on cpu") and "256 KV blocks" in line for line in lines)
+
+
+async def test_without_prefill_workers_every_prompt_is_computed_where_it_is_decoded(tiny_checkpoint, reference_greedy):
+    checkpoint = tiny_checkpoint("llama")
+    overrides = {
+        "model.path": str(checkpoint),
+        "handoff.connector": "local",
+        "prefill.replicas": "0",
+        "router.disaggregation": "never",
+    }
+    lines: list[str] = []
+    async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
+        sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=9, ignore_eos=True)
+        stream = service.engine.generate(EngineRequest("r", tuple(range(3, 90)), sampling, 30.0))
+        tokens = [token.token_id async for chunk in stream for token in chunk.tokens]
+        report = await stream.report()
+    assert tokens == reference_greedy(checkpoint, list(range(3, 90)), 9)
+    assert (report.prefill_worker, report.decode_worker.partition(".")[0]) == ("", "decode-0")
+    assert "there are no prefill workers: every prompt is computed on its decode worker" in lines

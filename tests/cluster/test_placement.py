@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from cluster.config import load_config
-from cluster.placement import Placement, place_pools
+from cluster.placement import Placement, place_groups
 from workers.errors import ConfigError
 
 
-def placed(gpus: float | None, **settings: object) -> tuple[Placement, Placement]:
+def placed(gpus: float | None, **settings: object) -> tuple[Placement, ...]:
     overrides = {key.replace("__", "."): value for key, value in settings.items()}
-    return place_pools(load_config(environ={}, overrides=overrides), gpus)
+    return tuple(place_groups(load_config(environ={}, overrides=overrides), gpus).values())
 
 
 def test_without_gpus_everything_is_on_the_cpu() -> None:
@@ -82,6 +82,24 @@ def test_every_rank_gets_a_gpu() -> None:
     settings = {"prefill__tensor_parallel_size": 2, "decode__tensor_parallel_size": 2}
     assert placed(4.0, **settings) == (Placement("cuda", 1.0, 0.9, 64),) * 2
     assert placed(0.0, **settings) == (Placement("cpu", 0.0, 0.9, 16),) * 2
+
+
+def test_each_group_is_placed_by_its_own_settings() -> None:
+    groups = {"h100": {"device": "cuda", "replicas": 2}, "cpu": {"device": "cpu", "block_size": 16}}
+    _, h100, cpu = placed(3.0, decode__groups=groups)
+    assert h100 == Placement("cuda", 1.0, 0.9, 16), "blocks travel as they are: one size where nobody says otherwise"
+    assert cpu == Placement("cpu", 0.0, 0.9, 16)
+    assert placed(1.0, decode__groups=groups)[1].num_gpus == 0.3333
+    with pytest.raises(ConfigError, match=r"1 × 1 for prefill and 1 × 2 for decode\.a and 3 × 1 for decode\.b"):
+        placed(4.0, decode__groups={"a": {"tensor_parallel_size": 2}, "b": {"replicas": 3}})
+
+
+def test_a_group_without_workers_takes_no_share() -> None:
+    later = {"now": {}, "later": {"replicas": 0}}
+    assert [place.num_gpus for place in placed(2.0, decode__groups=later)] == [1.0, 1.0, 1.0]
+    assert [place.device for place in placed(0.0, decode__groups=later)] == ["cpu"] * 3
+    prefill, decode = placed(1.0, prefill__replicas=0, prefill__device="cpu", router__disaggregation="never")
+    assert (decode.num_gpus, decode.block_size, prefill.device) == (1.0, 64, "cpu")
 
 
 def test_ranks_share_gpus_only_where_each_worker_has_one_on_every_gpu() -> None:

@@ -9,9 +9,12 @@ import pytest
 
 from cluster.errors import WorkerLostError
 from cluster.pools import introduction, replacement
+from cluster.pools.for_router import ways_of
 from cluster.pools.pools import WorkerPools
+from cluster.routing.pairs import Way
 from kv_transfer.errors import LayoutMismatchError, PeerError
 from kv_transfer.layout import KVLayout
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 from workers.capability import Capability
 from workers.errors import CheckpointError, ConfigError
@@ -59,7 +62,11 @@ class FakeWorker:
             raise PeerError(f"{engine_id} did not answer")
         return 0.001
 
-    def disconnect(self, engine_id: str) -> None:
+    async def path_to(self, engine_id: str) -> PathCost | None:
+        self._log.append(("path", self.engine_id, engine_id))
+        return PathCost(write_s=0.002, descriptor_s=0.0, bytes_per_s=1e9)
+
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         self._log.append(("disconnect", self.engine_id, engine_id))
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
@@ -69,8 +76,9 @@ class FakeWorker:
                 raise item
             yield item
 
-    async def stop(self) -> None:
+    async def stop(self) -> float:
         self._log.append(("stop", self.engine_id))
+        return 0.0
 
 
 class Stage:
@@ -128,6 +136,20 @@ async def test_everybody_of_one_pool_meets_everybody_of_the_other():
     assert stage.pools.find("decode-9.0") is None
     await stage.pools.stop()
     assert {entry[1] for entry in stage.log if entry[0] == "stop"} == {*prefill, *decode}
+
+
+async def test_the_router_is_told_what_the_ways_cost():
+    stage = Stage(2, 2)
+    await stage.pools.start()
+    ways = ways_of(stage.pools.pool("prefill"))
+    everybody = ("decode-0.0", "decode-1.0")
+    way = Way(delay_s=0.002 + 0.001 / 2, bytes_per_s=1e9)
+    assert ways == {f"prefill-{i}.0": dict.fromkeys(everybody, way) for i in range(2)}
+    assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(ways), "prefill workers have measured them"
+    stage.member("decode-1").handle.said.put_nowait(WorkerLostError("killed"))
+    await until(lambda: stage.states().get("decode-1.1") == "ready")
+    assert set(ways_of(stage.pools.pool("prefill"))["prefill-0.0"]) == {"decode-0.0", "decode-1.1"}
+    await stage.pools.stop()
 
 
 async def test_what_a_worker_says_is_passed_on_and_its_load_remembered():
@@ -213,6 +235,30 @@ async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monke
     for member in stage.pools.members:
         member.handle._unreachable = None
     await until(lambda: all(member.estranged == {} for member in stage.pools.members))
+    await stage.pools.stop()
+
+
+async def test_a_start_waits_for_those_that_cannot_reach_each_other_yet(monkeypatch):
+    monkeypatch.setattr(introduction, "_RECONCILE_INTERVAL_S", 0.0)
+    deaf = {"prefill-0": [{"unreachable": "decode-0.0"}], "decode-0": [{"unreachable": "prefill-0.0"}]}
+    stage = Stage(1, 1, deaf)
+    start = asyncio.ensure_future(stage.pools.start())
+    await until(lambda: any(member.estranged for member in stage.pools.members))
+    await asyncio.sleep(0)
+    assert not start.done()
+    for member in stage.pools.members:
+        member.handle._unreachable = None
+    await asyncio.wait_for(start, PATIENCE_S)
+    assert set(stage.states().values()) == {"ready"}
+    await stage.pools.stop()
+
+
+async def test_a_start_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(introduction, "_START_PATIENCE_S", 0.01)
+    deaf = {"prefill-0": [{"unreachable": "decode-0.0"}], "decode-0": [{"unreachable": "prefill-0.0"}]}
+    stage = Stage(1, 1, deaf)
+    with pytest.raises(ConfigError, match=r"hand over to any decode worker: .* did not answer"):
+        await stage.pools.start()
     await stage.pools.stop()
 
 

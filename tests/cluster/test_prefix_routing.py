@@ -28,3 +28,20 @@ async def test_a_conversation_goes_back_to_its_worker(make_fleet, expected):
         (True, 192),
         (False, 0),
     ]
+
+
+@pytest.mark.usefixtures("like_workers")
+async def test_the_next_turn_moves_only_what_is_new(make_fleet, expected):
+    """Decode has what it generated, but for the last token; the client hears what was not moved."""
+    fleet = await make_fleet(1, 1)
+    text, reports = prompt(90), []
+    for new in (5, 0):
+        stream = fleet.start(text, 30)
+        answer = [token async for token in tokens_of(stream)]
+        assert answer == expected(text, 30)
+        reports.append(await stream.report())
+        await fleet.until_idle()
+        text = text + answer + prompt(new)
+    assert [report.decode_cached_tokens for report in reports] == [0, (90 + 30 - 1) // 16 * 16]
+    assert [report.kv_bytes // reports[0].kv_bytes for report in reports] == [1, 0]
+    assert reports[1].kv_bytes * 6 == reports[0].kv_bytes, "one block of the 125 tokens is not there, six were moved"

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from cluster.pools.scaling import PoolLimits
+from cluster.pools.groups import PoolLimits
 from fleet import Fleet, prompt, tokens_of
 from workers.errors import InvalidRequestError
 

@@ -144,3 +144,17 @@ def test_latencies_are_forgotten():
     assert (quantile.quantile(0.0), mean.mean()) == (100.0, 100.0)
     now = 60.0
     assert (quantile.quantile(0.9), mean.mean()) == (None, None)
+
+
+@pytest.mark.parametrize(("ttft_s", "after"), [(2.0, 4), (0.9, 2), (0.5, 1)])
+def test_prompts_that_a_decode_pool_computes_have_an_objective_of_their_own(ttft_s, after):
+    """Above it the pool grows; not far below it, the pool does not shrink although it has little to do."""
+    seconds = [0.0]
+    rules = ScalingRules(0.05, local_ttft_s=1.0, grow_after_s=15.0, shrink_after_s=15.0)
+    policy = PoolPolicy(rules, lambda: seconds[0])
+    target, whys = 2, []
+    for seconds[0] in (0.0, 5.0, 10.0, 15.0):
+        decision = policy.decide(PoolSignals(2, 2, 1, 8, 0.01, 0, 0.1, local_ttft_s=ttft_s))
+        target, whys = decision.target, [*whys, decision.why]
+    assert target == after
+    assert f"first token after {ttft_s:g} s of 1 s" in whys[-1]

@@ -14,6 +14,7 @@ from ray.autoscaler._private.resource_demand_scheduler import _default_utilizati
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.config import load_config
+from cluster.config_groups import groups_of
 
 ROOT = Path(__file__).parents[2]
 FILES = ("cluster.yaml", "cluster-local.yaml")
@@ -53,6 +54,17 @@ def test_each_cloud_node_type_has_its_own_bounds_and_resource() -> None:
         assert 0 < types[name]["min_workers"] < types[name]["max_workers"]
         assert set(types[name]["resources"]) == {name}
         assert types[name]["labels"] == {"baton/pool": name}
+
+
+def test_the_example_of_unlike_machines_is_a_configuration(tmp_path: Path) -> None:
+    text = (ROOT / "deploy" / "service-cluster.yaml").read_text()
+    lines = text[text.index("# decode:\n#   block_size") :].splitlines()
+    path = tmp_path / "service.yaml"
+    path.write_text("\n".join(["ray: {address: auto}", *(line.removeprefix("# ") for line in lines)]))
+    _, h100, cpu = groups_of(load_config(path, environ={}))
+    assert (h100.key, h100.settings.resources, h100.settings.num_gpus) == ("decode.h100", {"h100": 1.0}, 1.0)
+    assert (cpu.key, cpu.settings.device, cpu.settings.fewest_replicas) == ("decode.cpu", "cpu", 0)
+    assert h100.settings.block_size == cpu.settings.block_size == 64
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])

@@ -218,7 +218,7 @@ def test_the_head_ends_when_ray_or_the_service_does(cluster: dict[str, Any], tmp
     """The container's command with stand-ins: Kubernetes can only start again what has ended."""
     (command,) = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["args"]
     (tmp_path / "ray").write_text('#!/bin/bash\n[ "$1" = health-check ] || exec sleep 60\n')
-    (tmp_path / "baton").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "baton").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\nsleep 0.5\n')
     for stub in (tmp_path / "ray", tmp_path / "baton"):
         stub.chmod(0o755)
     environment = {"KUBERAY_GEN_RAY_START_CMD": "ray start --head --block", "PATH": f"{tmp_path}:/usr/bin:/bin"}

@@ -9,7 +9,7 @@ import pytest
 from cluster.config import load_config
 from cluster.config_sections import ServiceConfig
 from cluster.node_demands import awaited_nodes, check_cpus, gpus_in_sight
-from cluster.placement import place_pools
+from cluster.placement import place_groups
 from workers.errors import ConfigError
 
 ON_A_CLUSTER = {"ray.address": "auto"}
@@ -77,12 +77,26 @@ def test_pools_that_name_nodes_wait_for_them() -> None:
     assert awaited_nodes(configured(), {}) == []
 
 
+def test_each_group_has_nodes_of_its_own() -> None:
+    groups = {
+        "h100": {"resources": {"h100": 1.0}, "device": "cuda", "replicas": 2},
+        "cpu": {"device": "cpu", "labels": {"baton/pool": "cpu"}},
+    }
+    config = configured(decode__groups=groups, prefill__device="cpu")
+    check_cpus(config, {"CPU": 1.0})
+    assert awaited_nodes(config, {"h100": 1.0}) == [
+        "the group h100 of the decode pool waits for nodes: it needs 2 h100, the Ray cluster has 1"
+    ]
+    assert gpus_in_sight(config, {}) == 2.0
+    assert [place.device for place in place_groups(config, 2.0).values()] == ["cpu", "cuda", "cpu"]
+
+
 def test_gpus_that_are_not_there_yet_count_for_pools_that_wait_for_them() -> None:
     waiting = {"prefill__resources": "prefill=1", "decode__labels": "baton/pool=decode"}
     cuda = {"prefill__device": "cuda", "decode__device": "cuda", "decode__replicas": 2}
     config = configured(**waiting, **cuda)
     assert gpus_in_sight(config, {}) == 3.0
-    prefill, decode = place_pools(config, gpus_in_sight(config, {}))
+    prefill, decode = place_groups(config, gpus_in_sight(config, {})).values()
     assert (prefill.device, prefill.num_gpus, decode.device, decode.num_gpus) == ("cuda", 1.0, "cuda", 1.0)
     assert gpus_in_sight(configured(**cuda), {"GPU": 1.0}) == 1.0, "nobody brings GPUs to pools that do not wait"
     assert gpus_in_sight(configured(**waiting), {"GPU": 1.0}) == 1.0, "auto takes what is there"

@@ -1,10 +1,9 @@
-"""A peer in a process of its own, driven over a pipe."""
+"""A peer in a process of its own, driven over a pipe; forked from one that has imported what takes long to import."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from forked import FORKED
 
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
@@ -25,11 +26,9 @@ class Peer:
     def __init__(self, name: str, device: str = "cpu") -> None:
         listener = Listener(("127.0.0.1", 0), authkey=b"nixl-peer")
         host, port = listener.address
-        path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
-            [sys.executable, str(_SCRIPT), name, device, host, str(port)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        )
+        arguments = {"ARGUMENTS": (name, device, host, port)}
+        self.process = FORKED.Process(target=runpy.run_path, args=(str(_SCRIPT), arguments, "__main__"), daemon=True)
+        self.process.start()
         listener._listener._socket.settimeout(60)  # type: ignore[attr-defined]  # it offers no other way
         self._pipe: Connection = listener.accept()
         listener.close()
@@ -48,7 +47,7 @@ class Peer:
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.join(10)
 
 
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

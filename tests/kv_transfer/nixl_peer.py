@@ -1,14 +1,17 @@
-"""The other process of the NIXL tests: a connector that does what it is told over a pipe."""
+"""The other process of the NIXL tests: a connector that does what it is told over a pipe.
+
+Run with `ARGUMENTS` as a global: its name, its device, and the host and port to connect to.
+"""
 
 from __future__ import annotations
 
-import sys
 import time
 from multiprocessing.connection import Client
 
 import torch
 
 from kv_transfer.layout import KVLayout
+from kv_transfer.lease import Lease, lease_clock
 from kv_transfer.nixl.connector import NixlConnector
 
 LAYOUT = KVLayout("mha", 4, 16, 2, 16, "float32")
@@ -18,7 +21,8 @@ NUM_BLOCKS = 64
 class PeerCommands:
     def __init__(self, name: str, device: str) -> None:
         self.cache = torch.rand(4, NUM_BLOCKS, 2, 16, 2, 16).to(device)
-        self.connector = NixlConnector(drain_s=0.2)
+        self.lease = Lease(duration_s=1.0)
+        self.connector = NixlConnector(drain_s=0.2, may_write=self.lease.holds)
         self.engine = self.connector.register_kv_caches(name, self.cache, LAYOUT)
 
     def info(self):
@@ -30,8 +34,8 @@ class PeerCommands:
     def probe(self, engine_id):
         return self.connector.probe(engine_id, 10.0)
 
-    def expect(self, handoff_id, peer, blocks):
-        return self.connector.expect(handoff_id, peer, blocks)
+    def expect(self, handoff_id, peer, blocks, first_block=0):
+        return self.connector.expect(handoff_id, peer, blocks, first_block)
 
     def begin(self, handoff_id, peer):
         self.connector.begin(handoff_id, peer)
@@ -73,8 +77,12 @@ class PeerCommands:
     def blocks(self, blocks):
         return self.cache[:, list(blocks)].cpu().numpy()  # an array: torch would share memory instead of sending it
 
-    def disconnect(self, engine_id):
-        self.connector.disconnect(engine_id)
+    def disconnect(self, engine_id, may_write_s=0.0):
+        self.connector.disconnect(engine_id, may_write_s)
+
+    def renew_lease(self):
+        """Has none until the first renewal, as if there were no gateway."""
+        self.lease.renew(lease_clock())
 
     def events(self, count, timeout_s=10.0):
         """The next `count` events."""
@@ -86,9 +94,9 @@ class PeerCommands:
         return events
 
 
-if __name__ == "__main__":
-    commands = PeerCommands(sys.argv[1], sys.argv[2])
-    with Client((sys.argv[3], int(sys.argv[4])), authkey=b"nixl-peer") as pipe:
+def serve(name: str, device: str, host: str, port: int) -> None:
+    commands = PeerCommands(name, device)
+    with Client((host, port), authkey=b"nixl-peer") as pipe:
         while True:
             try:
                 method, args = pipe.recv()
@@ -98,3 +106,7 @@ if __name__ == "__main__":
                 pipe.send((True, getattr(commands, method)(*args)))
             except Exception as error:
                 pipe.send((False, error))
+
+
+if __name__ == "__main__":
+    serve(*globals()["ARGUMENTS"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
 
+from kv_transfer import introductions
 from kv_transfer.connector import HandoffReceived
 from kv_transfer.errors import PeerError
 from kv_transfer.layout import KVLayout
@@ -121,3 +123,48 @@ def test_a_part_waits_for_its_event_and_holds_nobody_up(grant_first):
     assert pump(p, d) == [], "parts keep their order"
     events[b"a" * 16][0].happened = True
     assert HandoffReceived(keys[b"a" * 16], 5) in pump(p, d)
+
+
+class Forgetful(LocalTransport):
+    """Loses the first messages that it is to send, as a connection that is being made may."""
+
+    def __init__(self, fabric: LocalFabric, lost: int) -> None:
+        super().__init__(fabric)
+        self.lost = lost
+        self.num_sent = 0
+
+    def send(self, peer: str, message: bytes) -> None:
+        self.num_sent += 1
+        if self.num_sent > self.lost:
+            super().send(peer, message)
+
+
+@pytest.mark.parametrize(("lost_questions", "lost_answers"), [(2, 0), (0, 2), (1, 1)])
+def test_two_meet_although_first_messages_get_lost(lost_questions, lost_answers, monkeypatch):
+    monkeypatch.setattr(introductions, "_ASK_AGAIN_S", 0.02)
+    fabric = LocalFabric()
+    asking, answering = Forgetful(fabric, lost_questions), Forgetful(fabric, lost_answers)
+    one, other = PushConnector(asking, threaded=True), PushConnector(answering, threaded=True)
+    one_info, other_info = register(one, "a"), register(other, "b")
+    meet((one, one_info), (other, other_info))
+    assert one.probe(other_info.engine_id, 30.0) < 30.0
+    assert one.path_to(other_info.engine_id) is not None
+    assert other.path_to(one_info.engine_id) is not None
+    for connector in (one, other):
+        connector.close()
+
+
+def test_who_is_asked_again_while_it_gets_ready_answers_once(monkeypatch):
+    monkeypatch.setattr(introductions, "_ASK_AGAIN_S", 0.0)
+    fabric = LocalFabric()
+    answering = Forgetful(fabric, 0)
+    one, other = PushConnector(LocalTransport(fabric), threaded=False), PushConnector(answering, threaded=False)
+    one_info, other_info = register(one, "a"), register(other, "b")
+    meet((one, one_info), (other, other_info))
+    one._introductions.meet(other_info.engine_id, Future())
+    while not answering.num_sent:
+        for _ in range(5):
+            one.poll()
+        assert len(other._introductions._meetings) <= 1
+        other.poll()
+    assert answering.num_sent == 1

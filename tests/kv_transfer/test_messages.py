@@ -12,7 +12,7 @@ u16 = st.integers(0, 2**16 - 1)
 keys = st.builds(HandoffKey, st.binary(min_size=16, max_size=16), st.integers(0, 2**64 - 1), u32)
 messages = st.one_of(
     st.builds(Hello, keys, st.booleans()),
-    st.builds(Grant, keys, st.lists(u32, max_size=200).map(tuple)),
+    st.builds(Grant, keys, st.lists(u32, max_size=200).map(tuple), u32),
     st.builds(Part, keys, u32, u16, u16, u32, u32),
     st.builds(Final, keys, u32, u32),
     st.builds(Cancel, keys),
@@ -67,6 +67,31 @@ def test_the_ledger_is_complete_only_when_everything_was_counted(order, repeats,
         assert ledger.first_token is None
         ledger.close(Final(KEY, 42, 6))
     assert ledger.first_token == 42
+
+
+@pytest.mark.parametrize("part", [(0, 2, 0, 3), (0, 2, 1, 2), (0, 2, 4, 3), (1, 2, 3, 2), (0, 2, 7, 2)])
+def test_a_part_beyond_what_is_wanted_counts_for_nothing(part):
+    """Two layers of the blocks 3 to 5 are wanted."""
+    ledger = PartLedger(num_layers=2, num_blocks=3, first_block=3)
+    ledger.count(Part(KEY, 0, *part))
+    ledger.close(Final(KEY, 5, 1))
+    assert ledger.first_token is None
+    ledger.count(Part(KEY, 1, 0, 2, 3, 3))
+    assert ledger.first_token == 5
+
+
+def test_where_nothing_is_wanted_the_last_message_completes():
+    ledger = PartLedger(num_layers=2, num_blocks=0, first_block=3)
+    assert ledger.first_token is None
+    ledger.close(Final(KEY, 5, 0))
+    assert ledger.first_token == 5
+
+
+def test_a_grant_without_its_first_block_is_malformed():
+    grant = encode(Grant(KEY, (), 7))
+    assert decode(grant) == Grant(KEY, (), 7)
+    with pytest.raises(ProtocolError, match="malformed"):
+        decode(grant[:-1])
 
 
 def test_a_sender_that_miscounts_does_not_complete():

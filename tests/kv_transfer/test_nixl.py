@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from itertools import product
 
 import numpy as np
 import pytest
@@ -48,6 +49,30 @@ def test_blocks_arrive_whole(make_peer):
     hand_over(prefill, decode, ids, b"b" * 16, (60,), (0,), 12)
     untouched = [block for block in range(64) if block not in (40, 7, 9, 0)]
     assert np.array_equal(decode.blocks(range(64))[:, untouched], before[:, untouched])
+
+
+def test_what_decode_has_already_is_not_written(make_peer):
+    """Five blocks are pushed, four layers in two groups; the granted ones arrive, and nothing else changes."""
+    prefill, decode = make_peer("prefill"), make_peer("decode")
+    ids = introduce(prefill, decode)
+    src = (1, 2, 3, 9, 8)
+    for number, (first_block, grant_first) in enumerate(product((0, 1, 3, 5), (True, False))):
+        prefill.fill(range(64), number)
+        decode.fill(range(64), -1)
+        handoff_id, dst = bytes([number]) * 16, (40, 7, 9, 10, 11)[first_block:]
+        if grant_first:
+            key = decode.expect(handoff_id, ids[0], dst, first_block)
+        prefill.begin(handoff_id, ids[1])
+        for first in (0, 2):
+            prefill.push(handoff_id, first, first + 2, src)
+        prefill.finish(handoff_id, 11)
+        if not grant_first:
+            key = decode.expect(handoff_id, ids[0], dst, first_block)
+        assert decode.events(1) == [HandoffReceived(key, 11)]
+        (sent,) = prefill.events(1)
+        assert (sent.num_parts, sent.num_bytes) == (2 * bool(dst), len(dst) * prefill.blocks([0]).nbytes)
+        assert decode.numbers(dst) == ([float(number)] if dst else [])
+        assert decode.numbers([block for block in range(64) if block not in dst]) == [-1.0]
 
 
 def test_a_killed_prefill_process(make_peer):

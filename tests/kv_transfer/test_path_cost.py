@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.path_cost import PathCost, layers_per_group
+from kv_transfer.path_cost import PathCost, layers_per_group, together
 
 NVLINK = PathCost(write_s=40e-6, descriptor_s=1e-6, bytes_per_s=300e9)
 TOKEN_BYTES = 4096
@@ -61,3 +61,10 @@ def test_the_answer_is_a_number_of_layers(num_layers, layer_bytes, layer_s, slac
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 33])
 def test_nothing_to_send_is_sent_at_once(num_layers):
     assert layers_per_group(NVLINK, num_layers, 0, 0.0) == num_layers
+
+
+def test_lanes_that_are_used_at_once_are_as_fast_as_the_slowest_lets_them():
+    lanes = [NVLINK, PathCost(write_s=50e-6, descriptor_s=0.5e-6, bytes_per_s=100e9)]
+    assert together(lanes) == PathCost(write_s=50e-6, descriptor_s=1e-6, bytes_per_s=200e9)
+    assert together(lanes[:1]) == NVLINK
+    assert together([]) is None

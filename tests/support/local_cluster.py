@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from attention.spec import Phase
 from kv_transfer.local import Faults, LocalConnector, LocalFabric
 from workers.decode import DecodeWorker
 from workers.kv_memory import kv_layout
 from workers.messages import (
+    DecodeReport,
     DecodeRequest,
     HandoffReport,
     PrefillRequest,
@@ -44,6 +46,7 @@ class LocalCluster:
         prefill_blocks: int = 64,
         decode_blocks: int = 64,
         max_num_batched_tokens: int = 256,
+        decode_batched_tokens: int | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 512,
         layers_per_group: int = 1,
@@ -59,11 +62,13 @@ class LocalCluster:
         dtype: str = "float32",
         enable_prefix_caching: bool = True,
     ) -> None:
-        self.model = _model(checkpoint, block_size, attention_backend, kv_cache_dtype, device, dtype)
+        by_phase = decode_batched_tokens is not None
+        self.model = _model(checkpoint, block_size, attention_backend, kv_cache_dtype, device, dtype, by_phase)
         self.fabric = LocalFabric(faults)
         self.failures: dict[str, Exception] = {}
         self.tokens: dict[str, list[TokenOutput]] = defaultdict(list)
         self.reports: dict[str, HandoffReport] = {}
+        self.decode_reports: dict[str, DecodeReport] = {}
         self.random = random.Random(0)
         self.prefill: dict[str, PrefillWorker] = {}
         self.decode: dict[str, DecodeWorker] = {}
@@ -91,8 +96,10 @@ class LocalCluster:
                 connector,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
+                max_num_batched_tokens=decode_batched_tokens,
                 steps_ahead=steps_ahead,
                 enforce_eager=enforce_eager,
+                enable_prefix_caching=enable_prefix_caching,
                 clock=self.clock,
             )
             infos.append(info)
@@ -134,6 +141,22 @@ class LocalCluster:
         for side in sides:
             side()
 
+    def submit_local(
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        timeout_s: float = 60.0,
+        decode: int = 0,
+        num_output_tokens: int = 0,
+    ) -> None:
+        """Send one request to a decode worker, which computes the prompt itself."""
+        name, handoff_id = list(self.decode)[decode], self.random.randbytes(16)
+        self.decode[name].reserve(
+            DecodeRequest(request_id, handoff_id, tuple(prompt), sampling, None, timeout_s, num_output_tokens)
+        )
+
     def abort(self, request_id: str) -> None:
         """As the gateway does: both sides are told."""
         for worker in (*self.prefill.values(), *self.decode.values()):
@@ -156,6 +179,8 @@ class LocalCluster:
                 self.abort(event.request_id)
             case HandoffReport():
                 self.reports[event.request_id] = event
+            case DecodeReport():
+                self.decode_reports[event.request_id] = event
 
     def run(self, max_steps: int = 20_000) -> dict[str, list[int]]:
         """Step until nothing is under way; the tokens of every request."""
@@ -187,13 +212,22 @@ class LocalCluster:
             assert worker.load.free_blocks == worker.load.total_blocks, (engine_id, worker.load)
 
 
-_models: dict[tuple[Path, int, str | None, str, str, str], Decoder] = {}
+_models: dict[tuple[Path, int, str | None, str, str, str, bool], Decoder] = {}
 
 
 def _model(
-    checkpoint: Path, block_size: int, backend: str | None, kv_cache_dtype: str, device: str, dtype: str
+    checkpoint: Path, block_size: int, backend: str | None, kv_cache_dtype: str, device: str, dtype: str, by_phase: bool
 ) -> Decoder:
-    key = (checkpoint, block_size, backend, kv_cache_dtype, device, dtype)
+    key = (checkpoint, block_size, backend, kv_cache_dtype, device, dtype, by_phase)
     if key not in _models:
-        _models[key] = load_model(checkpoint, dtype, device, block_size, backend, kv_cache_dtype=kv_cache_dtype)
+        _models[key] = load_model(
+            checkpoint,
+            dtype,
+            device,
+            block_size,
+            backend,
+            phase=Phase.DECODE if by_phase else None,
+            local_prefill=by_phase,
+            kv_cache_dtype=kv_cache_dtype,
+        )
     return _models[key]

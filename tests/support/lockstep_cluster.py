@@ -131,6 +131,7 @@ class LockstepCluster(LocalCluster):
         prefill_blocks: int = 64,
         decode_blocks: int = 64,
         max_num_batched_tokens: int = 256,
+        decode_batched_tokens: int | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 512,
         faults: Faults | None = None,
@@ -155,6 +156,7 @@ class LockstepCluster(LocalCluster):
                 connector,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
+                max_num_batched_tokens=decode_batched_tokens,
                 steps_ahead=steps_ahead,
                 clock=clock,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import time
 import traceback
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from forked import FORKED
 from workers.parallel.group import TensorParallelGroup, free_address, join_group
 
 Work = Callable[..., Any]
@@ -26,14 +26,12 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised (its traceback is the message), ended without a result, or took too long.
     """
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, and nothing of this process is shared
-    context.set_forkserver_preload(["torch", "workers.models.loader", "workers.parallel.group"])
     address = free_address()
     ends: dict[Connection, int] = {}
     processes = []
     for rank in range(size):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(theirs, rank, size, address, device, work, args), daemon=True)
+        ours, theirs = FORKED.Pipe(duplex=False)
+        process = FORKED.Process(target=_run, args=(theirs, rank, size, address, device, work, args), daemon=True)
         process.start()
         theirs.close()
         ends[ours] = rank

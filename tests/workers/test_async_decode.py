@@ -69,7 +69,7 @@ def check_ownership(decode: DecodeWorker) -> None:
     """Every block that a step in flight writes to, or that anybody was promised, has one owner and is not free."""
     owners: dict[int, object] = {}
     in_flight = [sequence for launch in decode._launches for sequence in launch.sequences]
-    for sequence in {*in_flight, *decode._expected.values(), *decode._batch._running}:
+    for sequence in {*in_flight, *decode._remote._expected.values(), *decode._batch._running}:
         for block in sequence.blocks:
             assert owners.setdefault(block, sequence) is sequence, f"block {block} has two owners"
     assert len(owners) == decode._blocks.num_blocks - decode._blocks.num_free

@@ -124,6 +124,49 @@ def test_decode_is_measured_within_the_context_window(max_model_len, tiny_checkp
     assert max(watched.reached) == min(5, max_model_len)
 
 
+class Reckoned:
+    """A decoder of which a step is said to take 10 ms, and 2 µs for each token that its batch has before it."""
+
+    def __init__(self, decoder: DecodeRunner) -> None:
+        self.decoder = decoder
+        self.seconds, self.longest = 0.0, 0
+
+    def launch(self, sequences):
+        blocks = [block for sequence in sequences for block in sequence.blocks]
+        tokens = sum(sequence.num_scheduled for sequence in sequences)
+        self.longest = max(self.longest, tokens)
+        assert tokens < 100 or len(set(blocks)) == len(blocks), "what is read has to come from memory"
+        self.seconds = 0.01 + 2e-6 * tokens
+        return self.decoder.launch(sequences)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_model_len", "longest"), [(300, 2000, 4800), (300, 300, 1200), (100, 2000, 1600)]
+)
+def test_what_a_token_in_the_cache_costs_is_measured(model, num_blocks, max_model_len, longest):
+    decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=4, max_model_len=max_model_len)
+    reckoned = Reckoned(decoder)
+    capability = measure_decode(
+        reckoned,
+        num_blocks=num_blocks,
+        block_size=16,
+        max_num_seqs=4,
+        max_model_len=max_model_len,
+        budget_s=10.0,
+        agree=lambda _: reckoned.seconds,
+    )
+    assert capability.kv_token_s == pytest.approx(2e-6, rel=0.01)
+    assert 0.98 * longest <= reckoned.longest <= longest
+    assert capability.decode_seconds(4, 1000) == pytest.approx(capability.decode_seconds(4) + 0.002, rel=0.01)
+
+
+def test_a_cache_that_is_too_small_to_tell_says_nothing_of_tokens(model):
+    decoder = DecodeRunner(runner(model, 8), max_num_seqs=4, max_model_len=600)
+    capability = measure_decode(decoder, num_blocks=8, block_size=16, max_num_seqs=4, max_model_len=600)
+    assert capability.kv_token_s == 0.0
+    assert [sequences for sequences, _ in capability.decode] == [1, 4]
+
+
 def test_where_no_token_can_follow_a_prompt_no_decode_is_measured(model):
     decoder = DecodeRunner(runner(model, 4), max_num_seqs=4, max_model_len=1)
     assert measure_decode(decoder, num_blocks=4, block_size=16, max_num_seqs=4, max_model_len=1) == Capability()

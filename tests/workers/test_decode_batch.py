@@ -12,9 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from workers.block_manager import BlockManager, blocks_for
+from workers.block_manager import blocks_for
 from workers.decode_batch import DecodeBatch, Sequence
 from workers.messages import DecodeRequest
+from workers.prefix_cache import PrefixCache
 from workers.sampling.params import SamplingParams
 from workers.sampling.state import SamplingState
 
@@ -59,7 +60,7 @@ class Harness:
     """
 
     def __init__(self, num_blocks: int, max_num_seqs: int = 8, ahead: int = 0) -> None:
-        self.blocks = BlockManager(num_blocks)
+        self.blocks = PrefixCache(num_blocks)
         self.store = MemoryStore(num_blocks)
         self.batch = DecodeBatch(self.blocks, self.store, max_num_seqs)
         self.alive: list[Sequence] = []
@@ -75,7 +76,7 @@ class Harness:
         request = DecodeRequest(f"s{number}", b"h" * 16, (0,) * prompt_len, sampling, "prefill", 1.0)
         sequence = Sequence(request, SamplingState(sampling, request.prompt_token_ids, frozenset(), 1000), 0.0)
         sequence.received = float(number)
-        sequence.blocks = self.blocks.allocate(blocks_for(prompt_len, BLOCK_SIZE))
+        sequence.blocks = self.blocks.allocate((), blocks_for(prompt_len, BLOCK_SIZE))[0]
         for position in range(prompt_len):
             self.store.put(sequence.blocks, position, number * 1000 + position)
         sequence.state.output_token_ids.append(0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers import prefix_cache
-from workers.prefix_cache import PrefixCache, block_hashes
+from workers.prefix_cache import BlockHashes, PrefixCache, block_hashes
 
 BLOCK_SIZE = 2
 
@@ -35,6 +35,17 @@ def test_equal_hashes_mean_equal_beginnings(token_ids, others, block_size):
     for place, (one, other) in enumerate(zip(ours, block_hashes(changed, block_size), strict=False)):
         end = (place + 1) * block_size
         assert (one == other) == (token_ids[:end] == changed[:end])
+
+
+@given(st.lists(st.integers(0, 2**40), max_size=40), st.lists(st.integers(0, 8), max_size=6), st.integers(1, 5))
+def test_hashes_that_are_continued_are_those_of_the_whole(token_ids, pieces, block_size):
+    """Block by block, in whatever pieces."""
+    running, start = BlockHashes(block_size), 0
+    for num_blocks in pieces:
+        running.extend(token_ids[start : start + num_blocks * block_size])
+        start = len(running.hashes) * block_size
+    running.extend(token_ids[start:])
+    assert tuple(running.hashes) == block_hashes(token_ids, block_size)
 
 
 def test_a_prompt_takes_over_what_it_begins_with():

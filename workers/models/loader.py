@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from attention.backend import AttentionBackend
-from attention.errors import AttentionBackendError
-from attention.measurements import load_ranking
-from attention.platform import Platform
-from attention.selector import log_selection, select_backend
-from attention.spec import FP8, AttentionNeeds, Feature, Phase
+from attention.spec import FP8, AttentionNeeds, Phase
 from workers.errors import CheckpointError, ConfigError
+from workers.models.attention_choice import choose_backend
 from workers.models.checkpoint import StoredTensor, resolve_checkpoint, stored_tensors, weight_files
 from workers.models.config import DTYPES, ModelConfig
 from workers.models.decoder import Decoder, attention_specs
@@ -54,6 +50,7 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     phase: Phase | None = None,
+    local_prefill: bool = False,
     kv_cache_dtype: str = "auto",
     measurements: Path | None = None,
     group: TensorParallelGroup = SINGLE,
@@ -70,6 +67,7 @@ def load_model(
         load_format: auto reads the weights; dummy draws them at random, so that config.json is enough.
         seed: of the random weights.
         phase: the batches that will come, for the choice of a backend; None: any.
+        local_prefill: with phase decode: prompts will come, too, and get a backend of their own.
         kv_cache_dtype: auto (as the activations) or fp8, with the checkpoint's scales where it has them, else 1.
         measurements: where `baton backends --measure` keeps its result, which the choice of a backend follows.
         group: the ranks that share the model; this one's device is `device`. Nothing is communicated here.
@@ -87,11 +85,9 @@ def load_model(
     config = ModelConfig.from_file(folder)
     resolved, device = resolve_dtype(dtype, config), torch.device(device)
     cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
-    # A prompt can be longer than a step: its later chunks attend to a prefix that is in the cache.
-    features = frozenset({Feature.PREFIX}) if phase is not Phase.DECODE else frozenset[Feature]()
     specs = attention_specs(config.sharded(group.size), cache_dtype)
-    needs = [AttentionNeeds(spec, resolved, block_size, phase, features) for spec in specs]
-    backend = _choose_backend(needs, device, backend_name, measurements)
+    kinds = [AttentionNeeds(spec, resolved, block_size, phase) for spec in specs]
+    backend = choose_backend(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
     try:
         decoder = Decoder(config, backend, block_size, resolved, device, cache_dtype, group)
     except torch.OutOfMemoryError as error:
@@ -113,19 +109,6 @@ def model_bytes(config: ModelConfig, dtype: torch.dtype, group: TensorParallelGr
     """Bytes of the weights that a rank holds of a model when they are loaded in `dtype`."""
     regions = [target.region for target in weight_targets(config, group.rank, group.size).values()]
     return dtype.itemsize * sum(math.prod(end - begin for begin, end in region) for region in regions)
-
-
-def _choose_backend(
-    needs: Sequence[AttentionNeeds], device: torch.device, name: str | None, measurements: Path | None
-) -> type[AttentionBackend]:
-    platform = Platform.of(device)
-    fastest = load_ranking(measurements, platform, needs) if measurements is not None else ()
-    try:
-        selection = select_backend(platform, needs, name, fastest)
-    except AttentionBackendError as error:
-        raise ConfigError(str(error)) from error
-    log_selection(selection, str(needs[0].phase or "the model"))
-    return selection.backend
 
 
 def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = None) -> None:

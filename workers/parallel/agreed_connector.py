@@ -17,6 +17,7 @@ from kv_transfer.connector import (
 )
 from kv_transfer.layout import KVLayout
 from kv_transfer.messages import HandoffKey
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 from workers.parallel.agreement import Abandon, GroupEvent
 
@@ -86,13 +87,19 @@ class AgreedConnector(KVConnector):
         """See `KVConnector.probe`: the same rank of the peer."""
         return self._own.probe(self._peer(engine_id), timeout_s)
 
-    def disconnect(self, engine_id: str) -> None:
-        """See `KVConnector.disconnect`."""
-        self._own.disconnect(self._peers.pop(engine_id, engine_id))
+    def path_to(self, engine_id: str) -> PathCost | None:
+        """See `KVConnector.path_to`: to the same rank of the peer."""
+        return self._own.path_to(self._peer(engine_id))
 
-    def expect(self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int]) -> HandoffKey:
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """See `KVConnector.disconnect`."""
+        self._own.disconnect(self._peers.pop(engine_id, engine_id), may_write_s)
+
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
+    ) -> HandoffKey:
         """See `KVConnector.expect`."""
-        key = self._own.expect(handoff_id, self._peer(prefill_engine), block_ids)
+        key = self._own.expect(handoff_id, self._peer(prefill_engine), block_ids, first_block)
         return replace(key, incarnation=_GROUP)
 
     def cancel(self, key: HandoffKey) -> None:

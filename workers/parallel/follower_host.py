@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kv_transfer.connector import KVConnector
+from kv_transfer.path_cost import PathCost
 from kv_transfer.transport import EngineInfo
 from workers.assembly import assemble_worker
 from workers.config import WorkerConfig
@@ -59,6 +60,10 @@ class FollowerHost:
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """Prove the path to the same rank of a peer; see `KVConnector.probe`."""
         return self._connector.probe(engine_id, timeout_s)
+
+    def path_to(self, engine_id: str) -> PathCost | None:
+        """What the way to the same rank of a peer costs; see `KVConnector.path_to`."""
+        return self._connector.path_to(engine_id)
 
     def close(self) -> None:
         """End the steps, then the connector; after the lead has closed, if it can."""

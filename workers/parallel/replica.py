@@ -90,8 +90,7 @@ class Replica:
         events = self.worker.step()
         self.number += 1
         self.digest = digest_of(self.worker.load, events)
-        if isinstance(self.worker, PrefillWorker):
-            self.cache_update = self.worker.take_cache_update()
+        self.cache_update = self.worker.take_cache_update()
         return events
 
 

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cluster.api import PoolTarget
 from cluster.cli.main import main
 from workers.errors import HandoffError
 from workers.messages import FinishReason
@@ -175,9 +177,11 @@ async def test_explain_shows_every_pair(
     monkeypatch.setenv("COLUMNS", "200")
     assert await baton("explain", *what, "--max-tokens", "5", "--server", served.server.address) == 0
     assert len(served.engine.requests[0].prompt_token_ids) == 3
-    title, _, best, other = capsys.readouterr().out.splitlines()
+    title, _, best, alone, other = capsys.readouterr().out.splitlines()
     assert title == "3 prompt tokens, at most 5 to generate"
-    assert best.split() == ["→", "p-1", "d-2", "12.3", "4.5", "300.0", "0"]
+    assert best.split() == ["→", "p-1", "d-2", "12.3", "2.1", "4.5", "0.0", "300.0", "64", "32"]
+    assert alone.split()[:5] == ["on", "the", "decode", "worker", "d-2"]
+    assert alone.split()[5:] == ["15.1", "0.0", "4.5", "100.0", "410.0", "32", "32"]
     assert "d-1.00: its batch is full" in other
 
 
@@ -185,7 +189,11 @@ async def test_explain_as_json(serve: Serve, capsys: pytest.CaptureFixture[str])
     served = await serve([])
     assert await baton("explain", "abc", "--json", "--server", served.server.address) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [pair["chosen"] for pair in result["pairs"]] == [True, False]
+    assert [(pair["prefill"], pair["chosen"]) for pair in result["pairs"]] == [
+        ("p-1.00", True),
+        (None, False),
+        ("p-1.00", False),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -212,13 +220,54 @@ async def test_scale_says_what_the_pools_are_to_have(serve: Serve, capsys: pytes
     assert capsys.readouterr().out == "prefill: 2 workers (from 1 to 4)\ndecode: 3 workers (from 1 to 4)\n"
     assert await baton("scale", "--json", "--server", served.server.address) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown[1] == {"role": "decode", "target": 3, "min_replicas": 1, "max_replicas": 4}
+    assert shown[1] == {"role": "decode", "target": 3, "min_replicas": 1, "max_replicas": 4, "group": ""}
+
+
+async def test_scale_and_status_show_each_group(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = await serve([])
+    asked: list[dict[str, int]] = []
+
+    def scale(targets: Mapping[str, int]) -> list[PoolTarget]:
+        asked.append(dict(targets))
+        return [
+            PoolTarget("prefill", 1, 1, 4),
+            PoolTarget("decode", 2, 0, 3, "h100"),
+            PoolTarget("decode", 1, 1, 1, "cpu"),
+        ]
+
+    prefill, decode = served.engine.workers()
+    served.engine.scale = scale
+    served.engine.workers = lambda: [
+        prefill,
+        replace(decode, group="h100"),
+        replace(decode, group="cpu", state="ready"),
+    ]
+    assert await baton("scale", "decode.h100=2", "--server", served.server.address) == 0
+    assert asked == [{"decode.h100": 2}]
+    assert capsys.readouterr().out.splitlines() == [
+        "prefill: 1 workers (from 1 to 4)",
+        "decode.h100: 2 workers (from 0 to 3)",
+        "decode.cpu: 1 workers (from 1 to 1)",
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert await baton("status", "--server", served.server.address) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "prefill pool: 1 of 1 workers ready, 90 of 100 blocks free, 77 prompt tokens waiting",
+        "decode pool: 1 of 2 workers ready, 300 of 400 blocks free, 0 prompt tokens waiting",
+        "  h100: 0 of 1 workers ready, 150 of 200 blocks free, 0 prompt tokens waiting",
+        "  cpu: 1 of 1 workers ready, 150 of 200 blocks free, 0 prompt tokens waiting",
+    ]
+    served.engine.workers = lambda: [decode]
+    assert await baton("status", "--server", served.server.address) == 0
+    assert "prefill pool: no workers\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("decode",), "'decode' must be POOL=N, such as decode=3"),
+        (("decode",), "'decode' must be POOL=N or POOL.GROUP=N, such as decode=3"),
         (("decode=two",), "'decode=two' must be POOL=N"),
         (("decode=1", "decode=2"), "decode is given twice"),
         (("decode=9999999999",), "the request cannot be sent"),

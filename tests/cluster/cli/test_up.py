@@ -32,6 +32,7 @@ class Stream:
         pass
 
 class Engine:
+    block_sizes = frozenset()
     def generate(self, request):
         return Stream(request.prompt_token_ids[0])
     def workers(self):

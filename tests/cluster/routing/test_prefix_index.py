@@ -103,6 +103,27 @@ def test_a_worker_that_is_gone_holds_nothing():
     assert placed(made).prefill == "p-2"
 
 
+@pytest.mark.parametrize("prepared", [(), (16,), (7, 16)])
+def test_a_prompt_goes_on_with_its_output(prepared):
+    """What was hashed is not hashed again, and hashes are those of a prompt that had it all from the beginning."""
+    prefix = PromptPrefix(PROMPT[:330])
+    prefix.prepare(prepared)
+    longer = prefix.followed_by(PROMPT[330:340])
+    longest = longer.followed_by(PROMPT[340:700])
+    for block_size in (16, 7):
+        for given, length in ((longest, 700), (prefix, 330), (longer, 340)):
+            hashes = block_hashes(PROMPT[:length], block_size)
+            assert given.hashes(block_size) == hashes[: (length - 1) // block_size]
+
+
+def test_what_decode_workers_have_is_told_apart_from_what_prefill_workers_have():
+    made = books(traits("p-0"))
+    stores(made, "d", 320)
+    (report,) = made.explain(Demand(1000, 10, prefix=PromptPrefix(PROMPT)))
+    assert (report.cached_tokens, report.decode_cached_tokens) == (0, 320)
+    assert made.block_sizes == {16}
+
+
 class IndexMachine(RuleBasedStateMachine):
     """Against sets of what each worker holds, looked through one by one."""
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.routing.pairs import Pairs
 from cluster.routing.router import Bar, Demand, NoPlacement, Placement, explain, place, refusals
 from cluster.routing.worker_table import PROMPT_LENGTHS, WorkerTable, WorkerTraits
 from workers.capability import Capability
@@ -34,23 +35,29 @@ def worker(engine_id: str, **changes) -> dict:
     return {"engine_id": engine_id, **changes}
 
 
+def known(prefill: WorkerTable, decode: WorkerTable, bars=None, ways=None) -> Pairs:
+    pairs = Pairs()
+    pairs.update(prefill, decode, bars or {}, ways)
+    return pairs
+
+
 def chosen(prefill: WorkerTable, decode: WorkerTable, bars=None, demand=DEMAND) -> tuple[str, str]:
-    placement = place(demand, prefill, decode, bars or {})
+    placement = place(demand, prefill, decode, known(prefill, decode, bars))
     assert isinstance(placement, Placement), placement
     return placement.prefill, placement.decode
 
 
 def refused(prefill: WorkerTable, decode: WorkerTable, bars=None) -> tuple[bool, tuple[str, ...]]:
-    placement = place(DEMAND, prefill, decode, bars or {})
+    placement = place(DEMAND, prefill, decode, known(prefill, decode, bars))
     assert isinstance(placement, NoPlacement), placement
-    return placement.hopeless, refusals(DEMAND, prefill, decode, bars or {})
+    return placement.hopeless, refusals(DEMAND, prefill, decode, known(prefill, decode, bars))
 
 
 def test_the_faster_pair_is_chosen():
     prefill = pool(worker("p-slow", capability=SLOW), worker("p-fast"))
     decode = pool(worker("d-slow", capability=SLOW), worker("d-fast"))
     assert chosen(prefill, decode) == ("p-fast", "d-fast")
-    placement = place(DEMAND, prefill, decode, {})
+    placement = place(DEMAND, prefill, decode, known(prefill, decode))
     assert isinstance(placement, Placement)
     assert (placement.ttft_s, placement.itl_s) == (pytest.approx(0.1, rel=0.02), pytest.approx(0.01))
 
@@ -149,7 +156,9 @@ def test_workers_come_and_go():
 def test_the_explanation_names_every_pair():
     prefill = pool(worker("p-0"), worker("p-1", capability=SLOW), worker("p-2", ready=False))
     decode = pool(worker("d-0"), worker("d-1", running=8))
-    reports = explain(DEMAND, prefill, decode, {("p-1", "d-0"): Bar("no answer", forever=False)})
+    reports = explain(
+        DEMAND, prefill, decode, known(prefill, decode, {("p-1", "d-0"): Bar("no answer", forever=False)})
+    )
     assert [(r.prefill, r.decode) for r in reports if r.chosen] == [("p-0", "d-0")]
     assert reports[0].chosen
     assert {(r.prefill, r.decode): r.refusal for r in reports} == {
@@ -189,8 +198,9 @@ pairs = st.dictionaries(
 @given(st.builds(Demand, st.integers(1, 120), st.integers(1, 100)), workers, workers, pairs)
 def test_the_cheapest_pair_that_fits_is_chosen(demand, prefill, decode, bars):
     p_table, d_table = pool(*prefill), pool(*decode)
-    placement = place(demand, p_table, d_table, bars)
-    reports = explain(demand, p_table, d_table, bars)
+    pairs = known(p_table, d_table, bars)
+    placement = place(demand, p_table, d_table, pairs)
+    reports = explain(demand, p_table, d_table, pairs)
     fitting = [r for r in reports if not r.refusal]
     for r in reports:  # the refusals, from first principles
         p, d = (next(w for w in ws if w["engine_id"] == e) for ws, e in ((prefill, r.prefill), (decode, r.decode)))
