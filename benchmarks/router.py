@@ -89,7 +89,7 @@ def measure(case: Case, workers: int, requests: int, under_way: int, rng: random
     """One size of pools; microseconds of a decision, and requests a second with everything that is booked for them."""
     books = _books(case, workers, rng)
     make_demand = _with_prefixes(books, workers, rng) if case.prefixes else _plain(rng)
-    live: deque[tuple[str, Demand]] = deque()
+    live: deque[tuple[str, int]] = deque()
     decisions, spent_s = [], 0.0
     for number in range(requests):
         demand = make_demand()
@@ -97,8 +97,8 @@ def measure(case: Case, workers: int, requests: int, under_way: int, rng: random
             demand.prefix.prepare(books.block_sizes)  # the service does it on another thread
         started = time.perf_counter()
         if len(live) >= under_way * workers:
-            name, old = live.popleft()
-            books.grown(name, old.prompt_tokens + old.max_tokens)
+            name, most_tokens = live.popleft()
+            books.grown(name, most_tokens)
             books.release(name)
         before = time.perf_counter()
         placement = books.place(demand)
@@ -109,7 +109,7 @@ def measure(case: Case, workers: int, requests: int, under_way: int, rng: random
                 name, placement.prefill, placement.decode, demand.prompt_tokens, demand.max_tokens,
                 placement.cached_tokens,
             )  # fmt: skip
-            live.append((name, demand))
+            live.append((name, demand.prompt_tokens + demand.max_tokens))
         if len(live) > 2 * workers:
             books.first_token(live[-2 * workers][0])
         spent_s += time.perf_counter() - started

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from cluster.routing.arrival_rate import ArrivalRate
 from cluster.routing.demand import Bar, Demand, NoPlacement, PairReport, Placement
 from cluster.routing.output_lengths import HORIZONS, OutputLengths
 from cluster.routing.pairs import Pairs, Way
+from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.router import Choose, explain, place, refusals
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from workers.messages import CacheUpdate
@@ -69,6 +70,7 @@ class Books:
         self._lengths = OutputLengths()
         self._prefill, self._decode = WorkerTable(), WorkerTable()
         self._pairs = Pairs()
+        self._prefixes = PrefixIndex()
         self._bookings: dict[str, _Booking] = {}
         self._quarantined: dict[str, int] = {}
 
@@ -84,23 +86,25 @@ class Books:
         A worker that is gone takes its bookings' share with it; a new one has nothing to do. A way that was known
         before need not be given again; they are by prefill worker, then by decode worker.
         """
-        for table, workers in ((self._prefill, prefill), (self._decode, decode)):
+        pools = (self._prefill, prefill), (self._decode, decode)
+        for table, workers in pools:
             here = {traits.engine_id for traits in workers}
-            for engine_id in list(table.engine_ids):
-                if engine_id not in here:
-                    table.remove(engine_id)
-                    self._quarantined.pop(engine_id, None)
+            for engine_id in [engine_id for engine_id in table.engine_ids if engine_id not in here]:
+                table.remove(engine_id)
+                self._prefixes.remove(engine_id)
+                self._quarantined.pop(engine_id, None)
+        for table, workers in pools:
             for traits, ready in workers.items():
                 if traits.engine_id in table:
                     table.set_ready(traits.engine_id, ready)
                 else:
-                    table.add(traits, ready=ready)
+                    table.add(traits, ready=ready, cache=self._prefixes.add(traits.engine_id, traits.block_size))
         self._pairs.update(self._prefill, self._decode, bars, ways)
 
     @property
     def block_sizes(self) -> frozenset[int]:
         """For which a prompt's hashes may be asked for."""
-        return frozenset((*self._prefill.prefixes.block_sizes, *self._decode.prefixes.block_sizes))
+        return frozenset(self._prefixes.block_sizes)
 
     @property
     def needed_roles(self) -> tuple[str, ...]:
@@ -121,8 +125,7 @@ class Books:
 
     def cache_update(self, engine_id: str, update: CacheUpdate) -> None:
         """A worker's prefix cache has changed."""
-        table = self._prefill if engine_id in self._prefill else self._decode
-        table.prefixes.update(engine_id, update.stored, update.removed)
+        self._prefixes.update(engine_id, update.stored, update.removed)
 
     def book(
         self,
@@ -145,17 +148,17 @@ class Books:
         """
         self._arrivals.count()
         booking = _Booking(prefill, decode, 0, 0, 0.0, num_tokens, max_tokens, _NOTHING)
+        local_s = 0.0
         if prefill is None:
-            booking.prefill_s = self._decode.local_seconds_of(decode, num_tokens, cached_tokens)
-            self._decode.take(decode, queued_s=booking.prefill_s)
+            booking.prefill_s = local_s = self._decode.local_seconds_of(decode, num_tokens, cached_tokens)
         else:
             booking.prefill_s = self._prefill.prefill_seconds_of(prefill, num_tokens, cached_tokens)
             booking.prefill_blocks = self._prefill.blocks(prefill, num_tokens)
             self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=booking.prefill_s)
         if decode:
             booking.decode_blocks = self._decode.blocks(decode, num_tokens)
-            self._decode.take(decode, blocks=booking.decode_blocks, requests=1)
-            self._expect(booking, num_tokens)
+            booking.future = self._future(booking, num_tokens)
+            self._decode.take(decode, blocks=booking.decode_blocks, requests=1, queued_s=local_s, future=booking.future)
         self._bookings[request] = booking
 
     def first_token(self, request: str) -> None:
@@ -179,9 +182,9 @@ class Books:
             return
         blocks = self._decode.blocks(booking.decode, num_tokens)
         if blocks != booking.decode_blocks:
-            self._decode.take(booking.decode, blocks=blocks - booking.decode_blocks)
-            booking.decode_blocks = blocks
-            self._expect(booking, num_tokens)
+            future = self._future(booking, num_tokens)
+            self._decode.take(booking.decode, blocks=blocks - booking.decode_blocks, future=future - booking.future)
+            booking.decode_blocks, booking.future = blocks, future
 
     def finished(self, request: str, num_tokens: int) -> None:
         """It has ended by itself, with so many tokens in all: learn from it, and release it."""
@@ -194,8 +197,7 @@ class Books:
         self.first_token(request)
         booking = self._bookings.pop(request, None)
         if booking is not None and booking.decode in self._decode:
-            self._decode.take(booking.decode, blocks=-booking.decode_blocks, requests=-1)
-            self._decode.expect(booking.decode, -booking.future)
+            self._decode.take(booking.decode, blocks=-booking.decode_blocks, requests=-1, future=-booking.future)
 
     def quarantine(self, engine_id: str, blocks: int) -> None:
         """A worker says that so many of its blocks cannot be used until a peer that was lost is surely gone."""
@@ -207,19 +209,19 @@ class Books:
 
     def _as_known(self, demand: Demand) -> Demand:
         """The demand with what these books know of its future."""
-        outlook = self._lengths.outlook(demand.max_tokens)
-        return replace(
-            demand,
-            outlook=outlook,
-            max_queued_s=self._max_queued_s,
-            disaggregation=self._disaggregation,
-            arrivals_per_s=self._arrivals.per_s(),
+        return Demand(
+            demand.prompt_tokens,
+            demand.max_tokens,
+            self._lengths.outlook(demand.max_tokens),
+            self._max_queued_s,
+            demand.prefix,
+            self._disaggregation,
+            self._arrivals.per_s(),
+            self._prefixes.cached_tokens(demand.prefix) if demand.prefix is not None else None,
         )
 
-    def _expect(self, booking: _Booking, num_tokens: int) -> None:
-        """Reckon anew with what a request will hold, now that it has so many tokens."""
+    def _future(self, booking: _Booking, num_tokens: int) -> npt.NDArray[np.float64]:
+        """What a request will hold, now that it has so many tokens; see `Outlook.held`."""
         outlook = self._lengths.outlook(booking.max_tokens, num_tokens - booking.prompt_tokens)
         half_a_block = self._decode.block_size(booking.decode) / 2  # of its last block, that much is empty
-        future = outlook.held(num_tokens + half_a_block)
-        self._decode.expect(booking.decode, future - booking.future)
-        booking.future = future
+        return outlook.held(num_tokens + half_a_block)

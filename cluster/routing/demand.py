@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from cluster.routing.output_lengths import Outlook
 from cluster.routing.prefix_index import PromptPrefix
 
@@ -23,6 +26,7 @@ class Demand:
         outlook: how many it is likely to generate; None: its growth, and that of the others, is not looked at.
         max_queued_s: a worker that has more prompts to compute than this is given none now.
         prefix: its prompt, as prefix caches are asked for it; None: they are not.
+        cached: of its prompt, tokens that are in each prefix cache, by the caches' numbers; None: they are not asked.
         disaggregation: where its prompt may be computed: always on a prefill worker, never, or auto, on either.
         arrivals_per_s: how many other requests come in a second, to all workers.
     """
@@ -34,6 +38,7 @@ class Demand:
     prefix: PromptPrefix | None = field(default=None, compare=False)
     disaggregation: str = "always"
     arrivals_per_s: float = 0.0
+    cached: npt.NDArray[np.float64] | None = field(default=None, compare=False)
 
     @property
     def steps(self) -> int:

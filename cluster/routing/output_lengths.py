@@ -43,13 +43,26 @@ class Outlook:
     alive: _Floats
     growth: _Floats
     spread: _Floats
+    _peaks: tuple[tuple[float, float], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        above = 1.0 + _HEADROOM_SIGMAS * np.sqrt(self.spread)
+        lines = zip((above * self.alive).tolist(), (above * self.growth).tolist(), strict=True)
+        object.__setattr__(self, "_peaks", tuple(lines))
 
     def held(self, num_tokens: float) -> _Floats:
         """(2, spans): mean and variance of the tokens that it holds in each span, given those that it holds now."""
         held = np.empty((2, len(HORIZONS)))
-        held[0] = self.alive * num_tokens + self.growth
-        held[1] = held[0] * held[0] * self.spread
+        mean, variance = held
+        np.multiply(self.alive, num_tokens, out=mean)
+        mean += self.growth
+        np.multiply(mean, mean, out=variance)
+        variance *= self.spread
         return held
+
+    def peak(self, num_tokens: float) -> float:
+        """`likely_peak` of what it holds, given those that it holds now: on the highest of a few lines."""
+        return max([slope * num_tokens + start for slope, start in self._peaks])
 
 
 def likely_peak(held: _Floats) -> float:
@@ -58,7 +71,11 @@ def likely_peak(held: _Floats) -> float:
     Peaks of two sets of requests add up to no less than the peak of both, so that a newcomer's may be added to a
     worker's: a comparison of two numbers a worker.
     """
-    return float((held[0] + _HEADROOM_SIGMAS * np.sqrt(np.maximum(held[1], 0.0))).max())
+    peaks = np.maximum(held[1], 0.0)
+    np.sqrt(peaks, out=peaks)
+    peaks *= _HEADROOM_SIGMAS
+    peaks += held[0]
+    return float(peaks[peaks.argmax()])
 
 
 @dataclass

@@ -79,15 +79,16 @@ class Pairs:
         for at, bar in self._cells(self.bars).items():
             self._delay_s[at], self._forever[at] = np.inf, bar.forever
 
-    def delays(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> _Floats:
-        """(rows, columns): seconds until something small is there; infinite where the two cannot work together."""
-        delays: _Floats = self._delay_s[rows[:, None], columns]
-        return np.maximum(delays, self.least_delay_s, out=delays)
+    def ways(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> tuple[_Floats, _Floats]:
+        """Of the pairs (rows[i], columns[i]): seconds until something small is there, and for each byte.
 
-    def byte_seconds(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> _Floats:
-        """(rows, columns): seconds for each byte."""
-        seconds: _Floats = self._byte_s[rows[:, None], columns]
-        return np.maximum(seconds, self.least_byte_s, out=seconds)
+        The former is infinite where the two cannot work together.
+        """
+        at = rows, columns
+        delays, seconds = self._delay_s[at], self._byte_s[at]
+        np.maximum(delays, self.least_delay_s, out=delays)
+        np.maximum(seconds, self.least_byte_s, out=seconds)
+        return delays, seconds
 
     def some_fit(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> bool:
         """Whether a pair of these could work together, sooner or later."""

@@ -1,14 +1,15 @@
-"""Which workers of a pool hold the beginning of a prompt, from what they say of their prefix caches.
+"""Which workers hold the beginning of a prompt, from what they say of their prefix caches.
 
 A table from the hash of a block to the workers that hold it, as the bits of a whole number: a prompt is followed
-through it block by block for all workers at once. It holds no more than the workers do. What it says may be a moment
-old, which makes a prediction worse and nothing wrong: a worker looks for itself.
+through it block by block for all workers at once. Blocks that are stored together share one number, so that along most
+of a prompt nothing changes. The table holds no more than the workers do. What it says may be a moment old, which makes
+a prediction worse and nothing wrong: a worker looks for itself.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -57,21 +58,17 @@ class PromptPrefix:
 
 
 class PrefixIndex:
-    """The prefix caches of a pool's workers, as they reported them. A worker goes by its slot, a small number."""
+    """The prefix caches of all workers, as they reported them. A worker goes by its slot, a small number."""
 
     def __init__(self) -> None:
         self._slots: dict[str, int] = {}
         self._held: dict[str, set[bytes]] = {}
-        self._holders: dict[bytes, int] = {}  # bit s: the worker of slot s
+        self._holders: dict[bytes, int] = {}  # bit s: the worker of slot s; of neighbours often one object
         self._sizes: dict[int, int] = {}  # block size to the workers that have it
+        self._num_slots = 0  # one more than the highest
 
     def __len__(self) -> int:
         return len(self._holders)
-
-    @property
-    def slots(self) -> Mapping[str, int]:
-        """Each worker's slot."""
-        return self._slots
 
     @property
     def block_sizes(self) -> Collection[int]:
@@ -84,6 +81,7 @@ class PrefixIndex:
         slot = next(slot for slot in itertools.count() if slot not in taken)
         self._slots[engine_id], self._held[engine_id] = slot, set()
         self._sizes[block_size] = self._sizes.get(block_size, 0) | 1 << slot
+        self._num_slots = max(self._num_slots, slot + 1)
         return slot
 
     def remove(self, engine_id: str) -> None:
@@ -91,6 +89,7 @@ class PrefixIndex:
         self.update(engine_id, (), tuple(self._held[engine_id]))
         del self._held[engine_id]
         bit = 1 << self._slots.pop(engine_id)
+        self._num_slots = max(self._slots.values(), default=-1) + 1
         self._sizes = {size: mask & ~bit for size, mask in self._sizes.items() if mask & ~bit}
 
     def update(self, engine_id: str, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
@@ -98,47 +97,56 @@ class PrefixIndex:
         if engine_id not in self._slots:
             return
         bit, held, holders = 1 << self._slots[engine_id], self._held[engine_id], self._holders
+        before, now = bit, 0
         for content in removed:
             if content in held:
                 held.remove(content)
-                holders[content] &= ~bit
-                if not holders[content]:
+                if (those := holders[content]) is not before:
+                    before, now = those, those ^ bit
+                if now:
+                    holders[content] = now
+                else:
                     del holders[content]
+        before, now = 0, bit
         for content in stored:
             held.add(content)
-            holders[content] = holders.get(content, 0) | bit
+            if (those := holders.get(content, 0)) is not before:
+                before, now = those, those | bit
+            holders[content] = now
 
-    def cached_tokens(self, prefix: PromptPrefix) -> npt.NDArray[np.int64]:
+    def cached_tokens(self, prefix: PromptPrefix) -> npt.NDArray[np.float64]:
         """How many of the prompt's first tokens each worker holds, by slot."""
-        cached = np.zeros(max(self._slots.values(), default=-1) + 1, dtype=np.int64)
+        cached = np.zeros(self._num_slots)
         if self._holders:
             for block_size, workers in self._sizes.items():
-                for those, depth in self._follow(prefix.hashes(block_size), workers):
-                    _fill(cached, those, depth * block_size)
+                self._follow(prefix.hashes(block_size), workers, block_size, cached)
         return cached
 
-    def _follow(self, hashes: Sequence[bytes], workers: int) -> Iterator[tuple[int, int]]:
-        """Go along a prompt's blocks for as long as somebody holds all of them: who holds exactly how many."""
-        holders, depth = self._holders, 0
-        for content in hashes:
-            still = workers & holders.get(content, 0)
-            if still != workers:
-                yield workers ^ still, depth
-                workers = still
-                if not workers:
-                    return
-            depth += 1
-        yield workers, depth
+    def _follow(self, hashes: Sequence[bytes], workers: int, block_size: int, cached: npt.NDArray[np.float64]) -> None:
+        """Go along a prompt's blocks for as long as one of these workers holds all of them; note who holds how many."""
+        tokens = 0
+        before: int | None = -1
+        for holders in map(self._holders.get, hashes):
+            if holders is not before:
+                before = holders
+                still = workers & holders if holders else 0
+                if still != workers:
+                    if tokens:
+                        _fill(cached, workers ^ still, tokens)
+                    if not still:
+                        return
+                    workers = still
+            tokens += block_size
+        _fill(cached, workers, tokens)
 
 
-def _fill(values: npt.NDArray[np.int64], bits: int, value: int) -> None:
+def _fill(values: npt.NDArray[np.float64], bits: int, value: int) -> None:
     """Set the values whose bits are set: one by one where they are few."""
-    if value == 0:
-        return
     if bits.bit_count() > _FEW:
         octets = np.frombuffer(bits.to_bytes(len(values) // 8 + 1, "little"), dtype=np.uint8)
         values[np.unpackbits(octets, count=len(values), bitorder="little").view(np.bool_)] = value
         return
     while bits:
-        values[(bits & -bits).bit_length() - 1] = value
-        bits &= bits - 1
+        highest = bits.bit_length() - 1
+        values[highest] = value
+        bits ^= 1 << highest

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.costs import Costs
+from cluster.routing.costs import Decoding, Handoffs, Local, Prefilling
 from cluster.routing.demand import Bar, Bars, Demand, NoPlacement, PairReport, Placement
 from cluster.routing.pair_search import cheapest_pair
 from cluster.routing.pairs import Pairs
@@ -65,27 +65,16 @@ def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pair
         decode: the decode pool.
         pairs: what is known of pairs of them.
     """
-    costs = Costs(demand, prefill, decode, pairs)
-    d_fits = fits(decode, demand) & has_room(decode, demand)
-    if not d_fits.any():
+    able = has_room(decode, demand)
+    if not np.count_nonzero(able):
         return NoPlacement(is_hopeless(demand, prefill, decode, pairs))
-    pair = _best_pair(demand, prefill, decode, pairs, costs, d_fits) if demand.in_pairs else None
-    alone = _best_alone(demand, decode, costs, d_fits) if demand.alone else None
-    if alone is not None and (pair is None or alone[1] < pair[2]):
-        d = alone[0]
-        return Placement(
-            None, decode.engine_ids[d], float(costs.local_ttft_s[d]), float(costs.itl_s[d]), int(costs.decode_cached[d])
-        )
-    if pair is None:
-        return NoPlacement(is_hopeless(demand, prefill, decode, pairs))
-    p, d, _ = pair
-    return Placement(
-        prefill.engine_ids[p],
-        decode.engine_ids[d],
-        float(costs.ttft_s[p]),
-        float(costs.itl_s[d]),
-        int(costs.cached[p]),
-    )
+    decoding = Decoding(demand, decode)
+    cost = _among(able, decoding.steps_s, decode)
+    pair = _best_pair(demand, prefill, decode, pairs, decoding, cost) if demand.in_pairs else None
+    alone = _best_alone(demand, decode, decoding, cost) if demand.alone else None
+    if pair is not None and (alone is None or pair[1] <= alone[1]):
+        return pair[0]
+    return alone[0] if alone is not None else NoPlacement(is_hopeless(demand, prefill, decode, pairs))
 
 
 def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> list[PairReport]:
@@ -95,12 +84,12 @@ def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pa
     """
     placement = place(demand, prefill, decode, pairs)
     chosen = (placement.prefill, placement.decode) if isinstance(placement, Placement) else None
-    costs = Costs(demand, prefill, decode, pairs)
+    decoding = Decoding(demand, decode)
     reports: list[PairReport] = []
     if demand.in_pairs:
-        reports += _pair_reports(demand, prefill, decode, pairs, costs, chosen)
+        reports += _pair_reports(demand, prefill, decode, pairs, decoding, chosen)
     if demand.alone:
-        reports += _local_reports(demand, decode, costs, chosen)
+        reports += _local_reports(demand, decode, decoding, chosen)
     return sorted(reports, key=lambda r: (bool(r.refusal), not r.chosen, r.cost_s, r.prefill or "", r.decode))
 
 
@@ -111,39 +100,46 @@ def refusals(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: P
 
 
 def _best_pair(
-    demand: Demand,
-    prefill: WorkerTable,
-    decode: WorkerTable,
-    pairs: Pairs,
-    costs: Costs,
-    d_fits: npt.NDArray[np.bool_],
-) -> tuple[int, int, float] | None:
-    """Rows of the cheapest pair, and its cost; None: no pair can take the request."""
-    p_fits = fits(prefill, demand) & takes_more(prefill, demand)
-    if not p_fits.any():
+    demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs, decoding: Decoding, d_cost: _Floats
+) -> tuple[Placement, float] | None:
+    """The cheapest pair and its cost, with decode workers of these costs; None: no pair can take the request."""
+    able = fits(prefill, demand) & takes_more(prefill, demand)
+    if not np.count_nonzero(able):
         return None
-    p_cost = _among(p_fits, costs.ttft_s, prefill)
-    d_cost = _among(d_fits, costs.decode_s, decode)
-    if pairs.differ or decode.column("queued_s").any():
-        return cheapest_pair(p_cost, d_cost + costs.least_handoff_s, costs.more_s, _CLOSE_ENOUGH)
-    p, d = int(p_cost.argmin()), int(d_cost.argmin())
-    return p, d, float(p_cost[p] + d_cost[d])
+    prefilling = Prefilling(demand, prefill)
+    p_cost = _among(able, prefilling.ttft_s, prefill)
+    handoffs = Handoffs(demand, prefill, decode, pairs, prefilling, decoding)
+    if handoffs.differ:
+        best = cheapest_pair(p_cost, d_cost, handoffs.pair_s, handoffs.least_s, _CLOSE_ENOUGH)
+        if best is None:
+            return None
+        p, d, cost = best
+    else:
+        p, d = int(p_cost.argmin()), int(d_cost.argmin())
+        cost = float(p_cost[p] + d_cost[d])
+    cached, ttft_s = int(prefilling.cached[p]), float(prefilling.ttft_s[p])
+    return Placement(prefill.engine_ids[p], decode.engine_ids[d], ttft_s, float(decoding.itl_s[d]), cached), cost
 
 
 def _best_alone(
-    demand: Demand, decode: WorkerTable, costs: Costs, d_fits: npt.NDArray[np.bool_]
-) -> tuple[int, float] | None:
-    """Row of the cheapest decode worker that computes the prompt itself, and its cost; None: none can."""
-    able = d_fits & takes_more(decode, demand)
-    if not able.any():
+    demand: Demand, decode: WorkerTable, decoding: Decoding, d_cost: _Floats
+) -> tuple[Placement, float] | None:
+    """The cheapest decode worker that computes the prompt itself, and its cost; None: none can."""
+    local = Local(demand, decode, decoding)
+    costs = np.where(takes_more(decode, demand), d_cost, np.inf)
+    costs += local.ttft_s
+    costs += local.others_s
+    d = int(costs.argmin())
+    if (cost := float(costs[d])) == np.inf:
         return None
-    cost = _among(able, costs.local_s, decode)
-    d = int(cost.argmin())
-    return d, float(cost[d])
+    cached, ttft_s = int(decoding.cached[d]), float(local.ttft_s[d])
+    return Placement(None, decode.engine_ids[d], ttft_s, float(decoding.itl_s[d]), cached), cost
 
 
 def _among(able: npt.NDArray[np.bool_], cost: _Floats, table: WorkerTable) -> _Floats:
-    return np.where(able, cost + table.column("running") * _EVEN_S, np.inf)
+    costs = table.column("running") * _EVEN_S
+    costs += cost
+    return np.where(able, costs, np.inf)
 
 
 def _pair_reports(
@@ -151,20 +147,23 @@ def _pair_reports(
     prefill: WorkerTable,
     decode: WorkerTable,
     pairs: Pairs,
-    costs: Costs,
+    decoding: Decoding,
     chosen: tuple[str | None, str] | None,
 ) -> Iterator[PairReport]:
-    everybody = np.arange(len(prefill)), np.arange(len(decode))
-    handoff_s, pair_s = costs.handoff_s(*everybody), costs.pair_s(*everybody)
+    prefilling = Prefilling(demand, prefill)
+    handoffs = Handoffs(demand, prefill, decode, pairs, prefilling, decoding)
+    shape = len(prefill), len(decode)
+    ps, ds = np.indices(shape).reshape(2, -1)
+    handoff_s, pair_s = handoffs.handoff_s(ps, ds).reshape(shape), handoffs.pair_s(ps, ds).reshape(shape)
     for p, p_id in enumerate(prefill.engine_ids):
         for d, d_id in enumerate(decode.engine_ids):
             bar = pairs.bars.get((p_id, d_id))
             yield PairReport(
                 prefill=p_id,
                 decode=d_id,
-                ttft_s=float(costs.ttft_s[p]),
-                itl_s=float(costs.itl_s[d]),
-                cost_s=float(costs.ttft_s[p] + costs.decode_s[d] + (0.0 if bar else pair_s[p, d])),
+                ttft_s=float(prefilling.ttft_s[p]),
+                itl_s=float(decoding.itl_s[d]),
+                cost_s=float(prefilling.ttft_s[p] + decoding.steps_s[d] + (0.0 if bar else pair_s[p, d])),
                 refusal=(
                     unfit(prefill, p, demand)
                     or busy(prefill, p, demand)
@@ -173,25 +172,26 @@ def _pair_reports(
                     or no_room(decode, d, demand)
                 ),
                 chosen=(p_id, d_id) == chosen,
-                cached_tokens=int(costs.cached[p]),
+                cached_tokens=int(prefilling.cached[p]),
                 handoff_s=0.0 if bar else float(handoff_s[p, d]),
-                decode_cached_tokens=int(costs.decode_cached[d]),
+                decode_cached_tokens=int(decoding.cached[d]),
             )
 
 
 def _local_reports(
-    demand: Demand, decode: WorkerTable, costs: Costs, chosen: tuple[str | None, str] | None
+    demand: Demand, decode: WorkerTable, decoding: Decoding, chosen: tuple[str | None, str] | None
 ) -> Iterator[PairReport]:
+    local = Local(demand, decode, decoding)
     for d, d_id in enumerate(decode.engine_ids):
         yield PairReport(
             prefill=None,
             decode=d_id,
-            ttft_s=float(costs.local_ttft_s[d]),
-            itl_s=float(costs.itl_s[d]),
-            cost_s=float(costs.local_s[d]),
+            ttft_s=float(local.ttft_s[d]),
+            itl_s=float(decoding.itl_s[d]),
+            cost_s=float(local.ttft_s[d] + local.others_s[d] + decoding.steps_s[d]),
             refusal=unfit(decode, d, demand) or busy(decode, d, demand) or no_room(decode, d, demand),
             chosen=(None, d_id) == chosen,
-            cached_tokens=int(costs.decode_cached[d]),
-            others_s=float(costs.others_s[d]),
-            decode_cached_tokens=int(costs.decode_cached[d]),
+            cached_tokens=int(decoding.cached[d]),
+            others_s=float(local.others_s[d]),
+            decode_cached_tokens=int(decoding.cached[d]),
         )

@@ -146,11 +146,15 @@ class BookKeeping(RuleBasedStateMachine):
             self.check("_prefill", t, used, len(mine), queued)
 
     def check(self, table: str, t: WorkerTraits, used: int, running: int, queued_s: float) -> None:
-        columns = getattr(self.books, table)
-        row = columns.row(t.engine_id)
-        assert columns.column("free_blocks")[row] == t.total_blocks - used
-        assert columns.column("running")[row] == running
-        assert columns.column("queued_s")[row] == pytest.approx(queued_s, abs=1e-9)
+        pool = getattr(self.books, table)
+        row = pool.row(t.engine_id)
+        worker = pool.workers[row]
+        assert (worker.traits, worker.free_blocks, worker.running) == (t, t.total_blocks - used, running)
+        assert worker.queued_s == pytest.approx(queued_s, abs=1e-9)
+        room = min(t.max_model_len, worker.free_blocks * t.block_size) if running < t.max_num_seqs else 0
+        assert [pool.column(name)[row] for name in ("running", "queued_s", "room_tokens")] == [
+            running, worker.queued_s, room,
+        ]  # fmt: skip
 
 
 BookKeeping.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

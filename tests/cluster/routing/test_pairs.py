@@ -20,8 +20,10 @@ def table(*engine_ids: str) -> WorkerTable:
 
 def seen(pairs: Pairs, prefill: WorkerTable, decode: WorkerTable) -> dict[tuple[str, str], tuple[float, float]]:
     """(delay, seconds a byte) of every pair."""
-    slots = prefill.column("slot"), decode.column("slot")
-    delays, seconds = pairs.delays(*slots), pairs.byte_seconds(*slots)
+    shape = len(prefill), len(decode)
+    ps, ds = np.indices(shape).reshape(2, -1)
+    found = pairs.ways(prefill.column("slot")[ps], decode.column("slot")[ds])
+    delays, seconds = (values.reshape(shape) for values in found)
     return {
         (p, d): (delays[i, j], seconds[i, j])
         for i, p in enumerate(prefill.engine_ids)

@@ -98,7 +98,7 @@ def test_a_worker_that_is_gone_holds_nothing():
     assert placed(made).cached_tokens == 0
     stores(made, "p-0", 320)
     assert placed(made).cached_tokens == 0, "what it said last comes too late"
-    assert len(made._prefill.prefixes) == 0
+    assert len(made._prefixes) == 0
     stores(made, "p-2", 160)
     assert placed(made).prefill == "p-2"
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.routing.pairs import Pairs
+from cluster.routing.prefill_times import PROMPT_LENGTHS
 from cluster.routing.router import Bar, Demand, NoPlacement, Placement, explain, place, refusals
-from cluster.routing.worker_table import PROMPT_LENGTHS, WorkerTable, WorkerTraits
+from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from workers.capability import Capability
 
 FAST = Capability(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (10, 0.02)))
