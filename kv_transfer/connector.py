@@ -166,7 +166,9 @@ class KVConnector(ABC):
         The source blocks are in use until `HandoffSent` or `HandoffAborted`. Every (layer, block) is pushed once.
         """
 
-    def layers_per_group(self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0) -> int:
+    def layers_per_group(
+        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+    ) -> int:
         """How many layers one WRITE to this peer should carry: 1, unless the way to it has been measured.
 
         Args:
@@ -174,6 +176,7 @@ class KVConnector(ABC):
             layer_bytes: bytes of one layer's part.
             layer_s: seconds that one layer is computed; 0 when unknown.
             slack_s: seconds of them in which the thread that launches the kernels is idle.
+            tail_s: seconds that the step still computes when the last layer's keys and values are there.
         """
         return 1
 

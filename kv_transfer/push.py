@@ -133,12 +133,14 @@ class PushConnector(KVConnector):
         blocks = tuple(src_blocks)
         self._post(lambda: self._outgoing.push(handoff_id, layers, first_block, blocks, ready))
 
-    def layers_per_group(self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0) -> int:
+    def layers_per_group(
+        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+    ) -> int:
         """See `KVConnector.layers_per_group`."""
         path = self._introductions.paths.get(peer)
         if path is None:
             return 1
-        return layers_per_group(path, self._layout.num_layers, layer_bytes, layer_s, slack_s)
+        return layers_per_group(path, self._layout.num_layers, layer_bytes, layer_s, slack_s, tail_s)
 
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kv_transfer.connector import KVConnector
 from workers.capability import Capability
 
@@ -17,14 +19,23 @@ class GroupSize:
         num_layers: of the model.
         block_bytes: of one block in one layer.
         fixed: layers, whatever the prompt; None: choose.
+        share_after_attention: of the time of a layer, given the tokens of a step: what its MLP and output take.
     """
 
-    def __init__(self, connector: KVConnector, num_layers: int, block_bytes: int, fixed: int | None) -> None:
+    def __init__(
+        self,
+        connector: KVConnector,
+        num_layers: int,
+        block_bytes: int,
+        fixed: int | None,
+        share_after_attention: Callable[[int], float],
+    ) -> None:
         self.capability = Capability()
         self._connector = connector
         self._num_layers = num_layers
         self._block_bytes = block_bytes
         self._fixed = fixed
+        self._share_after_attention = share_after_attention
 
     def choose(self, decode_engine: str, num_blocks: int, num_tokens: int) -> int:
         """Layers in a WRITE to this engine.
@@ -41,9 +52,11 @@ class GroupSize:
             return self._fixed
         step_s = self.capability.prefill_seconds(num_tokens)
         launch_s = self.capability.prefill[0][1] if self.capability.prefill else 0.0
+        layer_s = step_s / self._num_layers
         return self._connector.layers_per_group(
             decode_engine,
             num_blocks * self._block_bytes,
-            step_s / self._num_layers,
+            layer_s,
             max(0.0, step_s - launch_s) / self._num_layers,
+            layer_s * self._share_after_attention(num_tokens),
         )

@@ -79,7 +79,8 @@ class PrefillWorker:
         self._cached_block_size = runner.block_size if enable_prefix_caching else None
         self._max_model_len = max_model_len
         block_bytes = runner.kv_cache[0, 0].nbytes
-        self.group_size = GroupSize(connector, runner.num_layers, block_bytes, layers_per_group)
+        share_after_attention = runner.model.config.share_after_attention
+        self.group_size = GroupSize(connector, runner.num_layers, block_bytes, layers_per_group, share_after_attention)
         self._handoff_timeout_s = handoff_timeout_s
         self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
         self._launches: deque[Launch] = deque()

@@ -28,6 +28,14 @@ def test_a_small_prompt_makes_few_posts_and_a_long_one_sends_each_layer():
     assert group(15_000, 10e-3) == 1
 
 
+def test_groups_are_as_large_as_the_tail_hides():
+    layer_s, transfer_s = 10e-3, 15_000 * TOKEN_BYTES / NVLINK.bytes_per_s
+    for hidden in (1, 5, 32):
+        tail_s = NVLINK.write_s + (hidden + 0.5) * transfer_s
+        size = layers_per_group(NVLINK, 32, 15_000 * TOKEN_BYTES, layer_s, layer_s, tail_s)
+        assert size == hidden
+
+
 def test_longer_prompts_make_smaller_groups():
     sizes = [group(tokens, max(LAUNCH_S, tokens * 0.7e-6)) for tokens in (32, 128, 512, 2048, 8192)]
     assert sizes == sorted(sizes, reverse=True)
@@ -50,12 +58,13 @@ def test_cheap_posts_make_small_groups():
     layer_bytes=st.integers(0, 1 << 32),
     layer_s=st.floats(0, 10),
     slack_s=st.floats(0, 10),
+    tail_s=st.floats(0, 10),
     write_s=st.floats(1e-9, 1),
     bytes_per_s=st.floats(1e3, 1e13),
 )
-def test_the_answer_is_a_number_of_layers(num_layers, layer_bytes, layer_s, slack_s, write_s, bytes_per_s):
+def test_the_answer_is_a_number_of_layers(num_layers, layer_bytes, layer_s, slack_s, tail_s, write_s, bytes_per_s):
     path = PathCost(write_s, 0.0, bytes_per_s)
-    assert 1 <= layers_per_group(path, num_layers, layer_bytes, layer_s, slack_s) <= num_layers
+    assert 1 <= layers_per_group(path, num_layers, layer_bytes, layer_s, slack_s, tail_s) <= num_layers
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 33])

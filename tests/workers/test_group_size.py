@@ -18,11 +18,11 @@ LAYERS, BLOCK_BYTES = 32, 256 * 1024
 MEASURED = Capability(prefill=((32, 3e-3), (512, 8e-3), (2048, 40e-3)))
 
 
-def chooser(fixed: int | None = None, capability: Capability = MEASURED) -> GroupSize:
+def chooser(fixed: int | None = None, capability: Capability = MEASURED, after_attention: float = 0.0) -> GroupSize:
     connector = LocalConnector(LocalFabric())
     connector.register_kv_caches("p", torch.zeros(1, 1, 2, 1, 1, 1), KVLayout("mha", LAYERS, 1, 1, 1, "float32"))
     connector._introductions.paths["d"] = PathCost(write_s=40e-6, descriptor_s=5e-6, bytes_per_s=350e9)
-    sizes = GroupSize(connector, LAYERS, BLOCK_BYTES, fixed)
+    sizes = GroupSize(connector, LAYERS, BLOCK_BYTES, fixed, lambda num_tokens: after_attention)
     sizes.capability = capability
     return sizes
 
@@ -35,6 +35,11 @@ def test_short_prompts_leave_in_few_groups_and_long_ones_layer_by_layer():
     sizes = chooser()
     assert sizes.choose("d", 1, 32) > 8
     assert sizes.choose("d", 32, 2048) == 1
+
+
+def test_what_is_computed_behind_the_last_cache_hides_one_write_of_everything():
+    assert chooser(after_attention=0.8).choose("d", 32, 2048) == LAYERS
+    assert 1 < chooser(after_attention=0.1).choose("d", 32, 2048) < LAYERS
 
 
 def test_before_anything_is_known_every_layer_leaves_alone():

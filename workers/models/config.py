@@ -134,6 +134,17 @@ class ModelConfig:
             bos_token_id=read.optional_int("bos_token_id"),
         )
 
+    def share_after_attention(self, num_tokens: int) -> float:
+        """What part of a layer's multiplications comes when its keys and values are computed and attended to.
+
+        Args:
+            num_tokens: of a prompt that is computed whole: each attends to half of them on average.
+        """
+        attended = self.num_heads * self.head_size
+        after = self.hidden_size * (attended + 3 * self.intermediate_size)
+        before = self.hidden_size * (attended + 2 * self.num_kv_heads * self.head_size) + num_tokens * attended
+        return after / (before + after)
+
     def sharded(self, size: int) -> ModelConfig:
         """What each of `size` ranks computes: of every layer its share of the heads and of the MLP.
 

@@ -116,9 +116,11 @@ class AgreedConnector(KVConnector):
         """See `KVConnector.push`."""
         self._own.push(handoff_id, layers, first_block, src_blocks, ready)
 
-    def layers_per_group(self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0) -> int:
+    def layers_per_group(
+        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+    ) -> int:
         """See `KVConnector.layers_per_group`; each rank has its own path, and may group otherwise than the others."""
-        return self._own.layers_per_group(self._peer(peer), layer_bytes, layer_s, slack_s)
+        return self._own.layers_per_group(self._peer(peer), layer_bytes, layer_s, slack_s, tail_s)
 
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""

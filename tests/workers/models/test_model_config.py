@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,11 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, messag
     with pytest.raises(CheckpointError, match=message) as error:
         ModelConfig.from_file(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_most_of_a_layer_comes_after_its_keys_and_values() -> None:
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8, "head_size": 128}
+    layer = replace(ModelConfig.from_dict(LLAMA), **shape)
+    projections = 4096 * (4096 + 2 * 1024), 4096 * 4096 + 3 * 4096 * 14336
+    assert layer.share_after_attention(0) == projections[1] / sum(projections)
+    assert 0.7 < layer.share_after_attention(8192) < layer.share_after_attention(512) < 0.9
