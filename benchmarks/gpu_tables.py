@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from workers.errors import ConfigError
 
 ENGINE = {engine: f"gpu_engine_{engine}.json" for engine in ("baton", "vllm")}
 SERVICE = {(engine, gpus): f"gpu_service_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
+UNDIVIDED = ("undivided", 1)
+"""One worker on one GPU that does both."""
+_SERVICE_AND_UNDIVIDED = {**SERVICE, UNDIVIDED: "gpu_service_baton_undivided.json"}
 DECODE_GOAL, PREFILL_GOAL = 0.95, 1.0
 HANDOFF_GOAL_S, HIDDEN_GOAL, HIDDEN_FROM = 0.003, 0.95, 2048
 ITL_P99_GOAL_S, COLD_GOAL_S, WARM_GOAL_S = 0.008, 60.0, 30.0
@@ -38,13 +42,13 @@ def engine(results: Path) -> str:
 
 def handoff(results: Path) -> str:
     """What the handoff adds to the first token, one request at a time, in each one's own front door."""
-    loaded = _load(results, SERVICE)
-    ours, theirs = _lengths(loaded, "baton"), _lengths(loaded, "vllm")
+    loaded = _load(results, _SERVICE_AND_UNDIVIDED)
+    ours, theirs, undivided = (_lengths(loaded, name) for name in ("baton", "vllm", UNDIVIDED[0]))
     if not ours:
         return _NONE
     header = (
         "TTFT p50, ms", "Baton, one GPU", "1P1D", "handoff", "goal", "met",
-        "single token on 1P1D", "vLLM, one GPU", "1P1D", "handoff", "Baton / vLLM, 1P1D",
+        "one worker for both", "single token on 1P1D", "vLLM, one GPU", "1P1D", "handoff", "Baton / vLLM, 1P1D",
     )  # fmt: skip
     rows = []
     for length in sorted(ours):
@@ -57,6 +61,7 @@ def handoff(results: Path) -> str:
                 f"**{_ms(cost)}**",
                 _at_most(HANDOFF_GOAL_S, 1e3),
                 _met(None if cost is None else cost <= HANDOFF_GOAL_S),
+                _ms(_value(undivided.get(length, {}), 1, "ttft_s")),
                 _ms(_value(mine, 2, "alone_ttft_s")),
                 *(_ms(_value(other, gpus, "ttft_s")) for gpus in (1, 2)),
                 _ms(_difference(other, "ttft_s")),
@@ -153,24 +158,21 @@ def start(results: Path) -> str:
     return f"{table(header, rows, num_text_columns=2)}\n\n{_same_run(loaded)}"
 
 
-def short(results: Path) -> str:
-    """Where disaggregation loses: short requests at a low load, with two GPUs either way."""
-    loaded = _load(results, SERVICE)
-    pair, single = (loaded.get(("baton", gpus), {}).get("short") for gpus in (2, 1))
-    if pair is None or single is None:
+def group_sizes(results: Path) -> str:
+    """How many layers one WRITE carries, and what that does to the first token."""
+    path = results / "gpu_handoff_group_sizes.json"
+    if not path.exists():
         return _NONE
-    if pair["load"]["rate"] != 2 * single["load"]["rate"]:
-        raise ConfigError(
-            f"each of two services must get half of the load: {single['load']['rate']:g}/s is not half of "
-            f"{pair['load']['rate']:g}/s"
-        )
+    found = read_result(path)
     rows = []
-    for label, name in (("TTFT", "ttft"), ("ITL", "itl"), ("request", "e2e")):
-        for percentile in ("p50", "p99"):
-            a, b = _summary(pair, name, percentile), _summary(single, name, percentile)
-            rows.append((f"{label} {percentile}, ms", _ms(a), _ms(b), _ratio(a, b)))
-    header = (_load_text(pair["load"]), "1P1D", "a service on each GPU", "1P1D / separate")
-    return f"{table(header, rows, num_text_columns=1)}\n\n{_same_run(loaded)}"
+    for group in found["groups"]:
+        for length in group["lengths"]:
+            with_handoff, alone = length["ttft_s"], length["alone_ttft_s"]
+            cells = (_ms(with_handoff), _ms(alone), f"**{_ms(with_handoff - alone)}**", _ms(length["second_token_s"]))
+            rows.append((f"{length['prompt_tokens']} tokens", str(group["layers_per_group"]), *cells))
+    rows.sort(key=lambda row: (int(row[0].split()[0]), int(row[1])))
+    header = ("TTFT p50, ms", "layers in a WRITE", "with a handoff", "for a single token", "difference", "second token")
+    return f"{table(header, rows, num_text_columns=1)}\n\n{_provenance({'': found})}"
 
 
 TABLES: Mapping[str, Callable[[Path], str]] = {
@@ -179,7 +181,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_second_token": second_token,
     "gpu_load": load,
     "gpu_start": start,
-    "gpu_short": short,
+    "gpu_group_sizes": group_sizes,
 }
 """Name of a marker in the page to what makes its table from the folder of results."""
 
@@ -203,7 +205,9 @@ def _provenance(loaded: Mapping[Any, Mapping[str, Any]]) -> str:
         config = result["config"]
         version = result.get("version") or config.get("version")
         what = f"{config['engine']} {version}" if version else config["engine"]
-        gpus = f"on {' and '.join(config['gpu_names'])}; " if config["gpu_names"] else ""
+        names = Counter(config["gpu_names"])
+        counted = " and ".join(name if count == 1 else f"{count} × {name}" for name, count in names.items())
+        gpus = f"on {counted}; " if counted else ""
         note = f" {config['note']}" if config["note"] else ""
         lines.append(f"- {what}: {gpus}{provenance(result['environment'])}{note}")
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def _service(folder: Path, engine: str, gpus: int, ttft_s: float, rate: float, c
         "prompt_tokens": 2048, "ttft_s": ttft_s, "second_token_s": ttft_s + 0.006, "alone_ttft_s": ttft_s,
         "exposed_s": 0.001, "hidden_share": 0.97 if engine == "baton" else None,
     }  # fmt: skip
-    content = {"first_token_s": 40.0, "lengths": [length], "load": asked, "short": asked}
+    content = {"first_token_s": 40.0, "lengths": [length], "load": asked}
     _write(folder, f"gpu_service_{engine}_{gpus}gpu.json", engine, content, cold_caches=cold)
 
 
@@ -69,8 +69,7 @@ def test_figures_without_a_peer_stand_alone(tmp_path: Path) -> None:
     _service(tmp_path, "baton", 2, 0.052, 8.0)
     assert _rows(gpu_tables.engine(tmp_path))[3][3:5] == ["—", "—"]
     (row,) = _rows(gpu_tables.handoff(tmp_path))[2:]
-    assert row == ["2048 tokens", "—", "52.0", "**—**", "≤ 3", "", "52.0", "—", "—", "—", "—"]
-    assert gpu_tables.short(tmp_path) == "No result is kept yet."
+    assert row == ["2048 tokens", "—", "52.0", "**—**", "≤ 3", "", "—", "52.0", "—", "—", "—", "—"]
 
 
 def test_the_handoff_is_the_difference_between_two_gpus_and_one(tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_the_handoff_is_the_difference_between_two_gpus_and_one(tmp_path: Path) 
         _service(tmp_path, engine, 2, two, 8.0)
     (row,) = _rows(gpu_tables.handoff(tmp_path))[2:]
     assert row[1:6] == ["50.0", "52.0", "**2.00**", "≤ 3", "yes"]
-    assert row[7:] == ["51.0", "73.5", "22.5", "**0.71**"]
+    assert row[6:] == ["—", "52.0", "51.0", "73.5", "22.5", "**0.71**"]
     (row,) = _rows(gpu_tables.second_token(tmp_path))[2:]
     assert row[1:] == ["56.0", "58.0", "2.00", "57.0", "79.5", "22.5", "1.00", "97.0%", "≥ 95%", "yes"]
     rows = {row[0]: row[1:] for row in _rows(gpu_tables.load(tmp_path))}
@@ -87,7 +86,23 @@ def test_the_handoff_is_the_difference_between_two_gpus_and_one(tmp_path: Path) 
     assert rows["ITL p99, ms"] == ["7.50", "7.50", "**1.00**", "≤ 8", "yes"]
     assert rows["requests that succeeded"][:2] == ["9 of 10", "9 of 10"]
     assert "| one | empty | 40.0 s | 40.0 s | **1.00** | < 60 s | yes |" in gpu_tables.start(tmp_path)
-    assert "| TTFT p50, ms | 52.0 | 50.0 | **1.04** |" in gpu_tables.short(tmp_path)
+
+
+def test_one_worker_for_both_and_writes_of_many_layers_stand_beside_the_pair(tmp_path: Path) -> None:
+    _service(tmp_path, "baton", 1, 0.050, 4.0)
+    _service(tmp_path, "baton", 2, 0.052, 8.0)
+    (tmp_path / "gpu_service_baton_1gpu.json").rename(tmp_path / "gpu_service_baton_undivided.json")
+    (row,) = _rows(gpu_tables.handoff(tmp_path))[2:]
+    assert row[1:3] == ["—", "52.0"]
+    assert row[6] == "50.0"
+    lengths = [
+        {"prompt_tokens": tokens, "ttft_s": 0.2, "alone_ttft_s": 0.19, "second_token_s": 0.21} for tokens in (8000, 512)
+    ]
+    groups = [{"layers_per_group": layers, "lengths": lengths} for layers in (32, 1)]
+    _write(tmp_path, "gpu_handoff_group_sizes.json", "baton", {"groups": groups})
+    rows = _rows(gpu_tables.group_sizes(tmp_path))[2:]
+    assert [row[:2] for row in rows] == [[f"{n} tokens", g] for n in (512, 8000) for g in ("1", "32")]
+    assert rows[0][2:] == ["200.0", "190.0", "**10.00**", "210.0"]
 
 
 def test_starts_are_compared_only_where_both_began_with_the_same_caches(tmp_path: Path) -> None:
@@ -101,10 +116,3 @@ def test_results_of_two_runs_are_never_put_side_by_side(tmp_path: Path) -> None:
     _engine(tmp_path, "vllm", 1.0, run="r2")
     with pytest.raises(ConfigError, match="different runs"):
         gpu_tables.engine(tmp_path)
-
-
-def test_two_services_that_did_not_get_half_of_the_load_each_are_no_comparison(tmp_path: Path) -> None:
-    _service(tmp_path, "baton", 1, 0.05, 8.0)
-    _service(tmp_path, "baton", 2, 0.05, 8.0)
-    with pytest.raises(ConfigError, match="half"):
-        gpu_tables.short(tmp_path)
