@@ -19,7 +19,8 @@ from cluster.routing.demand import Demand
 from cluster.routing.router import place
 from fleet import prompt, tokens_of
 from kv_transfer.local import Faults
-from workers.errors import CapacityError, DeadlineExceededError, HandoffError
+from random_clients import serve_random_clients
+from workers.errors import CapacityError, DeadlineExceededError
 from workers.messages import FinishReason, PrefillReport, RequestFailed, TokenOutput
 
 
@@ -202,40 +203,7 @@ async def test_random_clients_leave_nothing_behind(make_fleet, expected):
         num_blocks=40,
         max_queue=200,
     )
-    rng = random.Random(8)
-    known = [(prompt(rng.randint(1, 80), seed=i), 16) for i in range(6)]
-    answers = [expected(*one) for one in known]
-
-    async def client(which: int, length: int, leave_after: int | None) -> tuple[int, list[int], bool]:
-        stream = fleet.start(known[which][0], length)
-        got: list[int] = []
-        async with contextlib.aclosing(stream):
-            try:
-                async for token in tokens_of(stream):
-                    got.append(token)
-                    if leave_after is not None and len(got) >= leave_after:
-                        return which, got, False
-            except HandoffError:
-                return which, got, False
-        return which, got, len(got) == length
-
-    clients = []
-    for _ in range(50):
-        leave_after = rng.choice([None, None, rng.randint(1, 8)])
-        clients.append(asyncio.create_task(client(rng.randrange(6), rng.randint(1, 16), leave_after)))
-        if rng.random() < 0.2:
-            await asyncio.sleep(0.01)
-        if rng.random() < 0.2:
-            rng.choice(clients).cancel()
-    complete = 0
-    for outcome in await asyncio.gather(*clients, return_exceptions=True):
-        if isinstance(outcome, asyncio.CancelledError):
-            continue
-        assert not isinstance(outcome, BaseException), outcome
-        which, got, whole = outcome
-        assert got == answers[which][: len(got)]
-        complete += whole
-    assert complete > 10
+    assert await serve_random_clients(fleet, expected, 50, seed=8) > 10
     await fleet.until_idle()
 
 

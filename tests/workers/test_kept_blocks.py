@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cached_blocks import check_cached_blocks, poison_free_blocks
 from kv_transfer.local import Faults
 from local_cluster import LocalCluster
 from lockstep_cluster import LockstepCluster
@@ -17,7 +18,7 @@ from workers.block_manager import blocks_for
 from workers.decode import DecodeWorker
 from workers.errors import SamplingError
 from workers.messages import DecodeReport
-from workers.model_runner import ModelRunner, Row
+from workers.model_runner import ModelRunner
 from workers.prefix_cache import block_hashes
 from workers.sampling.params import SamplingParams
 
@@ -43,31 +44,6 @@ def held(decode: DecodeWorker, token_ids: list[int]) -> int:
     """How many of these tokens a prompt of them would find on the worker."""
     size = decode._runner.block_size
     return size * len(decode._blocks._find(block_hashes(token_ids, size)))
-
-
-def poison_free_blocks(cluster: LocalCluster) -> None:
-    """What a block without users and without known content holds must never matter."""
-    for worker in cluster.decode.values():
-        blocks = worker._blocks
-        free = [b for b in range(blocks.num_blocks) if b not in blocks._users and b not in blocks._hash_of]
-        worker._runner.kv_cache[:, free] = torch.nan
-
-
-def check_cache(cluster: LocalCluster, texts: list[list[int]]) -> int:
-    """Every block that can be found holds what computing its tokens whole gives; how many there were."""
-    checked = 0
-    for worker in cluster.decode.values():
-        runner, size = worker._runner, worker._runner.block_size
-        for token_ids in texts:
-            found = worker._blocks._find(block_hashes(token_ids, size))
-            if not found:
-                continue
-            count = blocks_for(len(token_ids), size)
-            whole = ModelRunner(cluster.model, cluster.model.kv_cache_spec.allocate(count, runner.device))
-            whole.forward([Row(token_ids, 0, range(count))])
-            torch.testing.assert_close(runner.kv_cache[:, found], whole.kv_cache[:, : len(found)], rtol=1e-3, atol=1e-4)
-            checked += len(found)
-    return checked
 
 
 @cache
@@ -112,7 +88,7 @@ def test_the_next_turn_finds_the_answer(one_pair, tiny_checkpoint):
         assert cluster.reports[f"turn{turn}"].num_bytes == (blocks_for(len(text), 16) - known) * block_bytes
         assert cluster.decode_reports[f"turn{turn}"].cached_tokens == known * 16
         text = text + answer + prompt(10, seed=turn + 1)
-    assert check_cache(cluster, [text]) > 8
+    assert check_cached_blocks(cluster, cluster.decode.values(), [text], rtol=1e-3) > 8
     cluster.assert_all_blocks_free()
 
 
@@ -124,7 +100,7 @@ def test_the_last_token_and_what_runs_behind_it_are_never_kept(prompt_len, one_p
     text += ask(cluster, "r", text, 20)
     assert held(decode, text) == (len(text) - 1) // 16 * 16
     assert set(decode.take_cache_update().stored) == set(block_hashes(text[:-1], 16))
-    assert check_cache(cluster, [text]) == (len(text) - 1) // 16
+    assert check_cached_blocks(cluster, cluster.decode.values(), [text], rtol=1e-3) == (len(text) - 1) // 16
     cluster.assert_all_blocks_free()
 
 
@@ -138,7 +114,7 @@ def test_what_was_generated_before_an_abort_is_kept(one_pair):
     cluster.run()
     text = prompt(20) + cluster.token_ids("r")
     assert held(decode, text) == (len(text) - 1) // 16 * 16
-    assert check_cache(cluster, [text]) == 3
+    assert check_cached_blocks(cluster, cluster.decode.values(), [text], rtol=1e-3) == 3
     cluster.assert_all_blocks_free()
 
 
@@ -168,13 +144,18 @@ def test_who_makes_room_leaves_shared_blocks_where_they_are(one_pair, tiny_check
         cluster.submit(f"r{number}", text, greedy(60))
     while cluster.busy:
         cluster.step()
-        poison_free_blocks(cluster)
+        poison_free_blocks(cluster.decode.values())
         preempted = max(preempted, decode.load.preempted)
     assert preempted > 0
     for number, text in enumerate(texts):
         assert cluster.token_ids(f"r{number}") == expected(tiny_checkpoint("llama"), tuple(text), 60)
     cluster.assert_all_blocks_free()
-    check_cache(cluster, [text + cluster.token_ids(f"r{number}") for number, text in enumerate(texts)])
+    check_cached_blocks(
+        cluster,
+        cluster.decode.values(),
+        [text + cluster.token_ids(f"r{number}") for number, text in enumerate(texts)],
+        rtol=1e-3,
+    )
 
 
 def test_who_comes_back_writes_only_what_is_not_here(one_pair, monkeypatch, tiny_checkpoint):
@@ -214,7 +195,7 @@ def test_memory_is_taken_from_what_nobody_uses(one_pair, tiny_checkpoint):
         assert decode.load.free_blocks == 8
     assert held(decode, prompt(90, seed=4)) == 80
     assert held(decode, prompt(90, seed=0)) == 0
-    check_cache(cluster, [prompt(90, seed=seed) for seed in range(5)])
+    check_cached_blocks(cluster, cluster.decode.values(), [prompt(90, seed=seed) for seed in range(5)], rtol=1e-3)
 
 
 def test_a_handoff_that_fails_leaves_nothing_to_find(one_pair, tiny_checkpoint):
@@ -260,7 +241,7 @@ def test_broken_logits_take_their_blocks_with_them(one_pair, tiny_checkpoint):
     ask(cluster, "broken", prompt(70))
     assert isinstance(cluster.failures["broken"], SamplingError)
     assert held(decode, prompt(70)) == 0
-    poison_free_blocks(cluster)
+    poison_free_blocks(cluster.decode.values())
     assert ask(cluster, "again", prompt(70)) == expected(tiny_checkpoint("llama"), tuple(prompt(70)))
     assert cluster.decode_reports["again"].cached_tokens == 0
     cluster.assert_all_blocks_free()
@@ -386,7 +367,7 @@ def test_answers_and_cache_are_those_without_keeping(
             aborted.add(victim := f"r{rng.randrange(len(turns))}")
             cluster.abort(victim)
         cluster.step()
-        poison_free_blocks(cluster)
+        poison_free_blocks(cluster.decode.values())
     for number, answer in enumerate(answers):
         name = f"r{number}"
         if name in aborted or name in cluster.failures:
@@ -395,4 +376,9 @@ def test_answers_and_cache_are_those_without_keeping(
             assert cluster.token_ids(name) == answer, number
     assert trouble or not cluster.failures
     cluster.assert_all_blocks_free()
-    check_cache(cluster, [text + answer for text, answer in zip(texts, answers, strict=True)])
+    check_cached_blocks(
+        cluster,
+        cluster.decode.values(),
+        [text + answer for text, answer in zip(texts, answers, strict=True)],
+        rtol=1e-3,
+    )

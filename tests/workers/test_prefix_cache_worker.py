@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cached_blocks import check_cached_blocks, poison_free_blocks
 from kv_transfer.local import Faults
 from local_cluster import LocalCluster
 from workers.block_manager import blocks_for
 from workers.messages import PrefillReport, PrefillRequest, RequestFailed
-from workers.model_runner import ModelRunner, Row
 from workers.prefix_cache import block_hashes
 from workers.sampling.params import SamplingParams
 
@@ -43,31 +43,6 @@ def report(prefill, token_ids: list[int]) -> PrefillReport:
     while prefill.has_requests:
         events += prefill.step()
     return next(event for event in events if isinstance(event, PrefillReport))
-
-
-def poison_free_blocks(cluster: LocalCluster) -> None:
-    """What a block without users and without known content holds must never matter."""
-    for worker in cluster.prefill.values():
-        blocks = worker._blocks
-        free = [b for b in range(blocks.num_blocks) if b not in blocks._users and b not in blocks._hash_of]
-        worker._runner.kv_cache[:, free] = torch.nan
-
-
-def check_cache(cluster: LocalCluster, prompts: list[list[int]]) -> int:
-    """Every block that can be found holds what computing its prompt whole gives; how many there were."""
-    checked = 0
-    for worker in cluster.prefill.values():
-        runner, size = worker._runner, worker._runner.block_size
-        for token_ids in prompts:
-            found = worker._blocks._find(block_hashes(token_ids, size))
-            if not found:
-                continue
-            count = blocks_for(len(token_ids), size)
-            whole = ModelRunner(cluster.model, cluster.model.kv_cache_spec.allocate(count, runner.device))
-            whole.forward([Row(token_ids, 0, range(count))])
-            torch.testing.assert_close(runner.kv_cache[:, found], whole.kv_cache[:, : len(found)], rtol=1e-4, atol=1e-5)
-            checked += len(found)
-    return checked
 
 
 @pytest.mark.parametrize(
@@ -138,10 +113,10 @@ def test_a_prompt_that_was_aborted_leaves_what_it_had_computed(one_pair, referen
     cluster.abort("a")
     cluster.run()
     cluster.assert_all_blocks_free()
-    poison_free_blocks(cluster)
+    poison_free_blocks(cluster.prefill.values())
     cluster.submit("b", prompt(90), GREEDY)
     assert cluster.run()["b"] == reference_greedy(tiny_checkpoint("llama"), prompt(90), 6)
-    assert check_cache(cluster, [prompt(90)]) == 5
+    assert check_cached_blocks(cluster, cluster.prefill.values(), [prompt(90)]) == 5
 
 
 def test_broken_logits_take_their_blocks_with_them(one_pair, monkeypatch, reference_greedy, tiny_checkpoint):
@@ -220,10 +195,10 @@ def test_tokens_and_cache_are_those_without_a_cache(
             aborted.add(victim := f"r{rng.randrange(len(prompts))}")
             cluster.abort(victim)
         cluster.step()
-        poison_free_blocks(cluster)
+        poison_free_blocks(cluster.prefill.values())
     for number, token_ids in enumerate(prompts):
         if f"r{number}" not in aborted:
             assert cluster.token_ids(f"r{number}") == expected(checkpoint, tuple(token_ids)), number
     assert not cluster.failures
     cluster.assert_all_blocks_free()
-    check_cache(cluster, prompts)
+    check_cached_blocks(cluster, cluster.prefill.values(), prompts)

@@ -1,0 +1,42 @@
+"""What must hold of the blocks that workers keep by content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from local_cluster import LocalCluster
+from workers.block_manager import blocks_for
+from workers.decode import DecodeWorker
+from workers.model_runner import ModelRunner, Row
+from workers.prefill import PrefillWorker
+from workers.prefix_cache import block_hashes
+
+Workers = Iterable[PrefillWorker | DecodeWorker]
+
+
+def poison_free_blocks(workers: Workers) -> None:
+    """What a block without users and without known content holds must never matter."""
+    for worker in workers:
+        blocks = worker._blocks
+        free = [b for b in range(blocks.num_blocks) if b not in blocks._users and b not in blocks._hash_of]
+        worker._runner.kv_cache[:, free] = torch.nan
+
+
+def check_cached_blocks(cluster: LocalCluster, workers: Workers, texts: list[list[int]], rtol: float = 1e-4) -> int:
+    """Every block that can be found holds what computing its tokens whole gives; how many there were."""
+    checked = 0
+    for worker in workers:
+        runner, size = worker._runner, worker._runner.block_size
+        for token_ids in texts:
+            found = worker._blocks._find(block_hashes(token_ids, size))
+            if not found:
+                continue
+            count = blocks_for(len(token_ids), size)
+            whole = ModelRunner(cluster.model, cluster.model.kv_cache_spec.allocate(count, runner.device))
+            whole.forward([Row(token_ids, 0, range(count))])
+            kept, computed = runner.kv_cache[:, found], whole.kv_cache[:, : len(found)]
+            torch.testing.assert_close(kept, computed, rtol=rtol, atol=rtol / 10)
+            checked += len(found)
+    return checked
