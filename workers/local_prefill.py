@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +17,13 @@ import numpy as np
 from workers.block_manager import blocks_for
 from workers.decode_batch import Sequence
 from workers.errors import SamplingError
-from workers.first_tokens import FirstTokens
 from workers.messages import PrefillReport
 from workers.model_runner import ModelRunner, Row
-from workers.prefill_launch import store_complete
-from workers.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
+from workers.prefill_scheduler import PrefillScheduler, PromptProgress
 from workers.prefix_cache import PrefixCache
+from workers.prompt_steps import Launch, launch_chunks
 from workers.sampling.results import SampledToken
+from workers.sampling.state import SamplingState
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,10 @@ class _Prompt:
     in_flight: int = 0
     unwanted: bool = False
 
-
-@dataclass(frozen=True)
-class _Launch:
-    """A step's chunks, queued, or running, or done; `finished` are those of the prompts that end with it."""
-
-    chunks: Many[Chunk]
-    prompts: Many[_Prompt]
-    finished: Many[_Prompt]
-    first_tokens: FirstTokens
+    @property
+    def state(self) -> SamplingState:
+        """For its first token."""
+        return self.sequence.state
 
 
 class LocalPrefill:
@@ -100,7 +94,7 @@ class LocalPrefill:
         self._clock = clock
         self._scheduler = PrefillScheduler(blocks, runner.block_size, max_num_batched_tokens, max_num_seqs)
         self._prompts: dict[str, _Prompt] = {}
-        self._launches: deque[_Launch] = deque()
+        self._launches: deque[Launch[_Prompt]] = deque()
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence.request.request_id in self._prompts
@@ -157,19 +151,10 @@ class LocalPrefill:
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
-        prompts, rows = [self._prompts[chunk.prompt.request_id] for chunk in chunks], []
-        for chunk, prompt in zip(chunks, prompts, strict=True):
+        prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
+        for prompt in prompts:
             prompt.started = self._clock() if prompt.started is None else prompt.started
-            prompt.in_flight += 1
-            tokens = prompt.token_ids[chunk.start : chunk.end]
-            rows.append(Row(tokens, chunk.start, chunk.prompt.blocks, wants_logits=chunk.last))
-        logits = self._runner.forward(rows)
-        for chunk in chunks:
-            self._scheduler.advance(chunk)
-        finished = [prompt for chunk, prompt in zip(chunks, prompts, strict=True) if chunk.last]
-        states = [prompt.sequence.state for prompt in finished]
-        first_tokens = FirstTokens(logits, states, self._runner.ready_event())
-        self._launches.append(_Launch(chunks, prompts, finished, first_tokens))
+        self._launches.append(launch_chunks(self._runner, self._scheduler, chunks, prompts))
         return True
 
     def collect(self, ahead: int) -> list[FirstToken]:
@@ -177,13 +162,11 @@ class LocalPrefill:
         ended = []
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
-            sampled = launch.first_tokens.wait()
-            store_complete(self._blocks, launch.chunks, self._runner.block_size)
+            finished = launch.wait(self._blocks, self._runner.block_size)
             for prompt in launch.prompts:
-                prompt.in_flight -= 1
                 if prompt.unwanted:
                     self._give_back(prompt)
-            for prompt, token in zip(launch.finished, sampled, strict=True):
+            for prompt, token in finished:
                 if not prompt.unwanted:
                     ended.append(self._end(prompt, token))
         return ended

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
 from workers.errors import BatonError, HandoffError, SamplingError
-from workers.first_tokens import FirstTokens
 from workers.group_size import GroupSize
 from workers.intake import check_capacity, check_prompt, check_token_ids
 from workers.messages import (
@@ -25,11 +24,12 @@ from workers.messages import (
     TokenOutput,
     WorkerEvent,
 )
-from workers.model_runner import ModelRunner, Row
+from workers.model_runner import ModelRunner
 from workers.prefill_graphs import Progress
-from workers.prefill_launch import Launch, Prompt, complete_blocks, layer_pusher, push_cached, store_complete
+from workers.prefill_launch import Prompt, complete_blocks, layer_pusher, push_cached
 from workers.prefill_scheduler import Chunk, PrefillScheduler
 from workers.prefix_cache import PrefixCache
+from workers.prompt_steps import Launch, launch_chunks
 from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason
 
@@ -83,7 +83,7 @@ class PrefillWorker:
         self.group_size = GroupSize(connector, runner.num_layers, block_bytes, layers_per_group, share_after_attention)
         self._handoff_timeout_s = handoff_timeout_s
         self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
-        self._launches: deque[Launch] = deque()
+        self._launches: deque[Launch[Prompt]] = deque()
         self._prompts: dict[str, Prompt] = {}
         self._handoffs: dict[bytes, Prompt] = {}
         self._events: list[WorkerEvent] = []
@@ -160,36 +160,25 @@ class PrefillWorker:
         """How the prefix cache has changed since the last call; None: not at all."""
         return self._blocks.take_update()
 
-    def _launch(self, chunks: list[Chunk]) -> Launch:
+    def _launch(self, chunks: list[Chunk]) -> Launch[Prompt]:
         """Queue a batch, and what follows from it for the handoffs and the schedule."""
         prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
-        rows = []
-        for chunk, prompt in zip(chunks, prompts, strict=True):
+        for prompt in prompts:
             prompt.started = prompt.started or self._clock()
-            prompt.in_flight += 1
-            tokens = prompt.token_ids[chunk.start : chunk.end]
-            rows.append(Row(tokens, chunk.start, chunk.prompt.blocks, wants_logits=chunk.last))
         push_cached(self._connector, self._runner.num_layers, chunks, prompts)
         parts = complete_blocks(chunks, prompts, self._scheduler, self.group_size)
         on_layer = layer_pusher(self._connector, self._runner, parts)
-        logits = self._runner.forward(rows, on_layer)
-        for chunk in chunks:
-            self._scheduler.advance(chunk)
-        finished = [prompt for chunk, prompt in zip(chunks, prompts, strict=True) if chunk.last]
-        first_tokens = FirstTokens(logits, [prompt.state for prompt in finished], self._runner.ready_event())
-        return Launch(chunks, prompts, finished, first_tokens)
+        return launch_chunks(self._runner, self._scheduler, chunks, prompts, on_layer)
 
     def _collect(self, ahead: int) -> None:
         """Take the first tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
-            sampled = launch.first_tokens.wait()
-            store_complete(self._blocks, launch.chunks, self._runner.block_size)
+            finished = launch.wait(self._blocks, self._runner.block_size)
             for prompt in launch.prompts:
-                prompt.in_flight -= 1
                 if prompt.unwanted:
                     self._give_back(prompt)
-            for prompt, token in zip(launch.finished, sampled, strict=True):
+            for prompt, token in finished:
                 if self._awaited(prompt):
                     self._accept(prompt, token)
 

@@ -1,4 +1,4 @@
-"""A prompt on a prefill worker, and a step that computes some of it."""
+"""A prompt on a prefill worker, and what of it a step hands over."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import numpy as np
 
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError
-from workers.first_tokens import FirstTokens
 from workers.group_size import GroupSize
 from workers.messages import PrefillRequest
 from workers.model_runner import ModelRunner
 from workers.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
-from workers.prefix_cache import PrefixCache, block_hashes
+from workers.prefix_cache import block_hashes
 from workers.sampling.state import SamplingState
 
 
@@ -76,23 +75,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A step that is queued, or running, or done.
-
-    Attributes:
-        chunks: what it computes.
-        prompts: whose chunks they are.
-        finished: those of them that are computed with it.
-        first_tokens: of the finished ones.
-    """
-
-    chunks: Sequence[Chunk]
-    prompts: Sequence[Prompt]
-    finished: Sequence[Prompt]
-    first_tokens: FirstTokens
-
-
-@dataclass(frozen=True)
 class CompleteBlocks:
     """Blocks of a prompt that a step completes.
 
@@ -145,15 +127,6 @@ def push_cached(connector: KVConnector, num_layers: int, chunks: Sequence[Chunk]
         if chunk.prompt.num_chunks == 0 and cached and prompt.request.decode_engine is not None:
             blocks = chunk.prompt.blocks[:cached]
             connector.push(prompt.request.handoff_id, range(num_layers), 0, blocks, None)
-
-
-def store_complete(cache: PrefixCache, chunks: Sequence[Chunk], block_size: int) -> None:
-    """Keep the full blocks that a step has completed. The step must be done, and their prompts must still hold them."""
-    for chunk in chunks:
-        progress = chunk.prompt
-        full = range(chunk.start // block_size, chunk.end // block_size) if progress.hashes else ()
-        for place in full:
-            cache.store(progress.blocks[place], progress.hashes[place])
 
 
 def layer_pusher(
