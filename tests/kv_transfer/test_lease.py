@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,14 @@ from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReleased
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Lease
 from kv_transfer.local import LocalConnector, LocalFabric
+
+
+def freeze(pid: int) -> None:
+    """Stop a process, and wait until all of its threads have stopped: the signal alone does not say when they do."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    while any(not stat.read_text().rpartition(") ")[2].startswith("T") for stat in tasks.glob("*/stat")):
+        time.sleep(0.001)
 
 
 class Clock:
@@ -80,7 +89,7 @@ def test_a_process_that_thaws_does_not_write_to_blocks_that_it_was_granted(make_
     prefill.push(b"a" * 16, 0, 4, (1, 2))
     prefill.finish(b"a" * 16, 7)
     prefill.renew_lease()
-    os.kill(prefill.process.pid, signal.SIGSTOP)
+    freeze(prefill.process.pid)
     key = decode.expect(b"a" * 16, ids[0], (40, 41))
     decode.disconnect(ids[0], 1.0)
     failed, released = decode.events(2)
