@@ -15,7 +15,7 @@ from attention.errors import AttentionInputError
 
 
 class AttentionLayer(Protocol):
-    """What a context knows of a layer: `attention.layer.Attention`, or one of latent attention."""
+    """What a context knows of a layer: `attention.layers.attention.Attention`, or one of latent attention."""
 
     def attend(
         self,

@@ -27,8 +27,8 @@ from attention.kv_cache import KVCacheSpec
 from attention.metadata import CommonAttentionMetadata, build_metadata
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import Platform
-from attention.registry import BACKENDS, get_backend
-from attention.selector import refusals, select_backend
+from attention.selection.registry import BACKENDS, get_backend
+from attention.selection.selector import select_backend, unsupported_reasons
 from attention.spec import AttentionNeeds, AttentionSpec, Phase
 from benchmarks.device_timing import copy_bandwidth, matrix_rate, synchronize, time_calls
 from benchmarks.environment import RESULTS, Environment
@@ -137,7 +137,7 @@ class Bench:
             chosen = ""
         rows = []
         for name in backends:
-            if refusals(name, self.platform, [needs]):
+            if unsupported_reasons(name, self.platform, [needs]):
                 continue
             try:
                 row = self._measure(case, get_backend(name), inputs, expected)

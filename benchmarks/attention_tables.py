@@ -12,8 +12,8 @@ import torch
 from attention.capability import DeviceSupport, Evidence, Sizes
 from attention.errors import AttentionBackendError
 from attention.platform import PACKAGES, SIMULATED, DeviceKind, Platform
-from attention.registry import BACKENDS, get_backend
-from attention.selector import select_backend
+from attention.selection.registry import BACKENDS, get_backend
+from attention.selection.selector import select_backend
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, MLASpec, Phase
 from benchmarks.markdown import provenance, read_result, table
 

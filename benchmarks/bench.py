@@ -18,9 +18,9 @@ from benchmarks.report import print_summary, run_to_json, write_json
 from benchmarks.workload import PROMPT_KINDS, Workload
 from cluster.api import ModelInfo
 from cluster.cli.connection import add_connection_arguments, connection_of
-from cluster.client import AsyncBatonClient
+from cluster.client.client import AsyncBatonClient
 from workers.errors import ConfigError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 _DEFAULT_REQUESTS = 100
 _INFO_TIMEOUT_S = 10.0

@@ -25,11 +25,11 @@ from benchmarks.measure import Client, Row, WallClock, measure_request
 from benchmarks.report import to_json, write_json
 from benchmarks.synthetic_model import SHAPE, save_checkpoint
 from benchmarks.workload import RequestSpec
-from cluster.client import AsyncBatonClient, Connection
-from cluster.config import load_config
-from cluster.config_sections import ServiceConfig
+from cluster.client.client import AsyncBatonClient, Connection
+from cluster.config.load import load_config
+from cluster.config.schema import ServiceConfig
 from workers.errors import BatonError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 RECALL = ROOT / "deploy" / "models" / "recall"
 LABELS = {
@@ -159,7 +159,7 @@ async def measure_service(
 ) -> list[Case]:
     """Start a service for a checkpoint, measure every length, stop it."""
     from cluster.launch import launch
-    from cluster.server.serve import start_server
+    from cluster.server.grpc.serve import start_server
 
     alone = EngineAlone(checkpoint, max_num_seqs=1, max_model_len=_MAX_MODEL_LEN)
     config = _service_config(checkpoint, args.threads)

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kv_transfer.local import LocalConnector, LocalFabric
-from workers.block_manager import blocks_for
-from workers.decode import DecodeWorker
-from workers.kv_memory import kv_layout
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import LocalFabric
+from workers.decode_worker import DecodeWorker
+from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.sizing import kv_layout
+from workers.loading.loader import load_model
 from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
-from workers.model_runner import ModelRunner
-from workers.models.loader import load_model
-from workers.prefill import PrefillWorker
-from workers.sampling.params import SamplingParams
+from workers.prefill_worker import PrefillWorker
+from workers.runner.model_runner import ModelRunner
+from workers.sampling_params import SamplingParams
 
 _TIMEOUT_S = 600.0
 _PREFILL, _DECODE = "prefill-0", "decode-0"

@@ -16,14 +16,14 @@ from benchmarks.device_timing import synchronize
 from benchmarks.engine_points import TEMPERATURE, TOP_P
 from benchmarks.instant_handoff import InstantConnector
 from workers.config import WorkerConfig
-from workers.decode import DecodeWorker
-from workers.kv_memory import allocate_kv_cache
-from workers.largest_batches import largest_batches_of
+from workers.decode_worker import DecodeWorker
+from workers.kv_cache.sizing import allocate_kv_cache
+from workers.loading.loader import load_model
 from workers.messages import DecodeRequest, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
-from workers.model_runner import ModelRunner
-from workers.models.loader import load_model
-from workers.prefill import PrefillWorker
-from workers.sampling.params import SamplingParams
+from workers.prefill_worker import PrefillWorker
+from workers.runner.model_runner import ModelRunner
+from workers.runner.profile_run import largest_batches_of
+from workers.sampling_params import SamplingParams
 
 _TIMEOUT_S = 600.0
 
@@ -94,7 +94,7 @@ class DecodeSide:
 def build_worker(
     config: WorkerConfig, max_model_len: int
 ) -> tuple[PrefillWorker | DecodeWorker, StartUp, dict[str, Any]]:
-    """A worker as `workers.host` builds it, but over a connector without peers; how long each phase took; what it is.
+    """A worker as `WorkerHost` builds it, but over a connector without peers; how long each phase took; what it is.
 
     Raises:
         BatonError: it cannot be built here.

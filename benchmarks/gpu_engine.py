@@ -34,9 +34,9 @@ from benchmarks.environment import RESULTS, Environment, gpu_names
 from benchmarks.llama_8b import Work, save_shape
 from benchmarks.report import to_json, write_json
 from workers.config import WorkerConfig
-from workers.decode import DecodeWorker
+from workers.decode_worker import DecodeWorker
 from workers.errors import BatonError
-from workers.prefill import PrefillWorker
+from workers.prefill_worker import PrefillWorker
 
 _PREFILL_SEQS = 32
 

@@ -23,7 +23,7 @@ from benchmarks.llama_8b import save_shape
 from benchmarks.report import to_json, write_json
 from benchmarks.server_process import ServerProcess, server_process
 from benchmarks.service_points import add_service_arguments, measure_service, time_first_token
-from cluster.client import AsyncBatonClient, Connection
+from cluster.client.client import AsyncBatonClient, Connection
 from workers.errors import BatonError
 
 _READY = re.compile(r"^Baton serves \S+ on (\S+) \(", re.MULTILINE)

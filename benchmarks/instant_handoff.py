@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kv_transfer.connector import ConnectorEvent, HandoffReceived, KVConnector, ReadyEvent
+from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
-from kv_transfer.messages import HandoffKey
-from kv_transfer.transport import EngineInfo
+from kv_transfer.transports.base import EngineInfo
 
 _FIRST_TOKEN = 5
 

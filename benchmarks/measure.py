@@ -12,10 +12,10 @@ from typing import Any, Protocol, cast
 
 from benchmarks.workload import RequestSpec
 from cluster.api import RequestReport
-from cluster.client import BatonClientError
-from cluster.client_messages import GenerateChunk
+from cluster.client.client import BatonClientError
+from cluster.client.messages import GenerateChunk
 from workers.errors import BatonError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 OK = "OK"
 

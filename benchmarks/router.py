@@ -21,13 +21,13 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
 from benchmarks.report import to_json, write_json
-from cluster.routing.books import Books
-from cluster.routing.demand import Demand, Placement
-from cluster.routing.pairs import Way
+from cluster.routing.links import Way
+from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
+from cluster.routing.types import Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
-from workers.capability import Capability
 from workers.messages import CacheUpdate
+from workers.runner.step_times import StepTimes
 
 _LENGTHS, _BATCHES = (32, 128, 512, 2048), (1, 4, 16, 64)
 _BLOCK_SIZE = 64
@@ -87,31 +87,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(case: Case, workers: int, requests: int, under_way: int, rng: random.Random) -> dict[str, Any]:
     """One size of pools; microseconds of a decision, and requests a second with everything that is booked for them."""
-    books = _books(case, workers, rng)
-    make_demand = _with_prefixes(books, workers, rng) if case.prefixes else _plain(rng)
+    load_tracker = _load_tracker(case, workers, rng)
+    make_demand = _with_prefixes(load_tracker, workers, rng) if case.prefixes else _plain(rng)
     live: deque[tuple[str, int]] = deque()
     decisions, spent_s = [], 0.0
     for number in range(requests):
         demand = make_demand()
         if demand.prefix is not None:
-            demand.prefix.prepare(books.block_sizes)  # the service does it on another thread
+            demand.prefix.prepare(load_tracker.block_sizes)  # the service does it on another thread
         started = time.perf_counter()
         if len(live) >= under_way * workers:
             name, most_tokens = live.popleft()
-            books.grown(name, most_tokens)
-            books.release(name)
+            load_tracker.grown(name, most_tokens)
+            load_tracker.release(name)
         before = time.perf_counter()
-        placement = books.place(demand)
+        placement = load_tracker.place(demand)
         decisions.append(time.perf_counter() - before)
         if isinstance(placement, Placement):
             name = str(number)
-            books.book(
+            load_tracker.reserve(
                 name, placement.prefill, placement.decode, demand.prompt_tokens, demand.max_tokens,
                 placement.cached_tokens,
             )  # fmt: skip
             live.append((name, demand.prompt_tokens + demand.max_tokens))
         if len(live) > 2 * workers:
-            books.first_token(live[-2 * workers][0])
+            load_tracker.first_token(live[-2 * workers][0])
         spent_s += time.perf_counter() - started
     return {
         "workers": workers,
@@ -122,22 +122,22 @@ def measure(case: Case, workers: int, requests: int, under_way: int, rng: random
     }
 
 
-def _books(case: Case, workers: int, rng: random.Random) -> Books:
-    books = Books(disaggregation=case.disaggregation)
+def _load_tracker(case: Case, workers: int, rng: random.Random) -> LoadTracker:
+    load_tracker = LoadTracker(disaggregation=case.disaggregation)
     prefill, decode = (dict.fromkeys((_worker(f"{role}-{i}", rng) for i in range(workers)), True) for role in "pd")
     ways = {
         p.engine_id: {d.engine_id: Way(rng.uniform(1e-4, 1e-3), rng.choice((12e9, 50e9, 300e9))) for d in decode}
         for p in prefill
     }
-    books.update_pools(prefill, decode, {}, ways if case.ways else {})
-    return books
+    load_tracker.update_pools(prefill, decode, {}, ways if case.ways else {})
+    return load_tracker
 
 
 def _plain(rng: random.Random) -> Any:
-    return lambda: Demand(rng.randint(64, 8192), rng.randint(16, 512))
+    return lambda: RoutingRequest(rng.randint(64, 8192), rng.randint(16, 512))
 
 
-def _with_prefixes(books: Books, workers: int, rng: random.Random) -> Any:
+def _with_prefixes(load_tracker: LoadTracker, workers: int, rng: random.Random) -> Any:
     """Each pool's workers hold a few families of prompts; of a prompt half is of one of them on average."""
     some = [rng.randrange(1 << 17) for _ in range(8192)]
     families = [[number, *some] for number in range(_FAMILIES)]
@@ -145,13 +145,13 @@ def _with_prefixes(books: Books, workers: int, rng: random.Random) -> Any:
         hashes = PromptPrefix([*family, 0]).hashes(_BLOCK_SIZE)
         for role in "pd":
             for i in rng.sample(range(workers), max(1, round(_HOLDERS * workers))):
-                books.cache_update(f"{role}-{i}", CacheUpdate(hashes[: rng.randint(1, len(hashes))], ()))
+                load_tracker.cache_update(f"{role}-{i}", CacheUpdate(hashes[: rng.randint(1, len(hashes))], ()))
 
-    def make() -> Demand:
+    def make() -> RoutingRequest:
         length = rng.randint(64, 8192)
         shared = rng.randint(0, length)
         tokens = [*rng.choice(families)[:shared], rng.randrange(1 << 17, 1 << 30), *some][:length]
-        return Demand(length, rng.randint(16, 512), prefix=PromptPrefix(tokens))
+        return RoutingRequest(length, rng.randint(16, 512), prefix=PromptPrefix(tokens))
 
     return make
 
@@ -161,7 +161,7 @@ def _worker(name: str, rng: random.Random) -> WorkerTraits:
     speed = rng.uniform(0.5, 2.0)
     prefill = tuple((n, speed * (0.008 + n * 2.2e-5)) for n in _LENGTHS)
     decode = tuple((n, speed * (0.0045 + n * 1.5e-5)) for n in _BATCHES)
-    capability = Capability(prefill, decode, speed * _KV_TOKEN_BYTES / 4e12)
+    capability = StepTimes(prefill, decode, speed * _KV_TOKEN_BYTES / 4e12)
     return WorkerTraits(name, 131_072, _BLOCK_SIZE, 8192, 256, capability, _KV_TOKEN_BYTES, _NUM_LAYERS)
 
 

@@ -22,7 +22,7 @@ from benchmarks.simulation.policies import POLICIES
 from benchmarks.simulation.service import Outcome, Plan, simulate
 from benchmarks.simulation.trace import Arrival, make_trace
 from benchmarks.simulation.workers import Hardware
-from workers.capability import Capability
+from workers.runner.step_times import StepTimes
 
 PREFILL_S = ((32, 0.006), (128, 0.0065), (512, 0.014), (2048, 0.045), (8192, 0.2), (16384, 0.45), (131072, 9.0))
 DECODE_S = ((1, 0.0045), (16, 0.0049), (64, 0.0053), (256, 0.0092))
@@ -98,7 +98,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 def hardware(slower: float) -> Hardware:
     """About an H200 with a model of eight billion parameters, so many times slower."""
     prefill, decode = (tuple((n, s * slower) for n, s in points) for points in (PREFILL_S, DECODE_S))
-    capability = Capability(prefill, decode, KV_TOKEN_S * slower)
+    capability = StepTimes(prefill, decode, KV_TOKEN_S * slower)
     return replace(Hardware(capability), link_bytes_per_s=250e9 / slower)
 
 

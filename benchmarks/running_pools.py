@@ -22,9 +22,9 @@ from benchmarks.server_process import ServerProcess, server_process
 from benchmarks.standing_load import StandingLoad, summary
 from benchmarks.workload import RequestSpec
 from cluster.api import WorkerStatus
-from cluster.client import AsyncBatonClient, Connection
+from cluster.client.client import AsyncBatonClient, Connection
 from workers.errors import ConfigError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 _READY = re.compile(r"^Baton serves \S+ on (\S+) \(", re.MULTILINE)
 _TIMEOUT_S = 10.0

@@ -18,7 +18,7 @@ from benchmarks.measure import Client, Row, WallClock, measure_request
 from benchmarks.metrics import summarize
 from benchmarks.workload import RequestSpec, Workload
 from workers.errors import ConfigError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 _TIMEOUT_S = 60.0
 _QUANTILES = 201

@@ -22,9 +22,9 @@ import torch.nn.functional as F  # noqa: N812
 from benchmarks.device_timing import time_calls
 from benchmarks.environment import RESULTS, Environment, gpu_names
 from benchmarks.report import to_json, write_json
-from workers.fused_ops.silu_and_mul import silu_and_mul
-from workers.fused_ops.skinny_linear import skinny_gated_linear, skinny_linear
-from workers.fused_ops.skinny_tiles import SM90, SkinnyTile, fits
+from workers.ops.silu_and_mul import silu_and_mul
+from workers.ops.skinny_linear import skinny_gated_linear, skinny_linear
+from workers.ops.skinny_tiles import SM90, SkinnyTile, fits
 
 Shape = tuple[int, int, bool]
 

@@ -22,9 +22,9 @@ import numpy as np
 from benchmarks.load import poisson_arrivals
 from benchmarks.measure import OK, Client
 from benchmarks.metrics import Objective, Percentiles
-from cluster.client import AsyncBatonClient, BatonClientError, Connection
+from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from workers.errors import BatonError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 RUNNING = "RUNNING"
 _TIMEOUT_S = 60.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.distributions import Distribution
 from cluster.recall import make_recall_prompt
 from workers.errors import ConfigError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 PROMPT_KINDS = ("random", "recall")
 

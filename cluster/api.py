@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.group_keys import group_key
-from cluster.routing.demand import PairReport
+from cluster.config.group_key import group_key
 from cluster.routing.prefix_index import PromptPrefix
-from workers.capability import Capability
+from cluster.routing.types import CandidateReport
 from workers.messages import Load, TokenOutput
-from workers.sampling.params import SamplingParams
+from workers.runner.step_times import StepTimes
+from workers.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class WorkerStatus:
     load: Load
     group: str = ""
     max_num_seqs: int = 0
-    capability: Capability = field(default_factory=Capability)
+    capability: StepTimes = field(default_factory=StepTimes)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Explanation:
 
     prompt_tokens: int
     max_tokens: int
-    pairs: tuple[PairReport, ...]
+    pairs: tuple[CandidateReport, ...]
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Engine(Protocol):
         """Every worker, prefill first."""
         ...
 
-    def explain(self, request: EngineRequest) -> list[PairReport]:
+    def explain(self, request: EngineRequest) -> list[CandidateReport]:
         """Where a request would go if it came now: every pair of workers, best first. Nothing is reserved."""
         ...
 

@@ -15,24 +15,24 @@ from pathlib import Path
 import ray
 
 from cluster.api import ModelInfo
-from cluster.autoscaler import Autoscaler, policies_of
+from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
-from cluster.config_groups import groups_of
-from cluster.config_sections import AutoscalerConfig, ServiceConfig
-from cluster.engine import ServingEngine
-from cluster.generation import Generation
-from cluster.node_demands import awaited_nodes, check_cpus, gpus_in_sight
-from cluster.placement import place_groups
-from cluster.pools.gpu_stock import GpuStock
+from cluster.config.groups import groups_of
+from cluster.config.schema import AutoscalerConfig, ServiceConfig
+from cluster.device_placement import place_groups
+from cluster.gateway.engine import ServingEngine
+from cluster.gateway.text_generation import Generation
+from cluster.launch_report import in_words, layers_per_write, progress_lines, readable_size, worker_line
+from cluster.pools.gpu_budget import GpuBudget
+from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
-from cluster.start_lines import group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.text.tokenizer import Tokenizer
-from cluster.worker_places import Start, gpu_stock, limits_of, places_of, start_actor, start_in_process
-from kv_transfer.local import LocalFabric
+from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
+from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
-from workers.models.checkpoint import resolve_checkpoint
-from workers.models.config import ModelConfig
-from workers.models.loader import model_bytes, resolve_dtype
+from workers.loading.checkpoint import resolve_checkpoint
+from workers.loading.loader import model_bytes, resolve_dtype
+from workers.models.config.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
-        stock = None if present is None else gpu_stock(groups, placements, present.get("GPU", 0.0))
+        stock = None if present is None else gpu_budget(groups, placements, present.get("GPU", 0.0))
         dtype = resolve_dtype(config.model.dtype, model)
         engine = ServingEngine(
             places_of(config, "prefill", placements, folder, start),
@@ -93,7 +93,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             disaggregation=config.router.disaggregation,
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
-        sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
+        sizes = [layers_per_write(group, placements[group.key].device) for group in groups if group.settings.replicas]
         report(f"loading {folder.name} into {in_words(sizes)}, {readable_size(model_bytes(model, dtype))} each")
         if not any(group.settings.replicas for group in groups if group.role == "prefill"):
             report("there are no prefill workers: every prompt is computed on its decode worker")
@@ -146,7 +146,7 @@ def _autoscale(
     stack.callback(task.cancel)
 
 
-async def _count_gpus(stock: GpuStock) -> None:
+async def _count_gpus(stock: GpuBudget) -> None:
     """Look now and then how many GPUs the cluster has, for ever: nodes come and go."""
     while True:
         await asyncio.sleep(_COUNT_INTERVAL_S)

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from kv_transfer.path_cost import PathCost
-from kv_transfer.transport import EngineInfo
-from workers.host import WorkerInfo
+from kv_transfer.link_cost import LinkCost
+from kv_transfer.transports.base import EngineInfo
 from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.worker_host import WorkerInfo
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class WorkerHandle(Protocol):
         """
         ...
 
-    async def path_to(self, engine_id: str) -> PathCost | None:
+    async def link_to(self, engine_id: str) -> LinkCost | None:
         """What the way to a peer that has been met costs, all ranks together; None: it was not measured."""
         ...
 

@@ -24,10 +24,10 @@ from typing import Protocol
 
 import torch
 
+from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
-from kv_transfer.messages import HandoffKey
-from kv_transfer.path_cost import PathCost
-from kv_transfer.transport import EngineInfo
+from kv_transfer.link_cost import LinkCost
+from kv_transfer.transports.base import EngineInfo
 
 
 class ReadyEvent(Protocol):
@@ -115,7 +115,7 @@ class KVConnector(ABC):
             PeerError: no answer in time, or data does not arrive.
         """
 
-    def path_to(self, engine_id: str) -> PathCost | None:
+    def link_to(self, engine_id: str) -> LinkCost | None:
         """What the way to a peer that has been met costs; None: it was not measured."""
         return None
 
@@ -166,7 +166,7 @@ class KVConnector(ABC):
         The source blocks are in use until `HandoffSent` or `HandoffAborted`. Every (layer, block) is pushed once.
         """
 
-    def layers_per_group(
+    def layers_per_write(
         self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
     ) -> int:
         """How many layers one WRITE to this peer should carry: 1, unless the way to it has been measured.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.decode import DecodeWorker
+from workers.decode_worker import DecodeWorker
 from workers.messages import CacheUpdate, DecodeRequest, Load, PrefillRequest, WorkerEvent
-from workers.prefill import PrefillWorker
+from workers.prefill_worker import PrefillWorker
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class WorkerConfig:
         max_num_batched_tokens: token budget of one prefill step, on a decode worker too: what it computes of prompts
             beside a decode step.
         local_prefill: of a decode worker: compute the prompts that come without a prefill worker.
-        layers_per_group: layers that one WRITE carries; None chooses for every prompt and path.
+        layers_per_write: layers that one WRITE carries; None chooses for every prompt and path.
         enable_prefix_caching: keep blocks for prompts that begin alike.
         handoff_timeout_s: a handoff that takes longer than this after prefill has ended has failed.
     """
@@ -56,6 +56,6 @@ class WorkerConfig:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
     local_prefill: bool = False
-    layers_per_group: int | None = None
+    layers_per_write: int | None = None
     enable_prefix_caching: bool = True
     handoff_timeout_s: float = 30.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 class FinishReason(enum.Enum):
@@ -170,7 +170,7 @@ class Load:
 
 @dataclass(frozen=True)
 class CacheUpdate:
-    """How a worker's prefix cache has changed; no hash is in both. See `workers.prefix_cache.block_hashes`.
+    """How a worker's prefix cache has changed; no hash is in both. See `workers.kv_cache.prefix_cache.block_hashes`.
 
     Attributes:
         stored: hashes of blocks that are there now, a few thousand at most.

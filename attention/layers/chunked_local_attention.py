@@ -16,7 +16,7 @@ import torch
 
 from attention.backend import AttentionBackend, AttentionMetadata, AttentionMetadataBuilder, KVScales
 from attention.errors import AttentionInputError
-from attention.layer import Attention
+from attention.layers.attention import Attention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import AttentionSpec, AttentionType
 

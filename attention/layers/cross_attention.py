@@ -10,7 +10,7 @@ import torch
 from attention.backend import AttentionBackend, KVScales
 from attention.errors import AttentionInputError
 from attention.forward_context import ForwardContext
-from attention.layer import Attention
+from attention.layers.attention import Attention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import AttentionSpec, AttentionType
 

@@ -6,7 +6,7 @@ import torch
 
 from attention.backend import AttentionBackend
 from attention.errors import AttentionInputError
-from attention.layer import Attention
+from attention.layers.attention import Attention
 from attention.spec import AttentionSpec
 
 

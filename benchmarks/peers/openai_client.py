@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.api import Usage
-from cluster.client_messages import GenerateChunk
+from cluster.client.messages import GenerateChunk
 from workers.errors import BatonError
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 _UNKNOWN_TOKEN = -1
 _LINE_LIMIT = 8 * 2**20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 def answer_tokens(sampling: SamplingParams) -> int:

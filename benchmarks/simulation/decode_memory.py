@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from workers.block_manager import blocks_for
+from workers.kv_cache.block_pool import blocks_for
 from workers.messages import DecodeRequest
 
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from kv_transfer.layout import KVLayout
-from kv_transfer.transport import EngineInfo
-from workers.capability import Capability
-from workers.host import WorkerInfo
+from kv_transfer.transports.base import EngineInfo
+from workers.runner.step_times import StepTimes
+from workers.worker_host import WorkerInfo
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Hardware:
         steps_at_once: decode steps that are reckoned together.
     """
 
-    capability: Capability
+    capability: StepTimes
     num_blocks: int = 8192
     block_size: int = 64
     max_num_seqs: int = 256

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.router import Choose, Demand, NoPlacement, Pairs, Placement, place
-from cluster.routing.suitability import fits, has_room, is_hopeless, takes_more
+from cluster.routing.filters import fits, has_room, is_hopeless, takes_more
+from cluster.routing.router import Choose, NoPlacement, Pairs, Placement, RoutingRequest, place
 from cluster.routing.worker_table import WorkerTable
 
 
@@ -17,7 +17,9 @@ def round_robin() -> Choose:
     """One after the other, of those that can take the request."""
     turns = itertools.count()
 
-    def choose(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
+    def choose(
+        demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs
+    ) -> Placement | NoPlacement:
         turn = next(turns)
         return _pair(demand, prefill, decode, pairs, lambda table, able: int(able[turn % len(able)]))
 
@@ -27,7 +29,9 @@ def round_robin() -> Choose:
 def least_loaded() -> Choose:
     """Whoever has the fewest requests, of those that can take it."""
 
-    def choose(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
+    def choose(
+        demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs
+    ) -> Placement | NoPlacement:
         return _pair(
             demand, prefill, decode, pairs, lambda table, able: int(able[table.column("running")[able].argmin()])
         )
@@ -44,7 +48,7 @@ POLICIES: dict[str, Callable[[], Choose]] = {
 
 
 def _pair(
-    demand: Demand,
+    demand: RoutingRequest,
     prefill: WorkerTable,
     decode: WorkerTable,
     pairs: Pairs,

@@ -16,11 +16,11 @@ from benchmarks.simulation.virtual_time import run_simulated
 from benchmarks.simulation.workers import Fabric, Hardware, SimulatedWorker
 from cluster.api import EngineRequest
 from cluster.clock import now
-from cluster.engine import WORKERS_SHARE_OF_WAIT, ServingEngine
-from cluster.routing.books import Books
+from cluster.gateway.engine import WORKERS_SHARE_OF_WAIT, ServingEngine
+from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.router import Choose
 from workers.errors import BatonError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 @dataclass
@@ -103,7 +103,7 @@ class _Run:
             self._places("decode", self._plan.decode),
             max_queue=self._plan.max_queue,
             max_queue_wait_s=self._plan.max_queue_wait_s,
-            books=Books(
+            load_tracker=LoadTracker(
                 self._choose,
                 self._plan.max_queue_wait_s * WORKERS_SHARE_OF_WAIT,
                 self._plan.disaggregation,

@@ -23,10 +23,9 @@ from benchmarks.simulation.local_prompts import LocalPrompts
 from benchmarks.simulation.prefix_store import PrefixStore
 from cluster.errors import WorkerLostError
 from cluster.worker_handle import LoadProgress
-from kv_transfer.path_cost import PathCost
-from kv_transfer.transport import EngineInfo
+from kv_transfer.link_cost import LinkCost
+from kv_transfer.transports.base import EngineInfo
 from workers.errors import HandoffError
-from workers.host import WorkerInfo
 from workers.messages import (
     DecodeRequest,
     HandoffReport,
@@ -38,6 +37,7 @@ from workers.messages import (
     TokenOutput,
     WorkerEvent,
 )
+from workers.worker_host import WorkerInfo
 
 __all__ = ["Fabric", "Hardware", "SimulatedWorker"]
 
@@ -87,11 +87,11 @@ class SimulatedWorker:
         """See `WorkerHandle.probe`."""
         return 0.0
 
-    async def path_to(self, engine_id: str) -> PathCost | None:
-        """See `WorkerHandle.path_to`."""
+    async def link_to(self, engine_id: str) -> LinkCost | None:
+        """See `WorkerHandle.link_to`."""
         if (peer := self._fabric.get(engine_id)) is None:
             return None
-        return PathCost(0.0, 0.0, self._hardware.bytes_per_s(peer._hardware))
+        return LinkCost(0.0, 0.0, self._hardware.bytes_per_s(peer._hardware))
 
     def submit(self, request: PrefillRequest | DecodeRequest) -> None:
         """See `WorkerHandle.submit`."""

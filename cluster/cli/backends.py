@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 
 from attention.errors import AttentionBackendError
-from attention.measure import BUDGET_S, measure
-from attention.measurements import FILE_NAME, load_ranking, save_record
 from attention.platform import SIMULATED, Platform
-from attention.priority import candidates
-from attention.registry import BACKENDS, get_backend
-from attention.selector import refusals, select_backend
+from attention.selection.measure import BUDGET_S, measure
+from attention.selection.measurements import FILE_NAME, load_ranking, save_record
+from attention.selection.priority import candidates
+from attention.selection.registry import BACKENDS, get_backend
+from attention.selection.selector import select_backend, unsupported_reasons
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, Phase
 from cluster.cli.backends_report import Choice, Question, Report, Row, as_json, print_report
-from cluster.config import cache_dir, load_config
-from cluster.config_sections import ServiceConfig
+from cluster.config.load import cache_dir, load_config
+from cluster.config.schema import ServiceConfig
 from workers.errors import ConfigError
-from workers.models.checkpoint import resolve_checkpoint
-from workers.models.config import DTYPES, ModelConfig
-from workers.models.decoder import attention_specs
-from workers.models.loader import resolve_dtype
+from workers.loading.checkpoint import resolve_checkpoint
+from workers.loading.loader import resolve_dtype
+from workers.models.causal_lm import attention_specs
+from workers.models.config.model_config import DTYPES, ModelConfig
 
 _EPILOG = """\
 A backend is taken from BATON_ATTENTION_BACKEND or {prefill,decode}.attention_backend; else it is the one that was
@@ -162,5 +162,7 @@ def _rows(question: Question) -> list[Row]:
     rows = []
     for name in dict.fromkeys([*tried, *BACKENDS]):
         evidence = get_backend(name).capabilities.evidence(question.platform)
-        rows.append(Row(name, evidence, {phase: refusals(name, question.platform, needs[phase]) for phase in Phase}))
+        rows.append(
+            Row(name, evidence, {phase: unsupported_reasons(name, question.platform, needs[phase]) for phase in Phase})
+        )
     return rows

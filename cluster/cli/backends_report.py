@@ -48,7 +48,7 @@ class Row:
 
     name: str
     evidence: Evidence | None
-    refusals: Mapping[Phase, Sequence[str]]
+    unsupported_reasons: Mapping[Phase, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def as_json(report: Report) -> dict[str, Any]:
             {
                 "name": row.name,
                 "evidence": row.evidence,
-                "refusals": {phase: list(reasons) for phase, reasons in row.refusals.items()},
+                "refusals": {phase: list(reasons) for phase, reasons in row.unsupported_reasons.items()},
             }
             for row in report.rows
         ],
@@ -130,14 +130,14 @@ def _header(question: Question) -> str:
 def _cell(row: Row, phase: Phase, choice: Choice) -> str:
     if row.name == choice.backend:
         return "[bold green]chosen[/]"
-    return "[red]no[/]" if row.refusals[phase] else "yes"
+    return "[red]no[/]" if row.unsupported_reasons[phase] else "yes"
 
 
 def _why_not(row: Row, explain: bool) -> list[str]:
     """The reasons, each once, with the phase where it is not both's."""
-    everywhere = [r for r in row.refusals[Phase.PREFILL] if r in row.refusals[Phase.DECODE]]
+    everywhere = [r for r in row.unsupported_reasons[Phase.PREFILL] if r in row.unsupported_reasons[Phase.DECODE]]
     lines = list(everywhere)
-    for phase, reasons in row.refusals.items():
+    for phase, reasons in row.unsupported_reasons.items():
         lines += [f"{phase}: {reason}" for reason in reasons if reason not in everywhere]
     if explain or len(lines) < 2:
         return lines

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.client import DEFAULT_ADDRESS, Connection
-from cluster.config import CLIENT_TOKEN_VARIABLE, client_token
+from cluster.client.client import DEFAULT_ADDRESS, Connection
+from cluster.config.load import CLIENT_TOKEN_VARIABLE, client_token
 
 _DEFAULT_PORT = DEFAULT_ADDRESS.rpartition(":")[2]
 

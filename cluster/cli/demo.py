@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.api import RequestReport
-from cluster.client import AsyncBatonClient, Connection
-from cluster.config import load_config
-from cluster.config_sections import ServiceConfig
+from cluster.client.client import AsyncBatonClient, Connection
+from cluster.config.load import load_config
+from cluster.config.schema import ServiceConfig
 from cluster.recall import recall_prompt
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +94,7 @@ async def _demo(config: ServiceConfig, answers: list[_Answer], max_tokens: int) 
     from rich.console import Console
 
     from cluster.launch import launch
-    from cluster.server.serve import start_server
+    from cluster.server.grpc.serve import start_server
 
     console = Console()
     began = time.monotonic()

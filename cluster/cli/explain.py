@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 from cluster.api import Explanation
 from cluster.cli.connection import add_connection_arguments, connection_of
-from cluster.client import BatonClient
+from cluster.client.client import BatonClient
 from workers.errors import InvalidRequestError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 _EPILOG = """\
 All times are predicted: from what each worker has measured of itself and of the way to the other, the prompts that

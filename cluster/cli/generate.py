@@ -11,11 +11,11 @@ from typing import Any
 
 from cluster.api import RequestReport, Usage
 from cluster.cli.connection import add_connection_arguments, connection_of
-from cluster.client import BatonClient
-from cluster.client_messages import GenerateChunk, TokenLogprob
+from cluster.client.client import BatonClient
+from cluster.client.messages import GenerateChunk, TokenLogprob
 from workers.errors import InvalidRequestError
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 _EPILOG = """\
 examples:

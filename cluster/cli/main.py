@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("show where a request would go, and why", "cluster.cli.explain"),
     "plan": ("weigh every split of GPUs into prefill and decode workers", "cluster.cli.plan"),
     "backends": ("show which attention backends can run here, and which would be chosen", "cluster.cli.backends"),
-    "doctor": ("prove the path that the KV cache takes between workers here", "cluster.cli.doctor"),
+    "doctor": ("prove the path that the KV cache takes between workers here", "cluster.cli.doctor.command"),
     "demo": ("start a small service, send it prompts, show where the time went, stop it", "cluster.cli.demo"),
     "bench": ("measure latency and throughput under load", "benchmarks.bench"),
 }

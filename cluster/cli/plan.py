@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.api import WorkerStatus
 from cluster.cli.connection import add_connection_arguments, connection_of
-from cluster.client import BatonClient
+from cluster.client.client import BatonClient
 from cluster.planning.measured import fleet_of, read_workers
 from cluster.planning.plans import Plan, plan_split, recommend, splits_of
 from cluster.planning.terms import Lengths, Objective, Split, Workload

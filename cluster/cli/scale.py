@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from cluster.cli.connection import add_connection_arguments, connection_of
-from cluster.client import BatonClient
+from cluster.client.client import BatonClient
 from workers.errors import InvalidRequestError
 
 _EPILOG = """\

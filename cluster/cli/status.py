@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from cluster.api import ModelInfo, WorkerStatus
 from cluster.cli.connection import add_connection_arguments, connection_of
-from cluster.client import BatonClient
+from cluster.client.client import BatonClient
 
 _EPILOG = """\
 run, wait, swapped: sequences in the batch, waiting for blocks or their KV cache, in host memory for lack of blocks.

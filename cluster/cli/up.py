@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.config import describe_settings, load_config
-from cluster.config_groups import groups_of
-from cluster.config_sections import ServiceConfig
+from cluster.config.groups import groups_of
+from cluster.config.load import describe_settings, load_config
+from cluster.config.schema import ServiceConfig
 from workers.errors import ConfigError
 
 _EPILOG = """\
@@ -129,7 +129,7 @@ async def _until_signal(config: ServiceConfig) -> None:
 
 
 async def _serve(config: ServiceConfig, console: Any, take_signals: Callable[[], None]) -> None:
-    from cluster.server.serve import check_server, exposure_warnings, start_server
+    from cluster.server.grpc.serve import check_server, exposure_warnings, start_server
 
     await check_server(config.server)
     from cluster.launch import launch

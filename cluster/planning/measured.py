@@ -9,9 +9,9 @@ from typing import Any
 
 from cluster.api import WorkerStatus
 from cluster.planning.terms import DecodeWorker, Fleet, PrefillWorker
-from workers.capability import Capability
 from workers.errors import ConfigError
 from workers.messages import Load
+from workers.runner.step_times import StepTimes
 
 
 def fleet_of(
@@ -45,7 +45,7 @@ def fleet_of(
     )
 
 
-def step_seconds(capability: Capability) -> Callable[[float, float], float]:
+def step_seconds(capability: StepTimes) -> Callable[[float, float], float]:
     """Time of a decode step by its sequences, as a real number, and the tokens in their caches.
 
     Past the largest batch that was measured it goes on along the line through the last two: more sequences share the
@@ -94,7 +94,7 @@ def worker_of(entry: Mapping[str, Any]) -> WorkerStatus:
         load=Load(**entry["load"]),
         group=entry.get("group", ""),
         max_num_seqs=int(entry["max_num_seqs"]),
-        capability=Capability(prefill, decode, float(measured.get("kv_token_s", 0.0))),
+        capability=StepTimes(prefill, decode, float(measured.get("kv_token_s", 0.0))),
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.group_keys import group_key
-from cluster.pools.member import Spawn
+from cluster.config.group_key import group_key
+from cluster.pools.replica import Spawn
 
 Places = Sequence[Spawn] | Mapping[str, Sequence[Spawn]]
 """How to make a worker for each place of a pool: by group, if it has named ones."""

@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from cluster.api import PoolTarget, WorkerStatus
-from cluster.pools.gpu_stock import GpuStock
+from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits, groups_of_pools
-from cluster.pools.introduction import Introductions
-from cluster.pools.member import Member, Roster
-from cluster.pools.replacement import Caretaker
+from cluster.pools.handshake import Handshakes
+from cluster.pools.replica import Replica, Roster
 from cluster.pools.scaling import Obligations, Scaling
+from cluster.pools.supervisor import Supervisor
 from cluster.pools.tasks import BackgroundTasks
 from cluster.worker_handle import LoadProgress
-from workers.host import WorkerInfo
 from workers.messages import StepOutput
+from workers.worker_host import WorkerInfo
 
 
 class WorkerPools:
@@ -44,17 +44,17 @@ class WorkerPools:
         obligations: Obligations | None = None,
         progress: LoadProgress = lambda name, progress: None,
         silence_s: float | None = None,
-        gpus: GpuStock | None = None,
+        gpus: GpuBudget | None = None,
     ) -> None:
         self._roster = Roster()
         self._tasks = BackgroundTasks()
-        self._introductions = Introductions(self._roster, self._tasks, lambda: on_change(None))
-        self._caretaker = Caretaker(self._roster, self._introductions, on_output, on_change, progress, silence_s)
+        self._handshakes = Handshakes(self._roster, self._tasks, lambda: on_change(None))
+        self._caretaker = Supervisor(self._roster, self._handshakes, on_output, on_change, progress, silence_s)
         self._scaling = Scaling(
             groups_of_pools({"prefill": prefill, "decode": decode}, limits or {}),
             self._roster,
             self._caretaker,
-            self._introductions,
+            self._handshakes,
             self._tasks,
             obligations or Obligations(),
             lambda: on_change(None),
@@ -62,25 +62,25 @@ class WorkerPools:
         )
 
     @property
-    def members(self) -> list[Member]:
+    def replicas(self) -> list[Replica]:
         """Everybody, prefill first."""
         return list(self._roster)
 
-    def pool(self, role: str) -> list[Member]:
+    def pool(self, role: str) -> list[Replica]:
         """The members of one pool."""
         return self._roster.pool(role)
 
     def infos(self) -> list[WorkerInfo]:
         """What each worker that has started said of itself, prefill first."""
-        return [member.info for member in self._roster if member.info is not None]
+        return [replica.info for replica in self._roster if replica.info is not None]
 
-    def find(self, engine_id: str) -> Member | None:
+    def find(self, engine_id: str) -> Replica | None:
         """The member that holds this engine now."""
         return self._roster.find(engine_id)
 
     def status(self) -> list[WorkerStatus]:
         """Every worker, prefill first."""
-        return [member.status() for member in self._roster]
+        return [replica.status() for replica in self._roster]
 
     def targets(self) -> list[PoolTarget]:
         """See `Scaling.targets`."""
@@ -96,19 +96,19 @@ class WorkerPools:
         Raises:
             BatonError: a worker could not start, or no pair of workers can work together.
         """
-        members = self.members
-        starts = [asyncio.ensure_future(self._caretaker.start(member)) for member in members]
+        replicas = self.replicas
+        starts = [asyncio.ensure_future(self._caretaker.start(replica)) for replica in replicas]
         try:
             await asyncio.gather(*starts)
         except BaseException:
             for start in starts:
                 start.cancel()
             raise
-        await self._introductions.check_some_pair_works()
-        for member in members:
-            member.life = self._tasks.spawn(self._caretaker.look_after(member, started=True))
+        await self._handshakes.check_some_pair_works()
+        for replica in replicas:
+            replica.life = self._tasks.spawn(self._caretaker.look_after(replica, started=True))
 
     async def stop(self) -> None:
         """Stop all workers."""
         await self._tasks.cancel_all()
-        await asyncio.gather(*(member.handle.stop() for member in self._roster), return_exceptions=True)
+        await asyncio.gather(*(replica.handle.stop() for replica in self._roster), return_exceptions=True)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from cluster.api import PoolTarget
-from cluster.pools.gpu_stock import GpuStock
+from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Group
-from cluster.pools.introduction import Introductions
-from cluster.pools.member import Member, Roster, Spawn
-from cluster.pools.replacement import Caretaker
+from cluster.pools.handshake import Handshakes
+from cluster.pools.replica import Replica, Roster, Spawn
+from cluster.pools.supervisor import Supervisor
 from cluster.pools.tasks import BackgroundTasks
 from workers.errors import InvalidRequestError
 
@@ -33,12 +33,12 @@ class Obligations:
 
     Attributes:
         count: how many still need this engine.
-        hand_on: have others take over those that still need this engine.
+        migrate: have others take over those that still need this engine.
         needed_roles: the pools without whose workers no request can be served.
     """
 
     count: Callable[[str], int] = lambda engine_id: 0
-    hand_on: Callable[[str], None] = lambda engine_id: None
+    migrate: Callable[[str], None] = lambda engine_id: None
     needed_roles: Callable[[], Collection[str]] = lambda: ("prefill", "decode")
 
 
@@ -60,17 +60,17 @@ class Scaling:
         self,
         groups: Mapping[str, Group],
         roster: Roster,
-        caretaker: Caretaker,
-        introductions: Introductions,
+        caretaker: Supervisor,
+        introductions: Handshakes,
         tasks: BackgroundTasks,
         obligations: Obligations,
         on_change: Callable[[], None],
-        gpus: GpuStock | None = None,
+        gpus: GpuBudget | None = None,
     ) -> None:
         self._groups = groups
         self._roster = roster
         self._caretaker = caretaker
-        self._introductions = introductions
+        self._handshakes = introductions
         self._tasks = tasks
         self._obligations = obligations
         self._on_change = on_change
@@ -79,10 +79,10 @@ class Scaling:
             key: len(group.places) if group.limits.target is None else group.limits.target
             for key, group in groups.items()
         }
-        self._leaving: dict[Member, asyncio.Task[None]] = {}
+        self._leaving: dict[Replica, asyncio.Task[None]] = {}
         for key, target in self._targets.items():
             for spawn in groups[key].places[:target]:
-                roster.add(Member(spawn, spawn(), groups[key].name))
+                roster.add(Replica(spawn, spawn(), groups[key].name))
 
     def targets(self) -> list[PoolTarget]:
         """What each group is to have, and may have, prefill first."""
@@ -149,70 +149,70 @@ class Scaling:
     def _fit(self, key: str) -> None:
         """Add or take away members until as many stay as the target says."""
         group = self._groups[key]
-        members = [member for member in self._roster.pool(group.role) if member.group == group.name]
-        staying = [member for member in members if member not in self._leaving]
+        replicas = [replica for replica in self._roster.pool(group.role) if replica.group == group.name]
+        staying = [replica for replica in replicas if replica not in self._leaving]
         missing = self._targets[key] - len(staying)
         if missing < 0:
-            for member in sorted(staying, key=self._worth)[: len(staying) - self._targets[key]]:
-                self._let_go(member)
+            for replica in sorted(staying, key=self._worth)[: len(staying) - self._targets[key]]:
+                self._let_go(replica)
         # Whoever drains still serves as well as a new one would, and is there already: the busiest first.
-        returning = [member for member in members if member in self._leaving and member.state == "draining"]
-        for member in sorted(returning, key=self._worth, reverse=True)[: max(0, missing)]:
-            self._leaving.pop(member).cancel()
-            member.state = "ready"
+        returning = [replica for replica in replicas if replica in self._leaving and replica.state == "draining"]
+        for replica in sorted(returning, key=self._worth, reverse=True)[: max(0, missing)]:
+            self._leaving.pop(replica).cancel()
+            replica.state = "ready"
             missing -= 1
-        held = {member.spawn for member in members}
+        held = {replica.spawn for replica in replicas}
         free = [spawn for spawn in group.places if spawn not in held]
         for spawn in free[: max(0, missing)]:
             self._add(spawn, group)
         self._on_change()
 
-    def _worth(self, member: Member) -> tuple[bool, int, float]:
+    def _worth(self, replica: Replica) -> tuple[bool, int, float]:
         """Who goes last when the pool shrinks: who serves, who has the most requests, who has been there longest."""
-        return member.state == "ready", self._obligations.count(member.engine_id), -member.ready_since
+        return replica.state == "ready", self._obligations.count(replica.engine_id), -replica.ready_since
 
     def _add(self, spawn: Spawn, group: Group) -> None:
-        member = Member(spawn, spawn(), group.name)
-        self._roster.add(member)
-        member.life = self._tasks.spawn(self._caretaker.look_after(member, started=False))
+        replica = Replica(spawn, spawn(), group.name)
+        self._roster.add(replica)
+        replica.life = self._tasks.spawn(self._caretaker.look_after(replica, started=False))
 
-    def _let_go(self, member: Member) -> None:
-        if member.state == "ready":
-            member.state = "draining"
-        self._leaving[member] = self._tasks.spawn(self._see_off(member))
+    def _let_go(self, replica: Replica) -> None:
+        if replica.state == "ready":
+            replica.state = "draining"
+        self._leaving[replica] = self._tasks.spawn(self._finish(replica))
 
-    async def _see_off(self, member: Member) -> None:
+    async def _finish(self, replica: Replica) -> None:
         """Let a member finish what it has, and stop it. Cancelled if it is wanted again before it has finished."""
-        if member.state == "draining":
-            await self._drained(member)
-        member.state = "lost"
-        if member.life is not None:
-            member.life.cancel()
-            await asyncio.wait({member.life})
-        self._introductions.part(member, await member.handle.stop())  # as when it is lost
-        del self._leaving[member]
-        self._roster.remove(member)
-        logger.info("%s has left", member.engine_id)
-        self._fit(member.group_key)  # its place is free, and may be wanted
+        if replica.state == "draining":
+            await self._drained(replica)
+        replica.state = "lost"
+        if replica.life is not None:
+            replica.life.cancel()
+            await asyncio.wait({replica.life})
+        self._handshakes.disconnect(replica, await replica.handle.stop())  # as when it is lost
+        del self._leaving[replica]
+        self._roster.remove(replica)
+        logger.info("%s has left", replica.engine_id)
+        self._fit(replica.group_key)  # its place is free, and may be wanted
 
-    async def _drained(self, member: Member) -> None:
+    async def _drained(self, replica: Replica) -> None:
         """Until nothing needs a member, or it is lost, or its patience is at an end."""
-        limit_s = self._groups[member.group_key].limits.drain_timeout_s
+        limit_s = self._groups[replica.group_key].limits.drain_timeout_s
         clock = asyncio.get_running_loop().time
         patience_ends, given_up = clock() + limit_s, False
-        while member.state == "draining" and not self._idle(member):
+        while replica.state == "draining" and not self._idle(replica):
             if clock() >= patience_ends:
                 if given_up:
                     return
-                logger.info("%s did not finish within %g s: its requests are handed on", member.engine_id, limit_s)
-                self._obligations.hand_on(member.engine_id)
+                logger.info("%s did not finish within %g s: its requests are handed on", replica.engine_id, limit_s)
+                self._obligations.migrate(replica.engine_id)
                 patience_ends, given_up = clock() + _HAND_ON_S, True
             await asyncio.sleep(_LOOK_INTERVAL_S)
 
-    def _idle(self, member: Member) -> bool:
+    def _idle(self, replica: Replica) -> bool:
         """Whether no request needs a member, and nothing is pinned there."""
-        load = member.load
+        load = replica.load
         at_rest = not (
             load.running or load.waiting or load.preempted or load.reserved_blocks or load.quarantined_blocks
         )
-        return at_rest and not self._obligations.count(member.engine_id)
+        return at_rest and not self._obligations.count(replica.engine_id)

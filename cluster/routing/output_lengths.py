@@ -31,7 +31,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Outlook:
+class OutputLengthForecast:
     """What a request with so many output tokens will still do, for each span between `HORIZONS`.
 
     Attributes:
@@ -66,7 +66,7 @@ class Outlook:
 
 
 def likely_peak(held: _Floats) -> float:
-    """The most tokens that are held in any span, with head-room; `held` is (2, spans), see `Outlook.held`.
+    """The most tokens that are held in any span, with head-room; `held` is (2, spans), see `OutputLengthForecast.held`.
 
     Peaks of two sets of requests add up to no less than the peak of both, so that a newcomer's may be added to a
     worker's: a comparison of two numbers a worker.
@@ -85,7 +85,7 @@ class _Lengths:
     recent: deque[int] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     known: list[int] = field(default_factory=list)
     unlearnt: int = 0
-    outlooks: dict[tuple[int, int], Outlook] = field(default_factory=dict)
+    outlooks: dict[tuple[int, int], OutputLengthForecast] = field(default_factory=dict)
 
     def add(self, length: int) -> None:
         """One more answer has ended."""
@@ -114,7 +114,7 @@ class OutputLengths:
         self._all.add(num_tokens)
         self._classes.setdefault(max_tokens.bit_length(), _Lengths()).add(num_tokens)
 
-    def outlook(self, max_tokens: int, num_tokens: int = 0) -> Outlook:
+    def outlook(self, max_tokens: int, num_tokens: int = 0) -> OutputLengthForecast:
         """Of a request that has generated `num_tokens` so far, rounded down to 16; its limit is rounded up.
 
         So there are few different ones, and hardly any has to be reckoned twice.
@@ -133,7 +133,7 @@ class OutputLengths:
         return known
 
 
-def _outlook(lengths: list[int], longest: int, so_far: int) -> Outlook:
+def _outlook(lengths: list[int], longest: int, so_far: int) -> OutputLengthForecast:
     """From sorted lengths and the one that ends at `longest`, of those that are longer than `so_far`."""
     left = [length - so_far for length in lengths[bisect_right(lengths, so_far) :] if length < longest]
     left.append(max(1, longest - so_far))
@@ -145,4 +145,4 @@ def _outlook(lengths: list[int], longest: int, so_far: int) -> Outlook:
         for (before, after), steps in zip(pairwise(ended), HORIZONS, strict=True)
     ]
     spread = [1.0 / max(share, 1e-9) - 1.0 for share in alive]  # there, or not there
-    return Outlook(np.array(alive), np.array(growth), np.array(spread))
+    return OutputLengthForecast(np.array(alive), np.array(growth), np.array(spread))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from workers.capability import Capability
+from workers.runner.step_times import StepTimes
 
 PROMPT_LENGTHS = tuple(1 << n for n in range(4, 21))
 """Prompt lengths, tokens, at which each worker's prefill time is kept; between two of them it is a line."""
@@ -36,7 +36,7 @@ class PrefillTimes:
         room = ((0, 0), (0, rows - self._start.shape[1]))
         self._start, self._slope = np.pad(self._start, room), np.pad(self._slope, room)
 
-    def put(self, row: int, capability: Capability) -> None:
+    def put(self, row: int, capability: StepTimes) -> None:
         """A worker with these measurements is in that row."""
         points = [(n, capability.prefill_seconds(n)) for n in PROMPT_LENGTHS]
         self._start[0, row], self._slope[0, row] = points[0][1], 0.0

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from workers.prefix_cache import BlockHashes
+from workers.kv_cache.prefix_cache import BlockHashes
 
 _FEW = 8
 """Workers up to which it is quicker to look at each alone."""

@@ -11,25 +11,32 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.costs import Decoding, Handoffs, Local, Prefilling
-from cluster.routing.demand import Bar, Bars, Demand, NoPlacement, PairReport, Placement
-from cluster.routing.pair_search import cheapest_pair
-from cluster.routing.pairs import Pairs
-from cluster.routing.suitability import busy, fits, has_room, is_hopeless, no_room, takes_more, unfit
+from cluster.routing.filters import busy, fits, has_room, is_hopeless, no_room, takes_more, unfit
+from cluster.routing.links import Pairs
+from cluster.routing.picker import cheapest_pair
+from cluster.routing.scoring import Decoding, Handoffs, Local, Prefilling
+from cluster.routing.types import (
+    CandidateReport,
+    Incompatibilities,
+    Incompatibility,
+    NoPlacement,
+    Placement,
+    RoutingRequest,
+)
 from cluster.routing.worker_table import WorkerTable
 
 __all__ = [
-    "Bar",
-    "Bars",
+    "CandidateReport",
     "Choose",
-    "Demand",
+    "Incompatibilities",
+    "Incompatibility",
     "NoPlacement",
-    "PairReport",
     "Pairs",
     "Placement",
+    "RoutingRequest",
     "explain",
     "place",
-    "refusals",
+    "unsupported_reasons",
 ]
 
 _CLOSE_ENOUGH = 0.01
@@ -39,11 +46,11 @@ _EVEN_S = 1e-9
 
 _Floats = npt.NDArray[np.float64]
 
-Choose = Callable[[Demand, WorkerTable, WorkerTable, Pairs], Placement | NoPlacement]
+Choose = Callable[[RoutingRequest, WorkerTable, WorkerTable, Pairs], Placement | NoPlacement]
 """How workers are chosen from (demand, prefill pool, decode pool, pairs): `place`, or a policy to compare with."""
 
 
-def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
+def place(demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
     """Choose the workers of the lowest cost; of equals those with the fewest requests.
 
     What is minimised is the predicted delay that the placement causes, in seconds: the request's own, to its first
@@ -77,7 +84,7 @@ def place(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pair
     return alone[0] if alone is not None else NoPlacement(is_hopeless(demand, prefill, decode, pairs))
 
 
-def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> list[PairReport]:
+def explain(demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> list[CandidateReport]:
     """Every pair and every decode worker alone, as far as the demand allows for either; see `place`.
 
     Those that can serve the request come first, best first.
@@ -85,7 +92,7 @@ def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pa
     placement = place(demand, prefill, decode, pairs)
     chosen = (placement.prefill, placement.decode) if isinstance(placement, Placement) else None
     decoding = Decoding(demand, decode)
-    reports: list[PairReport] = []
+    reports: list[CandidateReport] = []
     if demand.in_pairs:
         reports += _pair_reports(demand, prefill, decode, pairs, decoding, chosen)
     if demand.alone:
@@ -93,14 +100,16 @@ def explain(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pa
     return sorted(reports, key=lambda r: (bool(r.refusal), not r.chosen, r.cost_s, r.prefill or "", r.decode))
 
 
-def refusals(demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> tuple[str, ...]:
+def unsupported_reasons(
+    demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs
+) -> tuple[str, ...]:
     """Why nobody can take the request now, each reason once."""
     reports = explain(demand, prefill, decode, pairs)
     return tuple(dict.fromkeys(report.refusal for report in reports if report.refusal)) or ("there are no workers",)
 
 
 def _best_pair(
-    demand: Demand, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs, decoding: Decoding, d_cost: _Floats
+    demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs, decoding: Decoding, d_cost: _Floats
 ) -> tuple[Placement, float] | None:
     """The cheapest pair and its cost, with decode workers of these costs; None: no pair can take the request."""
     able = fits(prefill, demand) & takes_more(prefill, demand)
@@ -122,7 +131,7 @@ def _best_pair(
 
 
 def _best_alone(
-    demand: Demand, decode: WorkerTable, decoding: Decoding, d_cost: _Floats
+    demand: RoutingRequest, decode: WorkerTable, decoding: Decoding, d_cost: _Floats
 ) -> tuple[Placement, float] | None:
     """The cheapest decode worker that computes the prompt itself, and its cost; None: none can."""
     local = Local(demand, decode, decoding)
@@ -143,13 +152,13 @@ def _among(able: npt.NDArray[np.bool_], cost: _Floats, table: WorkerTable) -> _F
 
 
 def _pair_reports(
-    demand: Demand,
+    demand: RoutingRequest,
     prefill: WorkerTable,
     decode: WorkerTable,
     pairs: Pairs,
     decoding: Decoding,
     chosen: tuple[str | None, str] | None,
-) -> Iterator[PairReport]:
+) -> Iterator[CandidateReport]:
     prefilling = Prefilling(demand, prefill)
     handoffs = Handoffs(demand, prefill, decode, pairs, prefilling, decoding)
     shape = len(prefill), len(decode)
@@ -157,33 +166,33 @@ def _pair_reports(
     handoff_s, pair_s = handoffs.handoff_s(ps, ds).reshape(shape), handoffs.pair_s(ps, ds).reshape(shape)
     for p, p_id in enumerate(prefill.engine_ids):
         for d, d_id in enumerate(decode.engine_ids):
-            bar = pairs.bars.get((p_id, d_id))
-            yield PairReport(
+            incompatibility = pairs.incompatibilities.get((p_id, d_id))
+            yield CandidateReport(
                 prefill=p_id,
                 decode=d_id,
                 ttft_s=float(prefilling.ttft_s[p]),
                 itl_s=float(decoding.itl_s[d]),
-                cost_s=float(prefilling.ttft_s[p] + decoding.steps_s[d] + (0.0 if bar else pair_s[p, d])),
+                cost_s=float(prefilling.ttft_s[p] + decoding.steps_s[d] + (0.0 if incompatibility else pair_s[p, d])),
                 refusal=(
                     unfit(prefill, p, demand)
                     or busy(prefill, p, demand)
-                    or (bar and f"{p_id} -> {d_id}: {bar.reason}")
+                    or (incompatibility and f"{p_id} -> {d_id}: {incompatibility.reason}")
                     or unfit(decode, d, demand)
                     or no_room(decode, d, demand)
                 ),
                 chosen=(p_id, d_id) == chosen,
                 cached_tokens=int(prefilling.cached[p]),
-                handoff_s=0.0 if bar else float(handoff_s[p, d]),
+                handoff_s=0.0 if incompatibility else float(handoff_s[p, d]),
                 decode_cached_tokens=int(decoding.cached[d]),
             )
 
 
 def _local_reports(
-    demand: Demand, decode: WorkerTable, decoding: Decoding, chosen: tuple[str | None, str] | None
-) -> Iterator[PairReport]:
+    demand: RoutingRequest, decode: WorkerTable, decoding: Decoding, chosen: tuple[str | None, str] | None
+) -> Iterator[CandidateReport]:
     local = Local(demand, decode, decoding)
     for d, d_id in enumerate(decode.engine_ids):
-        yield PairReport(
+        yield CandidateReport(
             prefill=None,
             decode=d_id,
             ttft_s=float(local.ttft_s[d]),

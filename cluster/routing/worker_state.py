@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.routing.output_lengths import HORIZONS, likely_peak
-from workers.block_manager import blocks_for
-from workers.capability import Capability
+from workers.kv_cache.block_pool import blocks_for
+from workers.runner.step_times import StepTimes
 
 _EXPECTED_AT = 1
 """Of the outlook the span that begins after 16 steps and ends after 32: the middle of the router's look-ahead."""
@@ -37,7 +37,7 @@ class WorkerTraits:
     block_size: int
     total_blocks: int
     max_num_seqs: int
-    capability: Capability = field(default_factory=Capability)
+    capability: StepTimes = field(default_factory=StepTimes)
     kv_token_bytes: float = 0.0
     num_layers: int = 1
     chunk_tokens: int = 2048

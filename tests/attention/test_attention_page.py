@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention.measure import measure
-from attention.measurements import Shape
 from attention.platform import Platform
-from attention.registry import BACKENDS
-from attention.selector import force_attn_backend, refusals, select_backend
+from attention.selection.measure import measure
+from attention.selection.measurements import Shape
+from attention.selection.registry import BACKENDS
+from attention.selection.selector import force_attn_backend, select_backend, unsupported_reasons
 from attention.spec import AttentionNeeds, AttentionSpec, Feature, Phase
 
 PAGE = Path(__file__).parents[2] / "docs" / "attention.md"
@@ -40,7 +40,7 @@ def page() -> Iterator[types.ModuleType]:
 @pytest.fixture
 def registered(page: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     names = {**BACKENDS, "PLAIN_ATTN": "attention_page:PlainBackend"}
-    monkeypatch.setattr("attention.registry.BACKENDS", names)
+    monkeypatch.setattr("attention.selection.registry.BACKENDS", names)
     return page
 
 
@@ -53,7 +53,7 @@ def test_the_batches_of_the_page(page: types.ModuleType) -> None:
 def test_the_new_backend_is_right(
     registered: types.ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attention.measure.candidates", lambda *_: ("PLAIN_ATTN",))
+    monkeypatch.setattr("attention.selection.measure.candidates", lambda *_: ("PLAIN_ATTN",))
     shapes = {phase: (Shape(1, 1, 8),) for phase in Phase}
     cpu = torch.device("cpu")
     record = measure(Platform.of(cpu), cpu, replace(NEEDS, dtype=dtype), shapes)
@@ -65,9 +65,9 @@ def test_the_new_backend_can_be_chosen_and_refuses(registered: types.ModuleType)
     cpu = Platform.of("cpu")
     with force_attn_backend("PLAIN_ATTN"):
         assert select_backend(cpu, NEEDS).backend is registered.PlainBackend
-    assert refusals("PLAIN_ATTN", cpu, [replace(NEEDS, spec=replace(SPEC, has_sinks=True))]) == [
+    assert unsupported_reasons("PLAIN_ATTN", cpu, [replace(NEEDS, spec=replace(SPEC, has_sinks=True))]) == [
         "PyTorch's operator gives no log-sum-exp to add them to"
     ]
-    assert refusals("PLAIN_ATTN", cpu, [replace(NEEDS, spec=replace(SPEC, head_size=20))]) == [
+    assert unsupported_reasons("PLAIN_ATTN", cpu, [replace(NEEDS, spec=replace(SPEC, head_size=20))]) == [
         "head size 20 is not one of: 8 to 256, multiples of 8"
     ]

@@ -11,20 +11,20 @@ import pytest
 import torch
 
 import fake_kernels
-from attention.backends import rocm_flash
-from attention.backends.batch_split import split_batch
-from attention.backends.ipex import IpexBackend, single_blocks
-from attention.backends.pallas_kernels import interpret_on_cpu
-from attention.backends.rocm_aiter_fa import RocmAiterFaBackend
-from attention.backends.rocm_attn import RocmAttnBackend
-from attention.backends.rocm_flash import RocmFlashBackend
+from attention.backends.common.batch_split import split_batch
+from attention.backends.ipex.backend import IpexBackend, single_blocks
+from attention.backends.pallas.kernels import interpret_on_cpu
+from attention.backends.rocm import rocm_flash
+from attention.backends.rocm.aiter_fa import RocmAiterFaBackend
+from attention.backends.rocm.rocm_attn import RocmAttnBackend
+from attention.backends.rocm.rocm_flash import RocmFlashBackend
 from attention.capability import Evidence
 from attention.errors import AttentionBackendError, AttentionInputError
 from attention.metadata import build_metadata
 from attention.ops.triton.launch import INTERPRETED
 from attention.platform import DeviceKind, Platform
-from attention.registry import BACKENDS, get_backend
-from attention.selector import refusals, select_backend
+from attention.selection.registry import BACKENDS, get_backend
+from attention.selection.selector import select_backend, unsupported_reasons
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature, MLASpec, Phase
 from paged_case import MIXED, PagedCase, paged_case
 
@@ -265,7 +265,7 @@ def reasons(
     phase: Phase | None = None,
 ) -> list[str]:
     where = Platform.simulate(platform) if isinstance(platform, str) else platform
-    return refusals(name, where, [AttentionNeeds(spec, dtype, block_size, phase)])
+    return unsupported_reasons(name, where, [AttentionNeeds(spec, dtype, block_size, phase)])
 
 
 class TestSelection:
@@ -412,7 +412,7 @@ class TestMLASelection:
     def test_the_cpu_runs_it(self) -> None:
         assert get_backend("CPU_MLA").capabilities.evidence(Platform.of("cpu")) is Evidence.RAN
         needs = AttentionNeeds(DEEPSEEK, torch.float32, 16, features=frozenset({Feature.PREFIX}))
-        assert refusals("CPU_MLA", Platform.of("cpu"), [needs]) == []
+        assert unsupported_reasons("CPU_MLA", Platform.of("cpu"), [needs]) == []
 
 
 def test_rows_can_be_read_without_any_kernel_library() -> None:
@@ -423,7 +423,7 @@ def test_rows_can_be_read_without_any_kernel_library() -> None:
         "import sys\n"
         f"for name in {libraries}:\n"
         "    sys.modules[name] = None\n"
-        "from attention.registry import get_backend\n"
+        "from attention.selection.registry import get_backend\n"
         f"assert all(get_backend(name).capabilities.devices for name in {names!r})\n"
     )
     assert len(names) == 11

@@ -10,10 +10,10 @@ import pytest
 
 from cluster.api import EngineRequest, ModelInfo, RequestReport, TokenChunk, WorkerStatus
 from cluster.cli.main import main
-from cluster.config import load_config
+from cluster.config.load import load_config
 from cluster.errors import QueueFullError
-from cluster.generation import Generation
-from cluster.server.serve import Server, start_server
+from cluster.gateway.text_generation import Generation
+from cluster.server.grpc.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
 from workers.messages import FinishReason, TokenOutput
 

@@ -15,10 +15,10 @@ from benchmarks.load import Limits, closed_loop, open_loop, poisson_arrivals
 from benchmarks.measure import Row, measure_request
 from benchmarks.workload import RequestSpec, Workload
 from cluster.api import RequestReport, Usage
-from cluster.client import BatonClientError
-from cluster.client_messages import GenerateChunk
+from cluster.client.client import BatonClientError
+from cluster.client.messages import GenerateChunk
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 class FakeClock:

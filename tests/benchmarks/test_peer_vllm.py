@@ -20,7 +20,7 @@ from benchmarks.measure import Client, Row, WallClock, measure_request
 from benchmarks.peers import vllm_engine, vllm_handoff
 from benchmarks.peers.openai_client import DisaggregatedClient, Endpoint, OpenAIClient
 from benchmarks.workload import RequestSpec
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 TINY = {
     **SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

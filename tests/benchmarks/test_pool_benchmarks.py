@@ -17,9 +17,9 @@ from benchmarks.llama_8b import SHAPE, save_shape
 from benchmarks.metrics import Objective
 from benchmarks.running_pools import parse_asked
 from benchmarks.standing_load import RUNNING, Sample, StandingLoad, send, summary
-from cluster.client_messages import GenerateChunk
+from cluster.client.messages import GenerateChunk
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 TINY = {
     **SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -15,9 +15,9 @@ from benchmarks.simulation.trace import MEAN_OUTPUT, MEAN_PROMPT, Arrival, make_
 from benchmarks.simulation.virtual_time import run_simulated
 from benchmarks.simulation.workers import Hardware
 from cluster.routing.router import place
-from workers.capability import Capability
+from workers.runner.step_times import StepTimes
 
-CAPABILITY = Capability(prefill=((10, 0.1), (10_000, 100.0)), decode=((1, 0.01), (100, 0.01)))
+CAPABILITY = StepTimes(prefill=((10, 0.1), (10_000, 100.0)), decode=((1, 0.01), (100, 0.01)))
 HARDWARE = Hardware(CAPABILITY, load_s=1.0, link_bytes_per_s=131_072e3, steps_at_once=1)
 
 
@@ -85,7 +85,7 @@ def test_no_request_is_lost_when_workers_are_killed():
 
 def test_predicted_time_beats_turns_on_uneven_workers():
     slower = (tuple((n, 4 * seconds) for n, seconds in points) for points in (CAPABILITY.prefill, CAPABILITY.decode))
-    slow = replace(HARDWARE, capability=Capability(*slower))
+    slow = replace(HARDWARE, capability=StepTimes(*slower))
     trace = make_trace(200, 1.2, 3, prompt_scale=0.01, output_scale=0.1)
     pool = [HARDWARE, slow]
     mean = {name: sum(simulate(Plan(pool, pool), trace, make()).ttft_s) for name, make in POLICIES.items()}

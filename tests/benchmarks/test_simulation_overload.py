@@ -13,11 +13,11 @@ from benchmarks.simulation.service import Plan, simulate
 from benchmarks.simulation.trace import Arrival, make_trace
 from benchmarks.simulation.workers import Hardware
 from cluster.routing.router import place
-from workers.capability import Capability
 from workers.messages import DecodeRequest
-from workers.sampling.params import SamplingParams
+from workers.runner.step_times import StepTimes
+from workers.sampling_params import SamplingParams
 
-CAPABILITY = Capability(prefill=((10, 0.1), (10_000, 100.0)), decode=((1, 0.01), (100, 0.01)))
+CAPABILITY = StepTimes(prefill=((10, 0.1), (10_000, 100.0)), decode=((1, 0.01), (100, 0.01)))
 HARDWARE = Hardware(CAPABILITY, load_s=1.0, link_bytes_per_s=131_072e3, steps_at_once=1)
 
 

@@ -13,9 +13,9 @@ from benchmarks.simulation.service import Outcome, Plan, simulate
 from benchmarks.simulation.trace import Arrival, make_trace
 from benchmarks.simulation.workers import Hardware
 from cluster.routing.router import place
-from workers.capability import Capability
+from workers.runner.step_times import StepTimes
 
-CAPABILITY = Capability(((10, 0.1), (10_000, 100.0)), ((1, 0.01), (100, 0.01)))
+CAPABILITY = StepTimes(((10, 0.1), (10_000, 100.0)), ((1, 0.01), (100, 0.01)))
 """10 ms a prompt token, and a step."""
 HARDWARE = Hardware(CAPABILITY, block_size=10, num_blocks=1000, load_s=1.0, chunk_tokens=50, steps_at_once=1)
 

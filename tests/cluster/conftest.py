@@ -12,24 +12,24 @@ import pytest
 import torch
 
 from cluster.api import EngineRequest, ModelInfo, PoolTarget, RequestReport, TokenChunk, WorkerStatus
-from cluster.client import Connection
-from cluster.config import load_config
-from cluster.engine import ServingEngine
-from cluster.generation import Generation
-from cluster.inprocess import InProcessWorker
-from cluster.pools import replacement
+from cluster.client.client import Connection
+from cluster.config.load import load_config
+from cluster.gateway.engine import ServingEngine
+from cluster.gateway.text_generation import Generation
+from cluster.inprocess_worker import InProcessWorker
+from cluster.pools import supervisor
 from cluster.pools.groups import PoolLimits
-from cluster.routing.books import Books
-from cluster.routing.demand import PairReport
+from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.router import Choose, place
-from cluster.server.serve import Server, start_server
+from cluster.routing.types import CandidateReport
+from cluster.server.grpc.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
 from fleet import Fleet
-from kv_transfer.local import Faults, LocalFabric
-from workers.capability import Capability
+from kv_transfer.transports.local import Faults, LocalFabric
 from workers.config import WorkerConfig
 from workers.errors import InvalidRequestError
 from workers.messages import FinishReason, Load, TokenOutput
+from workers.runner.step_times import StepTimes
 
 EOS = 256
 MODEL = ModelInfo("tiny", "llama", "float32", 64, 257, (EOS,), True)
@@ -61,12 +61,12 @@ class ScriptedEngine:
             WorkerStatus("d-1", "decode", "draining", "cuda:0", "FLASHINFER", 16, Load(200, 150)),
         ]
 
-    def explain(self, request: EngineRequest) -> list[PairReport]:
+    def explain(self, request: EngineRequest) -> list[CandidateReport]:
         self.requests.append(request)
         return [
-            PairReport("p-1.00", "d-2.00", 0.0123, 0.0045, 0.3, "", True, 64, 0.0021, 0.0, 32),
-            PairReport(None, "d-2.00", 0.0151, 0.0045, 0.41, "", False, 32, 0.0, 0.1, 32),
-            PairReport("p-1.00", "d-1.00", 0.0123, 0.0045, 0.3, "d-1.00: its batch is full", False),
+            CandidateReport("p-1.00", "d-2.00", 0.0123, 0.0045, 0.3, "", True, 64, 0.0021, 0.0, 32),
+            CandidateReport(None, "d-2.00", 0.0151, 0.0045, 0.41, "", False, 32, 0.0, 0.1, 32),
+            CandidateReport("p-1.00", "d-1.00", 0.0123, 0.0045, 0.3, "d-1.00: its batch is full", False),
         ]
 
     def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
@@ -177,7 +177,7 @@ async def serve(byte_tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Awaita
 @pytest.fixture
 async def make_fleet(tiny_checkpoint, monkeypatch):
     """Start an engine; `prefill` and `decode` have the settings of each place's worker, by group if there are any."""
-    monkeypatch.setattr(replacement, "_RESTART_DELAYS_S", (0.01,))
+    monkeypatch.setattr(supervisor, "_RESTART_DELAYS_S", (0.01,))
     started: list[ServingEngine] = []
 
     async def make(
@@ -217,7 +217,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
             max_queue=max_queue,
             limits=limits,
             silence_s=silence_s,
-            books=Books(choose, disaggregation=disaggregation),
+            load_tracker=LoadTracker(choose, disaggregation=disaggregation),
         )
         started.append(engine)
         await engine.start()
@@ -254,5 +254,5 @@ def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
 @pytest.fixture
 def like_workers(monkeypatch) -> None:
     """Every worker measures the same."""
-    measured = Capability(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
-    monkeypatch.setattr("workers.assembly._measure", lambda *args, **kwargs: measured)
+    measured = StepTimes(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
+    monkeypatch.setattr("workers.builder._measure", lambda *args, **kwargs: measured)

@@ -7,10 +7,10 @@ import socket
 import pytest
 
 from cluster.api import EngineRequest
-from cluster.config import load_config
+from cluster.config.load import load_config
 from cluster.launch import launch
 from workers.errors import CheckpointError, ConfigError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 async def start(**overrides) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 from cluster.api import RequestReport, Usage
 from cluster.cli.generate import _stats
-from cluster.client import AsyncBatonClient, BatonClient, Connection
-from cluster.config import load_config
+from cluster.client.client import AsyncBatonClient, BatonClient, Connection
+from cluster.config.load import load_config
 from cluster.launch import launch
-from cluster.server.serve import start_server
+from cluster.server.grpc.serve import start_server
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 def prompts(count: int, longest: int) -> list[list[int]]:

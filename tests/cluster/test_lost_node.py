@@ -18,9 +18,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.client import AsyncBatonClient, BatonClientError, Connection
+from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from ray_nodes import RayNodes, ray_nodes
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240)]
 

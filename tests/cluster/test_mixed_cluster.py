@@ -20,12 +20,12 @@ import pytest_asyncio
 
 from cluster.api import RequestReport, WorkerStatus
 from cluster.cli.main import main
-from cluster.client import AsyncBatonClient, Connection
-from cluster.config import load_config
+from cluster.client.client import AsyncBatonClient, Connection
+from cluster.config.load import load_config
 from cluster.launch import Service, launch
 from cluster.recall import SHIPPED_MODEL, recall_prompt
-from cluster.server.serve import start_server
-from workers.sampling.params import SamplingParams
+from cluster.server.grpc.serve import start_server
+from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
 
@@ -105,11 +105,11 @@ class Mixed:
         return found[0]
 
     def kill(self, engine_id: str) -> None:
-        member = self.service.engine._pools.find(engine_id)
-        assert member is not None
-        assert member.info is not None
-        assert member.info.pid != os.getpid()
-        os.kill(member.info.pid, signal.SIGKILL)
+        replica = self.service.engine._pools.find(engine_id)
+        assert replica is not None
+        assert replica.info is not None
+        assert replica.info.pid != os.getpid()
+        os.kill(replica.info.pid, signal.SIGKILL)
 
 
 @dataclass

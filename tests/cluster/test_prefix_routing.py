@@ -6,7 +6,7 @@ import pytest
 
 from cluster.api import EngineRequest
 from fleet import prompt, tokens_of
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 @pytest.mark.usefixtures("like_workers")

@@ -16,11 +16,11 @@ import pytest
 import pytest_asyncio
 
 from cluster.api import RequestReport
-from cluster.client import AsyncBatonClient, BatonClientError, Connection
-from cluster.config import load_config
+from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
+from cluster.config.load import load_config
 from cluster.launch import Service, launch
-from cluster.server.serve import start_server
-from workers.sampling.params import SamplingParams
+from cluster.server.grpc.serve import start_server
+from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
 
@@ -57,11 +57,11 @@ class Running:
         )
 
     def pid(self, engine_id: str) -> int:
-        member = self.service.engine._pools.find(engine_id)
-        assert member is not None
-        assert member.info is not None
-        assert member.info.pid != os.getpid()
-        return member.info.pid
+        replica = self.service.engine._pools.find(engine_id)
+        assert replica is not None
+        assert replica.info is not None
+        assert replica.info.pid != os.getpid()
+        return replica.info.pid
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -189,7 +189,7 @@ async def test_a_killed_worker(role, running, reference_greedy):
 
 async def test_every_answer_has_the_report_of_its_handoff(running, monkeypatch):
     """Also short ones, whose last token may overtake the prefill worker's report, on a busy machine by much."""
-    for module in ("cluster.engine", "cluster.running_request"):
+    for module in ("cluster.gateway.engine", "cluster.gateway.request"):
         monkeypatch.setattr(f"{module}._REPORT_PATIENCE_S", PATIENCE_S)
     pool = prompts(40, seed=6, longest=30)
     answers = await asyncio.gather(*(running.generate(prompt, 2) for prompt in pool))

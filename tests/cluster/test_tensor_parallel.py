@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from cluster.client import AsyncBatonClient, Connection
-from cluster.config import load_config
+from cluster.client.client import AsyncBatonClient, Connection
+from cluster.config.load import load_config
 from cluster.launch import Service, launch
-from cluster.ray_worker import RayWorker
-from cluster.server.serve import start_server
+from cluster.ray.worker import RayWorker
+from cluster.server.grpc.serve import start_server
 from workers.errors import ConfigError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
 
@@ -107,11 +107,11 @@ async def test_cancelled_requests_give_their_blocks_back(running):
 
 
 async def test_a_killed_rank_ends_its_group_which_is_replaced(running, reference_greedy):
-    member = running.service.engine._pools.pool("decode")[0]
-    handle, before = member.handle, member.engine_id
+    replica = running.service.engine._pools.pool("decode")[0]
+    handle, before = replica.handle, replica.engine_id
     assert isinstance(handle, RayWorker)
-    assert member.info is not None
-    lead, (follower,) = member.info.pid, await handle.rank_pids()
+    assert replica.info is not None
+    lead, (follower,) = replica.info.pid, await handle.rank_pids()
     assert len({lead, follower, os.getpid()}) == 3
     under_way = [asyncio.ensure_future(running.generate(prompt, 400)) for prompt in prompts(3, seed=7)]
     await running.until(lambda workers: any(worker.load.running for worker in workers))
@@ -119,8 +119,8 @@ async def test_a_killed_rank_ends_its_group_which_is_replaced(running, reference
     await asyncio.gather(*under_way, return_exceptions=True)
     await running.until(lambda workers: before not in {worker.engine_id for worker in workers})
     await running.until_idle()
-    assert member.engine_id != before
-    assert not {lead, follower} & {member.info.pid, *await member.handle.rank_pids()}
+    assert replica.engine_id != before
+    assert not {lead, follower} & {replica.info.pid, *await replica.handle.rank_pids()}
     for pid in (lead, follower):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -13,8 +13,8 @@ import yaml
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.config import load_config
-from cluster.config_groups import groups_of
+from cluster.config.groups import groups_of
+from cluster.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 FILES = ("cluster.yaml", "cluster-local.yaml")

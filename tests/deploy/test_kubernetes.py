@@ -25,8 +25,8 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.config import load_config
-from cluster.config_sections import ServiceConfig
+from cluster.config.load import load_config
+from cluster.config.schema import ServiceConfig
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "deploy" / "kubernetes" / "baton.yaml"

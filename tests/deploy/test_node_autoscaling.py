@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.client import BatonClient, Connection
+from cluster.client.client import BatonClient, Connection
 from cluster.recall import EXAMPLE
 from fake_cloud import IDLE_S, fake_cloud
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(280)]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
-from cluster.config_sections import ServiceConfig
-from cluster.node_demands import awaited_nodes, check_cpus, gpus_in_sight
-from cluster.placement import place_groups
+from cluster.config.load import load_config
+from cluster.config.schema import ServiceConfig
+from cluster.device_placement import place_groups
+from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from workers.errors import ConfigError
 
 ON_A_CLUSTER = {"ray.address": "auto"}

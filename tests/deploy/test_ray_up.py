@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from cluster.api import WorkerStatus
-from cluster.client import BatonClient, Connection
+from cluster.client.client import BatonClient, Connection
 from cluster.recall import EXAMPLE
 from loopback_machines import Machines, loopback_machines, running
 from private_openssh import NoOpensshError, Openssh
 from ray_up import ROOT, Launcher, free_port, launcher, mode, prepare_machine
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(280)]
 

@@ -14,7 +14,7 @@ import torch
 from pair_gateway import PairGateway
 from shapes import billion_config
 from worker_process import WorkerProcess
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import pytest
 
 from pair_gateway import PairGateway
 from worker_process import WorkerProcess
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 OUTPUT = 5
 

@@ -15,7 +15,7 @@ from near_ties import NEAR_TIE, Float32Reference
 from one_gpu import OneGpu
 from request_load import LoadRequest, differing, mixed_requests, run_one_by_one, run_under_load
 from shapes import MEDIUM
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 WINDOW = 512
 SEQS = 64

@@ -12,7 +12,7 @@ import torch
 
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Lease, lease_clock
-from kv_transfer.nixl.connector import NixlConnector
+from kv_transfer.nixl_connector import NixlConnector
 
 LAYOUT = KVLayout("mha", 4, 16, 2, 16, "float32")
 NUM_BLOCKS = 64
@@ -68,8 +68,8 @@ class PeerCommands:
     def cancel(self, key):
         self.connector.cancel(key)
 
-    def layers_per_group(self, engine_id, layer_bytes, layer_s):
-        return self.connector.layers_per_group(engine_id, layer_bytes, layer_s)
+    def layers_per_write(self, engine_id, layer_bytes, layer_s):
+        return self.connector.layers_per_write(engine_id, layer_bytes, layer_s)
 
     def finish(self, handoff_id, token):
         self.connector.finish(handoff_id, token)

@@ -14,7 +14,8 @@ import torch
 from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReleased
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Lease
-from kv_transfer.local import LocalConnector, LocalFabric
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import LocalFabric
 
 
 def freeze(pid: int) -> None:

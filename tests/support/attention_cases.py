@@ -84,7 +84,7 @@ class Case:
             "cascade" if self.cascade else "",
             f"{self.new_keys}new" if self.new_keys != "all" else "",
         ]
-        return "-".join(part for part in parts if part)
+        return "-".join(disconnect for disconnect in parts if disconnect)
 
     @property
     def lens(self) -> Lens:

@@ -98,7 +98,7 @@ AXES = {
 def cases(axes_name: str) -> tuple[Case, ...]:
     """All cases of these axes, without repetitions, in a fixed order."""
     axes = AXES[axes_name]
-    found = {case.id: case for part in _PARTS for case in part(axes) if not case.spec.faults()}
+    found = {case.id: case for disconnect in _PARTS for case in disconnect(axes) if not case.spec.faults()}
     return tuple(found.values())
 
 

@@ -136,8 +136,8 @@ def prefill_attention(length: int, chunk: int | None, copies: int = 1) -> torch.
 
 def fused_ops() -> dict[str, Callable[[int], torch.Tensor]]:
     """Norm, activation, and the greedy choice, at the sizes of Llama 3.1 8B."""
-    from workers.fused_ops.rms_norm import rms_norm
-    from workers.fused_ops.silu_and_mul import silu_and_mul
+    from workers.ops.rms_norm import rms_norm
+    from workers.ops.silu_and_mul import silu_and_mul
 
     generator = torch.Generator("cuda").manual_seed(1)
     x = torch.randn(8192, 4096, generator=generator, device="cuda").bfloat16()

@@ -10,9 +10,9 @@ from itertools import count
 import pytest
 
 from cluster.api import EngineRequest
-from cluster.engine import ServingEngine
-from cluster.inprocess import InProcessWorker
-from workers.sampling.params import SamplingParams
+from cluster.gateway.engine import ServingEngine
+from cluster.inprocess_worker import InProcessWorker
+from workers.sampling_params import SamplingParams
 
 PATIENCE_S = 60.0
 _numbers = count()
@@ -34,7 +34,7 @@ class Fleet:
         return [token async for token in tokens_of(self.start(prompt, max_tokens, **kwargs))]
 
     def handle(self, name: str) -> InProcessWorker:
-        return next(member.handle for member in self.engine._pools.members if member.handle.name == name)
+        return next(replica.handle for replica in self.engine._pools.replicas if replica.handle.name == name)
 
     def crash_on_submit(self, name: str) -> None:
         """The worker dies with the next request that it is sent."""
@@ -56,7 +56,7 @@ class Fleet:
                 for w in workers
             )
         )
-        assert self.engine._flights == {}
+        assert self.engine._attempts == {}
         assert len(self.engine._queue) == 0
 
 

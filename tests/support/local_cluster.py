@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attention.spec import Phase
-from kv_transfer.local import Faults, LocalConnector, LocalFabric
-from workers.decode import DecodeWorker
-from workers.kv_memory import kv_layout
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import Faults, LocalFabric
+from workers.decode_worker import DecodeWorker
+from workers.kv_cache.sizing import kv_layout
+from workers.loading.loader import load_model
 from workers.messages import (
     DecodeReport,
     DecodeRequest,
@@ -21,11 +23,10 @@ from workers.messages import (
     TokenOutput,
     WorkerEvent,
 )
-from workers.model_runner import ModelRunner
-from workers.models.decoder import Decoder
-from workers.models.loader import load_model
-from workers.prefill import PrefillWorker
-from workers.sampling.params import SamplingParams
+from workers.models.causal_lm import Decoder
+from workers.prefill_worker import PrefillWorker
+from workers.runner.model_runner import ModelRunner
+from workers.sampling_params import SamplingParams
 
 
 class LocalCluster:
@@ -49,7 +50,7 @@ class LocalCluster:
         decode_batched_tokens: int | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 512,
-        layers_per_group: int = 1,
+        layers_per_write: int = 1,
         faults: Faults | None = None,
         connector_class: type[LocalConnector] = LocalConnector,
         attention_backend: str | None = None,
@@ -81,7 +82,7 @@ class LocalCluster:
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
-                layers_per_group=layers_per_group,
+                layers_per_write=layers_per_write,
                 steps_ahead=prefill_steps_ahead,
                 enforce_eager=enforce_eager or not prefill_graphs,
                 enable_prefix_caching=enable_prefix_caching,

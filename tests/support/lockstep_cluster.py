@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from kv_transfer.connector import ConnectorEvent
-from kv_transfer.local import Faults, LocalConnector, LocalFabric
-from kv_transfer.transport import EngineInfo
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.base import EngineInfo
+from kv_transfer.transports.local import Faults, LocalFabric
 from local_cluster import LocalCluster
 from workers.commands import Abort, Command, Disconnect, Submit
-from workers.decode import DecodeWorker
-from workers.kv_memory import kv_layout
+from workers.decode_worker import DecodeWorker
+from workers.kv_cache.sizing import kv_layout
+from workers.lockstep.connector import AgreedConnector
+from workers.lockstep.lead import Lead
+from workers.lockstep.replica import Replica, StepClock
 from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
-from workers.model_runner import ModelRunner
-from workers.models.decoder import Decoder
-from workers.parallel.agreed_connector import AgreedConnector
-from workers.parallel.lockstep import Lead
-from workers.parallel.replica import Replica, StepClock
-from workers.prefill import PrefillWorker
+from workers.models.causal_lm import Decoder
+from workers.prefill_worker import PrefillWorker
+from workers.runner.model_runner import ModelRunner
 
 MakeWorker = Callable[[ModelRunner, AgreedConnector, StepClock], PrefillWorker | DecodeWorker]
 
@@ -169,7 +170,7 @@ class LockstepCluster(LocalCluster):
             pool[side.engines[0].engine_id] = side
         for one, other in (self.sides, self.sides[::-1]):
             for connector in one.connectors:
-                connector.introduce(other.engines, 1.0)
+                connector.handshake(other.engines, 1.0)
 
     def assert_equal_ranks(self) -> None:
         """What the ranks of a worker hold is the same on all of them, and nothing is left to agree on."""

@@ -7,8 +7,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from workers.decode_runner import DecodeRunner
-from workers.model_runner import ModelRunner
+from workers.runner.decode_runner import DecodeRunner
+from workers.runner.model_runner import ModelRunner
 
 
 class LogitsTap:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 NEAR_TIE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 """How far below the best a chosen token's score may lie, by the engine's dtype, in standard deviations of the logits.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.block_manager import blocks_for
-from workers.decode_runner import DecodeRunner
-from workers.model_runner import ModelRunner, Row
-from workers.models.decoder import Decoder
+from workers.kv_cache.block_pool import blocks_for
+from workers.models.causal_lm import Decoder
+from workers.runner.decode_runner import DecodeRunner
+from workers.runner.model_runner import ModelRunner, Row
 
 
 @dataclass(eq=False)
@@ -67,8 +67,8 @@ class OneGpu:
         step = chunk or end
         logits = torch.empty(0)
         for start in range(0, end, step):
-            part = sequence.tokens[start : min(start + step, end)]
-            logits = self.runner.forward([Row(part, start, sequence.blocks, wants_logits=start + step >= end)])
+            disconnect = sequence.tokens[start : min(start + step, end)]
+            logits = self.runner.forward([Row(disconnect, start, sequence.blocks, wants_logits=start + step >= end)])
         return logits[0].clone()
 
     def decode(self, batch: Sequence[Decoding]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attention.metadata import build_metadata
-from workers.models.decoder import Decoder
+from workers.models.causal_lm import Decoder
 
 
 class PagedRun:

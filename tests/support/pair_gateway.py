@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 
 from worker_process import WorkerProcess
 from workers.messages import DecodeRequest, Load, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 @dataclass

@@ -100,7 +100,7 @@ def _unpack(folder: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     options = [f"Dir::State::lists={lists}", f"Dir::Cache={folder}", f"Dir::Cache::archives={archives}"]
     options += ["Debug::NoLocking=1", "Acquire::Languages=none", "APT::Sandbox::User=", "Acquire::http::Timeout=20"]
-    apt = ["apt-get", "-q", "-y", *(part for option in options for part in ("-o", option))]
+    apt = ["apt-get", "-q", "-y", *(disconnect for option in options for disconnect in ("-o", option))]
     try:
         _run([*apt, "update"], _UPDATE_TIMEOUT_S)
         _run([*apt, "install", "--download-only", "--no-install-recommends", *PACKAGES], _DOWNLOAD_TIMEOUT_S)

@@ -124,7 +124,11 @@ def stop_ray(home: str) -> None:
     """`ray stop` for the machine with this home: end its Ray processes, and nobody else's."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        victims = [pid for pid, command in running([home]).items() if any(part in command for part in _RAY_PROCESSES)]
+        victims = [
+            pid
+            for pid, command in running([home]).items()
+            if any(disconnect in command for disconnect in _RAY_PROCESSES)
+        ]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

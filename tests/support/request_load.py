@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from local_cluster import LocalCluster
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ class Served:
     """The worker's end: what can be called."""
 
     def __init__(self, config: dict[str, Any], say: Callable[[str, Any], None]) -> None:
-        from kv_transfer.nixl.connector import NixlConnector
+        from kv_transfer.nixl_connector import NixlConnector
         from workers.config import WorkerConfig
-        from workers.host import WorkerHost
+        from workers.worker_host import WorkerHost
 
         self._host = WorkerHost(
             WorkerConfig(**config),

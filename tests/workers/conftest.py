@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from local_cluster import LocalCluster
-from workers.decode import DecodeWorker
-from workers.prefill import PrefillWorker
+from workers.decode_worker import DecodeWorker
+from workers.prefill_worker import PrefillWorker
 
 
 @pytest.fixture(params=[0, 1], ids=["step by step", "one step ahead"])

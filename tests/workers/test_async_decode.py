@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
-from kv_transfer.local import Faults
-from workers.decode import DecodeWorker
-from workers.decode_runner import DecodeRunner
+from kv_transfer.transports.local import Faults
+from workers.decode_worker import DecodeWorker
 from workers.errors import DeadlineExceededError, SamplingError
 from workers.messages import FinishReason, RequestFailed, TokenOutput
-from workers.models.decoder import Decoder
-from workers.sampling.params import SamplingParams
+from workers.models.causal_lm import Decoder
+from workers.runner.decode_runner import DecodeRunner
+from workers.sampling_params import SamplingParams
 
 
 def greedy(max_tokens: int, **kwargs) -> SamplingParams:

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from kv_transfer.local import Faults
+from kv_transfer.transports.local import Faults
 from workers.errors import CapacityError, DeadlineExceededError, HandoffError, InvalidRequestError, SamplingError
 from workers.messages import DecodeReport, RequestFailed, TokenOutput
-from workers.models.decoder import Decoder
-from workers.sampling.params import SamplingParams
+from workers.models.causal_lm import Decoder
+from workers.sampling_params import SamplingParams
 
 
 def greedy(max_tokens: int) -> SamplingParams:

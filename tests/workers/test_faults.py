@@ -7,9 +7,10 @@ import random
 import pytest
 
 from kv_transfer.connector import ConnectorEvent, HandoffReceived
-from kv_transfer.local import Faults, LocalConnector
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import Faults
 from workers.errors import DeadlineExceededError, HandoffError
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 def greedy(max_tokens: int) -> SamplingParams:

@@ -9,11 +9,12 @@ import torch
 
 from attention.spec import FP8
 from kv_transfer.errors import LayoutMismatchError
-from kv_transfer.local import LocalConnector, LocalFabric
-from workers.kv_memory import kv_layout
-from workers.model_runner import ModelRunner, Row
-from workers.models.loader import load_model
-from workers.sampling.params import SamplingParams
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import LocalFabric
+from workers.kv_cache.sizing import kv_layout
+from workers.loading.loader import load_model
+from workers.runner.model_runner import ModelRunner, Row
+from workers.sampling_params import SamplingParams
 
 UNTOUCHED = 0x7F
 """NaN, which the test cluster fills its caches with."""

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from workers.errors import SamplingError
-from workers.sampling.params import SamplingParams
 from workers.sampling.results import SampledToken
 from workers.sampling.sampler import launch_sample, sample
 from workers.sampling.state import SamplingState
+from workers.sampling_params import SamplingParams
 
 PARAMS = [
     SamplingParams(temperature=0.0, seed=1),

@@ -8,18 +8,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from attention.selector import force_attn_backend
+from attention.selection.selector import force_attn_backend
 from attention.spec import Phase
-from kv_transfer.local import LocalConnector, LocalFabric
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import LocalFabric
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
-from workers.host import WorkerHost
-from workers.largest_batches import largest_batches_of
-from workers.local_prefill import warm_up_chunks
+from workers.loading.loader import load_model
 from workers.messages import DecodeReport, DecodeRequest, PrefillReport, TokenOutput
-from workers.model_runner import ModelRunner
-from workers.models.loader import load_model
-from workers.sampling.params import SamplingParams
+from workers.runner.model_runner import ModelRunner
+from workers.runner.profile_run import largest_batches_of
+from workers.sampling_params import SamplingParams
+from workers.scheduling.local_prefill import warm_up_chunks
+from workers.worker_host import WorkerHost
 
 PATIENCE_S = 30.0
 

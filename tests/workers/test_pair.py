@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 def greedy(max_tokens: int, **kwargs) -> SamplingParams:
@@ -48,11 +48,11 @@ def test_concurrent_mixed_lengths(family, num_prefill, num_decode, tiny_checkpoi
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("budget", [7, 33, 1024])
-@pytest.mark.parametrize("layers_per_group", [1, 2, 3])
-def test_block_sizes_and_chunks(block_size, budget, layers_per_group, tiny_checkpoint, local_cluster, reference_greedy):
+@pytest.mark.parametrize("layers_per_write", [1, 2, 3])
+def test_block_sizes_and_chunks(block_size, budget, layers_per_write, tiny_checkpoint, local_cluster, reference_greedy):
     checkpoint = tiny_checkpoint("llama")
     cluster = local_cluster(
-        checkpoint, block_size=block_size, max_num_batched_tokens=budget, layers_per_group=layers_per_group
+        checkpoint, block_size=block_size, max_num_batched_tokens=budget, layers_per_write=layers_per_write
     )
     expected = {}
     for i, prompt in enumerate(prompts(4, seed=3, longest=130)):

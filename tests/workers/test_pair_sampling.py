@@ -7,10 +7,10 @@ import random
 import pytest
 
 from workers.messages import TokenOutput
-from workers.model_runner import ModelRunner, Row
-from workers.sampling.params import SamplingParams
+from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.sampler import sample
 from workers.sampling.state import SamplingState, finish_reason
+from workers.sampling_params import SamplingParams
 
 PROMPT = [random.Random(21).randrange(3, 512) for _ in range(45)]
 MAX_MODEL_LEN = 512

@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from kv_transfer.local import Faults
+from kv_transfer.transports.local import Faults
 from workers.errors import DeadlineExceededError, HandoffError, SamplingError
 from workers.messages import PrefillReport, PrefillRequest, RequestFailed, TokenOutput
-from workers.model_runner import ModelRunner
-from workers.sampling.params import SamplingParams
+from workers.runner.model_runner import ModelRunner
+from workers.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=8, ignore_eos=True)
 

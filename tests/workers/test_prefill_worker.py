@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kv_transfer.local import Faults
+from kv_transfer.transports.local import Faults
 from workers.errors import (
     CapacityError,
     DeadlineExceededError,
@@ -16,8 +16,8 @@ from workers.errors import (
     SamplingError,
 )
 from workers.messages import HandoffReport, PrefillReport, PrefillRequest, RequestFailed, TokenOutput
-from workers.model_runner import ModelRunner
-from workers.sampling.params import SamplingParams
+from workers.runner.model_runner import ModelRunner
+from workers.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=8, ignore_eos=True)
 
@@ -77,7 +77,7 @@ def test_one_token_needs_no_decode_worker(one_pair, reference_greedy, tiny_check
 
 
 def test_reports(one_pair, clock):
-    cluster, prefill, decode = one_pair(max_num_batched_tokens=16, layers_per_group=2)
+    cluster, prefill, decode = one_pair(max_num_batched_tokens=16, layers_per_write=2)
     cluster.submit("r", prompt(40), GREEDY)
     clock.now += 3.0
     events = []

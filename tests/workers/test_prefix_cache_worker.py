@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cached_blocks import check_cached_blocks, poison_free_blocks
-from kv_transfer.local import Faults
+from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
-from workers.block_manager import blocks_for
+from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.prefix_cache import block_hashes
 from workers.messages import PrefillReport, PrefillRequest, RequestFailed
-from workers.prefix_cache import block_hashes
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=6, ignore_eos=True)
 
@@ -182,7 +182,7 @@ def test_tokens_and_cache_are_those_without_a_cache(
         prefill_blocks=blocks_for(max(map(len, prompts)), block_size) + spare_blocks,
         max_num_batched_tokens=budget,
         max_num_seqs=4,
-        layers_per_group=rng.choice([1, 2, 3]),
+        layers_per_write=rng.choice([1, 2, 3]),
         prefill_steps_ahead=ahead,
         faults=Faults(seed=rng.randrange(1000), max_delay=delay) if delay else None,
     )

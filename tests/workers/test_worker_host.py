@@ -7,13 +7,14 @@ import random
 
 import pytest
 
-from kv_transfer.local import LocalConnector, LocalFabric
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import LocalFabric
 from workers.config import WorkerConfig
 from workers.errors import CheckpointError, ConfigError
-from workers.host import WorkerHost
 from workers.messages import DecodeReport, DecodeRequest, HandoffReport, PrefillReport, PrefillRequest, TokenOutput
-from workers.model_runner import ModelRunner
-from workers.sampling.params import SamplingParams
+from workers.runner.model_runner import ModelRunner
+from workers.sampling_params import SamplingParams
+from workers.worker_host import WorkerHost
 
 PATIENCE_S = 30.0
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from workers.loop import WorkerLoop
 from workers.messages import CacheUpdate, Load, StepOutput, TokenOutput, WorkerEvent
+from workers.worker_loop import WorkerLoop
 
 PATIENCE_S = 20.0
 

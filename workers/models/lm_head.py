@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from workers.fused_ops.skinny_linear import skinny_linear
-from workers.fused_ops.skinny_tiles import skinny_tile
-from workers.models.config import ModelConfig
-from workers.models.layers import empty_parameter, pack_weight, packed_linear
+from workers.layers.linear import empty_parameter, pack_weight, packed_linear
+from workers.models.config.model_config import ModelConfig
+from workers.ops.skinny_linear import skinny_linear
+from workers.ops.skinny_tiles import skinny_tile
 from workers.parallel.group import TensorParallelGroup
 
 

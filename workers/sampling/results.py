@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from workers.errors import SamplingError
-from workers.fused_ops.top_logprobs import TopLogprobs
+from workers.host_copies import HostCopy
 from workers.messages import TokenLogprob
-from workers.pinned import HostCopy
+from workers.sampling.ops.logprob_types import TopLogprobs
 from workers.sampling.state import SamplingState
 
 

@@ -7,13 +7,14 @@ from typing import Generic, TypeVar
 
 import torch
 
-from workers.fused_ops.choose_tokens import ChoiceRows, choose_tokens
-from workers.fused_ops.top_logprobs import top_logprobs
-from workers.pinned import to_device
+from workers.host_copies import to_device
+from workers.sampling.ops.choice_rows import ChoiceRows
+from workers.sampling.ops.penalties import TokenMarks
+from workers.sampling.ops.row_params import NO_LOGPROBS, NO_SLOT, WORDS, pack, unpack
+from workers.sampling.ops.sample_tokens import sample_tokens
+from workers.sampling.ops.top_logprobs import top_logprobs
 from workers.sampling.results import SampledBatch
-from workers.sampling.row_params import NO_LOGPROBS, NO_SLOT, WORDS, pack, unpack
 from workers.sampling.state import SamplingState
-from workers.sampling.token_marks import TokenMarks
 
 S = TypeVar("S")
 
@@ -36,7 +37,7 @@ def choose(
 
     Args:
         logits: (N, V).
-        host_words: int32 (N, WORDS), see `workers.sampling.row_params`.
+        host_words: int32 (N, WORDS), see `workers.sampling.ops.row_params`.
         words: the same on the device.
         seq_lens: int32 (N,), tokens of each row with the one that is chosen here.
         marks: int32 (slots, V).
@@ -48,7 +49,7 @@ def choose(
     unfiltered = ~filtered & (drawn | (params.slot >= 0))
     rows = ChoiceRows(words, seq_lens, marks, bool(filtered.any()), bool(unfiltered.any()))
     if rows.any_filtered or rows.any_unfiltered:
-        choose_tokens(logits, rows, token_ids)
+        sample_tokens(logits, rows, token_ids)
     most = int(params.logprobs.max())
     if most == NO_LOGPROBS:
         return SampledBatch(token_ids)

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from workers.errors import SamplingError
-from workers.fused_ops.greedy import greedy_sample
-from workers.pinned import to_device
+from workers.host_copies import to_device
+from workers.sampling.ops.greedy import greedy_sample
+from workers.sampling.ops.penalties import TokenMarks
+from workers.sampling.ops.row_params import NO_SLOT, pack
 from workers.sampling.results import SampledBatch, SampledToken
-from workers.sampling.row_params import NO_SLOT, pack
 from workers.sampling.rows import choose, plain_greedy
 from workers.sampling.state import SamplingState
-from workers.sampling.token_marks import TokenMarks
 
 
 @torch.inference_mode()
 def launch_sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> SampledBatch:
     """Queue the choice of every sequence's next token, and the way of the tokens to the host; waits for nothing.
 
-    In vLLM's order: log-probabilities are those of the raw logits; then see `choose_tokens`.
+    In vLLM's order: log-probabilities are those of the raw logits; then see `sample_tokens`.
 
     Args:
         logits: (N, V) fp32, fp16 or bf16, left as it is.

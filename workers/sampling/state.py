@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from workers.messages import DecodeRequest, FinishReason, PrefillRequest
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 
 @dataclass(eq=False)

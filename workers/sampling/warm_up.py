@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from workers.sampling.params import SamplingParams
 from workers.sampling.sampler import launch_sample
 from workers.sampling.state import SamplingState
+from workers.sampling_params import SamplingParams
 
 _BATCHES = (
     (SamplingParams(seed=0),),

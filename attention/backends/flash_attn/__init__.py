@@ -17,7 +17,7 @@ from attention.backend import (
     AttentionMetadataBuilder,
     refuse_masks,
 )
-from attention.backends.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.versions import (
     FlashAttnVersion,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attention.backends.libraries import load_library
+from attention.backends.common.libraries import load_library
 from attention.errors import AttentionBackendError
 
 NAME = "FLASH_ATTN"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from attention.backend import AttentionMetadata, AttentionMetadataBuilder
+from attention.backends.common.libraries import load_library
 from attention.backends.flashinfer import choice
 from attention.backends.flashinfer.paging import Pages, common_pages, host_offsets, list_pages, written_out
 from attention.backends.flashinfer.plans import Cascade, Paged, Plan, Planned, PlannedWrapper, RaggedPrefill, XqaDecode
 from attention.backends.flashinfer.workspace import device_workspace
-from attention.backends.libraries import load_library
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec, AttentionType
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from attention.backend import KVScales
-from attention.backends.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv
 from attention.errors import AttentionInputError
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
-from attention.backends.batch_split import BatchSplit, DecodePart, PrefillPart, put, split_batch, take
+from attention.backends.common.batch_split import BatchSplit, DecodePart, PrefillPart, put, split_batch, take
 from attention.errors import AttentionBackendError, AttentionInputError
 from attention.kv_cache import concat_and_cache_mla, latent_cache_shape
 from attention.metadata import CommonAttentionMetadata

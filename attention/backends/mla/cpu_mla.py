@@ -12,7 +12,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from attention.backends.batch_split import DecodePart, PrefillPart
+from attention.backends.common.batch_split import DecodePart, PrefillPart
 from attention.backends.mla.base import MLABackend, MLABuilder, MLAImpl, MLAMetadata
 from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence
 from attention.metadata import CommonAttentionMetadata

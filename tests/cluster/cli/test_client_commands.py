@@ -16,7 +16,7 @@ from cluster.api import PoolTarget
 from cluster.cli.main import main
 from workers.errors import HandoffError
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[3]
 Serve = Callable[..., Awaitable]

@@ -14,19 +14,19 @@ import pytest
 import torch
 
 from cluster.cli import main as cli
-from cluster.cli.doctor_findings import (
+from cluster.cli.doctor.findings import (
     CUDA_IPC,
     SHARED_MEMORY,
     TCP,
+    CandidateReport,
     Link,
-    PairReport,
     environment_findings,
     pair_findings,
 )
-from cluster.cli.doctor_machine import nvlink_rates, topology
-from cluster.config import transport_environment
-from kv_transfer.path_cost import PathCost
-from kv_transfer.path_report import EndReport, Measured, PathReport, Rate
+from cluster.cli.doctor.machine import nvlink_rates, topology
+from cluster.config.load import transport_environment
+from kv_transfer.diagnostics.report import EndReport, Measured, PathReport, Rate
+from kv_transfer.link_cost import LinkCost
 
 ROOT = Path(__file__).parents[3]
 NVLINK = Link("NVLink", "NVLink (NV18)", 478e9)
@@ -140,12 +140,12 @@ def end(**changes: object) -> EndReport:
 
 def pair(
     carrier: str | None = "cuda_ipc/cuda", link: Link = NVLINK, gbps: float = 360.0, **changes: object
-) -> PairReport:
+) -> CandidateReport:
     rates = tuple(Rate(operation, 1 << 28, gbps * 1e9) for operation in ("WRITE", "READ"))
-    measured = Measured(0.05, 1e-4, PathCost(20e-6, 1e-6, gbps * 1e9), rates, (), 20e-6)
+    measured = Measured(0.05, 1e-4, LinkCost(20e-6, 1e-6, gbps * 1e9), rates, (), 20e-6)
     carriers = {} if carrier is None else {"WRITE": carrier, "READ": carrier}
     path = PathReport((end(), end(device_uuid="GPU-1")), carriers, "1.23.0", measured, True)
-    return PairReport("GPU 0 → GPU 1", link, dataclasses.replace(path, **changes))
+    return CandidateReport("GPU 0 → GPU 1", link, dataclasses.replace(path, **changes))
 
 
 def test_a_good_path_has_no_findings():
@@ -164,7 +164,7 @@ def test_a_good_path_has_no_findings():
         (pair(ends=(end(), end())), "both processes were given GPU-0"),
         (pair(ends=(end(), end(cuda_context=False))), "no CUDA context"),
         (pair(ends=(end(ucx_modules=("cma",)), end())), "has not loaded its CUDA module"),
-        (PairReport("GPU 0 → GPU 1", NVLINK, None, "the decode process ended with code -9"), "code -9"),
+        (CandidateReport("GPU 0 → GPU 1", NVLINK, None, "the decode process ended with code -9"), "code -9"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_mend(report, what):

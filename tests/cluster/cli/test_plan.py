@@ -10,16 +10,16 @@ import pytest
 from cluster.api import WorkerStatus
 from cluster.cli.main import main
 from cluster.planning.measured import fleet_of, read_workers
-from cluster.server import convert
-from workers.capability import Capability
+from cluster.wire import convert
 from workers.errors import ConfigError
 from workers.messages import Load
+from workers.runner.step_times import StepTimes
 
 PREFILL = WorkerStatus(
-    "p", "prefill", "ready", "GPU", "X", 64, Load(4096, 4096), "a", 16, Capability(prefill=((100, 0.01), (1000, 0.1)))
+    "p", "prefill", "ready", "GPU", "X", 64, Load(4096, 4096), "a", 16, StepTimes(prefill=((100, 0.01), (1000, 0.1)))
 )
 DECODE = WorkerStatus(
-    "d", "decode", "ready", "GPU", "X", 64, Load(10_000, 90), "", 32, Capability((), ((1, 0.01), (11, 0.02)), 1e-6)
+    "d", "decode", "ready", "GPU", "X", 64, Load(10_000, 90), "", 32, StepTimes((), ((1, 0.01), (11, 0.02)), 1e-6)
 )
 WORKLOAD = ("--prompt-tokens", "1000", "--output-tokens", "11", "--ttft-ms", "500", "--itl-ms", "100")
 
@@ -38,7 +38,7 @@ def test_what_workers_measured_goes_over_the_wire_and_into_a_file(kept: Path) ->
 
 
 def test_the_slowest_worker_counts() -> None:
-    slow = replace(PREFILL, capability=Capability(prefill=((100, 0.03), (1000, 0.2))))
+    slow = replace(PREFILL, capability=StepTimes(prefill=((100, 0.03), (1000, 0.2))))
     fleet = fleet_of([PREFILL, slow, DECODE], tokens=1000)
     assert fleet.prefill.seconds(1000) == pytest.approx(0.2)
     assert (fleet.decode.max_num_seqs, fleet.decode.kv_tokens) == (32, 640_000)
@@ -47,7 +47,7 @@ def test_the_slowest_worker_counts() -> None:
 
 def test_who_has_not_measured_cannot_be_planned_with() -> None:
     with pytest.raises(ConfigError, match="how long decode takes"):
-        fleet_of([PREFILL, replace(DECODE, capability=Capability())])
+        fleet_of([PREFILL, replace(DECODE, capability=StepTimes())])
     with pytest.raises(ConfigError, match="how long prefill takes"):
         fleet_of([DECODE])
     both = replace(DECODE, capability=replace(DECODE.capability, prefill=((1000, 0.2),)))

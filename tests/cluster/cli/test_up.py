@@ -40,7 +40,7 @@ class Engine:
 
 @contextlib.asynccontextmanager
 async def launch(config, report):
-    from cluster.generation import Generation
+    from cluster.gateway.text_generation import Generation
     report("loading " + config.model.path)
     try:
         if config.model.path == "missing":

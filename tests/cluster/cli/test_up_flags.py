@@ -7,8 +7,8 @@ import argparse
 import pytest
 
 from cluster.cli.up import add_arguments, overrides_of
-from cluster.config import load_config
-from cluster.config_sections import ServiceConfig
+from cluster.config.load import load_config
+from cluster.config.schema import ServiceConfig
 from workers.errors import ConfigError
 
 

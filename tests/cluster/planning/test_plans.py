@@ -12,10 +12,10 @@ from cluster.planning.measured import step_seconds
 from cluster.planning.plans import outlook, plan_split, recommend, splits_of
 from cluster.planning.terms import DecodeWorker, Fleet, Lengths, Objective, PrefillWorker, Split, Workload
 from cluster.routing.router import place
-from workers.capability import Capability
 from workers.errors import InvalidRequestError
+from workers.runner.step_times import StepTimes
 
-CAPABILITY = Capability(prefill=((100, 0.01), (10_000, 1.0)), decode=((1, 0.01), (101, 0.02)))
+CAPABILITY = StepTimes(prefill=((100, 0.01), (10_000, 1.0)), decode=((1, 0.01), (101, 0.02)))
 """A tenth of a millisecond for each prompt token; a step takes 10 ms and 0.1 ms for each further sequence."""
 FLEET = Fleet(PrefillWorker(CAPABILITY.prefill_seconds), DecodeWorker(step_seconds(CAPABILITY), 64, 10**9))
 LONG_PROMPTS = Workload(Lengths((1000,)), Lengths((11,)))
@@ -77,7 +77,7 @@ def test_past_saturation_nothing_is_met() -> None:
 
 
 def test_prompts_that_share_a_step_cost_less_and_take_longer() -> None:
-    seconds = Capability(prefill=((100, 0.02), (1000, 0.03))).prefill_seconds
+    seconds = StepTimes(prefill=((100, 0.02), (1000, 0.03))).prefill_seconds
     alone, shared = PrefillWorker(seconds), PrefillWorker(seconds, 1000)
     workload = Workload(Lengths((100,)), Lengths((1,)))
     objective = Objective(0.2, 1.0)
@@ -100,10 +100,10 @@ def test_two_workers_that_do_both_decode_more_and_prefill_in_each_others_way() -
 
 
 def test_a_step_past_the_largest_batch_that_was_measured() -> None:
-    seconds = step_seconds(Capability(decode=((1, 0.004), (16, 0.005), (64, 0.008)), kv_token_s=1e-8))
+    seconds = step_seconds(StepTimes(decode=((1, 0.004), (16, 0.005), (64, 0.008)), kv_token_s=1e-8))
     assert seconds(40.0, 0.0) == pytest.approx(0.0065)
     assert seconds(128.0, 1e5) == pytest.approx(0.008 + 64 * 0.003 / 48 + 0.001)
-    assert step_seconds(Capability(decode=((1, 0.004),)))(5.0, 0.0) > 0.0
+    assert step_seconds(StepTimes(decode=((1, 0.004),)))(5.0, 0.0) > 0.0
 
 
 @pytest.mark.parametrize("values", [(), (0,), (5, -1)])

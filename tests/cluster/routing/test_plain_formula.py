@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster.routing.books import Books
-from cluster.routing.demand import Bar, Demand, NoPlacement, Placement
-from cluster.routing.pairs import Way
+from cluster.routing.links import Way
+from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefill_times import PROMPT_LENGTHS
 from cluster.routing.prefix_index import PromptPrefix
+from cluster.routing.types import Incompatibility, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
-from workers.capability import Capability
+from workers.kv_cache.prefix_cache import block_hashes
 from workers.messages import CacheUpdate
-from workers.prefix_cache import block_hashes
+from workers.runner.step_times import StepTimes
 
 TOLERANCE = 0.01
 """By which a pair may be more expensive than the cheapest."""
@@ -54,27 +54,31 @@ class Load:
 
 
 class Plain:
-    """Books, and what is in them; every worker is of hardware of its own."""
+    """LoadTracker, and what is in them; every worker is of hardware of its own."""
 
     def __init__(self, rng: random.Random, disaggregation: str) -> None:
         self.rng, self.max_queued_s = rng, rng.choice([math.inf, 2.0])
-        self.books = Books(disaggregation=disaggregation, max_queued_s=self.max_queued_s, clock=lambda: 0.0)
+        self.load_tracker = LoadTracker(
+            disaggregation=disaggregation, max_queued_s=self.max_queued_s, clock=lambda: 0.0
+        )
         self.prefill, self.decode = (self.pool(role, rng.choice([1, 3, 30])) for role in "pd")
         ways = {p: {d: Way(rng.uniform(0, 0.3), 10 ** rng.uniform(5, 10)) for d in self.decode} for p in self.prefill}
         self.ways = ways if rng.random() < 0.8 else {}
         unlike = [(p, d) for p in self.prefill for d in self.decode if rng.random() < 0.1]
-        self.bars = dict.fromkeys(unlike, Bar("unlike", forever=True)) if rng.random() < 0.5 else {}
+        self.incompatibilities = (
+            dict.fromkeys(unlike, Incompatibility("unlike", forever=True)) if rng.random() < 0.5 else {}
+        )
         pools = [{load.traits: True for load in pool.values()} for pool in (self.prefill, self.decode)]
-        self.books.update_pools(*pools, self.bars, self.ways)
+        self.load_tracker.update_pools(*pools, self.incompatibilities, self.ways)
         for name, load in (self.prefill | self.decode).items():
             stored = block_hashes(PROMPT[: load.stored_tokens], load.traits.block_size)
-            self.books.cache_update(name, CacheUpdate(stored, ()))
+            self.load_tracker.cache_update(name, CacheUpdate(stored, ()))
 
     def pool(self, role: str, count: int) -> dict[str, Load]:
         made = {}
         for i in range(count):
             speed = self.rng.uniform(0.5, 2.0)
-            capability = Capability(
+            capability = StepTimes(
                 ((16, 0.02 * speed), (256, 0.05 * speed), (4096, 1.6 * speed)),
                 ((1, 0.01 * speed), (16, 0.02 * speed)),
                 self.rng.choice([0.0, 1e-6]) * speed,
@@ -86,9 +90,9 @@ class Plain:
             made[traits.engine_id] = Load(traits, self.rng.choice([0, 0, 500, 4000]), {})
         return made
 
-    def book(self, name: str, placement: Placement, num_tokens: int) -> None:
+    def reserve(self, name: str, placement: Placement, num_tokens: int) -> None:
         """It is under way: its prompt is still to be computed."""
-        self.books.book(name, placement.prefill, placement.decode, num_tokens, 1, placement.cached_tokens)
+        self.load_tracker.reserve(name, placement.prefill, placement.decode, num_tokens, 1, placement.cached_tokens)
         decode, cached = self.decode[placement.decode], placement.cached_tokens
         worker = decode if placement.prefill is None else self.prefill[placement.prefill]
         seconds = worker.missing_s(num_tokens, cached)
@@ -101,12 +105,12 @@ class Plain:
     def costs(self, num_tokens: int, max_tokens: int, known: bool, modes: str) -> dict:
         """Of everybody who can take it, by (prefill, decode) or (None, decode); `known`: caches are asked for it."""
         found = {}
-        arrivals_per_s = self.books._arrivals.per_s()
-        peak = self.books._lengths.outlook(max_tokens).peak(num_tokens)
+        arrivals_per_s = self.load_tracker._arrivals.per_s()
+        peak = self.load_tracker._lengths.outlook(max_tokens).peak(num_tokens)
         for d, decode in self.decode.items():
             if not self.has_room(decode, num_tokens, peak):
                 continue
-            held = float(self.books._decode.workers[self.books._decode.row(d)].future[0, 1])
+            held = float(self.load_tracker._decode.workers[self.load_tracker._decode.row(d)].future[0, 1])
             steps_s, cached = decode.steps_s(num_tokens, max_tokens, held), decode.cached(num_tokens) * known
             compute_s, busy_s = decode.missing_s(num_tokens, cached), 0.0
             if decode.requests:
@@ -118,7 +122,11 @@ class Plain:
             for p, prefill in self.prefill.items() if modes != "never" else ():
                 traits = prefill.traits
                 longest = min(traits.max_model_len, traits.total_blocks * traits.block_size)
-                if num_tokens < longest and prefill.queued_s <= self.max_queued_s and (p, d) not in self.bars:
+                if (
+                    num_tokens < longest
+                    and prefill.queued_s <= self.max_queued_s
+                    and (p, d) not in self.incompatibilities
+                ):
                     own_s = prefill.missing_s(num_tokens, prefill.cached(num_tokens) * known)
                     ttft_s = prefill.queued_s + own_s
                     handoff_s = self.handoff_s(p, d, num_tokens - cached, own_s) if max_tokens > 1 else 0.0
@@ -129,8 +137,8 @@ class Plain:
         traits, needed = decode.traits, num_tokens + 1
         blocks = sum(-(-(tokens + 1) // traits.block_size) for tokens in decode.requests.values())
         free = (traits.total_blocks - blocks) * traits.block_size
-        row = self.books._decode.row(traits.engine_id)
-        peaks = self.books._decode.workers[row].peak_tokens + peak
+        row = self.load_tracker._decode.row(traits.engine_id)
+        peaks = self.load_tracker._decode.workers[row].peak_tokens + peak
         return (
             needed <= min(traits.max_model_len, free)
             and len(decode.requests) < traits.max_num_seqs
@@ -154,14 +162,14 @@ def test_the_placement_is_as_cheap_as_the_cheapest_of_all(seed, disaggregation):
         num_tokens, max_tokens = rng.randint(1, 3500), rng.choice([1, 10, 100])
         prefix = PromptPrefix(PROMPT[:num_tokens]) if rng.random() < 0.7 else None
         costs = plain.costs(num_tokens, max_tokens, prefix is not None, disaggregation)
-        placement = plain.books.place(Demand(num_tokens, max_tokens, prefix=prefix))
+        placement = plain.load_tracker.place(RoutingRequest(num_tokens, max_tokens, prefix=prefix))
         if isinstance(placement, NoPlacement):
             assert not costs
         else:
             best, cost = min(costs.values()), costs[placement.prefill, placement.decode]
             assert cost <= best / (1.0 - TOLERANCE) + 1e-6
             chosen += 1
-            plain.book(f"r-{number}", placement, num_tokens)
+            plain.reserve(f"r-{number}", placement, num_tokens)
     assert chosen
 
 
@@ -169,9 +177,9 @@ def test_the_placement_is_as_cheap_as_the_cheapest_of_all(seed, disaggregation):
 def test_where_pairs_do_not_differ_it_is_the_cheapest_itself(seed):
     plain = Plain(random.Random(seed), "always")
     pools = [{load.traits: True for load in pool.values()} for pool in (plain.prefill, plain.decode)]
-    plain.books, plain.ways, plain.bars = Books(), {}, {}
-    plain.books.update_pools(*pools, {})
+    plain.load_tracker, plain.ways, plain.incompatibilities = LoadTracker(), {}, {}
+    plain.load_tracker.update_pools(*pools, {})
     costs = plain.costs(1000, 64, False, "always")
-    placement = plain.books.place(Demand(1000, 64))
+    placement = plain.load_tracker.place(RoutingRequest(1000, 64))
     assert isinstance(placement, Placement)
     assert costs[placement.prefill, placement.decode] == pytest.approx(min(costs.values()), rel=1e-9)

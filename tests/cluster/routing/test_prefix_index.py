@@ -9,43 +9,43 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from cluster.routing.books import Books
+from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PrefixIndex, PromptPrefix
-from cluster.routing.router import Demand, Placement
+from cluster.routing.router import Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from local_cluster import LocalCluster
-from workers.capability import Capability
 from workers.commands import Alone
+from workers.kv_cache.prefix_cache import block_hashes
 from workers.messages import CacheUpdate, PrefillReport, PrefillRequest
-from workers.prefix_cache import block_hashes
-from workers.sampling.params import SamplingParams
+from workers.runner.step_times import StepTimes
+from workers.sampling_params import SamplingParams
 
-CAPABILITY = Capability(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (16, 0.02)))
+CAPABILITY = StepTimes(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (16, 0.02)))
 PROMPT = tuple(range(1000))
 
 
-def traits(engine_id: str, block_size: int = 16, capability: Capability = CAPABILITY) -> WorkerTraits:
+def traits(engine_id: str, block_size: int = 16, capability: StepTimes = CAPABILITY) -> WorkerTraits:
     return WorkerTraits(engine_id, 4096, block_size, 1000, 8, capability)
 
 
-def books(*prefill: WorkerTraits) -> Books:
-    made = Books()
+def load_tracker(*prefill: WorkerTraits) -> LoadTracker:
+    made = LoadTracker()
     made.update_pools(dict.fromkeys(prefill, True), {traits("d"): True}, {})
     return made
 
 
-def stores(made: Books, engine_id: str, num_tokens: int, block_size: int = 16) -> None:
+def stores(made: LoadTracker, engine_id: str, num_tokens: int, block_size: int = 16) -> None:
     made.cache_update(engine_id, CacheUpdate(block_hashes(PROMPT[:num_tokens], block_size), ()))
 
 
-def placed(made: Books, num_tokens: int = 1000) -> Placement:
-    placement = made.place(Demand(num_tokens, 10, prefix=PromptPrefix(PROMPT[:num_tokens])))
+def placed(made: LoadTracker, num_tokens: int = 1000) -> Placement:
+    placement = made.place(RoutingRequest(num_tokens, 10, prefix=PromptPrefix(PROMPT[:num_tokens])))
     assert isinstance(placement, Placement)
     return placement
 
 
 def test_a_prompt_goes_where_it_is_cached():
-    made = books(traits("p-0"), traits("p-1"), traits("p-2"))
+    made = load_tracker(traits("p-0"), traits("p-1"), traits("p-2"))
     stores(made, "p-1", 320)
     stores(made, "p-2", 800)
     assert placed(made) == Placement("p-2", "d", pytest.approx(0.2), 0.01, 800)
@@ -54,27 +54,27 @@ def test_a_prompt_goes_where_it_is_cached():
 
 
 def test_a_long_queue_outweighs_what_is_cached():
-    made = books(traits("p-0"), traits("p-1"))
+    made = load_tracker(traits("p-0"), traits("p-1"))
     stores(made, "p-1", 320)
-    made.book("r", "p-1", "d", 300)
+    made.reserve("r", "p-1", "d", 300)
     assert placed(made).prefill == "p-1", "0.3 s before it, and 0.32 s saved"
-    made.book("s", "p-1", "d", 100)
+    made.reserve("s", "p-1", "d", 100)
     assert placed(made).prefill == "p-0"
 
 
 def test_only_what_is_missing_is_booked():
-    made = books(traits("p-0"))
-    made.book("r", "p-0", "d", 1000, cached_tokens=800)
-    (report,) = made.explain(Demand(100, 10))
+    made = load_tracker(traits("p-0"))
+    made.reserve("r", "p-0", "d", 1000, cached_tokens=800)
+    (report,) = made.explain(RoutingRequest(100, 10))
     assert report.ttft_s == pytest.approx(0.2 + 0.1)
     made.first_token("r")
-    (report,) = made.explain(Demand(100, 10))
+    (report,) = made.explain(RoutingRequest(100, 10))
     assert report.ttft_s == pytest.approx(0.1)
 
 
 def test_the_rest_of_a_prompt_takes_no_less_than_a_prompt_of_its_length():
     """Launching takes what it takes; and a late token attends to all before it, which a short prompt's does not."""
-    flat = Capability(prefill=((16, 0.1), (512, 0.1), (1024, 0.1), (2048, 0.4)))
+    flat = StepTimes(prefill=((16, 0.1), (512, 0.1), (1024, 0.1), (2048, 0.4)))
     table = WorkerTable()
     table.add(traits("p", capability=flat))
     assert table.prefill_seconds_of("p", 1024, 512) == pytest.approx(0.1)
@@ -83,16 +83,16 @@ def test_the_rest_of_a_prompt_takes_no_less_than_a_prompt_of_its_length():
 
 
 def test_the_explanation_says_what_is_cached():
-    made = books(traits("p-0"), traits("p-1", 32))
+    made = load_tracker(traits("p-0"), traits("p-1", 32))
     stores(made, "p-0", 320)
     stores(made, "p-1", 500, 32)
-    reports = made.explain(Demand(1000, 10, prefix=PromptPrefix(PROMPT)))
+    reports = made.explain(RoutingRequest(1000, 10, prefix=PromptPrefix(PROMPT)))
     assert [(r.prefill, r.cached_tokens, r.chosen) for r in reports] == [("p-1", 480, True), ("p-0", 320, False)]
     assert reports[0].ttft_s == pytest.approx(0.52)
 
 
 def test_a_worker_that_is_gone_holds_nothing():
-    made = books(traits("p-0"), traits("p-1"))
+    made = load_tracker(traits("p-0"), traits("p-1"))
     stores(made, "p-0", 320)
     made.update_pools({traits("p-1"): True, traits("p-2"): True}, {traits("d"): True}, {})
     assert placed(made).cached_tokens == 0
@@ -117,9 +117,9 @@ def test_a_prompt_goes_on_with_its_output(prepared):
 
 
 def test_what_decode_workers_have_is_told_apart_from_what_prefill_workers_have():
-    made = books(traits("p-0"))
+    made = load_tracker(traits("p-0"))
     stores(made, "d", 320)
-    (report,) = made.explain(Demand(1000, 10, prefix=PromptPrefix(PROMPT)))
+    (report,) = made.explain(RoutingRequest(1000, 10, prefix=PromptPrefix(PROMPT)))
     assert (report.cached_tokens, report.decode_cached_tokens) == (0, 320)
     assert made.block_sizes == {16}
 
@@ -181,13 +181,13 @@ TestIndexMachine.settings = settings(max_examples=80, stateful_step_count=40, de
 
 
 def test_a_beginning_that_the_whole_pool_holds():
-    made = books(*(traits(f"p-{i}") for i in range(40)))
+    made = load_tracker(*(traits(f"p-{i}") for i in range(40)))
     for i in range(40):
         if i % 7:
             stores(made, f"p-{i}", 160)
     stores(made, "p-35", 480)
     stores(made, "p-36", 480)
-    reports = made.explain(Demand(1000, 10, prefix=PromptPrefix(PROMPT)))
+    reports = made.explain(RoutingRequest(1000, 10, prefix=PromptPrefix(PROMPT)))
     assert {r.prefill: r.cached_tokens for r in reports} == {
         f"p-{i}": 480 if i in (35, 36) else 160 if i % 7 else 0 for i in range(40)
     }
@@ -196,13 +196,13 @@ def test_a_beginning_that_the_whole_pool_holds():
 def test_what_the_gateway_predicts_is_what_workers_find(tiny_checkpoint):
     """Real workers with caches so small that they evict, told of through their updates alone."""
     cluster, rng, found = LocalCluster(tiny_checkpoint("llama"), num_prefill=2, prefill_blocks=10), random.Random(0), 0
-    made = books(*(traits(engine_id) for engine_id in cluster.prefill))
+    made = load_tracker(*(traits(engine_id) for engine_id in cluster.prefill))
     family = [rng.randrange(3, 512) for _ in range(120)]
     for number in range(60):
         kept = rng.randrange(100)
         prompt = (*family[:kept], *(rng.randrange(3, 512) for _ in range(rng.randrange(1, 40))))
         engine_id = rng.choice(list(cluster.prefill))
-        demand = Demand(len(prompt), 1, prefix=PromptPrefix(prompt))
+        demand = RoutingRequest(len(prompt), 1, prefix=PromptPrefix(prompt))
         predicted = {report.prefill: report.cached_tokens for report in made.explain(demand)}[engine_id]
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
         worker = cluster.prefill[engine_id]

@@ -6,16 +6,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.routing.pairs import Pairs
+from cluster.routing.links import Pairs
 from cluster.routing.prefill_times import PROMPT_LENGTHS
-from cluster.routing.router import Bar, Demand, NoPlacement, Placement, explain, place, refusals
+from cluster.routing.router import (
+    Incompatibility,
+    NoPlacement,
+    Placement,
+    RoutingRequest,
+    explain,
+    place,
+    unsupported_reasons,
+)
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
-from workers.capability import Capability
+from workers.runner.step_times import StepTimes
 
-FAST = Capability(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (10, 0.02)))
-SLOW = Capability(prefill=((16, 0.16), (1600, 16.0)), decode=((1, 0.1), (10, 0.2)))
-UNKNOWN = Capability()
-DEMAND = Demand(100, 64)
+FAST = StepTimes(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (10, 0.02)))
+SLOW = StepTimes(prefill=((16, 0.16), (1600, 16.0)), decode=((1, 0.1), (10, 0.2)))
+UNKNOWN = StepTimes()
+DEMAND = RoutingRequest(100, 64)
 
 
 def pool(*workers: dict) -> WorkerTable:
@@ -36,22 +44,22 @@ def worker(engine_id: str, **changes) -> dict:
     return {"engine_id": engine_id, **changes}
 
 
-def known(prefill: WorkerTable, decode: WorkerTable, bars=None, ways=None) -> Pairs:
+def known(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None, ways=None) -> Pairs:
     pairs = Pairs()
-    pairs.update(prefill, decode, bars or {}, ways)
+    pairs.update(prefill, decode, incompatibilities or {}, ways)
     return pairs
 
 
-def chosen(prefill: WorkerTable, decode: WorkerTable, bars=None, demand=DEMAND) -> tuple[str, str]:
-    placement = place(demand, prefill, decode, known(prefill, decode, bars))
+def chosen(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None, demand=DEMAND) -> tuple[str, str]:
+    placement = place(demand, prefill, decode, known(prefill, decode, incompatibilities))
     assert isinstance(placement, Placement), placement
     return placement.prefill, placement.decode
 
 
-def refused(prefill: WorkerTable, decode: WorkerTable, bars=None) -> tuple[bool, tuple[str, ...]]:
-    placement = place(DEMAND, prefill, decode, known(prefill, decode, bars))
+def refused(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None) -> tuple[bool, tuple[str, ...]]:
+    placement = place(DEMAND, prefill, decode, known(prefill, decode, incompatibilities))
     assert isinstance(placement, NoPlacement), placement
-    return placement.hopeless, refusals(DEMAND, prefill, decode, known(prefill, decode, bars))
+    return placement.hopeless, unsupported_reasons(DEMAND, prefill, decode, known(prefill, decode, incompatibilities))
 
 
 def test_the_faster_pair_is_chosen():
@@ -79,7 +87,7 @@ def test_unmeasured_workers_share_the_load():
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 100, 1000, 100_000, 2**20, 2**21])
 def test_the_time_of_a_prompt_is_the_one_that_was_measured(num_tokens):
-    capability = Capability(prefill=tuple((n, 1e-6 * n) for n in PROMPT_LENGTHS))
+    capability = StepTimes(prefill=tuple((n, 1e-6 * n) for n in PROMPT_LENGTHS))
     (seconds,) = pool(worker("p", capability=capability)).prefill_seconds(num_tokens)
     assert seconds == pytest.approx(max(1e-6 * num_tokens, 16e-6))
 
@@ -87,13 +95,13 @@ def test_the_time_of_a_prompt_is_the_one_that_was_measured(num_tokens):
 def test_only_pairs_that_can_work_together_are_used():
     prefill = pool(worker("p-16"), worker("p-32", block_size=32, capability=SLOW))
     decode = pool(worker("d-32", block_size=32))
-    bars = {("p-16", "d-32"): Bar("block_size is 32 here and 16 there", forever=True)}
-    assert chosen(prefill, decode, bars) == ("p-32", "d-32")
+    incompatibilities = {("p-16", "d-32"): Incompatibility("block_size is 32 here and 16 there", forever=True)}
+    assert chosen(prefill, decode, incompatibilities) == ("p-32", "d-32")
 
 
 def test_the_best_of_the_pairs_that_are_left_is_chosen():
     prefill, decode = pool(worker("p-0"), worker("p-1", queued_s=1.0)), pool(worker("d-0"), worker("d-1", running=5))
-    assert chosen(prefill, decode, {("p-0", "d-0"): Bar("no answer", forever=False)}) == ("p-0", "d-1")
+    assert chosen(prefill, decode, {("p-0", "d-0"): Incompatibility("no answer", forever=False)}) == ("p-0", "d-1")
 
 
 @pytest.mark.parametrize(
@@ -124,8 +132,8 @@ def test_what_waiting_helps_is_not_hopeless(prefill, decode, reason):
 
 @pytest.mark.parametrize("forever", [True, False])
 def test_a_bar_is_hopeless_if_it_lasts(forever):
-    bars = {("p", "d"): Bar("unlike layouts", forever)}
-    assert refused(pool(worker("p")), pool(worker("d")), bars) == (forever, ("p -> d: unlike layouts",))
+    incompatibilities = {("p", "d"): Incompatibility("unlike layouts", forever)}
+    assert refused(pool(worker("p")), pool(worker("d")), incompatibilities) == (forever, ("p -> d: unlike layouts",))
 
 
 def test_one_hope_is_enough():
@@ -158,7 +166,7 @@ def test_the_explanation_names_every_pair():
     prefill = pool(worker("p-0"), worker("p-1", capability=SLOW), worker("p-2", ready=False))
     decode = pool(worker("d-0"), worker("d-1", running=8))
     reports = explain(
-        DEMAND, prefill, decode, known(prefill, decode, {("p-1", "d-0"): Bar("no answer", forever=False)})
+        DEMAND, prefill, decode, known(prefill, decode, {("p-1", "d-0"): Incompatibility("no answer", forever=False)})
     )
     assert [(r.prefill, r.decode) for r in reports if r.chosen] == [("p-0", "d-0")]
     assert reports[0].chosen
@@ -192,14 +200,15 @@ workers = st.lists(
     unique_by=lambda w: w["engine_id"],
 )
 pairs = st.dictionaries(
-    st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")), st.builds(Bar, st.just("no"), st.booleans())
+    st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")),
+    st.builds(Incompatibility, st.just("no"), st.booleans()),
 )
 
 
-@given(st.builds(Demand, st.integers(1, 120), st.integers(1, 100)), workers, workers, pairs)
-def test_the_cheapest_pair_that_fits_is_chosen(demand, prefill, decode, bars):
+@given(st.builds(RoutingRequest, st.integers(1, 120), st.integers(1, 100)), workers, workers, pairs)
+def test_the_cheapest_pair_that_fits_is_chosen(demand, prefill, decode, incompatibilities):
     p_table, d_table = pool(*prefill), pool(*decode)
-    pairs = known(p_table, d_table, bars)
+    pairs = known(p_table, d_table, incompatibilities)
     placement = place(demand, p_table, d_table, pairs)
     reports = explain(demand, p_table, d_table, pairs)
     fitting = [r for r in reports if not r.refusal]
@@ -207,7 +216,10 @@ def test_the_cheapest_pair_that_fits_is_chosen(demand, prefill, decode, bars):
         p, d = (next(w for w in ws if w["engine_id"] == e) for ws, e in ((prefill, r.prefill), (decode, r.decode)))
         needs = demand.prompt_tokens + 1
         fits = (
-            p["ready"] and d["ready"] and d["running"] < d["max_num_seqs"] and (r.prefill, r.decode) not in bars
+            p["ready"]
+            and d["ready"]
+            and d["running"] < d["max_num_seqs"]
+            and (r.prefill, r.decode) not in incompatibilities
             and min(p["max_model_len"], d["max_model_len"]) >= needs
             and p["total_blocks"] * p["block_size"] >= needs
             and (d["total_blocks"] - d["used"]) * d["block_size"] >= needs

@@ -13,9 +13,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.client import AsyncBatonClient, BatonClientError, Connection
-from cluster.config import load_config
-from cluster.server.serve import check_server, exposure_warnings
+from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
+from cluster.config.load import load_config
+from cluster.server.grpc.serve import check_server, exposure_warnings
 from workers.errors import ConfigError
 
 Serve = Callable[..., Awaitable]

@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from cluster.api import Explanation, ModelInfo, RequestReport, TokenChunk, Usage
-from cluster.client import AsyncBatonClient, BatonClient, BatonClientError
-from cluster.client_messages import GenerateChunk
+from cluster.client.client import AsyncBatonClient, BatonClient, BatonClientError
+from cluster.client.messages import GenerateChunk
 from cluster.errors import NoWorkersError, QueueFullError, WorkerLostError
 from protos import baton_pb2, baton_pb2_grpc
 from workers.errors import (
@@ -21,7 +21,7 @@ from workers.errors import (
     RequestCancelledError,
 )
 from workers.messages import FinishReason, TokenLogprob, TokenOutput
-from workers.sampling.params import SamplingParams
+from workers.sampling_params import SamplingParams
 
 Serve = Callable[..., Awaitable]
 Answer = Callable[..., list]

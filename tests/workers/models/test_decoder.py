@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from workers.models.loader import load_model
+from workers.loading.loader import load_model
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

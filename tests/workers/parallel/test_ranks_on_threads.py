@@ -7,20 +7,21 @@ import threading
 
 import pytest
 
-from kv_transfer.local import LocalConnector, LocalFabric
+from kv_transfer.local_connector import LocalConnector
+from kv_transfer.transports.local import LocalFabric
 from workers.commands import Abort, Submit
-from workers.kv_memory import kv_layout
-from workers.loop import WorkerLoop
+from workers.kv_cache.sizing import kv_layout
+from workers.loading.loader import load_model
+from workers.lockstep.channel import FollowerChannel, LeadChannel
+from workers.lockstep.connector import AgreedConnector
+from workers.lockstep.lead import Follower, Lead
+from workers.lockstep.replica import Replica, StepClock
 from workers.messages import PrefillRequest, StepOutput, TokenOutput
-from workers.model_runner import ModelRunner
-from workers.models.loader import load_model
-from workers.parallel.agreed_connector import AgreedConnector
-from workers.parallel.channel import FollowerChannel, LeadChannel
 from workers.parallel.errors import TensorParallelError
-from workers.parallel.lockstep import Follower, Lead
-from workers.parallel.replica import Replica, StepClock
-from workers.prefill import PrefillWorker
-from workers.sampling.params import SamplingParams
+from workers.prefill_worker import PrefillWorker
+from workers.runner.model_runner import ModelRunner
+from workers.sampling_params import SamplingParams
+from workers.worker_loop import WorkerLoop
 
 PATIENCE_S = 20.0
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from rank_work import ModelRun, run_model, run_models
 from ranks import lone_rank, run_ranks
 from workers.errors import ConfigError
-from workers.models.config import ModelConfig
-from workers.models.loader import load_model, model_bytes
+from workers.loading.loader import load_model, model_bytes
+from workers.models.config.model_config import ModelConfig
 from workers.parallel.group import SINGLE
 
 TinyCheckpoint = Callable[..., Path]
@@ -147,7 +147,7 @@ def test_random_weights_are_shards_of_one_model(
     tiny_checkpoint: TinyCheckpoint, size: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr("workers.models.random_weights._CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("workers.loading.dummy_weights._CHUNK_ELEMENTS", 1000)
     folder = tiny_checkpoint(family)
 
     def parameters(rank: int, size: int) -> dict[str, torch.Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from workers.messages import FinishReason
-from workers.sampling.params import SamplingParams
 from workers.sampling.state import SamplingState, finish_reason
+from workers.sampling_params import SamplingParams
 
 EOS = 2
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH

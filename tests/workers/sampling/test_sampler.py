@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from workers.errors import BatonError, SamplingError
-from workers.sampling.noise import gumbel_noise, noise_keys, noise_stream, signed
-from workers.sampling.params import SamplingParams
+from workers.sampling.ops.noise import gumbel_noise, noise_keys, noise_stream, signed
 from workers.sampling.results import SampledToken
 from workers.sampling.sampler import sample
 from workers.sampling.state import SamplingState
+from workers.sampling_params import SamplingParams
 
 EOS = 0
 

@@ -1,0 +1,1 @@
+"""FLEX_ATTENTION: PyTorch's compiled attention with block masks."""

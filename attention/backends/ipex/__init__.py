@@ -1,0 +1,1 @@
+"""IPEX: Intel's extension for PyTorch."""

@@ -1,0 +1,1 @@
+"""NO_ATTENTION: stores keys and values, attends to nothing."""

@@ -1,0 +1,1 @@
+"""PALLAS: JAX kernels for TPUs."""

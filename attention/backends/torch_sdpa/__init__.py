@@ -1,0 +1,1 @@
+"""TORCH_SDPA and CPU_ATTN: PyTorch's scaled dot product attention over a paged cache."""

@@ -1,0 +1,1 @@
+"""TREE_ATTN: draft trees."""

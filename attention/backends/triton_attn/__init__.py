@@ -1,0 +1,1 @@
+"""TRITON_ATTN: Baton's own kernels."""

@@ -1,0 +1,1 @@
+"""XFORMERS: memory-efficient attention."""

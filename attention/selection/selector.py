@@ -1,0 +1,131 @@
+"""The choice of an attention backend, with the reasons against the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from attention.backend import AttentionBackend
+from attention.capability import Evidence
+from attention.errors import AttentionBackendError
+from attention.platform import Platform
+from attention.selection.priority import candidates
+from attention.selection.registry import get_backend
+from attention.spec import AttentionNeeds, Phase
+
+logger = logging.getLogger(__name__)
+
+_FORCED: ContextVar[Mapping[Phase | None, str] | None] = ContextVar("forced_attn_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend that was looked at.
+
+    Attributes:
+        name: the backend's.
+        reasons: why it cannot be used; empty: it can.
+    """
+
+    name: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and how.
+
+    Attributes:
+        backend: the chosen one.
+        because: "forced in code", "configured", "measured fastest" or "first by priority".
+        candidates: every backend that was looked at, in the order of preference.
+    """
+
+    backend: type[AttentionBackend]
+    because: str
+    candidates: tuple[Candidate, ...]
+
+
+@contextmanager
+def force_attn_backend(name: str, phase: Phase | None = None) -> Iterator[None]:
+    """Make `select_backend` take this backend or fail, whatever the configuration says.
+
+    Args:
+        name: the backend's.
+        phase: for prefill or for decode only; None: for both.
+
+    Raises:
+        AttentionBackendError: no such backend.
+    """
+    get_backend(name)
+    token = _FORCED.set({**(_FORCED.get() or {}), phase: name} if phase else {None: name})
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def select_backend(
+    platform: Platform,
+    needs: AttentionNeeds | Sequence[AttentionNeeds],
+    configured: str | None = None,
+    fastest: Sequence[str] = (),
+) -> Selection:
+    """Choose the backend of a model: `force_attn_backend`, else `configured`, else the best that can run it.
+
+    Args:
+        platform: where the model runs.
+        needs: of every kind of layer that the model has; the backend must run all of them.
+        configured: a name from the configuration.
+        fastest: backends as measured on this device for this model, fastest first; they come before all others.
+
+    Raises:
+        AttentionBackendError: an unknown name, a forced backend that refuses, or none that is usable; with reasons.
+    """
+    kinds = [needs] if isinstance(needs, AttentionNeeds) else list(needs)
+    forced = _FORCED.get() or {}
+    in_code = forced.get(kinds[0].phase) or forced.get(None)
+    name = in_code or configured
+    if name is not None:
+        reasons = unsupported_reasons(name, platform, kinds)
+        if reasons:
+            raise AttentionBackendError(f"attention backend {name} cannot run this model: {'; '.join(reasons)}")
+        return Selection(get_backend(name), "forced in code" if in_code else "configured", (Candidate(name, ()),))
+    order = dict.fromkeys(candidate for kind in kinds for candidate in candidates(platform, kind))
+    measured = [name for name in fastest if name in order]
+    looked_at = tuple(
+        Candidate(name, tuple(unsupported_reasons(name, platform, kinds)))
+        for name in dict.fromkeys([*measured, *order])
+    )
+    usable = [candidate.name for candidate in looked_at if not candidate.reasons]
+    if not usable:
+        why = "; ".join(f"{candidate.name}: {', '.join(candidate.reasons)}" for candidate in looked_at)
+        raise AttentionBackendError(f"no attention backend for {platform}: {why or 'none is made for it'}")
+    because = "measured fastest" if usable[0] in measured else "first by priority"
+    return Selection(get_backend(usable[0]), because, looked_at)
+
+
+def unsupported_reasons(name: str, platform: Platform, needs: Sequence[AttentionNeeds]) -> list[str]:
+    """Why the backend of that name cannot run all of these there; empty when it can.
+
+    Raises:
+        AttentionBackendError: no such backend.
+    """
+    backend = get_backend(name)
+    reasons: dict[str, None] = {}
+    for kind in needs:
+        reasons.update(dict.fromkeys(backend.refuse(platform, kind)))
+    if not platform.simulated and not reasons and backend.capabilities.evidence(platform) is Evidence.INTERFACE:
+        reasons[Evidence.INTERFACE.value] = None
+    return list(reasons)
+
+
+def log_selection(selection: Selection, where: str) -> None:
+    """Say once, at INFO, what was chosen and why, and at DEBUG what was not."""
+    logger.info("attention backend of %s: %s (%s)", where, selection.backend.name, selection.because)
+    for candidate in selection.candidates:
+        if candidate.reasons:
+            logger.debug("attention backend %s refused: %s", candidate.name, "; ".join(candidate.reasons))

@@ -1,0 +1,1 @@
+"""When pools grow and shrink by themselves."""

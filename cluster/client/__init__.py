@@ -1,0 +1,5 @@
+"""The Python client."""
+
+from cluster.client.client import BatonClient
+
+__all__ = ["BatonClient"]

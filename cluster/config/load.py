@@ -1,0 +1,196 @@
+"""The one place that loads the service's configuration, and reads environment variables.
+
+Defaults < YAML file < environment (`BATON_SECTION__KEY`) < command line (`--set section.key=value`, named flags). The
+keys of a group of workers are longer: `decode.groups.NAME.key`, `BATON_DECODE__GROUPS__NAME__KEY`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config.groups import build_pool, merge_groups, parse_group_setting, read_groups
+from cluster.config.parse import build, check_key, parse_text
+from cluster.config.rules import check_together
+from cluster.config.schema import POOLS, SECTIONS, ServiceConfig
+from workers.errors import ConfigError
+
+CLIENT_TOKEN_VARIABLE = "BATON_TOKEN"
+CACHE_VARIABLE = "BATON_CACHE_DIR"
+_BACKEND_VARIABLE = "BATON_ATTENTION_BACKEND"
+_PREFIX = "BATON_"
+CUDA_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+_TRANSPORT_PREFIXES = ("UCX_", "NIXL_")
+_Values = dict[str, dict[str, Any]]
+"""By section and key; under the key "groups" of a pool, by group and key."""
+
+
+def load_config(
+    path: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ServiceConfig:
+    """Load the configuration from its sources, the later over the earlier.
+
+    Args:
+        path: YAML file of sections; None for none.
+        environ: `BATON_SECTION__KEY=value`, and `BATON_ATTENTION_BACKEND` for both pools; None reads the process's own.
+        overrides: "section.key" or "pool.groups.name.key" to a value, or to the text of one.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range, a file that cannot be read.
+    """
+    values: _Values = {name: {} for name in SECTIONS}
+    if path is not None:
+        _merge(values, _read_file(Path(path)))
+    _merge(values, _read_environment(os.environ if environ is None else environ))
+    _merge(values, _read_overrides(overrides or {}))
+    sections = {
+        name: build_pool(name, cls, values[name]) if name in POOLS else build(name, cls, values[name])
+        for name, cls in SECTIONS.items()
+    }
+    config = ServiceConfig(**sections)
+    check_together(config)
+    return _with_token(config)
+
+
+def client_token(environ: Mapping[str, str] | None = None) -> str | None:
+    """The bearer token that client commands send, from BATON_TOKEN; None when it is not set."""
+    return (os.environ if environ is None else environ).get(CLIENT_TOKEN_VARIABLE) or None
+
+
+def transport_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that say how KV cache travels: UCX's and NIXL's, and which GPUs there are."""
+    variables = os.environ if environ is None else environ
+    own = {name: value for name, value in variables.items() if name.startswith(_TRANSPORT_PREFIXES)}
+    return own | {name: variables[name] for name in (CUDA_DEVICES_VARIABLE,) if name in variables}
+
+
+def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty when it does not say."""
+    variables = os.environ if environ is None else environ
+    return tuple(name.strip() for name in variables.get(CUDA_DEVICES_VARIABLE, "").split(",") if name.strip())
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where Baton keeps what it can find again: BATON_CACHE_DIR, else baton/ in XDG_CACHE_HOME, else ~/.cache/baton."""
+    variables = os.environ if environ is None else environ
+    if given := variables.get(CACHE_VARIABLE):
+        return Path(given).expanduser()
+    return Path(variables.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "baton"
+
+
+def check_setting(key: str) -> None:
+    """Refuse a "section.key" that names nothing.
+
+    Raises:
+        ConfigError: the text has the nearest key that exists.
+    """
+    check_key(key, [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)])
+
+
+def describe_settings() -> str:
+    """Every key with its default and meaning, one a line."""
+    lines = []
+    for section, cls in SECTIONS.items():
+        for f in fields(cls):
+            default = "-" if f.default is None else str(f.default)
+            lines.append(f"  {section + '.' + f.name:<32} {default:<10} {f.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"cannot read the configuration file {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a mapping of sections ({', '.join(SECTIONS)}), not {content!r:.80}")
+    for section, entries in content.items():
+        check_key(str(section), list(SECTIONS))
+        if not isinstance(entries, dict | None):
+            raise ConfigError(f"section {section} in {path} must be a mapping of keys to values, not {entries!r}")
+        for name in entries or {}:
+            check_setting(f"{section}.{name}")
+    sections: dict[str, Any] = {section: entries or {} for section, entries in content.items()}
+    for pool in POOLS:
+        if "groups" in sections.get(pool, {}):
+            sections[pool]["groups"] = read_groups(pool, SECTIONS[pool], sections[pool]["groups"])
+    return sections
+
+
+def _read_overrides(overrides: Mapping[str, Any]) -> _Values:
+    values: _Values = {name: {} for name in SECTIONS}
+    for key, value in overrides.items():
+        if not _is_of_group(key):
+            check_setting(key)
+        _put(values, key, key, value)
+    return values
+
+
+def _read_environment(environ: Mapping[str, str]) -> _Values:
+    values: _Values = {name: {} for name in SECTIONS}
+    if backend := environ.get(_BACKEND_VARIABLE):
+        values["prefill"]["attention_backend"] = values["decode"]["attention_backend"] = backend
+    known = {f"{_PREFIX}{s}__{f.name}".upper(): f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)}
+    for variable, text in environ.items():
+        # Without a double underscore it is somebody else's: a Kubernetes service named baton sets BATON_PORT and more.
+        if not variable.startswith(_PREFIX) or "__" not in variable:
+            continue
+        key = variable.removeprefix(_PREFIX).lower().replace("__", ".")
+        if not _is_of_group(key):
+            check_key(variable, list(known), what="environment variable")
+            key = known[variable]
+        _put(values, key, variable, text)
+    return values
+
+
+def _is_of_group(key: str) -> bool:
+    return any(key.startswith(f"{pool}.groups.") for pool in POOLS)
+
+
+def _put(values: _Values, key: str, called: str, value: Any) -> None:
+    """Set what a known key, or one of a group, says: a value, or the text of one. Messages have it as `called`."""
+    section, _, name = key.partition(".")
+    cls = SECTIONS[section]
+    if _is_of_group(key):
+        group, name, parsed = parse_group_setting(key, called, cls, value)
+        values[section].setdefault("groups", {}).setdefault(group, {})[name] = parsed
+    elif name == "groups":
+        values[section][name] = read_groups(section, cls, value)
+    else:
+        values[section][name] = parse_text(called, cls, name, value) if isinstance(value, str) else value
+
+
+def _merge(values: _Values, more: Mapping[str, Mapping[str, Any]]) -> None:
+    for section, entries in more.items():
+        groups = merge_groups(section, values[section].get("groups", {}), entries.get("groups", {}))
+        values[section].update(entries)
+        if groups:
+            values[section]["groups"] = groups
+
+
+def _with_token(config: ServiceConfig) -> ServiceConfig:
+    """Put the content of `server.auth_token_file` into `server.auth_token`."""
+    path = config.server.auth_token_file
+    if path is None:
+        return config
+    try:
+        token = Path(path).expanduser().read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read server.auth_token_file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"server.auth_token_file {path} holds characters that a gRPC header cannot carry") from error
+    if not token:
+        raise ConfigError(f"server.auth_token_file {path} is empty")
+    return replace(config, server=replace(config.server, auth_token=token))

@@ -1,0 +1,124 @@
+"""Turns values from a file or a text into typed, checked dataclass fields; every refusal names the key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, fields
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from cluster.config.mappings import describe_pairs, is_pairs, normal_pairs, parse_pairs
+from workers.errors import ConfigError
+
+T = TypeVar("T")
+
+_TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NONE = ("", "none", "null", "~")
+_AUTO = "auto"
+"""Another way to leave an optional number open."""
+
+
+def check_key(key: str, known: Iterable[str], what: str = "configuration key") -> None:
+    """Refuse a key that is not known, naming the nearest one that is.
+
+    Raises:
+        ConfigError: `key` is not in `known`.
+    """
+    known = list(known)
+    if key in known:
+        return
+    # A right name in the wrong section is nearer than its spelling says.
+    same_name = [k for k in known if "." in key and k.endswith(key[key.index(".") :])]
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0) if not same_name else same_name[:1]
+    raise ConfigError(f"unknown {what} {key}; did you mean {nearest[0]}?")
+
+
+def parse_text(key: str, cls: type[Any], name: str, text: str) -> Any:
+    """The value that `text` means for field `name` of `cls`; an optional field takes "none".
+
+    Raises:
+        ConfigError: the text is no value of the field's type; it is called `key` in the message.
+    """
+    kind, optional = _kind_of(cls, name)
+    stripped = text.strip()
+    if optional and (stripped.lower() in _NONE or (kind is not str and stripped.lower() == _AUTO)):
+        return None
+    try:
+        if is_pairs(kind):
+            return parse_pairs(kind, stripped)
+        if kind is bool:
+            return _BOOLS[stripped.lower()]
+        return text if kind is str else kind(stripped)
+    except (KeyError, ValueError):
+        raise ConfigError(_wrong_type(key, cls, name, text)) from None
+
+
+def build(section: str, cls: type[T], values: Mapping[str, Any]) -> T:
+    """Make the dataclass `cls` of `values`, each checked against its field's type and rules.
+
+    A field's metadata may hold `low` and `high` (inclusive), `above` (exclusive) and `choices`.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
+    """
+    by_name = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: _check_value(f"{section}.{name}", cls, by_name[name], v) for name, v in values.items()})
+
+
+def _check_value(key: str, cls: type[Any], setting: Field[Any], value: Any) -> Any:
+    kind, optional = _kind_of(cls, setting.name)
+    if optional and (value is None or (kind is not str and value == _AUTO)):
+        return None
+    if is_pairs(kind):
+        return _check_pairs(key, cls, setting, value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(_wrong_type(key, cls, setting.name, value))
+    rules = setting.metadata
+    if "choices" in rules and value not in rules["choices"]:
+        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(map(str, rules['choices']))}")
+    if kind is str and not value.strip():
+        raise ConfigError(f"{key} is empty")
+    if kind in (int, float):
+        _check_range(key, value, rules)
+    return value
+
+
+def _check_pairs(key: str, cls: type[Any], setting: Field[Any], value: Any) -> dict[str, Any]:
+    pairs = normal_pairs(_kind_of(cls, setting.name)[0], value)
+    if pairs is None:
+        raise ConfigError(_wrong_type(key, cls, setting.name, value))
+    for name, amount in pairs.items():
+        if isinstance(amount, float):
+            _check_range(f"{key}.{name}", amount, setting.metadata)
+    return pairs
+
+
+def _check_range(key: str, value: float, rules: Mapping[str, Any]) -> None:
+    low, high, above = rules.get("low", -math.inf), rules.get("high", math.inf), rules.get("above", -math.inf)
+    if low <= value <= high and value > above and math.isfinite(value):
+        return
+    limits = [f"at least {low}"] if "low" in rules else []
+    limits += [f"at most {high}"] if "high" in rules else []
+    limits += [f"more than {above}"] if "above" in rules else []
+    raise ConfigError(f"{key} is {value}, it must be {' and '.join(limits) or 'finite'}")
+
+
+def _kind_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
+    """A field's type, and whether None is a value of it."""
+    hint = get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        return kinds[0], True
+    return hint, False
+
+
+def _wrong_type(key: str, cls: type[Any], name: str, value: object) -> str:
+    kind, optional = _kind_of(cls, name)
+    hint = " (put it in quotes)" if kind is str and isinstance(value, int | float) else ""
+    what = describe_pairs(kind) if is_pairs(kind) else _TYPE_NAMES[kind]
+    return f"{key} is {value!r}, it must be {what}{' or null' if optional else ''}{hint}"

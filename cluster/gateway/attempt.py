@@ -1,0 +1,172 @@
+"""One attempt at a request: what its workers have said so far, put in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+from cluster.api import RequestReport, TokenChunk
+from cluster.clock import now
+from cluster.errors import WorkerLostError
+from workers.errors import HandoffError
+from workers.messages import (
+    DecodeReport,
+    HandoffReport,
+    PrefillReport,
+    RequestFailed,
+    TokenOutput,
+    WorkerEvent,
+)
+
+_CAUSE_PATIENCE_S = 0.05
+
+
+@dataclass(eq=False)
+class Attempt:
+    """Where a request is, and what has come of it.
+
+    The two workers' streams are independent, so that a decoded token can overtake the first one, which prefill sampled:
+    it is held until that has come. Where the decode worker computes the prompt itself, all tokens are in one stream.
+
+    Attributes:
+        attempt_id: the request's name on its workers.
+        prefill: engine id; empty when the decode worker computes the prompt.
+        decode: engine id; empty when there is nothing to decode.
+        num_tokens: prompt and output tokens so far, for the books.
+        arrived: when the request came, monotonic time.
+        attempts: this one included.
+        user: whose request it is.
+        dispatched: when its workers were sent the request.
+        first_token_at: when the first token came; 0 before.
+        last_token_at: when the last token came that is in order; 0 before the first.
+        finished: the last token is here.
+        error: why the flight failed.
+    """
+
+    attempt_id: str
+    prefill: str
+    decode: str
+    num_tokens: int
+    arrived: float
+    attempts: int
+    user: str = ""
+    dispatched: float = field(default_factory=now)
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    finished: bool = False
+    _held: list[TokenOutput] = field(default_factory=list)
+    _ready: list[TokenOutput] = field(default_factory=list)
+    error: Exception | None = None
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _prefill_report: PrefillReport | None = None
+    _handoff_report: HandoffReport | None = None
+    _decode_report: DecodeReport | None = None
+    _handoff_reported: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        if not self.prefill:  # there is no handoff to hear of
+            self._handoff_reported.set()
+
+    def take(self, engine_id: str, event: WorkerEvent) -> None:
+        """Something that one of the workers said."""
+        match event:
+            case TokenOutput():
+                self._take_token(engine_id, event)
+            case PrefillReport():
+                self._prefill_report = event
+            case HandoffReport():
+                self._handoff_report = event
+                self._handoff_reported.set()
+            case DecodeReport():
+                self._decode_report = event
+            case RequestFailed(_, HandoffError() as error) if engine_id == self.decode:
+                # Decode knows only that the handoff ended; if prefill ended it, prefill says why.
+                asyncio.get_running_loop().call_later(_CAUSE_PATIENCE_S, self.fail, error)
+            case RequestFailed(_, error):
+                self.fail(error)
+
+    def worker_lost(self, engine_id: str) -> None:
+        """One of the workers is gone. A prefill worker whose part is done is not missed.
+
+        If the first token is out and the handoff undecided, the decode worker knows whether the cache is whole: it goes
+        on, or says that the handoff failed.
+        """
+        if engine_id == self.decode or (engine_id == self.prefill and not self.first_token_at):
+            self.fail(WorkerLostError(f"{engine_id} was lost while it served the request"))
+
+    def needs(self, engine_id: str) -> bool:
+        """Whether it could not go on to its end without this worker."""
+        if self.error is not None:
+            return False
+        if engine_id == self.decode:
+            return not self.finished
+        return engine_id == self.prefill and not (self.first_token_at and self.reported)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, after the tokens that are here."""
+        if not self.finished and self.error is None:
+            self.error = error
+            self._news.set()
+
+    async def next_chunk(self) -> TokenChunk:
+        """The tokens that have come since the last call, at least one.
+
+        Raises:
+            Exception: what `fail` was given.
+        """
+        while not self._ready:
+            if self.error is not None:
+                raise self.error
+            self._news.clear()
+            await self._news.wait()
+        tokens, self._ready = tuple(self._ready), []
+        return TokenChunk(tokens)
+
+    def serve_alone(self) -> None:
+        """The prefill worker's one token is all that is wanted: there is no handoff to hear of."""
+        self.decode = ""
+        self._handoff_reported.set()
+
+    @property
+    def reported(self) -> bool:
+        """Whether nothing more is to be heard of the handoff."""
+        return self._handoff_reported.is_set()
+
+    async def handoff_reported(self, patience_s: float) -> None:
+        """Give the handoff's report, which may come after the last token, a moment to arrive."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._handoff_reported.wait(), patience_s)
+
+    def report(self) -> RequestReport:
+        """Where the time went, as far as it is known."""
+        prefill, handoff, decode = self._prefill_report, self._handoff_report, self._decode_report
+        return RequestReport(
+            prefill_worker=self.prefill,
+            decode_worker=self.decode,
+            queue_s=self.dispatched - self.arrived + (prefill.queue_s if prefill else 0.0),
+            prefill_s=prefill.prefill_s if prefill else 0.0,
+            ttft_s=max(0.0, self.first_token_at - self.arrived),
+            transfer_s=handoff.transfer_s if handoff else 0.0,
+            exposed_transfer_s=handoff.exposed_s if handoff else 0.0,
+            first_decode_s=decode.first_decode_s if decode else 0.0,
+            kv_bytes=handoff.num_bytes if handoff else 0,
+            attempts=self.attempts,
+            cached_tokens=prefill.cached_tokens if prefill else 0,
+            decode_cached_tokens=decode.cached_tokens if decode else 0,
+        )
+
+    def _take_token(self, engine_id: str, token: TokenOutput) -> None:
+        if engine_id == self.decode and (self.first_token_at or self.prefill):
+            if not self.first_token_at:
+                self._held.append(token)
+                return
+            tokens = [token]
+        else:
+            self.first_token_at = now()
+            tokens, self._held = [token, *self._held], []
+        self.last_token_at = now()
+        self._ready += tokens
+        self.num_tokens += len(tokens)
+        self.finished = self._ready[-1].finish_reason is not None
+        self._news.set()

@@ -1,0 +1,126 @@
+"""One request under way, through all the attempts at it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import Protocol
+
+from cluster.api import EngineRequest, RequestReport, TokenChunk
+from cluster.clock import now
+from cluster.errors import WorkerLeavesError, WorkerLostError
+from cluster.gateway.attempt import Attempt
+from workers.errors import DeadlineExceededError, HandoffError
+
+logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 3
+_REPORT_PATIENCE_S = 0.25
+
+
+class AttemptStarter(Protocol):
+    """Where flights begin and end."""
+
+    async def start_attempt(
+        self,
+        request: EngineRequest,
+        deadline: float,
+        arrived: float,
+        attempts: int,
+        output: tuple[int, ...],
+        again: bool,
+    ) -> Attempt:
+        """Begin an attempt that goes on after so much output; `again`: it is not the first."""
+        ...
+
+    def land(self, attempt: Attempt) -> None:
+        """End one."""
+        ...
+
+
+class RunningRequest:
+    """One request under way: an asynchronous iterator of `TokenChunk`s.
+
+    Closing it, or leaving it by an exception, cancels the request on both sides. A request whose worker is lost or
+    leaves, or whose handoff fails, goes on elsewhere, with the tokens that the client has as part of its prompt: noise
+    depends on seed and position alone, and penalties on the tokens, so that the client sees no seam.
+    """
+
+    def __init__(self, engine: AttemptStarter, request: EngineRequest) -> None:
+        self._engine = engine
+        self._request = request
+        self._arrived = now()
+        self._deadline = self._arrived + request.timeout_s
+        self._attempt: Attempt | None = None
+        self._output: list[int] = []
+        self._attempts = 0
+        self._started = False
+        self._first_report: RequestReport | None = None
+        self._over = False
+
+    def __aiter__(self) -> RunningRequest:
+        return self
+
+    async def __anext__(self) -> TokenChunk:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            async with asyncio.timeout(self._deadline - now()):
+                chunk = await self._next_chunk()
+        except TimeoutError:
+            await self.aclose()
+            raise DeadlineExceededError(f"the deadline of {self._request.timeout_s:.3g} s passed") from None
+        except BaseException:
+            await self.aclose()
+            raise
+        self._output += [token.token_id for token in chunk.tokens]
+        if self._attempt is not None and self._attempt.finished:
+            self._over = True
+        return chunk
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        self._over = True
+        if self._attempt is not None:
+            self._engine.land(self._attempt)
+
+    async def report(self) -> RequestReport:
+        """Where the request went and where its time went, as far as it is known.
+
+        Raises:
+            RuntimeError: it has not been placed yet.
+        """
+        if self._attempt is None:
+            raise RuntimeError("the request has not been placed yet")
+        if self._attempt.finished:
+            await self._attempt.handoff_reported(_REPORT_PATIENCE_S)
+        report, first = self._attempt.report(), self._first_report
+        if first is None:
+            return report
+        return replace(report, queue_s=first.queue_s, prefill_s=first.prefill_s, ttft_s=first.ttft_s)
+
+    async def _next_chunk(self) -> TokenChunk:
+        while True:
+            if self._attempt is None:
+                self._attempt = await self._start_attempt()
+            try:
+                return await self._attempt.next_chunk()
+            except WorkerLeavesError as error:
+                logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
+                self._attempts -= 1  # nothing has failed
+            except (WorkerLostError, HandoffError) as error:
+                if self._attempts >= _MAX_ATTEMPTS:
+                    raise
+                logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
+            if self._output and self._first_report is None:
+                self._first_report = self._attempt.report()
+            self._engine.land(self._attempt)
+            self._attempt = None
+
+    async def _start_attempt(self) -> Attempt:
+        again, self._started = self._started, True
+        self._attempts += 1
+        return await self._engine.start_attempt(
+            self._request, self._deadline, self._arrived, self._attempts, tuple(self._output), again
+        )

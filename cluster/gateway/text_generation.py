@@ -1,0 +1,232 @@
+"""From a prompt to a stream of text: what stands between a server and the engine, whatever the wire format.
+
+Validate, tokenise, run the engine, detokenise, look for stop strings, count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.routing.prefix_index import PromptPrefix
+from cluster.text.detokenizer import IncrementalDetokenizer
+from cluster.text.stop import StopStrings
+from cluster.text.tokenizer import ChatMessage, Tokenizer
+from workers.errors import DeadlineExceededError, InvalidRequestError
+from workers.messages import FinishReason, TokenOutput
+from workers.sampling_params import SamplingParams
+from workers.validation import check_token_ids
+
+_TOKENIZER_THREADS = 2
+_HASHED_AT_ONCE = 1024
+"""Tokens: that many are hashed in less time than another thread takes to hear of it."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Chat messages, oldest first."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+Prompt = str | tuple[int, ...] | Conversation
+"""A text, token ids, or a conversation for the checkpoint's chat template."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a client asks for; see `EngineRequest`. An empty `model` accepts the served one."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    timeout_s: float
+    model: str = ""
+    priority: int = 0
+    user: str = ""
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """A part of an answer. `finish_reason`, `usage` and `report` are in the last one."""
+
+    text: str
+    tokens: tuple[TokenOutput, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    report: RequestReport | None = None
+
+
+class Generation:
+    """Generates text with one model.
+
+    Args:
+        engine: runs token ids.
+        tokenizer: of the served checkpoint.
+        model_info: the served model's name and limits.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._model = model_info
+        # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
+        self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextChunk, None]:
+        """Run one request. Closing the generator cancels it.
+
+        Raises:
+            InvalidRequestError: the request is wrong; nothing was started.
+            BatonError: what the engine raises.
+        """
+        arrival = time.monotonic()
+        prompt = await self.tokenize(request.prompt, request.model)
+        sampling = self._complete(request.sampling, len(prompt))
+        prefix = await self._hash(prompt)
+        timeout_s = request.timeout_s - (time.monotonic() - arrival)
+        if timeout_s <= 0:
+            raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
+        text = _TextAssembler(self._tokenizer, sampling)
+        engine_request = EngineRequest(
+            request.request_id, prompt, sampling, timeout_s, request.priority, request.user, prefix
+        )
+        async with aclosing(self._engine.generate(engine_request)) as stream:
+            async for chunk in stream:
+                yield text.push(chunk.tokens)
+                if text.stopped:
+                    break  # There is more on its way that nobody wants: closing the stream stops it.
+            report = await stream.report()
+        if text.finish_reason is None:
+            raise RuntimeError(f"the engine ended request {request.request_id} without a finish reason")
+        rest = text.finish()
+        usage = Usage(prompt_tokens=len(prompt), completion_tokens=text.num_tokens)
+        yield TextChunk(rest, (), text.finish_reason, usage, report)
+
+    async def explain(self, request: GenerationRequest) -> Explanation:
+        """Where a request would go if it came now. Nothing is started.
+
+        Raises:
+            InvalidRequestError: the request is wrong.
+        """
+        prompt = await self.tokenize(request.prompt, request.model)
+        sampling = self._complete(request.sampling, len(prompt))
+        prefix = await self._hash(prompt)
+        pairs = self._engine.explain(
+            EngineRequest(request.request_id, prompt, sampling, request.timeout_s, prefix=prefix)
+        )
+        return Explanation(len(prompt), sampling.max_tokens or 1, tuple(pairs))
+
+    async def tokenize(self, prompt: Prompt, model: str = "") -> tuple[int, ...]:
+        """Check a prompt and turn it into token ids.
+
+        Raises:
+            InvalidRequestError: it is empty, too long, or has ids out of range; or `model` is not the served one.
+        """
+        if model and model != self._model.name:
+            raise InvalidRequestError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
+        if isinstance(prompt, tuple):
+            check_token_ids(prompt, self._model.vocab_size)
+            self._check_length(len(prompt))
+            return prompt
+        loop = asyncio.get_running_loop()
+        token_ids = tuple(await loop.run_in_executor(self._executor, self._encode, prompt))
+        self._check_length(len(token_ids))
+        return token_ids
+
+    async def _hash(self, prompt: tuple[int, ...]) -> PromptPrefix:
+        """The prompt as prefix caches are asked for it: a long one is hashed on the tokeniser's threads."""
+        prefix, block_sizes = PromptPrefix(prompt), self._engine.block_sizes
+        if len(prompt) <= _HASHED_AT_ONCE:
+            prefix.prepare(block_sizes)
+        else:
+            await asyncio.get_running_loop().run_in_executor(self._executor, prefix.prepare, block_sizes)
+        return prefix
+
+    def token_text(self, token_id: int) -> str:
+        """A token's text by itself; special tokens have none."""
+        return self._tokenizer.decode([token_id])
+
+    def _encode(self, prompt: str | Conversation) -> Sequence[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequestError("the prompt is empty")
+            self._tokenizer.check_length(prompt, self._model.max_model_len)
+            return self._tokenizer.encode(prompt)
+        rendered = self._tokenizer.apply_chat_template(prompt.messages)
+        self._tokenizer.check_length(rendered, self._model.max_model_len)
+        return self._tokenizer.encode(rendered, add_special_tokens=False)
+
+    def _check_length(self, num_tokens: int) -> None:
+        limit = self._model.max_model_len
+        if num_tokens == 0:
+            raise InvalidRequestError("the prompt is empty")
+        if num_tokens + 1 > limit:
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens; with one token to generate that is more than the context window "
+                f"of {limit} tokens"
+            )
+
+    def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
+        """Keep `max_tokens` within the context window, and draw a seed if none was given."""
+        check_token_ids(sampling.stop_token_ids, self._model.vocab_size, "stop token")
+        room = self._model.max_model_len - prompt_len
+        if sampling.min_tokens > room:
+            raise InvalidRequestError(
+                f"min_tokens is {sampling.min_tokens}, but after a prompt of {prompt_len} tokens the context window "
+                f"of {self._model.max_model_len} has room for {room}"
+            )
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        return replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+class _TextAssembler:
+    """The text of one answer, token by token, up to a stop string.
+
+    Attributes:
+        finish_reason: why the text ended; None while it goes on.
+        stopped: a stop string was found; what comes after it is not part of the answer.
+        num_tokens: tokens taken.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+        self.finish_reason: FinishReason | None = None
+        self.stopped = False
+        self.num_tokens = 0
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stops = StopStrings(sampling.stop)
+        self._min_tokens = sampling.min_tokens
+
+    def push(self, tokens: Sequence[TokenOutput]) -> TextChunk:
+        """Take tokens up to the one that completes a stop string, and return them with the text that is certain."""
+        text = ""
+        for position, token in enumerate(tokens):
+            self.num_tokens += 1
+            self.finish_reason = token.finish_reason
+            # The token that ended the text is not part of it.
+            if token.finish_reason is not FinishReason.STOP:
+                text += self._scan(self._detokenizer.push([token.token_id]))
+            if self.stopped:
+                return TextChunk(text, tuple(tokens[: position + 1]))
+        return TextChunk(text, tuple(tokens))
+
+    def finish(self) -> str:
+        """The rest of the text: what had been held back."""
+        if self.stopped:
+            return ""
+        return self._scan(self._detokenizer.finish()) + self._stops.finish()
+
+    def _scan(self, text: str) -> str:
+        if self.num_tokens < self._min_tokens:
+            return text
+        kept, self.stopped = self._stops.push(text)
+        if self.stopped:
+            self.finish_reason = FinishReason.STOP
+        return kept

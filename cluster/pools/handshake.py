@@ -1,0 +1,115 @@
+"""How workers of the two pools get to know each other, and what is remembered of those that do not fit.
+
+Meeting is a worker's canary: before the first request is placed on it, it moves real data to every worker that it will
+work with and has data moved to it, over the very path that handoffs take, and a message goes there and back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from cluster.errors import WorkerLostError
+from cluster.pools.replica import Replica, Roster
+from cluster.pools.tasks import BackgroundTasks
+from cluster.routing.links import Way
+from kv_transfer.errors import KVTransferError, LayoutMismatchError
+from workers.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_RECONCILE_INTERVAL_S = 2.0
+_START_PATIENCE_S = 60.0  # a meeting that fails takes up to 30 s
+_LOOK_INTERVAL_S = 0.05
+
+
+class Handshakes:
+    """Introduces new members to those of the other pool.
+
+    Args:
+        roster: all members.
+        tasks: for what goes on in the background.
+        on_change: called when two that could not reach each other can.
+    """
+
+    def __init__(self, roster: Roster, tasks: BackgroundTasks, on_change: Callable[[], None]) -> None:
+        self._roster = roster
+        self._tasks = tasks
+        self._on_change = on_change
+        self.one_at_a_time = asyncio.Lock()
+        """Held from a member's introduction until its state says that it may be introduced to others."""
+
+    async def handshake(self, replica: Replica) -> None:
+        """Make a new worker and every serving one of the other pool known to each other."""
+        replica.unsupported_reasons, replica.unreachable_peers, replica.ways = {}, {}, {}
+        for peer in self._roster.peers(replica):
+            if not peer.serves:  # it has left while others were met
+                continue
+            try:
+                await _handshake(replica, peer)
+            except LayoutMismatchError as error:
+                replica.unsupported_reasons[peer.engine_id] = str(error)
+                logger.warning("%s %s", replica.engine_id, error)
+            except (KVTransferError, WorkerLostError) as error:
+                replica.unreachable_peers[peer.engine_id] = str(error)
+                logger.warning("%s and %s cannot meet: %s", replica.engine_id, peer.engine_id, error)
+                self._tasks.spawn(self._reconcile(replica, peer))
+
+    def disconnect(self, replica: Replica, may_write_s: float) -> None:
+        """A member's worker is gone, or as good as gone: its peers drop it, and know how long it may still write."""
+        gone = replica.engine_id
+        for peer in self._roster:
+            peer.unsupported_reasons.pop(gone, None)
+            peer.unreachable_peers.pop(gone, None)
+            peer.ways.pop(gone, None)
+        for peer in self._roster.pool("decode" if replica.handle.role == "prefill" else "prefill"):
+            if peer.info is not None and peer.state != "lost":  # one that starts may be about to meet it, in vain
+                peer.handle.disconnect(gone, may_write_s)
+
+    async def check_some_pair_works(self) -> None:
+        """Refuse pools of which no two workers fit; those that only could not reach each other get time to.
+
+        Raises:
+            ConfigError: with the first reason.
+        """
+        clock = asyncio.get_running_loop().time
+        patience_ends = clock() + _START_PATIENCE_S
+        pairs = len(self._roster.pool("prefill")) * len(self._roster.pool("decode"))
+        while True:
+            refused = [why for replica in self._roster for why in replica.unsupported_reasons.values()]
+            unreachable_peers = [why for replica in self._roster for why in replica.unreachable_peers.values()]
+            if not pairs or len(refused) + len(unreachable_peers) < pairs:
+                return
+            if not unreachable_peers or clock() >= patience_ends:
+                raise ConfigError(
+                    f"no prefill worker can hand over to any decode worker: {(unreachable_peers + refused)[0]}"
+                )
+            await asyncio.sleep(_LOOK_INTERVAL_S)
+
+    async def _reconcile(self, one: Replica, other: Replica) -> None:
+        """Introduce two workers again and again until they reach each other or one of them is gone."""
+        names = (one.engine_id, other.engine_id)
+        while True:
+            await asyncio.sleep(_RECONCILE_INTERVAL_S)
+            if any(self._roster.find(name) is None for name in names) or not (one.serves and other.serves):
+                return
+            with contextlib.suppress(KVTransferError, WorkerLostError):
+                await _handshake(one, other)
+                one.unreachable_peers.pop(names[1], None)
+                self._on_change()
+                return
+
+
+async def _handshake(one: Replica, other: Replica) -> None:
+    assert one.info is not None
+    assert other.info is not None
+    await one.handle.connect(other.info.engines)
+    await other.handle.connect(one.info.engines)
+    seconds = await one.handle.probe(other.engine_id)
+    prefill, decode = (one, other) if one.handle.role == "prefill" else (other, one)
+    path = await prefill.handle.link_to(decode.engine_id)
+    if path is not None:
+        prefill.ways[decode.engine_id] = Way(path.write_s + seconds / 2, path.bytes_per_s)
+    logger.info("%s and %s: round trip %.1f ms", one.engine_id, other.engine_id, seconds * 1e3)

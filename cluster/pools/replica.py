@@ -1,0 +1,146 @@
+"""Who is in the pools."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cluster.api import WorkerStatus
+from cluster.config.group_key import group_key
+from cluster.routing.links import Way
+from cluster.worker_handle import WorkerHandle
+from workers.messages import Load
+from workers.runner.step_times import StepTimes
+from workers.worker_host import WorkerInfo
+
+_HOPELESS_AFTER_RESTARTS = 6
+
+Spawn = Callable[[], WorkerHandle]
+"""Makes a new worker for a place in a pool."""
+
+
+@dataclass(eq=False)
+class Replica:
+    """One place in a pool, and whoever holds it.
+
+    Attributes:
+        spawn: makes a new worker for this place.
+        handle: the worker.
+        group: name of the group that the place belongs to; empty in a pool that names none.
+        info: what it said of itself; None until it has loaded.
+        predecessor: what the last one that held this place said of itself; the next will be its like.
+        state: starting, ready, draining (it finishes what it has and gets nothing new) or lost.
+        load: last reported.
+        num_heard: times that it has been heard of.
+        unsupported_reasons: engine ids of the other pool whose KV cache is laid out differently, and how.
+        unreachable_peers: engine ids of the other pool that it cannot reach at present, and why.
+        ways: of a prefill worker: what the way to each decode worker costs that it has met, by engine id.
+        restarts: workers that this place has lost in a row.
+        ready_since: monotonic time.
+        life: the task that looks after it: listens to its worker, and replaces it.
+    """
+
+    spawn: Spawn
+    handle: WorkerHandle
+    group: str = ""
+    info: WorkerInfo | None = None
+    predecessor: WorkerInfo | None = None
+    state: str = "starting"
+    load: Load = field(default_factory=lambda: Load(0, 0))
+    num_heard: int = 0
+    unsupported_reasons: dict[str, str] = field(default_factory=dict)
+    unreachable_peers: dict[str, str] = field(default_factory=dict)
+    ways: dict[str, Way] = field(default_factory=dict)
+    restarts: int = 0
+    ready_since: float = 0.0
+    life: asyncio.Task[None] | None = None
+
+    @property
+    def group_key(self) -> str:
+        """Of its group."""
+        return group_key(self.handle.role, self.group)
+
+    @property
+    def serves(self) -> bool:
+        """Whether requests may be on it."""
+        return self.state in ("ready", "draining")
+
+    @property
+    def may_return(self) -> bool:
+        """Whether it is ready, or likely to be soon."""
+        return self.state == "ready" or (self.state != "draining" and self.restarts < _HOPELESS_AFTER_RESTARTS)
+
+    @property
+    def engine_id(self) -> str:
+        """Of the worker that holds this place; its name until it is ready."""
+        return self.info.engine.engine_id if self.info is not None else self.handle.name
+
+    def renew(self) -> None:
+        """Have a new worker for this place, which has yet to start."""
+        self.handle = self.spawn()
+        self.predecessor = self.info or self.predecessor
+        self.info, self.state = None, "starting"
+
+    @property
+    def foreseeable(self) -> WorkerInfo | None:
+        """What its worker has said of itself, or is likely to say soon; None: there is no knowing."""
+        return self.info or (self.predecessor if self.may_return else None)
+
+    def status(self) -> WorkerStatus:
+        """As clients see it."""
+        info = self.info
+        return WorkerStatus(
+            engine_id=self.engine_id,
+            role=self.handle.role,
+            state=self.state,
+            device=info.device if info else "",
+            attention_backend=info.attention_backend if info else "",
+            block_size=info.engine.layout.block_size if info else 0,
+            load=self.load,
+            group=self.group,
+            max_num_seqs=info.max_num_seqs if info else 0,
+            capability=info.capability if info else StepTimes(),
+        )
+
+
+class Roster:
+    """All members, each pool in the order in which they came, prefill first."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, list[Replica]] = {"prefill": [], "decode": []}
+        self._serving: dict[str, Replica] = {}
+
+    def __iter__(self) -> Iterator[Replica]:
+        for pool in self._pools.values():
+            yield from pool
+
+    def pool(self, role: str) -> list[Replica]:
+        """The members of one pool."""
+        return list(self._pools[role])
+
+    def find(self, engine_id: str) -> Replica | None:
+        """The member that holds this engine now."""
+        replica = self._serving.get(engine_id)
+        return replica if replica is not None and replica.engine_id == engine_id else None
+
+    def peers(self, replica: Replica) -> list[Replica]:
+        """Those of the other pool that requests may be on."""
+        return [peer for peer in self if peer.serves and peer.handle.role != replica.handle.role]
+
+    def add(self, replica: Replica) -> None:
+        """Somebody comes."""
+        self._pools[replica.handle.role].append(replica)
+
+    def remove(self, replica: Replica) -> None:
+        """Somebody goes."""
+        self._pools[replica.handle.role].remove(replica)
+        self.forget(replica.engine_id)
+
+    def know(self, replica: Replica) -> None:
+        """A member's worker has said who it is."""
+        self._serving[replica.engine_id] = replica
+
+    def forget(self, engine_id: str) -> None:
+        """This engine is no more."""
+        self._serving.pop(engine_id, None)

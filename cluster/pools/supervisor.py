@@ -1,0 +1,126 @@
+"""Looks after the members: starts their workers, listens to them, replaces those that are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+from cluster.errors import WorkerLostError
+from cluster.pools.handshake import Handshakes
+from cluster.pools.heartbeat import listen_for
+from cluster.pools.replica import Replica, Roster
+from cluster.worker_handle import LoadProgress
+from workers.messages import Load, StepOutput
+
+logger = logging.getLogger(__name__)
+
+_RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
+_STEADY_AFTER_S = 60.0
+
+
+class Supervisor:
+    """What keeps every place in the pools held.
+
+    Args:
+        roster: all members.
+        introductions: of those that have started.
+        on_output: takes every step's output.
+        on_change: called when a worker became ready or was lost; for a lost one with its engine id.
+        progress: told how far loading is.
+        silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        introductions: Handshakes,
+        on_output: Callable[[StepOutput], None],
+        on_change: Callable[[str | None], None],
+        progress: LoadProgress,
+        silence_s: float | None,
+    ) -> None:
+        self._roster = roster
+        self._handshakes = introductions
+        self._on_output = on_output
+        self._on_change = on_change
+        self._progress = progress
+        self._silence_s = silence_s
+
+    async def start(self, replica: Replica) -> None:
+        """Have a member's worker load, measure itself and meet its peers: then it takes requests.
+
+        Raises:
+            BatonError: it could not start.
+        """
+        replica.info = await replica.handle.start(self._progress)
+        replica.load = Load(replica.info.num_blocks, replica.info.num_blocks)
+        self._roster.know(replica)
+        async with self._handshakes.one_at_a_time:
+            await self._handshakes.handshake(replica)
+            replica.state = "ready"
+            replica.ready_since = time.monotonic()
+        self._on_change(None)
+
+    async def look_after(self, replica: Replica, *, started: bool) -> None:
+        """Pass on what a member's worker says, and replace it whenever it is lost, unless it was to leave anyway."""
+        if not started and not await self._try_to_start(replica):
+            await self._replace(replica)
+        while True:
+            await self._listen(replica)
+            if not await self._lose(replica):
+                return
+            await self._replace(replica)
+
+    async def _listen(self, replica: Replica) -> None:
+        """Until the worker is lost."""
+        try:
+            await listen_for(asyncio.ensure_future(self._pass_on(replica)), lambda: replica.num_heard, self._silence_s)
+        except WorkerLostError as error:
+            logger.warning("%s: %s", replica.engine_id, error)
+        except Exception:
+            logger.exception("lost touch with %s", replica.engine_id)
+
+    async def _pass_on(self, replica: Replica) -> None:
+        async for batch in replica.handle.outputs():
+            replica.num_heard += 1
+            for output in batch:
+                replica.load = output.load
+                self._on_output(output)
+
+    async def _lose(self, replica: Replica) -> bool:
+        """Bury a worker; whether another one is wanted in its place."""
+        lost, wanted = replica.engine_id, replica.state != "draining"
+        replica.state = "lost"
+        if time.monotonic() - replica.ready_since > _STEADY_AFTER_S:
+            replica.restarts = 0
+        self._roster.forget(lost)
+        self._on_change(lost)  # at once: its requests need not wait until it is buried
+        self._handshakes.disconnect(
+            replica, await replica.handle.stop()
+        )  # its peers are told when it has ended, if it can
+        return wanted
+
+    async def _replace(self, replica: Replica) -> None:
+        while True:
+            delay = _RESTART_DELAYS_S[min(replica.restarts, len(_RESTART_DELAYS_S) - 1)]
+            replica.restarts += 1
+            await asyncio.sleep(delay)
+            replica.renew()
+            if await self._try_to_start(replica):
+                return
+
+    async def _try_to_start(self, replica: Replica) -> bool:
+        try:
+            await self.start(replica)
+        except Exception as error:
+            logger.warning("could not start %s: %s: %s", replica.handle.name, type(error).__name__, error)
+            self._roster.forget(replica.engine_id)
+            replica.state = "lost"
+            replica.info = None
+            with contextlib.suppress(Exception):
+                await replica.handle.stop()
+            return False
+        return True

@@ -1,0 +1,215 @@
+"""A worker as Ray actors: a process a rank, of which the lead has the one token stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+
+from cluster.ray.heartbeat_log import HeartbeatLog
+from cluster.worker_handle import HEARTBEAT_S, StartProgress
+from kv_transfer.lease import Lease, lease_clock
+from kv_transfer.link_cost import LinkCost
+from kv_transfer.nixl_connector import NixlConnector
+from kv_transfer.transports.base import EngineInfo
+from workers.config import WorkerConfig
+from workers.lockstep.channel import LeadChannel, Seat
+from workers.lockstep.follower_host import FollowerHost
+from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.worker_host import WorkerHost, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 30.0
+_REMEMBERED_ABORTS = 4096
+
+
+class WorkerActor:
+    """Runs a `WorkerHost`: a worker, or the lead of a worker with several ranks.
+
+    Its methods are asynchronous, so that a slow one holds up no other. Ray then starts calls in order except that one
+    with a large argument (a long prompt) may be overtaken while the argument travels.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._loop = asyncio.get_event_loop()
+        self._host: WorkerHost | None = None
+        self._outputs: list[StepOutput] = []
+        self._news = asyncio.Event()
+        self._crash: BaseException | None = None
+        self._progress: dict[str, StartProgress] = {}
+        self._channel: LeadChannel | None = None
+        self._aborted: OrderedDict[str, None] = OrderedDict()
+        self._lease = Lease()
+        self._heartbeat_log = HeartbeatLog(lease_clock)
+
+    async def start(self) -> WorkerInfo:
+        """Build the worker; takes as long as loading does."""
+        self._host = await asyncio.to_thread(self._build)
+        return self._host.info
+
+    def _build(self) -> WorkerHost:
+        return WorkerHost(
+            self._config,
+            NixlConnector(may_write=self._lease.holds),
+            self._emit,
+            self._on_crash,
+            lambda done, total: self._on_progress(StartProgress("weights", done, total)),
+            lambda done, total: self._on_progress(StartProgress("graphs", done, total)),
+            self._channel,
+        )
+
+    async def seats(self) -> tuple[Seat, ...]:
+        """The places of all ranks, this one's first; to be asked for before the start if there are others."""
+        if self._channel is None:
+            self._channel = LeadChannel(self._config.tensor_parallel_size)
+        return self._channel.seats
+
+    async def progress(self) -> list[StartProgress]:
+        """How far each stage of the start is that has begun."""
+        return list(self._progress.values())
+
+    async def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+        """See `WorkerHost.submit`. A request whose abort has overtaken it is not started."""
+        if request.request_id not in self._aborted:
+            self._started.submit(request)
+
+    async def abort(self, request_id: str) -> None:
+        """See `WorkerHost.abort`."""
+        self._aborted[request_id] = None
+        if len(self._aborted) > _REMEMBERED_ABORTS:
+            self._aborted.popitem(last=False)
+        self._started.abort(request_id)
+
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
+        """See `WorkerHost.connect`."""
+        await asyncio.to_thread(self._started.connect, peer, CONNECT_TIMEOUT_S)
+
+    async def probe(self, engine_id: str) -> float:
+        """See `WorkerHost.probe`."""
+        return await asyncio.to_thread(self._started.probe, engine_id, CONNECT_TIMEOUT_S)
+
+    async def link_to(self, engine_id: str) -> LinkCost | None:
+        """See `WorkerHost.link_to`."""
+        return self._started.link_to(engine_id)
+
+    async def disconnect(self, engine_id: str, may_write_s: float) -> None:
+        """See `WorkerHost.disconnect`."""
+        self._started.disconnect(engine_id, may_write_s)
+
+    async def renew(self, num_heard: int) -> float | None:
+        """Whoever reads `outputs` has heard so many items: for a lease's length from then on this worker may write.
+
+        Returns:
+            When the last of them was said, by `lease_clock`, for the other ranks; None: it is not known any more.
+        """
+        said_at = self._heartbeat_log.when(num_heard)
+        if said_at is not None:
+            self._lease.renew(said_at)
+        return said_at
+
+    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+        """Everything the worker says, in lists of what has gathered since the last one.
+
+        An empty list is a heartbeat. It comes from this event loop, and not from the thread that steps, which may be
+        compiling or computing something long.
+        """
+        self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._lease.renew(lease_clock())
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            batch, self._outputs = self._outputs, []
+            if batch or self._crash is None:
+                self._heartbeat_log.note()
+                yield batch
+            if self._crash is not None:
+                raise self._crash
+
+    async def stop(self) -> None:
+        """End the worker in good order."""
+        if self._host is not None:
+            await asyncio.to_thread(self._host.close)
+        elif self._channel is not None:
+            self._channel.close()
+
+    @property
+    def _started(self) -> WorkerHost:
+        if self._host is None:
+            raise RuntimeError(f"{self._config.name} has not started")
+        return self._host
+
+    def _beat(self) -> None:
+        if not self._lease.holds():
+            logger.error("%s ends: nobody has heard of it for long, and it has been replaced", self._config.name)
+            os._exit(1)
+        self._news.set()
+        self._loop.call_later(HEARTBEAT_S, self._beat)
+
+    def _emit(self, output: StepOutput) -> None:
+        self._loop.call_soon_threadsafe(self._gather, output)
+
+    def _gather(self, output: StepOutput) -> None:
+        self._outputs.append(output)
+        self._news.set()
+
+    def _on_crash(self, error: BaseException) -> None:
+        self._crash = RuntimeError(f"{self._config.name} crashed: {type(error).__name__}: {error}")
+        self._loop.call_soon_threadsafe(self._news.set)
+
+    def _on_progress(self, progress: StartProgress) -> None:
+        self._progress[progress.stage] = progress
+
+
+class FollowerActor:
+    """Runs a `FollowerHost`: a rank that does what the worker's lead says. Without its lead its process ends."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._host: FollowerHost | None = None
+        self._lease = Lease()
+
+    async def start(self, seat: Seat) -> None:
+        """Build the rank; returns when the lead knows of it."""
+        connector = NixlConnector(may_write=self._lease.holds)
+        self._host = await asyncio.to_thread(FollowerHost, self._config, seat, connector, self._on_end)
+
+    async def renew(self, said_at: float) -> None:
+        """The lead was heard, see `WorkerActor.renew`."""
+        self._lease.renew(said_at)
+
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
+        """See `FollowerHost.connect`."""
+        await asyncio.to_thread(self._started.connect, peer, CONNECT_TIMEOUT_S)
+
+    async def probe(self, engine_id: str) -> float:
+        """See `FollowerHost.probe`."""
+        return await asyncio.to_thread(self._started.probe, engine_id, CONNECT_TIMEOUT_S)
+
+    async def link_to(self, engine_id: str) -> LinkCost | None:
+        """See `FollowerHost.link_to`."""
+        return self._started.link_to(engine_id)
+
+    async def pid(self) -> int:
+        """Of its process."""
+        return os.getpid()
+
+    async def stop(self) -> None:
+        """End the rank in good order; the lead must be told, too."""
+        if self._host is not None:
+            await asyncio.to_thread(self._host.close)
+
+    @property
+    def _started(self) -> FollowerHost:
+        if self._host is None:
+            raise RuntimeError(f"a rank of {self._config.name} has not started")
+        return self._host
+
+    def _on_end(self, error: BaseException | None) -> None:
+        """End the process, if not in good order: the thread that steps may wait in a collective, and never return."""
+        if error is not None:
+            logger.error("a rank of %s ends: %s", self._config.name, error)
+            os._exit(1)

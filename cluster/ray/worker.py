@@ -1,0 +1,174 @@
+"""The gateway's handle on a worker that is a Ray actor, or one a rank."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from cluster.errors import WorkerLostError
+from cluster.ray.actors import FollowerActor, WorkerActor
+from cluster.ray.placement_group import RankPlacement, RankResources
+from cluster.worker_handle import HEARTBEAT_S, LoadProgress
+from kv_transfer.lease import LEASE_S
+from kv_transfer.link_cost import LinkCost, together
+from kv_transfer.transports.base import EngineInfo
+from workers.config import WorkerConfig
+from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.worker_host import WorkerInfo
+
+_PROGRESS_INTERVAL_S = 0.25
+_STOP_TIMEOUT_S = 5.0
+_SILENT_AFTER_S = 2.5 * HEARTBEAT_S
+_PROCESS_ENDED = "worker process has died"  # as its node says; a node that is lost says nothing of its processes
+
+
+class RayWorker:
+    """A `WorkerHandle` over Ray actors, created at once and started by `start`.
+
+    Requests go to the lead, which passes them on; peers are met by every rank. The ranks live and die together: when
+    one is lost the lead's output ends, and `stop` ends them all.
+
+    Args:
+        config: the worker's.
+        resources: what each rank gets.
+    """
+
+    def __init__(self, config: WorkerConfig, resources: RankResources) -> None:
+        self.name = config.name
+        self.role = config.role
+        self._lost = False
+        self._unreachable = False
+        self._num_heard = 0
+        self._heard_at = self._renewed_at = 0.0
+        self._renewal: asyncio.Task[None] | None = None
+        self._placement = RankPlacement(config.name, config.tensor_parallel_size, resources)
+        self._lead: Any = self._placement.create(WorkerActor, 0, config)
+        self._followers: list[Any] = [
+            self._placement.create(FollowerActor, rank, config) for rank in range(1, config.tensor_parallel_size)
+        ]
+
+    async def start(self, progress: LoadProgress) -> WorkerInfo:
+        """See `WorkerHandle.start`."""
+        await self._placement.wait()
+        seats = (await self._call(self._lead.seats.remote()))[1:] if self._followers else ()
+        starts = [asyncio.ensure_future(self._call(self._lead.start.remote()))]
+        for follower, seat in zip(self._followers, seats, strict=True):
+            starts.append(asyncio.ensure_future(self._call(follower.start.remote(seat))))
+        try:
+            while not await _all_done(starts, _PROGRESS_INTERVAL_S):
+                with contextlib.suppress(WorkerLostError):
+                    for stage in await self._call(self._lead.progress.remote()):
+                        progress(self.name, stage)
+        finally:
+            for start in starts:
+                start.cancel()  # one has failed: the others wait for it in vain, and `stop` ends them
+        with contextlib.suppress(WorkerLostError):
+            for stage in await self._call(self._lead.progress.remote()):
+                progress(self.name, stage)
+        info: WorkerInfo = starts[0].result()
+        return info
+
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
+        """See `WorkerHandle.connect`."""
+        await asyncio.gather(*(self._call(rank.connect.remote(peer)) for rank in (self._lead, *self._followers)))
+
+    async def probe(self, engine_id: str) -> float:
+        """See `WorkerHandle.probe`; of the slowest rank."""
+        probes = (self._call(rank.probe.remote(engine_id)) for rank in (self._lead, *self._followers))
+        return float(max(await asyncio.gather(*probes)))
+
+    async def link_to(self, engine_id: str) -> LinkCost | None:
+        """See `WorkerHandle.link_to`."""
+        ranks = (self._lead, *self._followers)
+        paths = await asyncio.gather(*(self._call(rank.link_to.remote(engine_id)) for rank in ranks))
+        return together([path for path in paths if path is not None])
+
+    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+        """See `WorkerHandle.submit`."""
+        self._lead.submit.remote(request)
+
+    def abort(self, request_id: str) -> None:
+        """See `WorkerHandle.abort`."""
+        self._lead.abort.remote(request_id)
+
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """See `WorkerHandle.disconnect`."""
+        self._lead.disconnect.remote(engine_id, may_write_s)
+
+    async def rank_pids(self) -> list[int]:
+        """The followers' processes, in order of rank; the lead's is in its `WorkerInfo`."""
+        return [int(await self._call(follower.pid.remote())) for follower in self._followers]
+
+    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+        """See `WorkerHandle.outputs`."""
+        stream = self._lead.outputs.options(num_returns="streaming").remote()
+        try:
+            async for ref in stream:
+                batch = await ref
+                self._hear()
+                yield batch
+        except RayError as error:
+            self._lost = True
+            self._unreachable = isinstance(error, RayActorError) and _PROCESS_ENDED not in str(error)
+            raise WorkerLostError(f"{self.name} is gone: {_first_line(error)}") from error
+        raise WorkerLostError(f"{self.name} ended its output")
+
+    async def stop(self) -> float:
+        """See `WorkerHandle.stop`."""
+        ranks = (self._lead, *self._followers)
+        if not self._lost and self._heard_at and time.monotonic() - self._heard_at > _SILENT_AFTER_S:
+            self._lost = self._unreachable = True
+        if not self._lost:  # one that is lost ends as it is: its ranks may be waiting for each other
+            stops = asyncio.gather(*(rank.stop.remote() for rank in ranks), return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(stops, _STOP_TIMEOUT_S)
+        for rank in ranks:
+            with contextlib.suppress(Exception):
+                ray.kill(rank)
+        self._placement.remove()
+        if not self._unreachable:
+            return 0.0
+        return max(0.0, self._heard_at + LEASE_S - time.monotonic())  # nobody kills it for certain; its lease ends it
+
+    def _hear(self) -> None:
+        """Something was heard of it, so its lease may be renewed."""
+        self._num_heard += 1
+        self._heard_at = time.monotonic()
+        if self._heard_at - self._renewed_at >= HEARTBEAT_S / 2 and (self._renewal is None or self._renewal.done()):
+            self._renewed_at = self._heard_at
+            self._renewal = asyncio.create_task(self._renew(self._num_heard))
+
+    async def _renew(self, num_heard: int) -> None:
+        with contextlib.suppress(WorkerLostError):
+            said_at = await self._call(self._lead.renew.remote(num_heard))
+            if said_at is not None:
+                await asyncio.gather(*(self._call(follower.renew.remote(said_at)) for follower in self._followers))
+
+    async def _call(self, ref: Any) -> Any:
+        """Await a call; what the worker raised is raised here, a dead worker is a `WorkerLostError`."""
+        try:
+            return await ref
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise WorkerLostError(f"{self.name} is gone: {_first_line(error)}") from error
+
+
+async def _all_done(tasks: Sequence[asyncio.Future[Any]], timeout_s: float) -> bool:
+    """Whether all have ended well, after so long at most; raises what the first one that failed has raised."""
+    done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        if task in done:
+            task.result()
+    return not pending
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if isinstance(error, RayTaskError) else lines[0]) if lines else type(error).__name__

@@ -1,0 +1,81 @@
+"""Who can take a request at all, now or ever, and why not, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.routing.links import Pairs
+from cluster.routing.types import RoutingRequest
+from cluster.routing.worker_table import WorkerTable
+
+_Flags = npt.NDArray[np.bool_]
+
+
+def fits(table: WorkerTable, demand: RoutingRequest) -> _Flags:
+    """Who can take the request, as far as its length goes, and is ready."""
+    fitting: _Flags = table.column("fit_tokens") > demand.prompt_tokens
+    return fitting
+
+
+def has_room(table: WorkerTable, demand: RoutingRequest) -> _Flags:
+    """Of those whom it fits, whose cache and batch have room for it and its first token now, and for all growth."""
+    roomy: _Flags = table.column("room_tokens") > demand.prompt_tokens
+    if demand.outlook is not None:
+        roomy &= table.column("growth_tokens") >= demand.outlook.peak(demand.prompt_tokens)
+    return roomy
+
+
+def takes_more(table: WorkerTable, demand: RoutingRequest) -> _Flags:
+    """Which workers are not too busy with prompts to be given one now."""
+    free: _Flags = table.column("queued_s") <= demand.max_queued_s
+    return free
+
+
+def is_hopeless(demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> bool:
+    """Whether nobody could take the request, even if all were idle and ready. An empty pool may yet fill."""
+    if not len(decode) or (demand.in_pairs and not len(prefill)):
+        return False
+    could_d = decode.column("most_tokens") > demand.prompt_tokens
+    if demand.alone and could_d.any():
+        return False
+    if not demand.in_pairs:
+        return True
+    could_p = prefill.column("most_tokens") > demand.prompt_tokens
+    return not pairs.some_fit(prefill.column("slot")[could_p], decode.column("slot")[could_d])
+
+
+def unfit(table: WorkerTable, row: int, demand: RoutingRequest) -> str:
+    """Why a worker cannot take the prompt, in words; empty if it can."""
+    worker = table.workers[row]
+    traits, needed = worker.traits, worker.blocks(demand.prompt_tokens)
+    if demand.prompt_tokens + 1 > traits.max_model_len:
+        return f"{traits.engine_id}: {demand.prompt_tokens} prompt tokens, context window {traits.max_model_len}"
+    if needed > traits.total_blocks:
+        return f"{traits.engine_id}: {needed} blocks needed, {traits.total_blocks} in all"
+    if not worker.ready:
+        return f"{traits.engine_id}: not ready"
+    return ""
+
+
+def no_room(table: WorkerTable, row: int, demand: RoutingRequest) -> str:
+    """Why a decode worker has no room for the request now, in words; empty if it has."""
+    worker = table.workers[row]
+    name, needed = worker.traits.engine_id, worker.blocks(demand.prompt_tokens)
+    if worker.free_slots < 1:
+        return f"{name}: its batch is full"
+    if needed > worker.free_blocks:
+        return f"{name}: {needed} blocks needed, {worker.free_blocks} free"
+    if demand.outlook is not None and (more := demand.outlook.peak(demand.prompt_tokens)) > worker.growth_tokens:
+        peak = worker.peak_tokens + more
+        return f"{name}: its requests would grow to about {peak:.0f} tokens, {worker.capacity_tokens} fit"
+    return ""
+
+
+def busy(table: WorkerTable, row: int, demand: RoutingRequest) -> str:
+    """Why a worker takes no prompt now, in words; empty if it does."""
+    worker = table.workers[row]
+    if worker.queued_s > demand.max_queued_s:
+        name = worker.traits.engine_id
+        return f"{name}: {worker.queued_s:.3g} s of work before it, {demand.max_queued_s:.3g} s allowed"
+    return ""

@@ -1,0 +1,227 @@
+"""The gateway's own books: what every worker has to do, from the requests that were placed on it.
+
+A worker's report is a step old and knows nothing of requests on their way to it. So what is free is reckoned here;
+only blocks that are lost to quarantine come from the reports. Every entry costs the same however many workers and
+requests there are.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.routing.arrival_rate import ArrivalRate
+from cluster.routing.links import Pairs, Way
+from cluster.routing.output_lengths import HORIZONS, OutputLengths
+from cluster.routing.prefix_index import PrefixIndex
+from cluster.routing.router import Choose, explain, place, unsupported_reasons
+from cluster.routing.types import CandidateReport, Incompatibility, NoPlacement, Placement, RoutingRequest
+from cluster.routing.worker_table import WorkerTable, WorkerTraits
+from workers.messages import CacheUpdate
+
+_NOTHING = np.zeros((2, len(HORIZONS)))
+
+
+@dataclass
+class _Booking:
+    """What one request takes of its pair; prefill's share ends with the first token.
+
+    `decode` may be nobody, ""; `prefill` may be None: the decode worker computes the prompt, too.
+    """
+
+    prefill: str | None
+    decode: str
+    prefill_blocks: int
+    decode_blocks: int
+    prefill_s: float
+    prompt_tokens: int
+    max_tokens: int
+    future: npt.NDArray[np.float64]
+    prefilling: bool = True
+
+
+class LoadTracker:
+    """Workers, and the requests placed on them.
+
+    Args:
+        choose: how a pair is chosen for a request.
+        max_queued_s: seconds of prompts that a worker may have to compute before it gets more; what waits longer waits
+            at the gateway, where its turn and its objective count.
+        disaggregation: where prompts may be computed, see `RoutingRequest`.
+        clock: seconds, for how often requests come.
+    """
+
+    def __init__(
+        self,
+        choose: Choose = place,
+        max_queued_s: float = math.inf,
+        disaggregation: str = "always",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._choose = choose
+        self._max_queued_s = max_queued_s
+        self._disaggregation = disaggregation
+        self._arrivals = ArrivalRate(clock)
+        self._lengths = OutputLengths()
+        self._prefill, self._decode = WorkerTable(), WorkerTable()
+        self._pairs = Pairs()
+        self._prefixes = PrefixIndex()
+        self._bookings: dict[str, _Booking] = {}
+        self._quarantined: dict[str, int] = {}
+
+    def update_pools(
+        self,
+        prefill: Mapping[WorkerTraits, bool],
+        decode: Mapping[WorkerTraits, bool],
+        incompatibilities: Mapping[tuple[str, str], Incompatibility],
+        ways: Mapping[str, Mapping[str, Way]] | None = None,
+    ) -> None:
+        """Who is there now, and whether it is ready; who cannot work with whom; what the ways between them cost.
+
+        A worker that is gone takes its bookings' share with it; a new one has nothing to do. A way that was known
+        before need not be given again; they are by prefill worker, then by decode worker.
+        """
+        pools = (self._prefill, prefill), (self._decode, decode)
+        for table, workers in pools:
+            here = {traits.engine_id for traits in workers}
+            for engine_id in [engine_id for engine_id in table.engine_ids if engine_id not in here]:
+                table.remove(engine_id)
+                self._prefixes.remove(engine_id)
+                self._quarantined.pop(engine_id, None)
+        for table, workers in pools:
+            for traits, ready in workers.items():
+                if traits.engine_id in table:
+                    table.set_ready(traits.engine_id, ready)
+                else:
+                    table.add(traits, ready=ready, cache=self._prefixes.add(traits.engine_id, traits.block_size))
+        self._pairs.update(self._prefill, self._decode, incompatibilities, ways)
+
+    @property
+    def block_sizes(self) -> frozenset[int]:
+        """For which a prompt's hashes may be asked for."""
+        return frozenset(self._prefixes.block_sizes)
+
+    @property
+    def needed_roles(self) -> tuple[str, ...]:
+        """The pools without whose workers no request can be served."""
+        return ("prefill", "decode") if self._disaggregation == "always" else ("decode",)
+
+    def place(self, demand: RoutingRequest) -> Placement | NoPlacement:
+        """See `router.place`."""
+        return self._choose(self._as_known(demand), self._prefill, self._decode, self._pairs)
+
+    def explain(self, demand: RoutingRequest) -> list[CandidateReport]:
+        """See `router.explain`."""
+        return explain(self._as_known(demand), self._prefill, self._decode, self._pairs)
+
+    def unsupported_reasons(self, demand: RoutingRequest) -> tuple[str, ...]:
+        """See `router.unsupported_reasons`."""
+        return unsupported_reasons(self._as_known(demand), self._prefill, self._decode, self._pairs)
+
+    def cache_update(self, engine_id: str, update: CacheUpdate) -> None:
+        """A worker's prefix cache has changed."""
+        self._prefixes.update(engine_id, update.stored, update.removed)
+
+    def reserve(
+        self,
+        request: str,
+        prefill: str | None,
+        decode: str,
+        num_tokens: int,
+        max_tokens: int = 1,
+        cached_tokens: int = 0,
+    ) -> None:
+        """A request is on its way to two workers, or to one alone: prefill (`decode` is "") or decode.
+
+        Args:
+            request: its name.
+            prefill: engine id; None: the decode worker computes the prompt.
+            decode: engine id.
+            num_tokens: of its prompt.
+            max_tokens: the most that it may generate.
+            cached_tokens: of its prompt, that the worker that computes it has in its cache.
+        """
+        self._arrivals.count()
+        booking = _Booking(prefill, decode, 0, 0, 0.0, num_tokens, max_tokens, _NOTHING)
+        local_s = 0.0
+        if prefill is None:
+            booking.prefill_s = local_s = self._decode.local_seconds_of(decode, num_tokens, cached_tokens)
+        else:
+            booking.prefill_s = self._prefill.prefill_seconds_of(prefill, num_tokens, cached_tokens)
+            booking.prefill_blocks = self._prefill.blocks(prefill, num_tokens)
+            self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=booking.prefill_s)
+        if decode:
+            booking.decode_blocks = self._decode.blocks(decode, num_tokens)
+            booking.future = self._future(booking, num_tokens)
+            self._decode.take(decode, blocks=booking.decode_blocks, requests=1, queued_s=local_s, future=booking.future)
+        self._bookings[request] = booking
+
+    def first_token(self, request: str) -> None:
+        """Its prefill is over."""
+        booking = self._bookings.get(request)
+        if booking is None or not booking.prefilling:
+            return
+        booking.prefilling = False
+        if booking.prefill is None:
+            if booking.decode in self._decode:
+                self._decode.take(booking.decode, queued_s=-booking.prefill_s)
+        elif booking.prefill in self._prefill:
+            self._prefill.take(
+                booking.prefill, blocks=-booking.prefill_blocks, requests=-1, queued_s=-booking.prefill_s
+            )
+
+    def grown(self, request: str, num_tokens: int) -> None:
+        """It has so many tokens now."""
+        booking = self._bookings.get(request)
+        if booking is None or booking.decode not in self._decode:
+            return
+        blocks = self._decode.blocks(booking.decode, num_tokens)
+        if blocks != booking.decode_blocks:
+            future = self._future(booking, num_tokens)
+            self._decode.take(booking.decode, blocks=blocks - booking.decode_blocks, future=future - booking.future)
+            booking.decode_blocks, booking.future = blocks, future
+
+    def finished(self, request: str, num_tokens: int) -> None:
+        """It has ended by itself, with so many tokens in all: learn from it, and release it."""
+        if (booking := self._bookings.get(request)) is not None:
+            self._lengths.observe(booking.max_tokens, num_tokens - booking.prompt_tokens)
+        self.release(request)
+
+    def release(self, request: str) -> None:
+        """It is over, or nobody cares any more. Nothing happens for one that is not booked."""
+        self.first_token(request)
+        booking = self._bookings.pop(request, None)
+        if booking is not None and booking.decode in self._decode:
+            self._decode.take(booking.decode, blocks=-booking.decode_blocks, requests=-1, future=-booking.future)
+
+    def quarantine(self, engine_id: str, blocks: int) -> None:
+        """A worker says that so many of its blocks cannot be used until a peer that was lost is surely gone."""
+        table = self._prefill if engine_id in self._prefill else self._decode
+        before = self._quarantined.get(engine_id, 0)
+        if blocks != before and engine_id in table:
+            table.quarantine(engine_id, blocks - before)
+            self._quarantined[engine_id] = blocks
+
+    def _as_known(self, demand: RoutingRequest) -> RoutingRequest:
+        """The demand with what these books know of its future."""
+        return RoutingRequest(
+            demand.prompt_tokens,
+            demand.max_tokens,
+            self._lengths.outlook(demand.max_tokens),
+            self._max_queued_s,
+            demand.prefix,
+            self._disaggregation,
+            self._arrivals.per_s(),
+            self._prefixes.cached_tokens(demand.prefix) if demand.prefix is not None else None,
+        )
+
+    def _future(self, booking: _Booking, num_tokens: int) -> npt.NDArray[np.float64]:
+        """What a request will hold, now that it has so many tokens; see `OutputLengthForecast.held`."""
+        outlook = self._lengths.outlook(booking.max_tokens, num_tokens - booking.prompt_tokens)
+        half_a_block = self._decode.block_size(booking.decode) / 2  # of its last block, that much is empty
+        return outlook.held(num_tokens + half_a_block)

@@ -1,0 +1,182 @@
+"""The methods of baton.v1.Baton, and how they are hung into a gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from cluster.api import Engine, ModelInfo
+from cluster.errors import status_of, trailing_metadata_of
+from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.server.grpc.prompts import prompt_from_proto
+from cluster.server.grpc.responses import ResponseWriter
+from cluster.wire import convert
+from protos import baton_pb2
+from workers.errors import DeadlineExceededError, InvalidRequestError
+
+SERVICE = baton_pb2.DESCRIPTOR.services_by_name["Baton"]
+MAX_NAME_BYTES = 128
+_NO_DEADLINE_S = 1e9
+
+
+class BatonService:
+    """One method per rpc of the service, of the same name: a parsed request and the seconds left go in."""
+
+    def __init__(self, generation: Generation, engine: Engine, model_info: ModelInfo) -> None:
+        self._generation = generation
+        self._engine = engine
+        self._model_info = model_info
+
+    async def Generate(  # noqa: N802
+        self, request: baton_pb2.GenerateRequest, timeout_s: float
+    ) -> AsyncGenerator[baton_pb2.GenerateResponse, None]:
+        """Stream a text as it is generated."""
+        request_id = _request_id(request.request_id)
+        writer = ResponseWriter(request_id, self._generation.token_text)
+        async with aclosing(self._generation.generate(_generation_request(request, request_id, timeout_s))) as chunks:
+            async for chunk in chunks:
+                yield writer.response([chunk])
+
+    async def GenerateOnce(  # noqa: N802
+        self, request: baton_pb2.GenerateRequest, timeout_s: float
+    ) -> baton_pb2.GenerateResponse:
+        """Generate a text and return it whole."""
+        request_id = _request_id(request.request_id)
+        writer = ResponseWriter(request_id, self._generation.token_text)
+        async with aclosing(self._generation.generate(_generation_request(request, request_id, timeout_s))) as chunks:
+            return writer.response([chunk async for chunk in chunks])
+
+    async def Tokenize(  # noqa: N802
+        self, request: baton_pb2.TokenizeRequest, timeout_s: float
+    ) -> baton_pb2.TokenizeResponse:
+        """Turn a prompt into token ids."""
+        token_ids = await self._generation.tokenize(prompt_from_proto(request), request.model)
+        return baton_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=self._model_info.max_model_len)
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: baton_pb2.GetModelInfoRequest, timeout_s: float
+    ) -> baton_pb2.GetModelInfoResponse:
+        """Say which model is served."""
+        return convert.model_info_to_proto(self._model_info)
+
+    async def ListWorkers(  # noqa: N802
+        self, request: baton_pb2.ListWorkersRequest, timeout_s: float
+    ) -> baton_pb2.ListWorkersResponse:
+        """List all workers."""
+        return baton_pb2.ListWorkersResponse(workers=map(convert.worker_to_proto, self._engine.workers()))
+
+    async def Explain(  # noqa: N802
+        self, request: baton_pb2.GenerateRequest, timeout_s: float
+    ) -> baton_pb2.ExplainResponse:
+        """Say where a request would go."""
+        request_id = _request_id(request.request_id)
+        return convert.explanation_to_proto(
+            await self._generation.explain(_generation_request(request, request_id, timeout_s))
+        )
+
+    async def Scale(  # noqa: N802
+        self, request: baton_pb2.ScaleRequest, timeout_s: float
+    ) -> baton_pb2.ScaleResponse:
+        """Have pools grow or shrink."""
+        return convert.targets_to_proto(self._engine.scale(dict(request.targets)))
+
+
+def method_handlers(service: BatonService, default_timeout_s: float) -> grpc.GenericRpcHandler:
+    """What a gRPC server needs to answer the service's calls.
+
+    Requests are parsed here and not by gRPC, which would answer a malformed one (text that is not UTF-8) with INTERNAL.
+
+    Args:
+        service: the methods.
+        default_timeout_s: the deadline of calls that bring none.
+    """
+    handlers = {}
+    for method in SERVICE.methods:
+        make = _stream_handler if method.server_streaming else _unary_handler
+        handlers[method.name] = make(
+            getattr(baton_pb2, method.input_type.name), getattr(service, method.name), default_timeout_s
+        )
+    return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+
+
+def _unary_handler(
+    request_type: Any, method: Callable[[Any, float], Awaitable[Any]], default_timeout_s: float
+) -> grpc.RpcMethodHandler:
+    async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
+        async with _governed(context, default_timeout_s) as timeout_s:
+            return await method(_parse(request_type, raw), timeout_s)
+
+    return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
+
+
+def _stream_handler(
+    request_type: Any, method: Callable[[Any, float], AsyncGenerator[Any, None]], default_timeout_s: float
+) -> grpc.RpcMethodHandler:
+    async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> None:
+        async with (
+            _governed(context, default_timeout_s) as timeout_s,
+            aclosing(method(_parse(request_type, raw), timeout_s)) as responses,
+        ):
+            async for response in responses:
+                await context.write(response)
+
+    return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+
+
+@asynccontextmanager
+async def _governed(context: grpc.aio.ServicerContext, default_timeout_s: float) -> AsyncIterator[float]:
+    """Run a call's body under its deadline, whose seconds left are yielded, and answer its errors by the table.
+
+    gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
+    """
+    remaining = context.time_remaining()
+    timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
+    try:
+        async with asyncio.timeout(timeout_s) as deadline:
+            yield timeout_s
+    except TimeoutError as error:
+        passed = DeadlineExceededError(f"not finished within the deadline of {timeout_s:.3g} s")
+        await context.abort(*status_of(passed if deadline.expired() else error))
+    except Exception as error:
+        await context.abort(*status_of(error), trailing_metadata_of(error))
+
+
+def _parse(request_type: Any, raw: bytes) -> Any:
+    try:
+        return request_type.FromString(raw)
+    except (DecodeError, UnicodeDecodeError) as error:
+        name = request_type.DESCRIPTOR.full_name
+        raise InvalidRequestError(f"not a valid {name}, whose texts must be UTF-8: {error}") from error
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+def _request_id(given: str) -> str:
+    return _short("request_id", given) or uuid.uuid4().hex
+
+
+def _short(field: str, text: str) -> str:
+    size = len(text.encode())
+    if size > MAX_NAME_BYTES:
+        raise InvalidRequestError(f"{field} has {size} bytes, at most {MAX_NAME_BYTES} are allowed")
+    return text
+
+
+def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=prompt_from_proto(request),
+        sampling=convert.sampling_from_proto(request.sampling),
+        timeout_s=timeout_s,
+        model=request.model,
+        priority=request.priority,
+        user=_short("user", request.user),
+    )

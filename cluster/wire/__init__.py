@@ -1,0 +1,1 @@
+"""Between protobuf messages and Baton's own types, for server and client."""

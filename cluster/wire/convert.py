@@ -1,0 +1,154 @@
+"""Between the wire's messages and Baton's own types. Each pair of functions is its own inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from typing import Any
+
+from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, Usage, WorkerStatus
+from cluster.routing.router import CandidateReport
+from protos import baton_pb2
+from workers.messages import FinishReason, Load
+from workers.runner.step_times import StepTimes
+from workers.sampling_params import SamplingParams
+
+_FINISH_REASONS = {
+    FinishReason.STOP: baton_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: baton_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_REASONS_BACK = {number: reason for reason, number in _FINISH_REASONS.items()}
+_REPORT_FIELDS = [field.name for field in fields(RequestReport)]
+_PAIR_FIELDS = [field.name for field in fields(CandidateReport)]
+_LOAD_FIELDS = [field.name for field in fields(Load)]
+
+
+def sampling_to_proto(params: SamplingParams) -> baton_pb2.SamplingParams:
+    """Every parameter that has a value is set, defaults too."""
+    return baton_pb2.SamplingParams(**{name: value for name, value in asdict(params).items() if value is not None})
+
+
+def sampling_from_proto(message: baton_pb2.SamplingParams) -> SamplingParams:
+    """What is not set has its default.
+
+    Raises:
+        InvalidRequestError: a value out of range.
+    """
+    values: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
+    for name in ("stop", "stop_token_ids"):
+        values[name] = tuple(getattr(message, name))
+    return SamplingParams(**values)
+
+
+def finish_reason_to_proto(reason: FinishReason | None) -> baton_pb2.FinishReason:
+    """None, still running, is UNSPECIFIED."""
+    return baton_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_REASONS[reason]
+
+
+def finish_reason_from_proto(number: int) -> FinishReason | None:
+    """UNSPECIFIED is None, still running."""
+    return _FINISH_REASONS_BACK.get(number)  # type: ignore[call-overload,no-any-return]
+
+
+def usage_to_proto(usage: Usage) -> baton_pb2.Usage:
+    """Token counts."""
+    return baton_pb2.Usage(**asdict(usage))
+
+
+def usage_from_proto(message: baton_pb2.Usage) -> Usage:
+    """Token counts."""
+    return Usage(prompt_tokens=message.prompt_tokens, completion_tokens=message.completion_tokens)
+
+
+def report_to_proto(report: RequestReport) -> baton_pb2.Timings:
+    """Timings and workers of a request."""
+    return baton_pb2.Timings(hidden_fraction=report.hidden_fraction, **asdict(report))
+
+
+def report_from_proto(message: baton_pb2.Timings) -> RequestReport:
+    """Timings and workers of a request."""
+    return RequestReport(**{name: getattr(message, name) for name in _REPORT_FIELDS})
+
+
+def worker_to_proto(worker: WorkerStatus) -> baton_pb2.WorkerStatus:
+    """One worker's status."""
+    plain = {field.name: getattr(worker, field.name) for field in fields(worker)}
+    values = {**plain, "load": asdict(worker.load), "capability": _capability_to_proto(worker.capability)}
+    return baton_pb2.WorkerStatus(**values)
+
+
+def _capability_to_proto(capability: StepTimes) -> baton_pb2.Capability | None:
+    """None where nothing was measured."""
+    if capability == StepTimes():
+        return None
+    times = {
+        name: [baton_pb2.MeasuredTime(size=size, seconds=seconds) for size, seconds in points]
+        for name, points in (("prefill", capability.prefill), ("decode", capability.decode))
+    }
+    return baton_pb2.Capability(**times, kv_token_s=capability.kv_token_s)
+
+
+def _capability_from_proto(message: baton_pb2.Capability) -> StepTimes:
+    prefill, decode = (tuple((t.size, t.seconds) for t in times) for times in (message.prefill, message.decode))
+    return StepTimes(prefill, decode, message.kv_token_s)
+
+
+def workers_from_proto(messages: Iterable[baton_pb2.WorkerStatus]) -> list[WorkerStatus]:
+    """Workers' status, in order."""
+    return [
+        WorkerStatus(
+            engine_id=m.engine_id,
+            role=m.role,
+            state=m.state,
+            device=m.device,
+            attention_backend=m.attention_backend,
+            block_size=m.block_size,
+            load=Load(**{name: getattr(m.load, name) for name in _LOAD_FIELDS}),
+            group=m.group,
+            max_num_seqs=m.max_num_seqs,
+            capability=_capability_from_proto(m.capability),
+        )
+        for m in messages
+    ]
+
+
+def explanation_to_proto(explanation: Explanation) -> baton_pb2.ExplainResponse:
+    """Where a request would go."""
+    return baton_pb2.ExplainResponse(**asdict(explanation))
+
+
+def explanation_from_proto(message: baton_pb2.ExplainResponse) -> Explanation:
+    """Where a request would go."""
+    pairs = (
+        CandidateReport(**{name: getattr(pair, name) for name in _PAIR_FIELDS} | {"prefill": pair.prefill or None})
+        for pair in message.pairs
+    )
+    return Explanation(message.prompt_tokens, message.max_tokens, tuple(pairs))
+
+
+def targets_to_proto(targets: Iterable[PoolTarget]) -> baton_pb2.ScaleResponse:
+    """What the pools are to have."""
+    return baton_pb2.ScaleResponse(pools=[baton_pb2.PoolTarget(**asdict(target)) for target in targets])
+
+
+def targets_from_proto(message: baton_pb2.ScaleResponse) -> list[PoolTarget]:
+    """What the pools are to have."""
+    return [PoolTarget(m.role, m.target, m.min_replicas, m.max_replicas, m.group) for m in message.pools]
+
+
+def model_info_to_proto(info: ModelInfo) -> baton_pb2.GetModelInfoResponse:
+    """The served model."""
+    return baton_pb2.GetModelInfoResponse(**asdict(info))
+
+
+def model_info_from_proto(message: baton_pb2.GetModelInfoResponse) -> ModelInfo:
+    """The served model."""
+    return ModelInfo(
+        name=message.name,
+        architecture=message.architecture,
+        dtype=message.dtype,
+        max_model_len=message.max_model_len,
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        has_chat_template=message.has_chat_template,
+    )

@@ -1,0 +1,1 @@
+"""Proving a link, for `baton doctor`."""

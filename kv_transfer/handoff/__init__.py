@@ -1,0 +1,1 @@
+"""The handoff protocol: messages, the sending and the receiving side."""

@@ -1,0 +1,236 @@
+"""The prefill side of handoffs: pushes parts, and knows when nothing of a handoff is in flight."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from kv_transfer.connector import HandoffAborted, HandoffSent, PrefillEvent, ReadyEvent
+from kv_transfer.errors import PeerError
+from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Part, encode
+from kv_transfer.handoff.sender_state import SentHandoff, SentPart
+from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.transports.base import TransferState, Transport
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED = 65_536
+_GRANT_PATIENCE_S = 300.0
+
+
+class HandoffSender:
+    """Every handoff that this worker pushes. Used by the connector's owner thread only.
+
+    Args:
+        transport: what moves the bytes.
+        block_bytes: bytes of one block in one layer.
+        emit: takes the events for the worker.
+    """
+
+    def __init__(self, transport: Transport, block_bytes: int, emit: Callable[[PrefillEvent], None]) -> None:
+        self._transport = transport
+        self._block_bytes = block_bytes
+        self._emit = emit
+        self._open: dict[bytes, SentHandoff] = {}
+        self._early_grants: OrderedDict[bytes, tuple[str, Grant, float]] = OrderedDict()
+        self._ended: OrderedDict[bytes, HandoffKey | None] = OrderedDict()  # with the key of one that was sent whole
+
+    @property
+    def active(self) -> bool:
+        """Whether the network must be looked at often."""
+        return any(handoff.busy for handoff in self._open.values())
+
+    def begin(self, handoff_id: bytes, peer: str) -> None:
+        """Open a handoff; a grant may have come before, and so may its cancellation."""
+        handoff = SentHandoff(handoff_id, peer)
+        self._open[handoff_id] = handoff
+        if handoff_id in self._ended:
+            self._fail(handoff, "cancelled by the decode worker", tell_peer=False)
+        elif early := self._early_grants.pop(handoff_id, None):
+            self.on_grant(early[0], early[1])
+
+    def push(
+        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+    ) -> None:
+        """Post a WRITE, or keep it until the grant is here and it is ready. Ignored for a handoff that has failed."""
+        handoff = self._open.get(handoff_id)
+        if handoff is None or handoff.failure is not None:
+            return
+        part = SentPart(layers, first_block, tuple(src_blocks), ready)
+        handoff.num_blocks = max(handoff.num_blocks, part.end)
+        handoff.waiting.append(part)
+        self._flush(handoff)
+
+    def finish(self, handoff_id: bytes, first_token: int, finished_at: float) -> None:
+        """No more parts; the first token, sampled at `finished_at` (monotonic), goes with the last message."""
+        handoff = self._open.get(handoff_id)
+        if handoff is not None and handoff.failure is None:
+            handoff.first_token = first_token
+            handoff.finished_at = finished_at
+            self._flush(handoff)
+
+    def abort(self, handoff_id: bytes, reason: str) -> None:
+        """Stop; nothing more is posted."""
+        if handoff := self._open.get(handoff_id):
+            self._fail(handoff, reason)
+
+    def on_grant(self, sender: str, grant: Grant) -> None:
+        """The decode worker has reserved blocks."""
+        handoff = self._open.get(grant.key.handoff_id)
+        if handoff is None:
+            self._keep_early(sender, grant)
+        elif not handoff.may_be_told(sender, grant.key):
+            self._close(sender, grant.key, f"handoff {grant.key} belongs to another reservation")
+        elif handoff.grant is None:
+            handoff.grant = grant  # of a failed handoff too, so that its key is confirmed as closed
+            if handoff.failure is None:
+                self._flush(handoff)
+
+    def on_cancel(self, sender: str, cancel: Cancel) -> None:
+        """The decode worker wants its blocks back; it is answered once nothing is in flight."""
+        handoff = self._open.get(cancel.key.handoff_id)
+        if handoff is None:
+            self._early_grants.pop(cancel.key.handoff_id, None)
+            self._remember(cancel.key.handoff_id)
+            self._close(sender, cancel.key, "cancelled")
+        elif not handoff.may_be_told(sender, cancel.key):
+            self._close(sender, cancel.key, "cancelled")  # nothing was ever written for that reservation
+        else:
+            handoff.grant = handoff.grant or Grant(cancel.key, ())
+            self._fail(handoff, "cancelled by the decode worker")
+
+    def peer_lost(self, engine_id: str) -> None:
+        """A decode worker is gone; its handoffs end when their WRITEs have."""
+        for handoff in list(self._open.values()):
+            if handoff.peer == engine_id:
+                self._fail(handoff, f"decode worker {engine_id} is gone", tell_peer=False)
+        for handoff_id, (sender, _, _) in list(self._early_grants.items()):
+            if sender == engine_id:
+                del self._early_grants[handoff_id]
+
+    def progress(self) -> None:
+        """Look after everything in flight, and end what has ended."""
+        for handoff in [handoff for handoff in self._open.values() if handoff.busy]:
+            self._reap(handoff)
+            if handoff.waiting:
+                self._flush(handoff)
+            self._settle(handoff)
+        now = time.monotonic()
+        while self._early_grants and now - next(iter(self._early_grants.values()))[2] > _GRANT_PATIENCE_S:
+            handoff_id, (sender, grant, _) = self._early_grants.popitem(last=False)
+            self._remember(handoff_id)
+            self._close(sender, grant.key, "the request never reached the prefill worker")
+
+    def _flush(self, handoff: SentHandoff) -> None:
+        """Post what waits and is ready; must not be called for a failed handoff.
+
+        Events are asked, never waited for: a thread that waits for the GPU would not look after anything else.
+        """
+        if handoff.grant is None:
+            return
+        try:
+            while handoff.waiting and handoff.failure is None:
+                part = handoff.waiting[0].without(handoff.grant.first_block)
+                if part is not None and part.ready is not None and not part.ready.query():
+                    return
+                handoff.waiting.popleft()
+                if part is not None:
+                    self._post(handoff, handoff.grant, part)
+            if handoff.first_token is not None and not handoff.final_sent and handoff.failure is None:
+                self._end(handoff, handoff.grant, handoff.first_token)
+        except PeerError as error:
+            self._fail(handoff, str(error))
+        except Exception as error:
+            logger.exception("pushing to %s failed", handoff.peer)
+            self._fail(handoff, f"pushing to {handoff.peer} failed: {error}")
+
+    def _post(self, handoff: SentHandoff, grant: Grant, part: SentPart) -> None:
+        count = len(part.src_blocks)
+        offset = part.first_block - grant.first_block
+        dst_blocks = grant.block_ids[offset : offset + count]
+        if len(dst_blocks) < count:
+            self._fail(handoff, _wrong_grant(grant, part.end))
+            return
+        part_message = Part(
+            grant.key, handoff.posted, part.layers.start, len(part.layers), part.first_block, len(part.src_blocks)
+        )
+        if not handoff.in_flight:
+            handoff.busy_since = time.monotonic()
+        transfer = self._transport.write(handoff.peer, part.layers, part.src_blocks, dst_blocks, encode(part_message))
+        handoff.in_flight.append(transfer)
+        handoff.posted += 1
+        handoff.num_bytes += count * len(part.layers) * self._block_bytes
+        self._reap(handoff)
+
+    def _end(self, handoff: SentHandoff, grant: Grant, first_token: int) -> None:
+        """Send the last message, if what was pushed is what was granted: else decode would wait for the rest."""
+        if handoff.num_blocks != grant.first_block + len(grant.block_ids):
+            self._fail(handoff, _wrong_grant(grant, handoff.num_blocks))
+            return
+        self._transport.send(handoff.peer, encode(Final(grant.key, first_token, handoff.posted)))
+        handoff.final_sent = True
+
+    def _reap(self, handoff: SentHandoff) -> None:
+        """Forget the transfers that have ended; one that failed fails the handoff."""
+        if not handoff.in_flight:
+            return
+        states = [transfer.state() for transfer in handoff.in_flight]
+        pairs = zip(handoff.in_flight, states, strict=True)
+        handoff.in_flight = [transfer for transfer, state in pairs if state is TransferState.IN_FLIGHT]
+        if not handoff.in_flight:
+            handoff.last_landed_at = time.monotonic()
+            handoff.busy_s += handoff.last_landed_at - handoff.busy_since
+        if TransferState.FAILED in states:
+            self._fail(handoff, f"a transfer to {handoff.peer} failed")
+
+    def _settle(self, handoff: SentHandoff) -> None:
+        """End the handoff if nothing of it is in flight and nothing is to come."""
+        if handoff.in_flight:
+            return
+        if handoff.failure is not None:
+            if handoff.grant is not None and handoff.tell_peer:
+                self._close(handoff.peer, handoff.grant.key, handoff.failure)
+            self._forget(handoff, HandoffAborted(handoff.handoff_id, handoff.failure))
+        elif handoff.final_sent:
+            exposed_s = max(0.0, handoff.last_landed_at - handoff.finished_at)
+            sent = HandoffSent(handoff.handoff_id, handoff.num_bytes, handoff.posted, handoff.busy_s, exposed_s)
+            self._forget(handoff, sent, handoff.grant.key if handoff.grant is not None else None)
+
+    def _fail(self, handoff: SentHandoff, reason: str, *, tell_peer: bool = True) -> None:
+        if handoff.failure is None:
+            handoff.failure = reason
+            handoff.waiting.clear()
+        handoff.tell_peer = handoff.tell_peer and tell_peer
+
+    def _forget(self, handoff: SentHandoff, event: PrefillEvent, served: HandoffKey | None = None) -> None:
+        del self._open[handoff.handoff_id]
+        self._remember(handoff.handoff_id, served)
+        self._emit(event)
+
+    def _remember(self, handoff_id: bytes, served: HandoffKey | None = None) -> None:
+        """Keep the ids of ended handoffs, so that a late grant or cancel is answered rightly."""
+        self._ended[handoff_id] = served
+        if len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+
+    def _keep_early(self, sender: str, grant: Grant) -> None:
+        if grant.key.handoff_id in self._ended:
+            if self._ended[grant.key.handoff_id] != grant.key:  # the same: only a repetition of what has been served
+                self._close(sender, grant.key, "the prefill worker has given up this request")
+            return
+        first = self._early_grants.setdefault(grant.key.handoff_id, (sender, grant, time.monotonic()))
+        if first[1].key != grant.key:
+            self._close(sender, grant.key, f"handoff {grant.key} belongs to another reservation")
+
+    def _close(self, peer: str, key: HandoffKey, reason: str) -> None:
+        try:
+            self._transport.send(peer, encode(Closed(key, reason)))
+        except PeerError:
+            return  # a peer that is gone needs no confirmation
+
+
+def _wrong_grant(grant: Grant, num_blocks: int) -> str:
+    held = f" behind {grant.first_block} that it has" if grant.first_block else ""
+    return f"the decode worker granted {len(grant.block_ids)} blocks{held}, {num_blocks} are needed"

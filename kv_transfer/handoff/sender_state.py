@@ -1,0 +1,91 @@
+"""What the prefill side knows of a handoff while it is open."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from kv_transfer.connector import ReadyEvent
+from kv_transfer.handoff.messages import Grant
+from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.transports.base import Transfer
+
+
+@dataclass(frozen=True)
+class SentPart:
+    """A rectangle of a sequence's cache, as the worker pushed it.
+
+    Attributes:
+        layers: of the cache.
+        first_block: the place of its first block in the sequence.
+        src_blocks: this worker's blocks.
+        ready: happens before they may be read; None: they may.
+    """
+
+    layers: range
+    first_block: int
+    src_blocks: tuple[int, ...]
+    ready: ReadyEvent | None
+
+    @property
+    def end(self) -> int:
+        """The place behind its last block in the sequence."""
+        return self.first_block + len(self.src_blocks)
+
+    def without(self, num_blocks: int) -> SentPart | None:
+        """What is left of it without the sequence's first `num_blocks` blocks; None: nothing."""
+        if num_blocks <= self.first_block:
+            return self
+        if num_blocks >= self.end:
+            return None
+        return SentPart(self.layers, num_blocks, self.src_blocks[num_blocks - self.first_block :], self.ready)
+
+
+@dataclass
+class SentHandoff:
+    """An open handoff.
+
+    Attributes:
+        handoff_id: its name on both sides.
+        peer: the decode engine.
+        grant: what the peer has reserved; None: that is not known yet.
+        waiting: parts that were pushed and not posted, in order.
+        in_flight: WRITEs that have not ended.
+        num_blocks: of the sequence, as far as it was pushed.
+        posted: WRITEs so far.
+        num_bytes: that they carried.
+        first_token: once everything has been pushed.
+        final_sent: whether the last message is on its way.
+        failure: why it will not become whole.
+        tell_peer: whether the peer is told so.
+        busy_since: when WRITEs began to be in flight, the last time.
+        busy_s: seconds in which some were.
+        finished_at: when the first token was known.
+        last_landed_at: when nothing was in flight any more, the last time.
+    """
+
+    handoff_id: bytes
+    peer: str
+    grant: Grant | None = None
+    waiting: deque[SentPart] = field(default_factory=deque)
+    in_flight: list[Transfer] = field(default_factory=list)
+    num_blocks: int = 0
+    posted: int = 0
+    num_bytes: int = 0
+    first_token: int | None = None
+    final_sent: bool = False
+    failure: str | None = None
+    tell_peer: bool = True
+    busy_since: float = 0.0
+    busy_s: float = 0.0
+    finished_at: float = 0.0
+    last_landed_at: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether the network or the peer has something to do for it; a prompt still being computed has not."""
+        return bool(self.in_flight or self.waiting) or self.final_sent or self.failure is not None
+
+    def may_be_told(self, sender: str, key: HandoffKey) -> bool:
+        """Whether a message about this reservation is about this handoff."""
+        return self.peer == sender and (self.grant is None or self.grant.key == key)

@@ -1,0 +1,1 @@
+"""How two workers meet: real data, once, which also measures the link."""

@@ -1,0 +1,279 @@
+"""The connector that pushes: the handoff protocol over a transport, on a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from kv_transfer.connector import ConnectorEvent, KVConnector, ReadyEvent
+from kv_transfer.errors import KVTransferError, PeerError, ProtocolError
+from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Hello, Part, decode
+from kv_transfer.handoff.receiver import HandoffReceiver
+from kv_transfer.handoff.sender import HandoffSender
+from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.handshake.handshake import Handshakes
+from kv_transfer.layout import KVLayout
+from kv_transfer.link_cost import LinkCost, layers_per_write
+from kv_transfer.transports.base import EngineInfo, Transport
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_ACTIVE_POLL_S = 0.0002
+_IDLE_POLL_S = 0.005
+_IDLE_AFTER_S = 0.02
+
+
+def _nothing() -> None:
+    """The command to do nothing but look."""
+
+
+def _end() -> None:
+    """The command to end the owner thread; recognised by identity."""
+
+
+class PushConnector(KVConnector):
+    """Decode reserves, prefill pushes, over any transport.
+
+    All transport calls are made by one owner thread, because posting a WRITE can block for milliseconds and transports
+    are not thread-safe. With `threaded=False` there is no thread: `poll` does the work, which suits tests.
+
+    Args:
+        transport: moves bytes and messages; must be new.
+        drain_s: see `HandoffReceiver`.
+        threaded: whether to start the owner thread.
+    """
+
+    def __init__(self, transport: Transport, *, drain_s: float = 1.0, threaded: bool = True) -> None:
+        self._transport = transport
+        self._drain_s = drain_s
+        self._threaded = threaded
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._events: deque[ConnectorEvent] = deque()
+        self._wake: Callable[[], None] = lambda: None
+        self._thread: threading.Thread | None = None
+        self._generation = 0
+
+    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+        """See `KVConnector.register_kv_caches`."""
+        self._incarnation = secrets.randbits(64)
+        self._layout = layout
+        engine_id = f"{name}.{self._incarnation:016x}"
+        self._outgoing = HandoffSender(self._transport, layout.block_bytes, self._emit)
+        self._incoming = HandoffReceiver(self._transport, layout.num_layers, self._drain_s, self._emit)
+        self._handshakes = Handshakes(self._transport, self._incarnation)
+        if self._threaded:
+            self._thread = threading.Thread(target=self._run, name=f"kv-connector-{name}", daemon=True)
+            self._thread.start()
+        return self._call(lambda: self._transport.register(engine_id, self._incarnation, kv_cache, layout))
+
+    def connect(self, peer: EngineInfo, timeout_s: float) -> None:
+        """See `KVConnector.connect`."""
+        self._layout.check_compatible(peer.layout, peer.engine_id)
+        self._call(lambda: self._transport.add_peer(peer), timeout_s)
+
+    def probe(self, engine_id: str, timeout_s: float) -> float:
+        """See `KVConnector.probe`."""
+        result: Future[float] = Future()
+        self._post(lambda: self._handshakes.start(engine_id, result))
+        give_up_at = time.monotonic() + timeout_s
+        while not self._threaded and not result.done() and time.monotonic() < give_up_at:
+            self.progress()
+        try:
+            return result.result(max(0.0, give_up_at - time.monotonic()))
+        except TimeoutError as error:
+            waited_for = self._call(lambda: self._handshakes.give_up(result))
+            if result.done():
+                return result.result()
+            raise PeerError(
+                f"{engine_id} was not met within {timeout_s:g} s: still waiting for {waited_for}"
+            ) from error
+
+    def link_to(self, engine_id: str) -> LinkCost | None:
+        """See `KVConnector.link_to`."""
+        return self._handshakes.paths.get(engine_id)
+
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """See `KVConnector.disconnect`."""
+        self._post(lambda: self._peer_lost(engine_id, may_write_s))
+
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
+    ) -> HandoffKey:
+        """See `KVConnector.expect`."""
+        if first_block < 0:
+            raise ValueError(f"first_block is {first_block}, it cannot be negative")
+        self._generation += 1
+        key = HandoffKey(handoff_id, self._incarnation, self._generation)
+        blocks = tuple(block_ids)
+        self._post(lambda: self._incoming.expect(key, prefill_engine, blocks, first_block))
+        return key
+
+    def cancel(self, key: HandoffKey) -> None:
+        """See `KVConnector.cancel`."""
+        self._post(lambda: self._incoming.cancel(key))
+
+    def begin(self, handoff_id: bytes, decode_engine: str) -> None:
+        """See `KVConnector.begin`."""
+        self._post(lambda: self._outgoing.begin(handoff_id, decode_engine))
+
+    def push(
+        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+    ) -> None:
+        """See `KVConnector.push`."""
+        blocks = tuple(src_blocks)
+        self._post(lambda: self._outgoing.push(handoff_id, layers, first_block, blocks, ready))
+
+    def layers_per_write(
+        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+    ) -> int:
+        """See `KVConnector.layers_per_write`."""
+        path = self._handshakes.paths.get(peer)
+        if path is None:
+            return 1
+        return layers_per_write(path, self._layout.num_layers, layer_bytes, layer_s, slack_s, tail_s)
+
+    def finish(self, handoff_id: bytes, first_token: int) -> None:
+        """See `KVConnector.finish`."""
+        finished_at = time.monotonic()
+        self._post(lambda: self._outgoing.finish(handoff_id, first_token, finished_at))
+
+    def abort(self, handoff_id: bytes, reason: str) -> None:
+        """See `KVConnector.abort`."""
+        self._post(lambda: self._outgoing.abort(handoff_id, reason))
+
+    def poll(self) -> list[ConnectorEvent]:
+        """See `KVConnector.poll`."""
+        if not self._threaded:
+            self.progress()
+        events: list[ConnectorEvent] = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    def set_listener(self, wake: Callable[[], None]) -> None:
+        """See `KVConnector.set_listener`."""
+        self._wake = wake
+
+    def close(self) -> None:
+        """See `KVConnector.close`."""
+        if self._thread is not None:
+            self._commands.put(_end)
+            self._thread.join(timeout=5)
+            self._thread = None
+        else:
+            self._transport.close()
+
+    def progress(self) -> bool:
+        """One round of the owner's work: commands, messages, transfers. Whether more is expected soon."""
+        for _ in range(self._commands.qsize()):
+            command = self._commands.get_nowait()
+            if command is _end:
+                self._commands.put(_end)  # for the thread's loop to see
+                break
+            self._attempt(command)
+        self._receive()
+        self._outgoing.progress()
+        self._incoming.progress()
+        self._handshakes.progress()
+        return self._outgoing.active or self._incoming.active or self._handshakes.active
+
+    def _run(self) -> None:
+        """The owner thread: look often while something is under way, seldom when nothing is."""
+        command = self._commands.get()  # the registration: before it there is nothing to poll
+        last_active = 0.0
+        failing = False
+        while command is not _end:
+            self._attempt(command)
+            try:
+                active = self.progress()
+                failing = False
+            except Exception:
+                if not failing:  # a broken network would fail at every look
+                    logger.exception("the KV connector goes on after an unexpected error")
+                active, failing = False, True
+            now = time.monotonic()
+            last_active = now if active else last_active
+            patience = _ACTIVE_POLL_S if now - last_active < _IDLE_AFTER_S else _IDLE_POLL_S
+            try:
+                command = self._commands.get(timeout=patience)
+            except queue.Empty:
+                command = _nothing
+        self._transport.close()
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Run a command or take a message; on the owner thread one that fails does not take others with it."""
+        try:
+            action()
+        except Exception:
+            if not self._threaded:
+                raise
+            logger.exception("the KV connector goes on after an unexpected error")
+
+    def _receive(self) -> None:
+        for sender, data in self._transport.receive():
+            self._attempt(partial(self._dispatch, sender, data))
+
+    def _dispatch(self, sender: str, data: bytes) -> None:
+        try:
+            message = decode(data)
+        except ProtocolError as error:
+            logger.warning("ignored a message from %s: %s", sender, error)
+            return
+        match message:
+            case Part():
+                self._incoming.on_part(sender, message)
+            case Final():
+                self._incoming.on_final(sender, message)
+            case Closed():
+                self._incoming.on_closed(sender, message)
+            case Grant():
+                self._outgoing.on_grant(sender, message)
+            case Cancel():
+                self._outgoing.on_cancel(sender, message)
+            case Hello():
+                self._handshakes.on_hello(sender, message)
+
+    def _peer_lost(self, engine_id: str, may_write_s: float) -> None:
+        self._receive()  # what it said before it was lost still counts
+        self._transport.remove_peer(engine_id)
+        self._outgoing.peer_lost(engine_id)
+        self._incoming.peer_lost(engine_id, may_write_s)
+        self._handshakes.peer_lost(engine_id)
+
+    def _emit(self, event: ConnectorEvent) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+
+    def _call(self, command: Callable[[], T], timeout_s: float = 60.0) -> T:
+        """Run a command where the transport lives, and wait for what it returns or raises."""
+        if not self._threaded:
+            return command()
+        if self._thread is None:
+            raise KVTransferError("the KV connector is not running")
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(command())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError as error:
+            raise KVTransferError(f"the KV connector did not answer within {timeout_s:g} s") from error

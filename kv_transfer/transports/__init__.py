@@ -1,0 +1,1 @@
+"""What moves the bytes: NIXL between processes, a fabric within one."""

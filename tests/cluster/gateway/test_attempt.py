@@ -1,0 +1,138 @@
+"""What two workers say about one request, put in order."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cluster.clock import now
+from cluster.errors import WorkerLostError
+from cluster.gateway.attempt import Attempt
+from workers.errors import HandoffError, SamplingError
+from workers.messages import DecodeReport, FinishReason, HandoffReport, PrefillReport, RequestFailed, TokenOutput
+
+
+def attempt(arrived: float | None = None) -> Attempt:
+    return Attempt("f", "p", "d", 10, now() if arrived is None else arrived, 1)
+
+
+def token(token_id: int, reason: FinishReason | None = None) -> TokenOutput:
+    return TokenOutput("f", token_id, finish_reason=reason)
+
+
+async def ids(one: Attempt) -> list[int]:
+    return [output.token_id for output in (await asyncio.wait_for(one.next_chunk(), 5)).tokens]
+
+
+async def test_tokens_come_in_order_although_decode_was_quicker():
+    one = attempt()
+    one.take("d", token(2))
+    one.take("d", token(3, FinishReason.LENGTH))
+    assert not one.finished, "the first token is still to come"
+    one.take("p", token(1))
+    assert await ids(one) == [1, 2, 3]
+    assert one.finished
+    assert one.num_tokens == 13, "each token is in the books"
+
+
+async def test_each_token_is_given_once():
+    one = attempt()
+    one.take("p", token(1))
+    assert await ids(one) == [1]
+    waiting = asyncio.create_task(ids(one))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    one.take("d", token(2))
+    one.take("d", token(3))
+    assert await waiting == [2, 3]
+    assert one.num_tokens == 13
+
+
+async def test_an_error_comes_after_the_tokens_that_are_here():
+    one = attempt()
+    one.take("p", token(1))
+    one.take("p", RequestFailed("f", HandoffError("lost a part")))
+    one.fail(WorkerLostError("only the first error counts"))
+    assert await ids(one) == [1]
+    with pytest.raises(HandoffError, match="lost a part"):
+        await one.next_chunk()
+
+
+async def test_an_error_wakes_who_waits():
+    one = attempt()
+    waiting = asyncio.create_task(one.next_chunk())
+    await asyncio.sleep(0)
+    one.fail(HandoffError("no"))
+    with pytest.raises(HandoffError):
+        await asyncio.wait_for(waiting, 5)
+
+
+async def test_nothing_fails_a_finished_flight():
+    one = attempt()
+    one.take("p", token(1, FinishReason.STOP))
+    one.worker_lost("d")
+    one.fail(HandoffError("late"))
+    assert one.finished
+    assert one.error is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "first_token_is_out", "fails"),
+    [("p", False, True), ("p", True, False), ("d", True, True), ("x", False, False)],
+)
+async def test_lost_workers(lost, first_token_is_out, fails):
+    one = attempt()
+    if first_token_is_out:
+        one.take("p", token(1))
+    one.worker_lost(lost)
+    assert (one.error is not None) == fails
+    if fails:
+        assert f"{lost} was lost" in str(one.error)
+
+
+async def test_the_report():
+    one = attempt(arrived=now() - 5.0)
+    one.dispatched = one.arrived + 2.0
+    assert one.report().ttft_s == 0.0, "no token has come yet"
+    one.take("p", PrefillReport("f", queue_s=0.5, prefill_s=0.25, num_chunks=2, cached_tokens=48))
+    one.take("p", token(1))
+    one.take("p", HandoffReport("f", num_bytes=4096, num_parts=3, transfer_s=0.2, exposed_s=0.05))
+    one.take("d", DecodeReport("f", first_decode_s=0.01, cached_tokens=32))
+    one.take("d", token(2, FinishReason.LENGTH))
+    await one.handoff_reported(0.0)
+    report = one.report()
+    assert (report.prefill_worker, report.decode_worker, report.attempts) == ("p", "d", 1)
+    assert report.cached_tokens == 48
+    assert report.decode_cached_tokens == 32
+    assert (report.queue_s, report.prefill_s, report.first_decode_s) == (2.5, 0.25, 0.01)
+    assert (report.kv_bytes, report.transfer_s, report.exposed_transfer_s) == (4096, 0.2, 0.05)
+    assert report.ttft_s >= 5.0
+    assert report.hidden_fraction == pytest.approx(0.75)
+
+
+async def test_a_handoff_report_that_never_comes_is_not_waited_for_long():
+    one = attempt()
+    one.take("p", token(1, FinishReason.LENGTH))
+    await asyncio.wait_for(one.handoff_reported(0.01), 5)
+    assert one.report().kv_bytes == 0
+
+
+async def test_a_request_for_one_token_is_served_by_prefill_alone():
+    one = attempt()
+    one.serve_alone()
+    one.worker_lost("d")
+    one.take("p", token(1, FinishReason.LENGTH))
+    await asyncio.wait_for(one.handoff_reported(1000), 5)
+    assert await ids(one) == [1]
+    assert one.report().decode_worker == ""
+
+
+@pytest.mark.parametrize("first", ["p", "d"])
+async def test_the_cause_of_a_failed_handoff_is_what_prefill_says(first):
+    one = attempt()
+    said = {"p": SamplingError("row 0 has no finite logit"), "d": HandoffError("the prefill worker has given up")}
+    for engine_id in sorted(said, key=lambda name: name != first):
+        one.take(engine_id, RequestFailed("f", said[engine_id]))
+    with pytest.raises(SamplingError):
+        await one.next_chunk()

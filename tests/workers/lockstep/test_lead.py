@@ -1,0 +1,171 @@
+"""Workers of several ranks: the same tokens as one rank gives, whatever happens, and nothing left behind on any."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kv_transfer.errors import LayoutMismatchError
+from kv_transfer.transports.local import Faults
+from lockstep_cluster import LockstepCluster
+from workers.errors import HandoffError
+from workers.lockstep.replica import digest_of
+from workers.messages import DecodeReport, Load, PrefillReport, RequestFailed, TokenOutput
+from workers.parallel.errors import TensorParallelError
+from workers.sampling_params import SamplingParams
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def prompts(count: int, seed: int, longest: int = 60) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize(("size", "steps_ahead"), [(2, 0), (2, 1), (4, 1)])
+def test_load_aborts_and_preemption_on_all_ranks_alike(size, steps_ahead, tiny_checkpoint, reference_greedy):
+    """Too few blocks for the load, parts late and twice, some failed, requests cancelled at any moment."""
+    checkpoint = tiny_checkpoint("llama", num_hidden_layers=2)
+    rng = random.Random(size)
+    pool = prompts(12, seed=21, longest=40)
+    answers = [reference_greedy(checkpoint, prompt, 40) for prompt in pool]
+    cluster = LockstepCluster(
+        checkpoint,
+        size=size,
+        seed=size,
+        prefill_blocks=24,
+        decode_blocks=14,
+        max_num_batched_tokens=48,
+        faults=Faults(seed=size, max_delay=6, duplicate=0.2, fail=0.02),
+        steps_ahead=steps_ahead,
+    )
+    asked: dict[str, tuple[int, int]] = {}
+    cancelled: set[str] = set()
+    preempted = 0
+    for number in range(60):
+        request_id, which, length = f"r{number}", rng.randrange(len(pool)), rng.randint(1, 40)
+        asked[request_id] = (which, length)
+        cluster.submit(request_id, pool[which], greedy(length))
+        for _ in range(rng.randint(0, 6)):
+            cluster.step()
+            preempted += sum(load.preempted for load in cluster.loads.values())
+        if rng.random() < 0.3:
+            victim = rng.choice(list(asked))
+            cancelled.add(victim)
+            cluster.abort(victim)
+    cluster.run()
+    completed = 0
+    for request_id, (which, length) in asked.items():
+        got = cluster.token_ids(request_id)
+        assert got == answers[which][: len(got)]
+        if request_id not in cancelled and request_id not in cluster.failures:
+            assert len(got) == length
+            completed += 1
+    assert completed > 15
+    assert preempted > 0
+    assert any(isinstance(error, HandoffError) for error in cluster.failures.values())
+    cluster.assert_all_blocks_free()
+    cluster.assert_equal_ranks()
+
+
+def test_sampled_tokens_are_those_of_one_rank(tiny_checkpoint, local_cluster):
+    checkpoint = tiny_checkpoint("llama")
+    sampling = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=20, ignore_eos=True, logprobs=2)
+    alone, ranks = local_cluster(checkpoint), LockstepCluster(checkpoint, size=2)
+    for cluster in (alone, ranks):
+        for number, prompt in enumerate(prompts(4, seed=3)):
+            cluster.submit(f"r{number}", prompt, sampling)
+    assert ranks.run() == alone.run()
+    ranks.assert_equal_ranks()
+
+
+def test_a_handoff_reports_what_all_ranks_moved(tiny_checkpoint, local_cluster):
+    checkpoint = tiny_checkpoint("llama")
+    alone, ranks = local_cluster(checkpoint), LockstepCluster(checkpoint, size=2)
+    for cluster in (alone, ranks):
+        cluster.submit("r", [5] * 40, greedy(2))
+        cluster.run()
+    assert ranks.reports["r"].num_bytes == 2 * alone.reports["r"].num_bytes
+    assert ranks.reports["r"].num_parts == 2 * alone.reports["r"].num_parts
+
+
+@pytest.mark.parametrize("when", [0, 3, 6, 10, 15])
+def test_a_lost_prefill_worker_gives_all_ranks_their_blocks_back(when, tiny_checkpoint):
+    cluster = LockstepCluster(tiny_checkpoint("llama"), size=2, seed=when, faults=Faults(seed=when, max_delay=8))
+    for number, prompt in enumerate(prompts(4, seed=when)):
+        cluster.submit(f"r{number}", prompt, greedy(5))
+    for _ in range(when):
+        cluster.step()
+    lost, decode = cluster.sides
+    cluster.prefill.clear()
+    for engine in lost.engines:
+        cluster.fabric.detach(engine.engine_id)
+    decode.disconnect(lost.engines[0].engine_id)
+    cluster.run()
+    for number in range(4):
+        failure = cluster.failures.get(f"r{number}")
+        if failure is not None:
+            assert "is gone" in str(failure) or "not connected" in str(failure)
+    cluster.assert_all_blocks_free()
+    decode.assert_equal_ranks()
+
+
+@pytest.mark.parametrize("when", [0, 3, 6, 10, 15])
+def test_a_lost_decode_worker_gives_all_ranks_their_blocks_back(when, tiny_checkpoint):
+    cluster = LockstepCluster(tiny_checkpoint("llama"), size=2, seed=when, faults=Faults(seed=when, max_delay=8))
+    for number, prompt in enumerate(prompts(4, seed=when)):
+        cluster.submit(f"r{number}", prompt, greedy(5))
+    for _ in range(when):
+        cluster.step()
+    prefill, lost = cluster.sides
+    cluster.decode.clear()
+    for engine in lost.engines:
+        cluster.fabric.detach(engine.engine_id)
+    prefill.disconnect(lost.engines[0].engine_id)
+    for number in range(4):
+        cluster.abort(f"r{number}")
+    cluster.run()
+    cluster.assert_all_blocks_free()
+    prefill.assert_equal_ranks()
+
+
+def test_another_number_of_ranks_is_refused_with_both(tiny_checkpoint):
+    two, four = (LockstepCluster(tiny_checkpoint("llama"), size=size) for size in (2, 4))
+    for one, other in ((two, four), (four, two)):
+        for connector in one.sides[0].connectors:
+            with pytest.raises(LayoutMismatchError, match=r"tp_size is \d here and \d there"):
+                connector.introduce(other.sides[1].engines, 1.0)
+
+
+def test_ranks_that_are_not_equal_are_noticed_at_the_next_step(tiny_checkpoint):
+    cluster = LockstepCluster(tiny_checkpoint("llama"), size=2)
+    decode = cluster.sides[1]
+    cluster.submit("r", [5] * 20, greedy(50))
+    while len(cluster.token_ids("r")) < 3:
+        cluster.step()
+    state = decode.replicas[1].worker._sequences["r"].state
+    state.output_token_ids[-1] = (state.output_token_ids[-1] + 1) % 512
+    decode.replicas[1].digest ^= 1
+    with pytest.raises(TensorParallelError, match="no longer equal"):
+        decode.step()
+
+
+def test_a_digest_tells_outcomes_apart():
+    load = Load(8, 4, running=1)
+    token = TokenOutput("a", 7)
+    outcomes = [
+        (load, []),
+        (load, [token]),
+        (load, [TokenOutput("a", 8)]),
+        (load, [TokenOutput("b", 7)]),
+        (load, [token, TokenOutput("b", 7)]),
+        (load, [TokenOutput("b", 7), token]),
+        (load, [RequestFailed("a", ValueError())]),
+        (Load(8, 3, running=1), [token]),
+    ]
+    assert len({digest_of(*outcome) for outcome in outcomes}) == len(outcomes)
+    assert digest_of(load, [PrefillReport("a", 0.1, 0.2, 1)]) == digest_of(load, [PrefillReport("a", 0.3, 0.4, 1)])
+    assert digest_of(load, [DecodeReport("a", 0.1)]) == digest_of(load, [DecodeReport("a", 0.2)])

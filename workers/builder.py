@@ -1,0 +1,250 @@
+"""A worker put together from its configuration: model, cache, worker, and what it measured of itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from attention.spec import Phase
+from kv_transfer.connector import KVConnector
+from kv_transfer.transports.base import EngineInfo
+from workers.config import WorkerConfig
+from workers.decode_worker import DecodeWorker
+from workers.errors import ConfigError
+from workers.kv_cache.sizing import allocate_kv_cache, kv_layout
+from workers.loading.loader import load_model, model_bytes
+from workers.models.causal_lm import Decoder
+from workers.parallel.group import SINGLE, TensorParallelGroup
+from workers.prefill_worker import PrefillWorker
+from workers.runner.model_runner import ModelRunner
+from workers.runner.profile_run import largest_batches_of
+from workers.runner.step_times import StepTimes, measure_decode, measure_prefill
+from workers.sampling.warm_up import warm_up_sampling
+from workers.scheduling.local_prefill import warm_up_chunks
+
+Progress = Callable[[int, int], None]
+"""Told how much is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """What a worker holds on its device; of several ranks, what each one holds.
+
+    Attributes:
+        weights_bytes: of the model.
+        kv_cache_bytes: of the KV cache.
+        num_graphs: CUDA graphs, by the sizes that they are for.
+        graphs_bytes: what the card has less of since they are captured, with the buffers of the worker's steps. Another
+            worker that starts on the same card at that moment is counted, too.
+    """
+
+    weights_bytes: int = 0
+    kv_cache_bytes: int = 0
+    num_graphs: int = 0
+    graphs_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class BuiltWorker:
+    """A worker, or a rank's copy of one, that is ready to step.
+
+    Attributes:
+        worker: nothing has been asked of it yet.
+        engine: how the rank's peers reach it.
+        device_name: such as "cpu" or the card's name.
+        attention_backend: the chosen one.
+        max_model_len: context window, tokens.
+        num_blocks: of its KV cache.
+        capability: measured on its device.
+        memory: what it takes there.
+    """
+
+    worker: PrefillWorker | DecodeWorker
+    engine: EngineInfo
+    device_name: str
+    attention_backend: str
+    max_model_len: int
+    num_blocks: int
+    capability: StepTimes
+    memory: WorkerMemory
+
+
+def build_worker(
+    config: WorkerConfig,
+    connector: KVConnector,
+    *,
+    group: TensorParallelGroup = SINGLE,
+    clock: Callable[[], float] = time.monotonic,
+    load_progress: Progress | None = None,
+    capture_progress: Progress | None = None,
+) -> BuiltWorker:
+    """Load the model, allocate the cache, make the worker, measure it, and register its cache.
+
+    The ranks of a worker do all of this together, and come out with equal caches and capabilities.
+
+    Args:
+        config: the worker's.
+        connector: new.
+        group: the ranks of the worker.
+        clock: the worker's.
+        load_progress: told of (bytes read, bytes of all weights).
+        capture_progress: told of (CUDA graphs captured, all of them).
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        ConfigError: the configuration does not fit the model or the machine.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = load_model(
+        config.model,
+        config.dtype,
+        config.device,
+        config.block_size,
+        config.attention_backend,
+        load_progress,
+        config.load_format,
+        phase=Phase(config.role),
+        local_prefill=config.local_prefill,
+        kv_cache_dtype=config.kv_cache_dtype,
+        measurements=Path(config.attention_measurements) if config.attention_measurements else None,
+        group=group,
+    )
+    spec, max_model_len = model.kv_cache_spec, resolve_max_model_len(config, model)
+    profile = largest_batches_of(model, config, max_model_len)
+    runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len, profile, group.agree_min))
+    graphs = _Graphs(runner.device, capture_progress)
+    worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
+    memory = graphs.memory(model_bytes(model.config, model.dtype, group), runner.kv_cache.nbytes)
+    capability = _measure(worker, runner, config, max_model_len, group)
+    if isinstance(worker, PrefillWorker):
+        worker.layers_per_write.capability = capability
+    return BuiltWorker(
+        worker,
+        connector.register_kv_caches(config.name, runner.kv_cache, kv_layout(spec, group.size)),
+        torch.cuda.get_device_name() if config.device == "cuda" else config.device,
+        model.backend.name,
+        max_model_len,
+        runner.kv_cache.shape[1],
+        capability,
+        memory,
+    )
+
+
+def resolve_max_model_len(config: WorkerConfig, model: Decoder) -> int:
+    """The context window.
+
+    Raises:
+        ConfigError: longer than the model's positions.
+    """
+    limit = model.config.max_position_embeddings
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ConfigError(f"model.max_model_len is {config.max_model_len}, the model has {limit} positions")
+    return config.max_model_len
+
+
+def _make_worker(
+    config: WorkerConfig,
+    max_model_len: int,
+    runner: ModelRunner,
+    connector: KVConnector,
+    clock: Callable[[], float],
+    capture_progress: Progress,
+) -> PrefillWorker | DecodeWorker:
+    if config.role == "prefill" or config.local_prefill:  # logits of prompts are float32
+        warm_up_sampling(runner.model.config.vocab_size, torch.float32, runner.device)
+    if config.role == "decode":
+        return DecodeWorker(
+            runner,
+            connector,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=config.max_num_batched_tokens if config.local_prefill else None,
+            enforce_eager=config.enforce_eager,
+            enable_prefix_caching=config.enable_prefix_caching,
+            progress=capture_progress,
+            clock=clock,
+        )
+    return PrefillWorker(
+        runner,
+        connector,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        layers_per_write=config.layers_per_write,
+        handoff_timeout_s=config.handoff_timeout_s,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
+        progress=capture_progress,
+        clock=clock,
+    )
+
+
+def _measure(
+    worker: PrefillWorker | DecodeWorker,
+    runner: ModelRunner,
+    config: WorkerConfig,
+    max_model_len: int,
+    group: TensorParallelGroup,
+) -> StepTimes:
+    """What the new worker can do; it has no peers yet, so nobody minds what is in its cache."""
+
+    def slowest(seconds: float) -> float:
+        return -group.agree_min(-round(seconds * 1e9)) / 1e9
+
+    prefill = StepTimes()
+    if config.role == "prefill" or config.local_prefill:
+        max_tokens = min(max_model_len, config.max_num_batched_tokens)
+        prefill = measure_prefill(runner, max_tokens=max_tokens, agree=slowest)
+    if config.local_prefill:
+        warm_up_chunks(runner, config.max_num_batched_tokens, max_model_len)
+    if isinstance(worker, PrefillWorker):
+        return prefill
+    decode = measure_decode(
+        worker.decoder,
+        num_blocks=runner.kv_cache.shape[1],
+        block_size=runner.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        agree=slowest,
+    )
+    return replace(decode, prefill=prefill.prefill)
+
+
+class _Graphs:
+    """Counts the CUDA graphs of a worker that is being made, and the memory that the card has less of since.
+
+    Args:
+        device: of the worker.
+        progress: told how far capturing is.
+    """
+
+    def __init__(self, device: torch.device, progress: Progress | None) -> None:
+        self._device = device
+        self._progress = progress
+        self._count = 0
+        self._free_before = self._free()
+
+    def captured(self, done: int, total: int) -> None:
+        """So many of so many."""
+        self._count = done
+        if self._progress is not None:
+            self._progress(done, total)
+
+    def memory(self, weights_bytes: int, kv_cache_bytes: int) -> WorkerMemory:
+        """All that the worker holds, now that it is made."""
+        taken = max(0, self._free_before - self._free()) if self._count else 0
+        return WorkerMemory(weights_bytes, kv_cache_bytes, self._count, taken)
+
+    def _free(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]

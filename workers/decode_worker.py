@@ -1,0 +1,275 @@
+"""The decode worker: reserves blocks, has the KV cache arrive whole or computes it, decodes in a continuous batch.
+
+Steps overlap: the next one is launched before the tokens of the one before are looked at, so that the device always
+has work. A sequence that turns out to have ended has then run one step too many; that token is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from kv_transfer.connector import KVConnector
+from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
+from workers.handoff.receiving import Arrival, RemotePrefill
+from workers.kv_cache.prefix_cache import PrefixCache
+from workers.messages import (
+    CacheUpdate,
+    DecodeReport,
+    DecodeRequest,
+    FinishReason,
+    Load,
+    RequestFailed,
+    TokenOutput,
+    WorkerEvent,
+)
+from workers.runner.decode_graphs import Progress
+from workers.runner.decode_runner import DecodeRunner, Launch
+from workers.runner.model_runner import ModelRunner
+from workers.sampling.results import SampledToken
+from workers.sampling.state import SamplingState, finish_reason
+from workers.scheduling.decode_scheduler import DecodeBatch
+from workers.scheduling.local_prefill import FirstToken, LocalPrefill
+from workers.scheduling.sequence import Sequence
+from workers.scheduling.sequence_blocks import SequenceBlocks
+from workers.validation import check_capacity, check_local, check_prompt
+from workers.waiting_queue import DecodeQueue
+
+
+class DecodeWorker:
+    """Decodes sequences whose prompts were computed elsewhere, or here. A plain object: `step` as long as `has_work`.
+
+    A request waits for blocks, then for its KV cache, then runs. Memory grows on demand: when no block is left, the
+    newest sequence makes room by moving its blocks to host memory, and comes back before anything new is admitted.
+
+    Args:
+        runner: the model and its cache.
+        connector: with the cache registered.
+        max_num_seqs: sequences in the batch.
+        max_model_len: context window, tokens.
+        max_num_batched_tokens: prompt tokens that are computed beside a decode step at most; None: prompts are computed
+            elsewhere only.
+        steps_ahead: how many steps may be in flight while the next is launched; None: one on a GPU, and none on a
+            CPU, where launching a step computes it.
+        enforce_eager: use no CUDA graphs.
+        enable_prefix_caching: keep full blocks for prompts that begin with what they hold.
+        progress: told how many of the CUDA graphs are captured, and how many there will be.
+        clock: what time it is, in monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        connector: KVConnector,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int | None = None,
+        steps_ahead: int | None = None,
+        enforce_eager: bool = False,
+        enable_prefix_caching: bool = True,
+        progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._clock = clock
+        self.decoder = DecodeRunner[Sequence](
+            runner,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            state_of=lambda sequence: sequence.state,
+            enforce_eager=enforce_eager,
+            progress=progress,
+        )
+        self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
+        self._launches: deque[Launch[Sequence]] = deque()
+        self._connector = connector
+        self._blocks = PrefixCache(runner.kv_cache.shape[1])
+        self._kept = SequenceBlocks(self._blocks, runner.block_size, enabled=enable_prefix_caching)
+        self._batch = DecodeBatch(self._blocks, runner, max_num_seqs)
+        self._remote = RemotePrefill(connector, self._blocks, self._kept)
+        self._local = LocalPrefill(
+            runner,
+            self._blocks,
+            max_num_batched_tokens=max_num_batched_tokens or 0,
+            max_num_seqs=max_num_seqs,
+            clock=clock,
+        )
+        self._queue = DecodeQueue(self._batch, self._remote, self._local)
+        self._computes_prompts = max_num_batched_tokens is not None
+        self._max_model_len = max_model_len
+        self._sequences: dict[str, Sequence] = {}
+        self._events: list[WorkerEvent] = []
+
+    def reserve(self, request: DecodeRequest) -> None:
+        """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
+        num_tokens = len(request.prompt_token_ids)
+        try:
+            check_prompt(num_tokens, request.sampling, self._max_model_len)
+            check_capacity(num_tokens + 1, self._runner.block_size, self._blocks.num_blocks, "decode")
+            if request.prefill_engine is None:
+                check_local(request.prompt_token_ids, self._runner.model.config.vocab_size, self._computes_prompts)
+        except BatonError as error:
+            self._events.append(RequestFailed(request.request_id, error))
+            return
+        state = SamplingState.of(request, self._runner.model.config.eos_token_ids, self._max_model_len)
+        now = self._clock()
+        sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now)
+        self._kept.begin(sequence)
+        self._sequences[request.request_id] = sequence
+        self._queue.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request, wherever it is; nothing more is said of it."""
+        if sequence := self._sequences.pop(request_id, None):
+            self._stop(sequence)
+
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """A prefill worker's process is gone."""
+        self._connector.disconnect(engine_id, may_write_s)
+
+    def take_cache_update(self) -> CacheUpdate | None:
+        """How the content of the kept blocks has changed since the last call; None: not at all."""
+        return self._blocks.take_update()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do at once."""
+        return (
+            self._batch.size > 0
+            or bool(self._launches)
+            or self._local.has_work
+            or self._batch.can_resume
+            or bool(self._events)
+            or self._queue.can_admit
+        )
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether anything is under way, or blocks are held for someone who might still write to them."""
+        return bool(self._sequences) or bool(self._launches) or self._remote.in_flight or self._local.in_flight
+
+    @property
+    def load(self) -> Load:
+        """The load now."""
+        return Load(
+            total_blocks=self._blocks.num_blocks,
+            free_blocks=self._blocks.num_free,
+            reserved_blocks=self._remote.num_reserved_blocks,
+            quarantined_blocks=self._remote.num_quarantined_blocks,
+            running=self._batch.size,
+            waiting=self._queue.size,
+            waiting_tokens=self._queue.num_tokens,
+            preempted=self._batch.num_preempted,
+        )
+
+    def step(self) -> list[WorkerEvent]:
+        """Do what is due: arrivals, deadlines, reservations, the launch of the next step, tokens of an earlier one."""
+        for arrival in self._remote.poll():
+            self._join(arrival)
+        self._enforce_deadlines()
+        self._batch.resume_preempted()
+        self._queue.admit()
+        self._run()
+        events, self._events = self._events, []
+        return events
+
+    def _run(self) -> None:
+        """Launch a chunk of the prompts that are computed here and a decode step; take what earlier ones have done.
+
+        In this order nobody's token waits for work that was launched after it.
+        """
+        if self._launches and (self._steps_ahead == 0 or self._batch.lacks_blocks):
+            self._collect(0)
+        launched = self._local.launch()
+        if batch := self._batch.schedule():
+            self._launches.append(self.decoder.launch(batch))
+            self._batch.launched(batch)
+        self._collect(self._steps_ahead if batch else 0)
+        more = batch or self._local.can_launch
+        for first in self._local.collect(self._steps_ahead if launched and more else 0):
+            self._accept_first(first)
+
+    def _collect(self, ahead: int) -> None:
+        """Take the tokens of the oldest launches, until only `ahead` are left in flight."""
+        while len(self._launches) > ahead:
+            launch = self._launches.popleft()
+            sampled = launch.sampled.tokens([sequence.state for sequence in launch.sequences])
+            now = self._clock()
+            for sequence, token in zip(launch.sequences, sampled, strict=True):
+                if self._batch.landed(sequence):
+                    self._accept(sequence, token, now)
+
+    def _accept(self, sequence: Sequence, sampled: SampledToken | SamplingError, now: float) -> None:
+        """A sequence has one more token, or none can be chosen for it."""
+        request_id, output_token_ids = sequence.request.request_id, sequence.state.output_token_ids
+        if isinstance(sampled, SamplingError):
+            self._events.append(RequestFailed(request_id, sampled))
+            self._kept.forget(sequence)
+            self.abort(request_id)
+            return
+        output_token_ids.append(sampled.token_id)
+        self._kept.grown(sequence)
+        if len(output_token_ids) == sequence.request.num_output_tokens + 2:
+            cached_tokens = sequence.num_cached_blocks * self._runner.block_size
+            self._events.append(DecodeReport(request_id, now - sequence.received, cached_tokens))
+        reason = finish_reason(sequence.state)
+        self._events.append(TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+        if reason is not None:
+            self._batch.remove(sequence)
+            del self._sequences[request_id]
+
+    def _accept_first(self, first: FirstToken) -> None:
+        """A prompt that was computed here has its first token, or none can be chosen for it."""
+        sequence, sampled = first.sequence, first.sampled
+        request_id = sequence.request.request_id
+        if isinstance(sampled, SamplingError):
+            self._events.append(RequestFailed(request_id, sampled))
+            self._kept.forget(sequence)
+            self._blocks.release(sequence.blocks)
+            del self._sequences[request_id]
+            return
+        reason = self._begin(sequence, sampled.token_id)
+        self._events += [
+            first.report,
+            TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason),
+        ]
+
+    def _join(self, arrival: Arrival) -> None:
+        """The KV cache has come whole: the sequence goes on where prefill left it. Or it will not come."""
+        sequence, first_token = arrival.sequence, arrival.first_token
+        if isinstance(first_token, HandoffError):
+            del self._sequences[sequence.request.request_id]
+            self._events.append(RequestFailed(sequence.request.request_id, first_token))
+        else:
+            self._begin(sequence, first_token)
+
+    def _begin(self, sequence: Sequence, first_token: int) -> FinishReason | None:
+        """The KV cache is whole and the first token known: decode, unless that ends it."""
+        sequence.received = self._clock()
+        sequence.state.output_token_ids.append(first_token)
+        if (reason := finish_reason(sequence.state)) is not None:
+            self._blocks.release(sequence.blocks)
+            del self._sequences[sequence.request.request_id]
+        else:
+            self._batch.add(sequence)
+        return reason
+
+    def _enforce_deadlines(self) -> None:
+        now = self._clock()
+        for request_id, sequence in [(r, s) for r, s in self._sequences.items() if s.deadline <= now]:
+            del self._sequences[request_id]
+            where = "decoding"
+            if sequence in self._queue:
+                is_local = sequence.request.prefill_engine is None
+                where = "waiting for or computing its prompt" if is_local else "waiting for the KV cache"
+            self._events.append(RequestFailed(request_id, DeadlineExceededError(f"the deadline passed while {where}")))
+            self._stop(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """End a sequence that is no longer in `_sequences`; its blocks follow when they are safe."""
+        if sequence in self._queue:
+            self._queue.remove(sequence)
+        else:
+            self._batch.remove(sequence)

@@ -1,0 +1,1 @@
+"""Where a worker meets the connector: what prefill sends, what decode receives."""

@@ -1,0 +1,114 @@
+"""Prompts that prefill workers compute for a decode worker: it grants them blocks and waits for their KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kv_transfer.connector import HandoffFailed, HandoffReceived, HandoffReleased, KVConnector
+from kv_transfer.handoff_key import HandoffKey
+from workers.errors import HandoffError
+from workers.kv_cache.prefix_cache import PrefixCache
+from workers.scheduling.sequence import Sequence
+from workers.scheduling.sequence_blocks import SequenceBlocks
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A handoff is over for whom it was for.
+
+    Attributes:
+        sequence: its blocks are its owner's from now on, if it has a first token.
+        first_token: which the prefill worker has told the client; or why there is none.
+    """
+
+    sequence: Sequence
+    first_token: int | HandoffError
+
+
+class RemotePrefill:
+    """Who is admitted when is the worker's business, which has other requests for the same blocks.
+
+    What is granted may be written to until the handoff is over, whoever still wants it.
+
+    Args:
+        connector: with the cache registered.
+        blocks: of the cache, the worker's.
+        kept: what is in them.
+    """
+
+    def __init__(self, connector: KVConnector, blocks: PrefixCache, kept: SequenceBlocks) -> None:
+        self._connector = connector
+        self._blocks = blocks
+        self._kept = kept
+        self._expected: dict[HandoffKey, Sequence] = {}
+        self._wanted: dict[Sequence, HandoffKey] = {}
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._wanted
+
+    @property
+    def num_admitted(self) -> int:
+        """Prompts that have blocks, and wait for their cache."""
+        return len(self._wanted)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of these."""
+        return sum(len(sequence.request.prompt_token_ids) for sequence in self._wanted)
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        """Blocks that are granted for somebody who waits for them."""
+        return sum(len(sequence.blocks) - sequence.num_cached_blocks for sequence in self._wanted)
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        """Blocks that nobody waits for any more, and somebody may still write to."""
+        return sum(len(sequence.blocks) for sequence in self._expected.values() if sequence not in self._wanted)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether somebody may still write to a block."""
+        return bool(self._expected)
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether there are blocks for its prompt and its first token now."""
+        return self._kept.fits(sequence)
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take the blocks of a prompt that `fits`, and grant its prefill worker those whose content is not here."""
+        request = sequence.request
+        if request.prefill_engine is None:
+            raise ValueError(f"{request.request_id} has no prefill worker")
+        self._kept.take(sequence)
+        cached = sequence.num_cached_blocks
+        granted = sequence.blocks[cached:]
+        key = self._connector.expect(request.handoff_id, request.prefill_engine, granted, cached)
+        self._expected[key], self._wanted[sequence] = sequence, key
+
+    def remove(self, sequence: Sequence) -> None:
+        """Nobody wants it any more; its blocks follow when they are safe."""
+        self._connector.cancel(self._wanted.pop(sequence))
+        self._kept.give_back_cached(sequence)
+
+    def poll(self) -> Iterator[Arrival]:
+        """What has come to an end since the last call."""
+        for event in self._connector.poll():
+            match event:
+                case HandoffReceived(key, first_token):
+                    sequence = self._expected.pop(key)
+                    if self._wanted.pop(sequence, None) is not None:
+                        self._kept.received(sequence)
+                        yield Arrival(sequence, first_token)
+                    else:  # aborted while the last part was on its way
+                        self._blocks.release(sequence.blocks)
+                case HandoffFailed(key, reason):
+                    sequence = self._expected[key]
+                    if self._wanted.pop(sequence, None) is not None:
+                        yield Arrival(sequence, HandoffError(reason))
+                    self._kept.give_back_cached(sequence)
+                case HandoffReleased(key):
+                    self._blocks.release(self._expected.pop(key).blocks)
+                case _:
+                    raise TypeError(f"a decode worker has no use for {event}")

@@ -1,0 +1,155 @@
+"""A prompt on a prefill worker, and what of it a step hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kv_transfer.connector import KVConnector
+from workers.errors import BatonError, DeadlineExceededError, HandoffError
+from workers.handoff.layers_per_write import LayersPerWrite
+from workers.kv_cache.prefix_cache import block_hashes
+from workers.messages import PrefillRequest
+from workers.runner.model_runner import ModelRunner
+from workers.sampling.state import SamplingState
+from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A request on a prefill worker.
+
+    Attributes:
+        request: as it came.
+        token_ids: (n,) int64, the prompt.
+        progress: how much of it is computed, as the schedule knows it: steps in flight included.
+        state: for its first token.
+        deadline: when it fails, by the worker's clock.
+        arrived: when it came.
+        started: when its first chunk was launched.
+        computed: whether its first token is known.
+        in_flight: steps that compute some of it and have not been waited for.
+        cancelled: whether its blocks go back as soon as no step is in flight.
+    """
+
+    request: PrefillRequest
+    token_ids: np.ndarray
+    progress: PromptProgress
+    state: SamplingState
+    deadline: float
+    arrived: float
+    started: float = 0.0
+    computed: bool = False
+    in_flight: int = 0
+    cancelled: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        request: PrefillRequest,
+        eos_token_ids: Iterable[int],
+        max_model_len: int,
+        now: float,
+        cached_block_size: int | None = None,
+    ) -> Prompt:
+        """A request that has just come and is in order; its blocks have hashes if a block size is given."""
+        token_ids = np.asarray(request.prompt_token_ids, dtype=np.int64)
+        hashes = block_hashes(token_ids, cached_block_size) if cached_block_size is not None else ()
+        return cls(
+            request,
+            token_ids,
+            PromptProgress(request.request_id, len(token_ids), hashes),
+            SamplingState.of(request, eos_token_ids, max_model_len),
+            deadline=now + request.timeout_s,
+            arrived=now,
+        )
+
+    def overdue(self, now: float, handoff_timeout_s: float) -> BatonError:
+        """Why it failed when its deadline passed: the request's own, or the handoff's."""
+        if now < self.arrived + self.request.timeout_s:
+            return HandoffError(f"the KV cache was not handed over within {handoff_timeout_s:g} s")
+        where = "handing over the KV cache" if self.computed else "waiting for or computing its prompt"
+        return DeadlineExceededError(f"the deadline passed while {where}")
+
+
+@dataclass(frozen=True)
+class CompleteBlocks:
+    """Blocks of a prompt that a step completes.
+
+    Attributes:
+        handoff_id: whose.
+        start: the first one's place in the prompt.
+        blocks: the blocks.
+        layers_per_write: layers of them that one WRITE carries.
+    """
+
+    handoff_id: bytes
+    start: int
+    blocks: Sequence[int]
+    layers_per_write: int
+
+
+def complete_blocks(
+    chunks: Sequence[Chunk], prompts: Sequence[Prompt], scheduler: PrefillScheduler, layers_per_write: LayersPerWrite
+) -> list[CompleteBlocks]:
+    """What the step of these chunks completes of the prompts that decode elsewhere.
+
+    Args:
+        chunks: of the step, not yet `advance`d.
+        prompts: whose they are.
+        scheduler: that made them.
+        layers_per_write: chooses how many layers go together.
+    """
+    num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
+    parts = []
+    for chunk, prompt in zip(chunks, prompts, strict=True):
+        engine, span = prompt.request.decode_engine, scheduler.pushable(chunk)
+        if engine is not None and span:
+            layers = layers_per_write.choose(engine, len(span), num_tokens)
+            blocks = prompt.progress.blocks[span.start : span.stop]
+            parts.append(CompleteBlocks(prompt.request.handoff_id, span.start, blocks, layers))
+    return parts
+
+
+def push_cached(connector: KVConnector, num_layers: int, chunks: Sequence[Chunk], prompts: Sequence[Prompt]) -> None:
+    """Hand over what prompts that begin with these chunks have found in the cache: it is complete, in all layers.
+
+    Args:
+        connector: of the worker.
+        num_layers: of the model.
+        chunks: of a step, not yet `advance`d.
+        prompts: whose they are.
+    """
+    for chunk, prompt in zip(chunks, prompts, strict=True):
+        cached = chunk.prompt.num_pushed_blocks
+        if chunk.prompt.num_chunks == 0 and cached and prompt.request.decode_engine is not None:
+            blocks = chunk.prompt.blocks[:cached]
+            connector.push(prompt.request.handoff_id, range(num_layers), 0, blocks, None)
+
+
+def layer_pusher(
+    connector: KVConnector, runner: ModelRunner, parts: Sequence[CompleteBlocks]
+) -> Callable[[int], None] | None:
+    """What `ModelRunner.forward` calls for each layer, to push these blocks group by group; None: nothing to push.
+
+    Args:
+        connector: of the worker.
+        runner: whose device says when a layer is computed.
+        parts: what a step completes.
+    """
+    if not parts:
+        return None
+
+    def on_layer(layer: int) -> None:
+        last = layer + 1 == runner.num_layers
+        due = [part for part in parts if last or (layer + 1) % part.layers_per_write == 0]
+        if not due:
+            return
+        ready = runner.ready_event()
+        for part in due:
+            layers = range(layer // part.layers_per_write * part.layers_per_write, layer + 1)
+            connector.push(part.handoff_id, layers, part.start, part.blocks, ready)
+
+    return on_layer

@@ -1,0 +1,1 @@
+"""Which blocks there are, who uses them and what is in them."""

@@ -1,0 +1,212 @@
+"""KV blocks kept by content: a prompt takes over the blocks of those that began like it.
+
+A full block is known by the hash of all tokens up to its end, which is all that its keys and values depend on within
+one worker. Blocks that nobody uses any more stay until their memory is needed, the least recently used first (the
+automatic prefix caching of vLLM, arXiv:2309.06180, with a flat table instead of the radix tree of arXiv:2312.07104).
+Plain integers and bytes; knows neither tensors nor requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+
+from workers.kv_cache.block_pool import BlockPool
+from workers.messages import CacheUpdate
+
+_HASH_BYTES = 16
+_MAX_HASHES_TOLD = 4096
+"""Of one `CacheUpdate`, stored and removed each: 64 KiB; what is left goes with the next one."""
+
+
+class BlockHashes:
+    """The hashes of a sequence's full blocks, continued as it grows.
+
+    BLAKE2b, 128 bits, over all token ids up to the block's end: the hash of a block thus covers its ancestors. Finding
+    two sequences with one hash takes about 2^64 attempts.
+
+    Attributes:
+        hashes: one for each full block so far.
+
+    Args:
+        block_size: tokens in a block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.hashes: list[bytes] = []
+        self._width = 8 * block_size
+        self._running = hashlib.blake2b(digest_size=_HASH_BYTES)
+
+    def extend(self, token_ids: Sequence[int] | np.ndarray) -> None:
+        """Go on with these tokens, the first of which begins a block; what fills no block at their end is left out.
+
+        Args:
+            token_ids: an array must be int64.
+        """
+        data = token_ids.tobytes() if isinstance(token_ids, np.ndarray) else array("q", token_ids).tobytes()
+        for end in range(self._width, len(data) + 1, self._width):
+            self._running.update(data[end - self._width : end])
+            self.hashes.append(self._running.digest())
+
+
+def block_hashes(token_ids: Sequence[int] | np.ndarray, block_size: int) -> tuple[bytes, ...]:
+    """One hash for each full block of a prompt; see `BlockHashes`.
+
+    Args:
+        token_ids: the prompt; an array must be int64.
+        block_size: tokens in a block.
+    """
+    running = BlockHashes(block_size)
+    running.extend(token_ids)
+    return tuple(running.hashes)
+
+
+class PrefixCache:
+    """The blocks of a worker's KV cache: free, in use by some prompts, or unused but kept for what is in them.
+
+    A block is shared by every prompt that begins with its content, and is not written to again. Of equals the first
+    block that was stored keeps its hash; a second one with the same content is its prompt's alone.
+
+    Args:
+        num_blocks: blocks 0 to `num_blocks` - 1 are managed.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._free = BlockPool(num_blocks)
+        self._users: dict[int, int] = {}  # prompts that use a block
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # stored, without users; the least recently used first
+        self._stored: dict[bytes, None] = {}  # since the last update, in order; `_removed` likewise
+        self._removed: dict[bytes, None] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks."""
+        return self._free.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can hand out: free ones, and those that are only kept."""
+        return self._free.num_free + len(self._unused)
+
+    @property
+    def num_stored(self) -> int:
+        """Blocks that can be found by their content."""
+        return len(self._hash_of)
+
+    def fits(self, hashes: Sequence[bytes], count: int) -> bool:
+        """Whether `allocate` would succeed."""
+        if count <= self.num_free:
+            return True
+        found = self._find(hashes)
+        return count - len(found) <= self.num_free - sum(block in self._unused for block in found)
+
+    def allocate(self, hashes: Sequence[bytes], count: int) -> tuple[list[int], int]:
+        """Take the blocks of a prompt: those that hold its beginning, and others for the rest.
+
+        Args:
+            hashes: of its leading blocks, as far as they may be taken from the cache.
+            count: all blocks that it needs, at least as many as hashes.
+
+        Returns:
+            The blocks in order, and how many of them hold the prompt's content already.
+
+        Raises:
+            ValueError: there are not enough; ask `fits` first.
+        """
+        if not self.fits(hashes, count):
+            raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
+        found = self._find(hashes)
+        for block in found:
+            self._unused.pop(block, None)
+            self._users[block] = self._users.get(block, 0) + 1
+        wanted = count - len(found)
+        if evicted := [self._evict() for _ in range(wanted - self._free.num_free)]:
+            self._free.free(evicted)
+        own = self._free.allocate(wanted)
+        self._users.update(dict.fromkeys(own, 1))
+        return found + own, len(found)
+
+    def store(self, block: int, content: bytes) -> None:
+        """A block in use holds this content completely, and nobody writes to it any more.
+
+        Raises:
+            ValueError: the block is not in use.
+        """
+        if block not in self._users:
+            raise ValueError(f"block {block} is not in use")
+        if content not in self._block_of and block not in self._hash_of:
+            self._block_of[content], self._hash_of[block] = block, content
+            if content in self._removed:
+                del self._removed[content]
+            else:
+                self._stored[content] = None
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """A prompt gives its blocks back, in its order. What it began with is kept longer than what followed.
+
+        Raises:
+            ValueError: a block that is not in use.
+        """
+        free = []
+        try:
+            for block in reversed(blocks):
+                if block not in self._users:
+                    raise ValueError(f"block {block} is not in use")
+                self._users[block] -= 1
+                if self._users[block]:
+                    continue
+                del self._users[block]
+                if block in self._hash_of:
+                    self._unused[block] = None
+                else:
+                    free.append(block)
+        finally:
+            self._free.free(free)
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What is in these blocks, all in use, is not to be found any more; who uses them goes on."""
+        for block in blocks:
+            if block in self._hash_of:
+                self._remove(block)
+
+    def take_update(self) -> CacheUpdate | None:
+        """What can be found now and could not at the last update, and the other way round; None: nothing."""
+        if not self._stored and not self._removed:
+            return None
+        stored = tuple(islice(self._stored, _MAX_HASHES_TOLD))
+        removed = tuple(islice(self._removed, _MAX_HASHES_TOLD))
+        for content in stored:
+            del self._stored[content]
+        for content in removed:
+            del self._removed[content]
+        return CacheUpdate(stored, removed)
+
+    def _find(self, hashes: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest beginning that is here."""
+        found: list[int] = []
+        for content in hashes:
+            block = self._block_of.get(content)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _evict(self) -> int:
+        block, _ = self._unused.popitem(last=False)
+        self._remove(block)
+        return block
+
+    def _remove(self, block: int) -> None:
+        content = self._hash_of.pop(block)
+        del self._block_of[content]
+        if content in self._stored:
+            del self._stored[content]
+        else:
+            self._removed[content] = None

@@ -1,0 +1,182 @@
+"""How large a worker's KV cache is, and how it is described to peers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from attention.kv_cache import KVCacheSpec
+from kv_transfer.layout import KVLayout
+from workers.config import WorkerConfig
+from workers.errors import ConfigError
+from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.gpu_memory import GpuMemory, measure_gpu_memory
+
+logger = logging.getLogger(__name__)
+
+_CPU_MEMORY_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class KVCachePlan:
+    """The size of a worker's KV cache, and what it is beside.
+
+    Attributes:
+        num_blocks: in each layer.
+        num_tokens: that they hold.
+        kv_bytes: all layers together.
+        gpu: what was measured; None on a CPU.
+    """
+
+    num_blocks: int
+    num_tokens: int
+    kv_bytes: int
+    gpu: GpuMemory | None = None
+
+    def __str__(self) -> str:
+        cache = f"KV cache {_gb(self.kv_bytes)}: {self.num_blocks} blocks, {self.num_tokens} tokens"
+        if self.gpu is None:
+            return cache
+        gpu = self.gpu
+        return f"model {_gb(gpu.allocated)}, activations {_gb(gpu.activations)}, CUDA {_gb(gpu.context)}, {cache}"
+
+
+def kv_layout(spec: KVCacheSpec, tp_size: int = 1) -> KVLayout:
+    """The cache of one of `tp_size` ranks as two workers compare it when they meet."""
+    return KVLayout(
+        kind="mha",
+        num_layers=spec.num_layers,
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        tp_size=tp_size,
+    )
+
+
+def allocate_kv_cache(
+    config: WorkerConfig,
+    spec: KVCacheSpec,
+    max_model_len: int,
+    profile: Callable[[], object] | None = None,
+    agree_min: Callable[[int], int] = int,
+) -> torch.Tensor:
+    """A cache of the size that `plan_kv_cache` finds, which is logged.
+
+    Raises:
+        ConfigError: see `plan_kv_cache`.
+    """
+    plan = plan_kv_cache(config, spec, max_model_len, profile, agree_min)
+    logger.info("%s: %s", config.name, plan)
+    return spec.allocate(plan.num_blocks, config.device)
+
+
+def plan_kv_cache(
+    config: WorkerConfig,
+    spec: KVCacheSpec,
+    max_model_len: int,
+    profile: Callable[[], object] | None = None,
+    agree_min: Callable[[int], int] = int,
+) -> KVCachePlan:
+    """The size that the configuration gives, or that the worker's share of the memory leaves.
+
+    On a GPU the share is `gpu_memory_utilization` of the card, less the weights, the most that `profile` needed, and
+    the CUDA context; never more than is free. On a CPU it is a tenth of the free memory.
+
+    Args:
+        config: the worker's; the model is loaded already.
+        spec: of the cache.
+        max_model_len: tokens of the longest sequence.
+        profile: runs the worker's largest batches, on a GPU, see `workers.runner.profile_run`; None: nothing is run.
+        agree_min: the smallest of what all ranks of the worker have room for; each keeps as many blocks.
+
+    Raises:
+        ConfigError: the batches or the cache do not fit, or the cache cannot hold a sequence of `max_model_len` tokens.
+    """
+    gpu = _measured(config, profile) if torch.device(config.device).type == "cuda" else None
+    longest = blocks_for(max_model_len, spec.block_size)
+    num_blocks = _configured_blocks(config, spec)
+    if num_blocks is None:  # no more than a full batch of the longest sequences can use
+        free = _cpu_memory_share() if gpu is None else _gpu_memory_share(config, gpu)
+        num_blocks = min(spec.blocks_that_fit(free), longest * config.max_num_seqs)
+    elif gpu is not None and num_blocks * spec.bytes_per_block > gpu.available:
+        raise ConfigError(
+            f"{config.role} worker: a KV cache of {num_blocks} blocks takes {_gb(num_blocks * spec.bytes_per_block)}, "
+            f"{_gb(max(0, gpu.available))} of the GPU's {_gb(gpu.total)} are left beside the model and other "
+            f"processes; lower {_size_key(config)}"
+        )
+    num_blocks = agree_min(num_blocks)
+    if num_blocks < longest:
+        raise ConfigError(_too_small(config, spec, num_blocks, max_model_len, longest, gpu))
+    return KVCachePlan(num_blocks, num_blocks * spec.block_size, num_blocks * spec.bytes_per_block, gpu)
+
+
+def _configured_blocks(config: WorkerConfig, spec: KVCacheSpec) -> int | None:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    return spec.blocks_that_fit(config.kv_cache_bytes) if config.kv_cache_bytes is not None else None
+
+
+def _measured(config: WorkerConfig, profile: Callable[[], object] | None) -> GpuMemory:
+    try:
+        return measure_gpu_memory(config.device, profile)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(config.device)
+        raise ConfigError(
+            f"{config.role} worker: its largest batch ({config.max_num_batched_tokens} tokens of prefill, "
+            f"{config.max_num_seqs} sequences of decode) does not fit beside {_gb(torch.cuda.memory_allocated())} of "
+            f"weights: the GPU has {_gb(free)} free of {_gb(total)}; lower {config.role}.max_num_batched_tokens or "
+            f"{config.role}.max_num_seqs"
+        ) from error
+
+
+def _gpu_memory_share(config: WorkerConfig, gpu: GpuMemory) -> int:
+    share = gpu.share(config.gpu_memory_utilization)
+    if share <= 0:
+        raise ConfigError(
+            f"{config.role} worker: weights ({_gb(gpu.allocated)}), activations ({_gb(gpu.activations)}) and CUDA "
+            f"({_gb(gpu.context)}) take {_gb(gpu.own)}, its share of the GPU is "
+            f"{_gb(int(gpu.total * config.gpu_memory_utilization))} ({config.gpu_memory_utilization:g} of "
+            f"{_gb(gpu.total)}) and leaves no KV cache; raise {config.role}.gpu_memory_utilization, or lower "
+            f"{config.role}.max_num_batched_tokens"
+        )
+    if gpu.available <= 0:
+        raise ConfigError(
+            f"{config.role} worker: {_gb(gpu.free)} of the GPU's {_gb(gpu.total)} are free and leave no KV cache; "
+            f"other processes use the card, or {config.role}.gpu_memory_utilization is too high for those that share it"
+        )
+    return min(share, gpu.available)
+
+
+def _cpu_memory_share() -> int:
+    """Bytes of host memory that a KV cache may take when nobody has said."""
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_MEMORY_SHARE)
+
+
+def _too_small(
+    config: WorkerConfig, spec: KVCacheSpec, num_blocks: int, max_model_len: int, longest: int, gpu: GpuMemory | None
+) -> str:
+    role = config.role
+    measured = ""
+    larger = f"{role}.num_blocks or {role}.kv_cache_gb"
+    if gpu is not None and _configured_blocks(config, spec) is None:
+        kept = (
+            f"{config.gpu_memory_utilization:g} of {_gb(gpu.total)}, {_gb(gpu.own)} of it taken, {_gb(gpu.free)} free"
+        )
+        measured, larger = f" ({kept})", f"{role}.gpu_memory_utilization"
+    return (
+        f"{role} worker: a KV cache of {num_blocks} blocks of {spec.block_size} tokens{measured} cannot hold one "
+        f"sequence of max_model_len {max_model_len} ({longest} blocks); enlarge {larger}, or lower model.max_model_len"
+    )
+
+
+def _size_key(config: WorkerConfig) -> str:
+    return f"{config.role}.{'num_blocks' if config.num_blocks is not None else 'kv_cache_gb'}"
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

@@ -1,0 +1,172 @@
+"""From a checkpoint folder (or only its config.json) to a `Decoder` that is ready to run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from attention.spec import FP8, AttentionNeeds, Phase
+from workers.errors import CheckpointError, ConfigError
+from workers.loading.checkpoint import StoredTensor, resolve_checkpoint, stored_tensors, weight_files
+from workers.loading.dummy_weights import fill_randomly
+from workers.loading.kv_scales import Place, kv_scale_place, read_kv_scales
+from workers.loading.weight_map import is_unused, weight_targets
+from workers.loading.weight_stream import FLOATS, Placement, load_tensors
+from workers.models.attention_backend import choose_backend
+from workers.models.causal_lm import Decoder, attention_specs
+from workers.models.config.model_config import DTYPES, ModelConfig
+from workers.parallel.group import SINGLE, TensorParallelGroup
+
+LOAD_FORMATS = ("auto", "dummy")
+KV_CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": FP8}
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of weights that this rank has read so far, and those that it will read in all."""
+
+
+def resolve_dtype(dtype: str, config: ModelConfig) -> torch.dtype:
+    """The dtype to run in: `auto` is the checkpoint's own.
+
+    Raises:
+        ConfigError: not auto, float32, bfloat16 or float16.
+    """
+    name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    resolved: torch.dtype = getattr(torch, name)
+    return resolved
+
+
+def load_model(
+    model: str | Path,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    block_size: int = 16,
+    backend_name: str | None = None,
+    progress: Progress | None = None,
+    load_format: str = "auto",
+    seed: int = 0,
+    phase: Phase | None = None,
+    local_prefill: bool = False,
+    kv_cache_dtype: str = "auto",
+    measurements: Path | None = None,
+    group: TensorParallelGroup = SINGLE,
+) -> Decoder:
+    """Load a model, or one rank's shard of it, of which alone the weights are read.
+
+    Args:
+        model: a checkpoint folder or a hub id.
+        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
+        device: where it will run.
+        block_size: tokens in a KV block.
+        backend_name: the attention backend; None chooses the best usable one.
+        progress: told how far reading is.
+        load_format: auto reads the weights; dummy draws them at random, so that config.json is enough.
+        seed: of the random weights.
+        phase: the batches that will come, for the choice of a backend; None: any.
+        local_prefill: with phase decode: prompts will come, too, and get a backend of their own.
+        kv_cache_dtype: auto (as the activations) or fp8, with the checkpoint's scales where it has them, else 1.
+        measurements: where `baton backends --measure` keeps its result, which the choice of a backend follows.
+        group: the ranks that share the model; this one's device is `device`. Nothing is communicated here.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, broken, or of a kind that Baton does not run.
+        ConfigError: an unknown dtype, load format or attention backend, none that can run this model here, a model that
+            does not fit the GPU, or one that the group's size does not divide.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(f"load_format {load_format!r} is none of {', '.join(LOAD_FORMATS)}")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is none of {', '.join(KV_CACHE_DTYPES)}")
+    folder = resolve_checkpoint(str(model))
+    config = ModelConfig.from_file(folder)
+    resolved, device = resolve_dtype(dtype, config), torch.device(device)
+    cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
+    specs = attention_specs(config.sharded(group.size), cache_dtype)
+    kinds = [AttentionNeeds(spec, resolved, block_size, phase) for spec in specs]
+    backend = choose_backend(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
+    try:
+        decoder = Decoder(config, backend, block_size, resolved, device, cache_dtype, group)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ConfigError(
+            f"the model's weights take {model_bytes(config, resolved, group) / 1e9:.1f} GB, the GPU has "
+            f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+        ) from error
+    with torch.inference_mode():
+        if load_format == "dummy":
+            fill_randomly(decoder, seed)
+        else:
+            load_weights(decoder, folder, progress)
+        decoder.pack()
+    return decoder
+
+
+def model_bytes(config: ModelConfig, dtype: torch.dtype, group: TensorParallelGroup = SINGLE) -> int:
+    """Bytes of the weights that a rank holds of a model when they are loaded in `dtype`."""
+    regions = [target.region for target in weight_targets(config, group.rank, group.size).values()]
+    return dtype.itemsize * sum(math.prod(end - begin for begin, end in region) for region in regions)
+
+
+def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = None) -> None:
+    """Fill a decoder's parameters from a checkpoint, converting to their dtype, and take the scales of an FP8 KV cache.
+
+    A rank reads its shard and nothing else; the scales of a layer are all ranks'.
+
+    The whole checkpoint is checked by its headers before any of it is read.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, misshapen or unknown; names file and tensor.
+    """
+    placements, scales = _places(decoder, folder)
+    total = sum(placement.nbytes for placement in placements)
+    read = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal read
+        read += num_bytes
+        if progress is not None:
+            progress(read, total)
+
+    load_tensors(placements, decoder.device, count)
+    if decoder.kv_cache_dtype == FP8:
+        for layer, layer_scales in read_kv_scales(scales).items():
+            decoder.set_kv_scales(layer, layer_scales)
+    if progress is not None:
+        progress(total, total)
+
+
+def _places(decoder: Decoder, folder: Path) -> tuple[list[Placement], dict[Place, StoredTensor]]:
+    """Where every tensor of a checkpoint, or this rank's part of it, goes, and the scales among them."""
+    config, group, parameters = decoder.config, decoder.group, dict(decoder.named_parameters())
+    targets = weight_targets(config, group.rank, group.size)
+    placements: list[Placement] = []
+    scales: dict[Place, StoredTensor] = {}
+    for stored in stored_tensors(folder):
+        target = targets.pop(stored.name, None)
+        if target is not None:
+            _check_tensor(stored, target.shape)
+            place = parameters[target.parameter][target.begin : target.end]
+            placements.append(Placement(stored, place, target.region))
+        elif (scale := kv_scale_place(stored.name, config.num_layers)) is not None:
+            scales[scale] = stored
+        elif not is_unused(stored.name, config):
+            raise CheckpointError(f"{stored.file}: tensor {stored.name} has no place in a {config.family} model")
+    if targets:
+        files = weight_files(folder)
+        where = files[0] if len(files) == 1 else folder
+        first, more = next(iter(targets)), len(targets) - 1
+        raise CheckpointError(f"{where}: tensor {first} is missing" + (f", and {more} more" if more else ""))
+    return placements, scales
+
+
+def _check_tensor(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise CheckpointError(f"{stored.file}: tensor {stored.name} has shape {stored.shape} where {shape} is expected")
+    if stored.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}, it must be one of {', '.join(FLOATS)}"
+        )

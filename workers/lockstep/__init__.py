@@ -1,0 +1,1 @@
+"""The ranks of one worker as replicas that are given the same."""

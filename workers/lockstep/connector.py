@@ -1,0 +1,147 @@
+"""A rank's connector, behind which the worker sees the handoffs of all ranks as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from kv_transfer.connector import (
+    ConnectorEvent,
+    HandoffAborted,
+    HandoffFailed,
+    HandoffSent,
+    KVConnector,
+    ReadyEvent,
+)
+from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.layout import KVLayout
+from kv_transfer.link_cost import LinkCost
+from kv_transfer.transports.base import EngineInfo
+from workers.lockstep.agreement import Abandon, GroupEvent
+
+_GROUP = 0  # stands for the incarnation in the keys that the worker sees: the ranks' own differ
+
+
+class AgreedConnector(KVConnector):
+    """Calls go to the rank's own connector, and there to the same rank of the peer; events come when all ranks agree.
+
+    What the rank's own connector says is not shown to the worker: `take_own` has it, for the lead to gather from all
+    ranks, and what they agreed on comes back through `deliver`. A group goes by its lead's engine id. The keys that
+    `expect` returns are equal on all ranks, because the ranks make the same calls in the same order.
+
+    Args:
+        own: the rank's connector, new, with a thread of its own.
+        rank: this one.
+    """
+
+    def __init__(self, own: KVConnector, rank: int) -> None:
+        self._own = own
+        self._rank = rank
+        self._incarnation = 0
+        self._peers: dict[str, str] = {}
+        self._due: list[ConnectorEvent] = []
+
+    def take_own(self) -> list[ConnectorEvent]:
+        """What has happened to this rank's shares since the last call, under the group's keys."""
+        return [
+            event
+            if isinstance(event, HandoffSent | HandoffAborted)
+            else replace(event, key=replace(event.key, incarnation=_GROUP))
+            for event in self._own.poll()
+        ]
+
+    def deliver(self, events: Iterable[GroupEvent]) -> None:
+        """Take what all ranks agreed on, for the next `poll`. What failed on one rank is ended on this one, too."""
+        for event in events:
+            if isinstance(event, Abandon):
+                self._own.abort(event.handoff_id, event.reason)
+                continue
+            if isinstance(event, HandoffFailed):
+                self.cancel(event.key)
+            self._due.append(event)
+
+    def introduce(self, peers: Sequence[EngineInfo], timeout_s: float) -> None:
+        """Meet the same rank of a peer, whose ranks are all given, its lead first; see `KVConnector.connect`.
+
+        Raises:
+            LayoutMismatchError: the peer has another number of ranks, or its layout differs.
+            PeerError: it cannot be added.
+        """
+        peer = peers[self._rank % len(peers)]  # with another number of ranks the layouts differ, which says so
+        self._own.connect(peer, timeout_s)
+        self._peers[peers[0].engine_id] = peer.engine_id
+
+    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+        """See `KVConnector.register_kv_caches`; ranks after the lead have their number in their name."""
+        info = self._own.register_kv_caches(f"{name}-rank{self._rank}" if self._rank else name, kv_cache, layout)
+        self._incarnation = info.incarnation
+        return info
+
+    def connect(self, peer: EngineInfo, timeout_s: float) -> None:
+        """Meet a peer of one rank; see `introduce`."""
+        self.introduce([peer], timeout_s)
+
+    def probe(self, engine_id: str, timeout_s: float) -> float:
+        """See `KVConnector.probe`: the same rank of the peer."""
+        return self._own.probe(self._peer(engine_id), timeout_s)
+
+    def link_to(self, engine_id: str) -> LinkCost | None:
+        """See `KVConnector.link_to`: to the same rank of the peer."""
+        return self._own.link_to(self._peer(engine_id))
+
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """See `KVConnector.disconnect`."""
+        self._own.disconnect(self._peers.pop(engine_id, engine_id), may_write_s)
+
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
+    ) -> HandoffKey:
+        """See `KVConnector.expect`."""
+        key = self._own.expect(handoff_id, self._peer(prefill_engine), block_ids, first_block)
+        return replace(key, incarnation=_GROUP)
+
+    def cancel(self, key: HandoffKey) -> None:
+        """See `KVConnector.cancel`."""
+        self._own.cancel(replace(key, incarnation=self._incarnation))
+
+    def begin(self, handoff_id: bytes, decode_engine: str) -> None:
+        """See `KVConnector.begin`."""
+        self._own.begin(handoff_id, self._peer(decode_engine))
+
+    def push(
+        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+    ) -> None:
+        """See `KVConnector.push`."""
+        self._own.push(handoff_id, layers, first_block, src_blocks, ready)
+
+    def layers_per_write(
+        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+    ) -> int:
+        """See `KVConnector.layers_per_write`; each rank has its own path, and may group otherwise than the others."""
+        return self._own.layers_per_write(self._peer(peer), layer_bytes, layer_s, slack_s, tail_s)
+
+    def finish(self, handoff_id: bytes, first_token: int) -> None:
+        """See `KVConnector.finish`."""
+        self._own.finish(handoff_id, first_token)
+
+    def abort(self, handoff_id: bytes, reason: str) -> None:
+        """See `KVConnector.abort`."""
+        self._own.abort(handoff_id, reason)
+
+    def poll(self) -> list[ConnectorEvent]:
+        """What all ranks agreed on, as far as it was delivered."""
+        due, self._due = self._due, []
+        return due
+
+    def set_listener(self, wake: Callable[[], None]) -> None:
+        """Call `wake`, from any thread, whenever `take_own` has something new."""
+        self._own.set_listener(wake)
+
+    def close(self) -> None:
+        """See `KVConnector.close`."""
+        self._own.close()
+
+    def _peer(self, engine_id: str) -> str:
+        return self._peers.get(engine_id, engine_id)

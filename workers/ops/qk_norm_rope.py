@@ -1,0 +1,125 @@
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864) in place, with what surrounds it in a decoder layer.
+
+Halves are rotated, as Hugging Face checkpoints expect and `workers.ops.rotary_frequencies` does. Qwen3's normalisation
+of every query and key head may come before, and storing keys and values in the paged KV cache after, both in the same
+kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from attention.kv_cache import reshape_and_cache
+from workers.ops.cache_write import CacheWrite
+from workers.ops.rope_config import RopeConfig
+from workers.ops.rotary_frequencies import inverse_frequencies
+
+
+def cos_sin_table(
+    rope: RopeConfig, head_size: int, max_position: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """(max_position, D): of each position the D / 2 cosines, then the D / 2 sines.
+
+    Angles are float32, as in `rotary_frequencies.Rotary`; in float32 the table takes `4 * D` bytes a position.
+    """
+    positions = torch.arange(max_position, dtype=torch.float32, device=device)
+    angles = positions[:, None] * inverse_frequencies(rope, head_size).to(device)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+
+
+def qk_norm_rope_(
+    qkv: torch.Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    cache: CacheWrite | None = None,
+) -> None:
+    """Rotate the query and key heads in place; before that normalise them, after it store keys and values, if asked.
+
+    Args:
+        qkv: (T, Hq + 2 * Hkv, D), query heads, then key heads, then value heads, the elements of a head contiguous;
+            may be a view of a wider tensor. Value heads are left as they are.
+        num_q_heads: Hq.
+        num_kv_heads: Hkv.
+        positions: (T,) int64, each less than the table's length, which nothing checks on a GPU.
+        cos_sin: from `cos_sin_table`, of any floating dtype.
+        norm_weight: (Hq + Hkv, D), contiguous: each head is normalised, as by `rms_norm`, before it is rotated.
+        eps: added to the mean square.
+        cache: also store the rotated keys and the values, as `attention.kv_cache.reshape_and_cache` does.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
+    """
+    _check(qkv, num_q_heads, num_kv_heads, positions, cos_sin, norm_weight)
+    if cache is not None:
+        _check_cache(qkv, num_kv_heads, cache)
+    if not qkv.is_cuda:
+        qk_norm_rope_torch_(qkv, num_q_heads, num_kv_heads, positions, cos_sin, norm_weight, eps, cache)
+        return
+    from workers.ops.triton.qk_norm_rope import launch_qk_norm_rope
+
+    launch_qk_norm_rope(qkv, num_q_heads, num_kv_heads, positions, cos_sin, norm_weight, eps, cache)
+
+
+def qk_norm_rope_torch_(
+    qkv: torch.Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    cache: CacheWrite | None = None,
+) -> None:
+    """`qk_norm_rope_` in plain torch; with `cache` it waits for the device."""
+    query_key = qkv[:, : num_q_heads + num_kv_heads]
+    heads = query_key.float()
+    if norm_weight is not None:
+        heads = F.rms_norm(heads, heads.shape[-1:], None, eps) * norm_weight.float()
+    cosines, sines = cos_sin[positions].float().unsqueeze(1).chunk(2, dim=-1)
+    first, second = heads.chunk(2, dim=-1)
+    query_key.copy_(torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1))
+    if cache is not None:
+        stored = cache.slot_mapping >= 0
+        key, value = qkv[:, num_q_heads:].split(num_kv_heads, dim=1)
+        reshape_and_cache(key[stored], value[stored], cache.kv_cache, cache.slot_mapping[stored], cache.scales)
+
+
+def _check(
+    qkv: torch.Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+) -> None:
+    if qkv.dim() != 3 or qkv.shape[1] != num_q_heads + 2 * num_kv_heads or qkv.stride(2) != 1 or qkv.shape[2] % 2:
+        raise ValueError(
+            f"qkv of shape {tuple(qkv.shape)} with strides {qkv.stride()}: needs "
+            f"(tokens, {num_q_heads} + 2 * {num_kv_heads} heads, even head size) with contiguous heads"
+        )
+    if positions.shape != qkv.shape[:1] or positions.dtype != torch.int64 or not positions.is_contiguous():
+        raise ValueError(f"positions of {positions.dtype} {tuple(positions.shape)}: needs int64 ({qkv.shape[0]},)")
+    if cos_sin.dim() != 2 or cos_sin.shape[1] != qkv.shape[2] or cos_sin.stride(1) != 1:
+        raise ValueError(f"a table of cosines and sines of shape {tuple(cos_sin.shape)} for heads of {qkv.shape[2]}")
+    weight_shape = (num_q_heads + num_kv_heads, qkv.shape[2])
+    if norm_weight is not None and (norm_weight.shape != weight_shape or not norm_weight.is_contiguous()):
+        raise ValueError(f"norm weight of shape {tuple(norm_weight.shape)}: needs contiguous {weight_shape}")
+
+
+def _check_cache(qkv: torch.Tensor, num_kv_heads: int, cache: CacheWrite) -> None:
+    kv_cache, slots = cache.kv_cache, cache.slot_mapping
+    layout = (2, num_kv_heads, qkv.shape[2])
+    if kv_cache.dim() != 5 or (kv_cache.shape[1], *kv_cache.shape[3:]) != layout or kv_cache.stride(4) != 1:
+        raise ValueError(
+            f"KV cache of shape {tuple(kv_cache.shape)} with strides {kv_cache.stride()}: "
+            f"needs (blocks, 2, block size, {num_kv_heads}, {qkv.shape[2]}) with contiguous heads"
+        )
+    if kv_cache.dtype not in (qkv.dtype, torch.float8_e4m3fn):
+        raise ValueError(f"a KV cache of {kv_cache.dtype} for heads of {qkv.dtype}: needs that or float8_e4m3fn")
+    if slots.shape != qkv.shape[:1] or slots.dtype != torch.int64 or not slots.is_contiguous():
+        raise ValueError(f"slot_mapping of {slots.dtype} {tuple(slots.shape)}: needs int64 ({qkv.shape[0]},)")

@@ -1,0 +1,147 @@
+"""The kernel of `skinny_linear` and `skinny_gated_linear`."""
+# ruff: noqa: N803  # compile-time constants are upper case, as is usual in Triton
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from attention.ops.triton.dependent_launch import launches_dependents
+from attention.ops.triton.launch import dot_dtype, on_device
+from workers.ops.skinny_tiles import MAX_ROWS, SkinnyTile
+
+
+@triton.jit
+def _prefetch(
+    weight_ptr: tl.tensor,
+    first: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FEATURES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BYTES: tl.constexpr,
+    THREADS: tl.constexpr,
+) -> None:
+    """Ask for the first columns of the program's rows in the L2 cache: `BYTES` by each thread."""
+    thread = tl.arange(0, THREADS)
+    row = thread % (FEATURES * PARTS)
+    feature = (first + row % FEATURES + row // FEATURES * N).to(tl.int64)
+    column = thread // (FEATURES * PARTS) * (BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r",
+        [(weight_ptr + feature * K + column).to(tl.int64), tl.full([THREADS], BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def skinny_linear_kernel(
+    out_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor | None,
+    residual_ptr: tl.tensor | None,
+    num_rows: tl.tensor,
+    stride_out: tl.tensor,
+    stride_x: tl.tensor,
+    stride_residual: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    THREADS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program: `FEATURES` of the `N` columns of the result, for all rows.
+
+    The rows of the weight are those of the matrix instruction, the rows of x its columns.
+    """
+    first = tl.program_id(0) * FEATURES
+    if PDL:  # weights do not change while kernels run: they are fetched before the kernel that makes x has ended
+        if PREFETCHED > 0:
+            _prefetch(weight_ptr, first, N, K, FEATURES, 2 if GATED else 1, PREFETCHED, THREADS)
+        gdc_launch_dependents()
+        gdc_wait()
+    feature = first + tl.arange(0, FEATURES)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, INPUTS)
+    weight_ptrs = weight_ptr + feature[:, None].to(tl.int64) * K + column[None, :]
+    x_ptrs = x_ptr + row[None, :] * stride_x + column[:, None]
+    there = (row < num_rows)[None, :]
+    result = tl.zeros([FEATURES, ROWS], tl.float32)
+    up = tl.zeros([FEATURES, ROWS], tl.float32)
+    for begin in tl.range(0, K, INPUTS, num_stages=STAGES):
+        x = tl.load(x_ptrs + begin, mask=there, other=0.0).to(DOT_DTYPE)
+        weight = tl.load(weight_ptrs + begin).to(DOT_DTYPE)
+        result = tl.dot(weight, x, result, input_precision="ieee")
+        if GATED:
+            up_weight = tl.load(weight_ptrs + N * K + begin).to(DOT_DTYPE)
+            up = tl.dot(up_weight, x, up, input_precision="ieee")
+    if GATED:
+        result = result / (1.0 + tl.exp(-result)) * up
+    if bias_ptr is not None:
+        result += tl.load(bias_ptr + feature).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + row[None, :] * stride_residual + feature[:, None]
+        result += tl.load(residual_ptrs, mask=there, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + row[None, :] * stride_out + feature[:, None]
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=there)
+
+
+def launch_skinny_linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tile: SkinnyTile,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> None:
+    """Multiply into `out`; see `workers.ops.skinny_linear` for the arguments."""
+    num_rows, num_features = out.shape
+    if num_rows == 0:
+        return
+    threads = 32 * tile.num_warps
+    prefetched = min(tile.prefetched, weight.shape[1] * weight.element_size() * _rows(tile, gated) // threads)
+    dependent = launches_dependents(x.device)
+    with on_device(x):
+        skinny_linear_kernel[(num_features // tile.features,)](
+            out,
+            x,
+            weight,
+            bias,
+            residual,
+            num_rows,
+            out.stride(0),
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            N=num_features,
+            K=weight.shape[1],
+            GATED=gated,
+            ROWS=MAX_ROWS,
+            FEATURES=tile.features,
+            INPUTS=tile.inputs,
+            STAGES=tile.num_stages,
+            PREFETCHED=prefetched // 16 * 16 if threads % _rows(tile, gated) == 0 else 0,
+            THREADS=threads,
+            DOT_DTYPE=dot_dtype(x.dtype, weight.dtype),
+            PDL=dependent,
+            num_warps=tile.num_warps,
+            **({"launch_pdl": True} if dependent else {}),
+        )
+
+
+def _rows(tile: SkinnyTile, gated: bool) -> int:
+    """Rows of the weight that a program reads."""
+    return tile.features * (2 if gated else 1)

@@ -1,0 +1,264 @@
+"""The prefill worker: computes prompts, samples the first token, pushes the KV cache while it computes.
+
+Steps overlap while prompts wait: the next one is launched before the first tokens of the one before are looked at, so
+that the device always has work. A step with nothing behind it is waited for at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
+from workers.errors import BatonError, HandoffError, SamplingError
+from workers.handoff.layers_per_write import LayersPerWrite
+from workers.handoff.sending import Prompt, complete_blocks, layer_pusher, push_cached
+from workers.kv_cache.prefix_cache import PrefixCache
+from workers.messages import (
+    CacheUpdate,
+    HandoffReport,
+    Load,
+    PrefillReport,
+    PrefillRequest,
+    RequestFailed,
+    TokenOutput,
+    WorkerEvent,
+)
+from workers.runner.model_runner import ModelRunner
+from workers.runner.prefill_graphs import Progress
+from workers.sampling.results import SampledToken
+from workers.sampling.state import finish_reason
+from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
+from workers.scheduling.prefill_step import Launch, launch_chunks
+from workers.validation import check_capacity, check_prompt, check_token_ids
+
+
+class PrefillWorker:
+    """Computes prompts in chunks. A plain object: whoever owns it calls `step` as long as `has_work`.
+
+    Args:
+        runner: the model and its cache.
+        connector: with the cache registered.
+        max_num_batched_tokens: token budget of a step.
+        max_num_seqs: prompts in a step.
+        max_model_len: context window, tokens.
+        layers_per_write: layers that one WRITE carries; None chooses for every prompt and path.
+        handoff_timeout_s: how long after the first token the cache may take to arrive.
+        steps_ahead: how many steps may be in flight while the next is launched; None: one on a GPU, and none on a
+            CPU, where launching a step computes it.
+        enforce_eager: use no CUDA graphs.
+        enable_prefix_caching: keep the blocks of prompts for those that begin alike.
+        progress: told how many of the CUDA graphs are captured, and how many there will be.
+        clock: what time it is, in monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        connector: KVConnector,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        layers_per_write: int | None = None,
+        handoff_timeout_s: float = 30.0,
+        steps_ahead: int | None = None,
+        enforce_eager: bool = False,
+        enable_prefix_caching: bool = True,
+        progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        if not enforce_eager:
+            runner.capture_prefill(min(max_num_batched_tokens, max_model_len), progress)
+        self._clock = clock
+        self._connector = connector
+        self._blocks = PrefixCache(runner.kv_cache.shape[1])
+        self._scheduler = PrefillScheduler(self._blocks, runner.block_size, max_num_batched_tokens, max_num_seqs)
+        self._cached_block_size = runner.block_size if enable_prefix_caching else None
+        self._max_model_len = max_model_len
+        block_bytes = runner.kv_cache[0, 0].nbytes
+        share_after_attention = runner.model.config.share_after_attention
+        self.layers_per_write = LayersPerWrite(
+            connector, runner.num_layers, block_bytes, layers_per_write, share_after_attention
+        )
+        self._handoff_timeout_s = handoff_timeout_s
+        self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
+        self._launches: deque[Launch[Prompt]] = deque()
+        self._prompts: dict[str, Prompt] = {}
+        self._handoffs: dict[bytes, Prompt] = {}
+        self._events: list[WorkerEvent] = []
+
+    def add(self, request: PrefillRequest) -> None:
+        """Queue a prompt. One that is wrong or can never fit ends in `RequestFailed`."""
+        num_tokens = len(request.prompt_token_ids)
+        try:
+            check_prompt(num_tokens, request.sampling, self._max_model_len)
+            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_capacity(num_tokens, self._runner.block_size, self._blocks.num_blocks, "prefill")
+        except BatonError as error:
+            self._events.append(RequestFailed(request.request_id, error))
+            return
+        eos_token_ids = self._runner.model.config.eos_token_ids
+        prompt = Prompt.of(request, eos_token_ids, self._max_model_len, self._clock(), self._cached_block_size)
+        self._prompts[request.request_id] = prompt
+        self._scheduler.add(prompt.progress)
+        if request.decode_engine is not None:
+            self._handoffs[request.handoff_id] = prompt
+            self._connector.begin(request.handoff_id, request.decode_engine)
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request, wherever it is; nothing more is said of it."""
+        if prompt := self._prompts.pop(request_id, None):
+            self._stop(prompt, "the request was cancelled")
+
+    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+        """A decode worker's process is gone."""
+        self._connector.disconnect(engine_id, may_write_s)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do at once."""
+        return self._scheduler.can_schedule or bool(self._launches) or bool(self._events)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether anything is under way, on this worker or in flight from it."""
+        return bool(self._prompts) or bool(self._handoffs) or bool(self._launches)
+
+    @property
+    def load(self) -> Load:
+        """The load now."""
+        reserved: set[int] = set()
+        quarantined: set[int] = set()
+        for prompt in self._handoffs.values():
+            if prompt.request.request_id not in self._prompts:
+                quarantined.update(prompt.progress.blocks)
+            elif prompt.computed:
+                reserved.update(prompt.progress.blocks)
+        return Load(
+            total_blocks=self._blocks.num_blocks,
+            free_blocks=self._blocks.num_free,
+            reserved_blocks=len(reserved),
+            quarantined_blocks=len(quarantined - reserved),
+            running=self._scheduler.num_running + sum(self._awaited(p) for la in self._launches for p in la.finished),
+            waiting=self._scheduler.num_waiting,
+            waiting_tokens=self._scheduler.num_waiting_tokens,
+        )
+
+    def step(self) -> list[WorkerEvent]:
+        """Do what is due: finished transfers, deadlines, the launch of a batch of chunks, first tokens."""
+        for event in self._connector.poll():
+            self._on_connector_event(event)
+        self._enforce_deadlines()
+        if chunks := self._scheduler.schedule():
+            self._launches.append(self._launch(chunks))
+        self._collect(self._steps_ahead if chunks and self._scheduler.can_schedule else 0)
+        events, self._events = self._events, []
+        return events
+
+    def take_cache_update(self) -> CacheUpdate | None:
+        """How the prefix cache has changed since the last call; None: not at all."""
+        return self._blocks.take_update()
+
+    def _launch(self, chunks: list[Chunk]) -> Launch[Prompt]:
+        """Queue a batch, and what follows from it for the handoffs and the schedule."""
+        prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
+        for prompt in prompts:
+            prompt.started = prompt.started or self._clock()
+        push_cached(self._connector, self._runner.num_layers, chunks, prompts)
+        parts = complete_blocks(chunks, prompts, self._scheduler, self.layers_per_write)
+        on_layer = layer_pusher(self._connector, self._runner, parts)
+        return launch_chunks(self._runner, self._scheduler, chunks, prompts, on_layer)
+
+    def _collect(self, ahead: int) -> None:
+        """Take the first tokens of the oldest launches, until only `ahead` are left in flight."""
+        while len(self._launches) > ahead:
+            launch = self._launches.popleft()
+            finished = launch.wait(self._blocks, self._runner.block_size)
+            for prompt in launch.prompts:
+                if prompt.cancelled:
+                    self._give_back(prompt)
+            for prompt, token in finished:
+                if self._awaited(prompt):
+                    self._accept(prompt, token)
+
+    def _awaited(self, prompt: Prompt) -> bool:
+        """Whether somebody still waits for the prompt's first token."""
+        return self._prompts.get(prompt.request.request_id) is prompt and not prompt.computed
+
+    def _accept(self, prompt: Prompt, sampled: SampledToken | SamplingError) -> None:
+        """A prompt has its first token, or none can be chosen for it."""
+        request_id = prompt.request.request_id
+        if isinstance(sampled, SamplingError):
+            self._events.append(RequestFailed(request_id, sampled))
+            self._blocks.forget(prompt.progress.blocks)  # what gives no valid logits may be wrong itself
+            del self._prompts[request_id]
+            self._stop(prompt, str(sampled))
+            return
+        prompt.state.output_token_ids.append(sampled.token_id)
+        reason = finish_reason(prompt.state)
+        self._finish(prompt, TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+
+    def _finish(self, prompt: Prompt, output: TokenOutput) -> None:
+        """The first token is known: tell the client and the decode worker."""
+        now = self._clock()
+        request = prompt.request
+        prompt.computed = True
+        self._events += [
+            PrefillReport(
+                request.request_id,
+                prompt.started - prompt.arrived,
+                now - prompt.started,
+                prompt.progress.num_chunks,
+                prompt.progress.num_cached_tokens,
+            ),
+            output,
+        ]
+        if request.decode_engine is None:
+            del self._prompts[request.request_id]
+            self._give_back(prompt)
+        else:
+            self._connector.finish(request.handoff_id, output.token_id)
+            prompt.deadline = min(prompt.deadline, now + self._handoff_timeout_s)
+
+    def _on_connector_event(self, event: ConnectorEvent) -> None:
+        if not isinstance(event, HandoffSent | HandoffAborted):
+            raise TypeError(f"a prefill worker has no use for {event}")
+        prompt = self._handoffs.pop(event.handoff_id)
+        self._scheduler.remove(prompt.progress)
+        self._give_back(prompt)
+        known = self._prompts.pop(prompt.request.request_id, None) is not None
+        if not known:
+            return
+        request_id = prompt.request.request_id
+        if isinstance(event, HandoffSent):
+            self._events.append(
+                HandoffReport(request_id, event.num_bytes, event.num_parts, event.transfer_s, event.exposed_s)
+            )
+        else:
+            self._events.append(RequestFailed(request_id, HandoffError(event.reason)))
+
+    def _enforce_deadlines(self) -> None:
+        now = self._clock()
+        for request_id, prompt in [(r, p) for r, p in self._prompts.items() if p.deadline <= now]:
+            del self._prompts[request_id]
+            error = prompt.overdue(now, self._handoff_timeout_s)
+            self._events.append(RequestFailed(request_id, error))
+            self._stop(prompt, str(error))
+
+    def _stop(self, prompt: Prompt, reason: str) -> None:
+        """Take a request that is no longer in `_prompts` out of the schedule; its blocks follow when they are safe."""
+        self._scheduler.remove(prompt.progress)
+        if prompt.request.decode_engine is None:
+            self._give_back(prompt)
+        else:
+            self._connector.abort(prompt.request.handoff_id, reason)
+
+    def _give_back(self, prompt: Prompt) -> None:
+        """Free a prompt's blocks as soon as no step that writes to them is in flight."""
+        prompt.cancelled = True
+        if prompt.in_flight == 0:
+            blocks, prompt.progress.blocks = prompt.progress.blocks, []
+            self._blocks.release(blocks)

@@ -1,0 +1,1 @@
+"""From scheduled rows to logits: inputs, graphs, the device's copy of the batch."""

@@ -1,0 +1,100 @@
+"""Runs the model on a batch: from lists of token ids and blocks to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from workers.host_copies import to_device
+from workers.models.causal_lm import Decoder
+from workers.runner.input_batch import Row, batch_inputs
+from workers.runner.prefill_graphs import PrefillGraphs, Progress, ladder
+
+__all__ = ["ModelRunner", "Row"]
+
+
+class ModelRunner:
+    """A model and its KV cache.
+
+    Args:
+        model: the decoder.
+        kv_cache: (num_layers, num_blocks, 2, block_size, Hkv, D).
+    """
+
+    def __init__(self, model: Decoder, kv_cache: torch.Tensor) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.block_size = kv_cache.shape[3]
+        self.num_layers = kv_cache.shape[0]
+        self.device = kv_cache.device
+        self._prefill_graphs: PrefillGraphs | None = None
+
+    def capture_prefill(self, longest: int, progress: Progress | None = None) -> None:
+        """Capture short prompts as CUDA graphs, where there is a GPU and the attention backend can be replayed.
+
+        Args:
+            longest: tokens of the longest prompt that a batch may hold whole.
+            progress: told how many lengths are captured, and how many there will be.
+        """
+        sizes = ladder(longest, self.model.config.max_position_embeddings)
+        if self.device.type == "cuda" and self.model.prefills_in_graphs and sizes:
+            self._prefill_graphs = PrefillGraphs(self.model, self.kv_cache, sizes, progress)
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Compute a batch; its keys and values are in the cache afterwards. On a GPU it is queued: nothing here waits.
+
+        Args:
+            rows: the batch; every block of a row's tokens is in its block table.
+            on_layer: called with each layer's number as soon as its keys and values are in the cache.
+
+        Returns:
+            (N, vocab) float32, the logits after the last token of each row that wants them, in order.
+        """
+        if self._prefill_graphs is not None and self._prefill_graphs.fits(rows):
+            return self._prefill_graphs.run(rows[0], on_layer)
+        inputs = batch_inputs(rows, self.block_size, self.device)
+        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_cache, inputs.metadata, on_layer)
+        if inputs.wanted is not None:
+            hidden = hidden[inputs.wanted]
+        logits: torch.Tensor = self.model.compute_logits(hidden)
+        return logits
+
+    def ready_event(self) -> torch.cuda.Event | None:
+        """An event after everything queued on the device so far; None where nothing is queued."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    @torch.inference_mode()
+    def read_blocks(self, blocks: Sequence[int]) -> torch.Tensor:
+        """Copy blocks of all layers to host memory: (num_layers, len(blocks), 2, block_size, Hkv, D), FP8 as bytes.
+
+        Comes after everything queued on the device, and is done on return: from then on the blocks may be given to
+        somebody who writes to them from elsewhere.
+        """
+        index = to_device(torch.tensor(blocks), self.device)
+        on_gpu = self.device.type == "cuda"
+        shape = (self.num_layers, len(blocks), *self.kv_cache.shape[2:])
+        layers = _indexable(self.kv_cache)
+        data = torch.empty(shape, dtype=layers.dtype, pin_memory=on_gpu)
+        for layer, copy in zip(layers, data, strict=True):  # one by one: what is gathered takes little memory
+            copy.copy_(layer[index], non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream(self.device).synchronize()
+        return data
+
+    @torch.inference_mode()
+    def write_blocks(self, blocks: Sequence[int], data: torch.Tensor) -> None:
+        """Copy what `read_blocks` returned into these blocks, before whatever is queued on the device from now on."""
+        index = to_device(torch.tensor(blocks), self.device)
+        for layer, copy in zip(_indexable(self.kv_cache), data, strict=True):
+            layer[index] = copy.to(self.device, non_blocking=True)
+
+
+def _indexable(kv_cache: torch.Tensor) -> torch.Tensor:
+    """An FP8 cache as bytes, which can be indexed; any other as it is."""
+    return kv_cache.view(torch.uint8) if kv_cache.dtype.itemsize == 1 else kv_cache

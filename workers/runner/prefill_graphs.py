@@ -1,0 +1,195 @@
+"""CUDA graphs of prefill: a short prompt alone is launched in a few dozen replays instead of some hundred kernels.
+
+Launching a forward pass kernel by kernel takes the host longer than a GPU takes to compute a few hundred tokens, and
+longer still beside other threads. A prompt that is a batch of its own runs as the next larger length of a ladder,
+padded with tokens behind it: no token sees those behind it, and their keys and values are stored nowhere.
+
+A forward pass is cut where a layer's keys and values are in the cache, and becomes a row of graphs, so that the
+handoff of a layer begins while the next one is computed, as without graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from attention.metadata import CommonAttentionMetadata
+from workers.host_copies import to_device
+from workers.models.causal_lm import Decoder
+from workers.runner.input_batch import Row
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with the number of lengths captured so far and the number of all."""
+
+_SIZES = (32, *range(64, 1025, 64))
+"""Prompt lengths that get graphs. On an H200 an 8B model computes 512 tokens as fast as the host launches them."""
+
+_NOWHERE = -1
+_HEAD = 32
+"""Numbers before the tokens, so that they begin where kernels read fastest; the first says where the last token is."""
+
+
+def ladder(longest: int, max_position: int) -> list[int]:
+    """The prompt lengths that get graphs.
+
+    Args:
+        longest: the longest prompt that a step may compute whole.
+        max_position: tokens that the model has positions for.
+    """
+    enough = bisect_left(_SIZES, longest) + 1
+    return [size for size in _SIZES[:enough] if size <= max_position]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A captured forward pass.
+
+    Attributes:
+        pieces: graphs, one behind each other: up to each layer's attention, and the rest.
+        common: what they read as the batch, and nobody else keeps.
+        logits: (1, vocab) float32, written by the last one.
+    """
+
+    pieces: Sequence[torch.cuda.CUDAGraph]
+    common: CommonAttentionMetadata
+    logits: torch.Tensor
+
+
+class PrefillGraphs:
+    """The graphs, captured longest first, so that all of them fit into the memory of the longest.
+
+    Attributes:
+        sizes: prompt lengths, ascending.
+
+    Args:
+        model: on a GPU, its backend with `graph_safe_prefill`.
+        kv_cache: of the worker.
+        sizes: prompt lengths, multiples of 32.
+        progress: told how far capturing is.
+    """
+
+    def __init__(
+        self, model: Decoder, kv_cache: torch.Tensor, sizes: Sequence[int], progress: Progress | None = None
+    ) -> None:
+        self.sizes = sorted(sizes)
+        self._model, self._kv_cache = model, kv_cache
+        longest = self.sizes[-1]
+        self._input = torch.empty(_HEAD + 2 * longest, dtype=torch.int64, device=kv_cache.device)
+        self._positions = torch.arange(longest, device=kv_cache.device)
+        self._block_tables = torch.zeros(
+            (1, -(-longest // model.block_size)), dtype=torch.int32, device=kv_cache.device
+        )
+        self._passes: dict[int, _Pass] = {}
+        recorder, started = _Recorder(), time.monotonic()
+        for size in reversed(self.sizes):
+            self._passes[size] = self._capture(size, recorder)
+            if progress is not None:
+                progress(len(self._passes), len(self.sizes))
+        logger.info(
+            "captured prefill for %d prompt lengths up to %d in %.1f s", len(sizes), longest, time.monotonic() - started
+        )
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """Whether the batch is one whole prompt that is short enough."""
+        if len(rows) != 1:
+            return False
+        (row,) = rows
+        return row.start == 0 and row.wants_logits and len(row.token_ids) <= self.sizes[-1]
+
+    @torch.inference_mode()
+    def run(self, row: Row, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """Compute a prompt that `fits`; see `ModelRunner.forward`."""
+        size = self.sizes[bisect_left(self.sizes, len(row.token_ids))]
+        self._load(row, size)
+        captured = self._passes[size]
+        for layer, piece in enumerate(captured.pieces):
+            piece.replay()
+            if on_layer is not None and layer + 1 < len(captured.pieces):
+                on_layer(layer)
+        return captured.logits.clone()
+
+    def _load(self, row: Row, size: int) -> None:
+        """Bring a prompt to where the graphs of that size read it, in one copy."""
+        length, block_size = len(row.token_ids), self._model.block_size
+        host = np.zeros(_HEAD + 2 * size, dtype=np.int64)
+        host[0] = length - 1
+        host[_HEAD : _HEAD + length] = row.token_ids
+        blocks = np.asarray(row.block_table, dtype=np.int64)
+        positions = np.arange(length)
+        slots = host[_HEAD + size :]
+        slots[:length] = blocks[positions // block_size] * block_size + positions % block_size
+        slots[length:] = _NOWHERE
+        self._input[: len(host)].copy_(to_device(torch.from_numpy(host), self._input.device), non_blocking=True)
+
+    def _forward(self, size: int, common: CommonAttentionMetadata, on_layer: Callable[[int], None]) -> torch.Tensor:
+        token_ids = self._input[_HEAD : _HEAD + size]
+        hidden = self._model(token_ids, self._positions[:size], self._kv_cache, common, on_layer)
+        logits: torch.Tensor = self._model.compute_logits(hidden.index_select(0, self._input[:1]))
+        return logits
+
+    @torch.inference_mode()
+    def _capture(self, size: int, recorder: _Recorder) -> _Pass:
+        device = self._input.device
+        common = CommonAttentionMetadata(
+            cu_seqlens_q=torch.tensor([0, size], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([size], dtype=torch.int32, device=device),
+            block_tables=self._block_tables,
+            slot_mapping=self._input[_HEAD + size : _HEAD + 2 * size],
+            query_lens=(size,),
+            context_lens=(size,),
+            lasting=True,
+        )
+        self._input.zero_()[_HEAD + size :].fill_(_NOWHERE)
+        self._forward(size, common, _nothing)  # what kernels and plans need at first cannot be captured
+        with recorder.recording():
+            logits = self._forward(size, common, recorder.cut)
+        return _Pass(recorder.taken(), common, logits)
+
+
+class _Recorder:
+    """Records work as rows of graphs of one memory pool, each row to be replayed in its order, one at a time."""
+
+    def __init__(self) -> None:
+        gc.collect()  # what is collected while a graph is recorded can break it
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record this block; nothing in it runs."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            self._begin()
+            try:
+                yield
+            finally:
+                self._graphs[-1].capture_end()
+
+    def cut(self, layer: int) -> None:
+        """End a graph and begin the next."""
+        self._graphs[-1].capture_end()
+        self._begin()
+
+    def taken(self) -> list[torch.cuda.CUDAGraph]:
+        """What was recorded since this was last asked."""
+        graphs, self._graphs = self._graphs, []
+        return graphs
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graphs.append(graph)
+
+
+def _nothing(layer: int) -> None:
+    """What is called at each layer when nobody waits for it."""

@@ -1,0 +1,1 @@
+"""From logits to tokens on the device: a Triton kernel and a plain torch twin of each operation."""

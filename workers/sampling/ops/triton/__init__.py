@@ -1,0 +1,1 @@
+"""The kernels of `workers.sampling.ops`, in Triton."""

@@ -1,0 +1,163 @@
+"""Which prompt tokens a prefill step computes. Plain integers; knows neither tensors nor the network."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.prefix_cache import PrefixCache
+
+
+@dataclass(eq=False)
+class PromptProgress:
+    """How far a prompt has come.
+
+    Attributes:
+        request_id: whose prompt it is.
+        num_tokens: its length.
+        hashes: of its full blocks, see `block_hashes`; empty where nothing is cached.
+        blocks: its block table; empty until it is admitted.
+        num_computed_tokens: tokens that are in the cache.
+        num_pushed_blocks: blocks whose tokens have all been computed and handed to the connector, or are cached: those
+            are handed over with the first chunk.
+        num_cached_tokens: of the computed ones, those that were in the cache when it was admitted.
+        num_chunks: steps that it took so far.
+    """
+
+    request_id: str
+    num_tokens: int
+    hashes: Sequence[bytes] = ()
+    blocks: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_pushed_blocks: int = 0
+    num_cached_tokens: int = 0
+    num_chunks: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.num_computed_tokens == self.num_tokens
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` to `end` of a prompt, computed in one step."""
+
+    prompt: PromptProgress
+    start: int
+    end: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the prompt is complete with it."""
+        return self.end == self.prompt.num_tokens
+
+
+class PrefillScheduler:
+    """First come, first served, in chunks under a token budget.
+
+    A prompt is admitted when blocks for all of it are free, so that one under way always ends. Prompts under way go
+    before new ones. Of a prompt that begins like one that is cached, only what is missing is computed, and its last
+    token in any case: the first output token is chosen from that token's logits.
+
+    Args:
+        blocks: of the worker's cache.
+        block_size: tokens in a block.
+        max_num_batched_tokens: token budget of a step.
+        max_num_seqs: prompts in a step.
+    """
+
+    def __init__(self, blocks: PrefixCache, block_size: int, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        self._blocks = blocks
+        self._block_size = block_size
+        self._budget = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._waiting: deque[PromptProgress] = deque()
+        self._running: list[PromptProgress] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts not admitted yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Prompts under way."""
+        return len(self._running)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens still to compute, of prompts waiting and under way."""
+        return sum(p.num_tokens - p.num_computed_tokens for p in (*self._waiting, *self._running))
+
+    @property
+    def can_schedule(self) -> bool:
+        """Whether `schedule` would return a chunk now."""
+        return bool(self._running) or (bool(self._waiting) and self.fits(self._waiting[0]))
+
+    def add(self, prompt: PromptProgress) -> None:
+        """Queue a prompt of at least one token."""
+        self._waiting.append(prompt)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks; empty when there is nothing to do or no block to do it in."""
+        budget = self._budget
+        chunks: list[Chunk] = []
+        for prompt in self._running[: self._max_num_seqs]:
+            budget -= self._take(prompt, budget, chunks)
+        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs and self.fits(self._waiting[0]):
+            prompt = self._waiting.popleft()
+            self.admit(prompt)
+            budget -= self._take(prompt, budget, chunks)
+        return chunks
+
+    def advance(self, chunk: Chunk) -> range:
+        """A chunk has been computed. Returns which of the prompt's blocks are now complete and not yet pushed."""
+        prompt = chunk.prompt
+        prompt.num_computed_tokens = chunk.end
+        prompt.num_chunks += 1
+        if chunk.last:
+            self._running.remove(prompt)
+        complete = self.pushable(chunk)
+        prompt.num_pushed_blocks = complete.stop
+        return complete
+
+    def pushable(self, chunk: Chunk) -> range:
+        """The prompt's blocks that this chunk completes; a half-filled one only with the last chunk.
+
+        A block is pushed once: two WRITEs of one block could land in either order.
+        """
+        end = blocks_for(chunk.end, self._block_size) if chunk.last else chunk.end // self._block_size
+        return range(chunk.prompt.num_pushed_blocks, end)
+
+    def remove(self, prompt: PromptProgress) -> None:
+        """Forget a prompt that is waiting or under way; its blocks stay the caller's to free."""
+        if prompt in self._running:
+            self._running.remove(prompt)
+        elif prompt in self._waiting:
+            self._waiting.remove(prompt)
+
+    def fits(self, prompt: PromptProgress, more_tokens: int = 0) -> bool:
+        """Whether there are blocks for all of a prompt, and for so many tokens behind it."""
+        count = blocks_for(prompt.num_tokens + more_tokens, self._block_size)
+        return self._blocks.fits(self._reusable(prompt), count)
+
+    def admit(self, prompt: PromptProgress) -> None:
+        """Take the blocks of a prompt that `fits` and is not queued here (any more); it is under way from now on."""
+        count = blocks_for(prompt.num_tokens, self._block_size)
+        prompt.blocks, num_cached = self._blocks.allocate(self._reusable(prompt), count)
+        prompt.num_pushed_blocks = num_cached
+        prompt.num_computed_tokens = prompt.num_cached_tokens = num_cached * self._block_size
+        self._running.append(prompt)
+
+    def _reusable(self, prompt: PromptProgress) -> Sequence[bytes]:
+        """Hashes of the blocks that need not be computed: not of the one with the last token."""
+        return prompt.hashes[: (prompt.num_tokens - 1) // self._block_size]
+
+    def _take(self, prompt: PromptProgress, budget: int, chunks: list[Chunk]) -> int:
+        length = min(budget, prompt.num_tokens - prompt.num_computed_tokens)
+        if length > 0:
+            chunks.append(Chunk(prompt, prompt.num_computed_tokens, prompt.num_computed_tokens + length))
+        return length

@@ -1,0 +1,79 @@
+"""One request on a decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import torch
+
+from workers.kv_cache.prefix_cache import BlockHashes
+from workers.messages import DecodeRequest
+from workers.sampling.state import SamplingState
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request on a decode worker.
+
+    Attributes:
+        request: what was asked.
+        state: its tokens, as the sampler sees them.
+        deadline: monotonic time.
+        arrived: when its request came, monotonic time.
+        blocks: its block table; empty while preempted. Grows in place; after preemption it is another list.
+        content: the hashes of its full blocks; None: they are not kept.
+        num_cached_blocks: leading blocks of its prompt that were here when it was admitted.
+        received: when its KV cache was complete, monotonic time.
+        host_copy: its cache while preempted.
+        in_flight: tokens that are being computed: launched, and not looked at yet.
+        max_output: output tokens after which it ends at the latest.
+    """
+
+    request: DecodeRequest
+    state: SamplingState
+    deadline: float
+    arrived: float = 0.0
+    blocks: list[int] = field(default_factory=list)
+    content: BlockHashes | None = None
+    num_cached_blocks: int = 0
+    received: float = 0.0
+    host_copy: torch.Tensor | None = None
+    in_flight: int = 0
+    max_output: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        room = self.state.max_model_len - len(self.state.prompt_token_ids)
+        wanted = self.state.params.max_tokens
+        self.max_output = room if wanted is None else min(room, wanted)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens; all but the last are in the cache."""
+        return len(self.state.prompt_token_ids) + len(self.state.output_token_ids)
+
+    @property
+    def hashes(self) -> Many[bytes]:
+        """Of its full blocks, as far as they are known."""
+        return self.content.hashes if self.content is not None else ()
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Its tokens from `start` to before `end`."""
+        prompt, output = self.state.prompt_token_ids, self.state.output_token_ids
+        cut = len(prompt)
+        return [*prompt[start:end], *output[max(0, start - cut) : max(0, end - cut)]]
+
+    @property
+    def num_scheduled(self) -> int:
+        """The same, and those in flight."""
+        return self.num_tokens + self.in_flight
+
+    @property
+    def last_token(self) -> int | None:
+        """The last token; None while it is in flight."""
+        return None if self.in_flight else self.state.output_token_ids[-1]
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether the tokens in flight are known to be its last ones."""
+        return self.in_flight > 0 and len(self.state.output_token_ids) + self.in_flight >= self.max_output

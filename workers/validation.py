@@ -1,0 +1,55 @@
+"""What a worker refuses at its door, so that one wrong request cannot harm those it would share a batch with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from workers.errors import CapacityError, InvalidRequestError
+from workers.kv_cache.block_pool import blocks_for
+from workers.sampling_params import SamplingParams
+
+
+def check_prompt(num_tokens: int, sampling: SamplingParams, max_model_len: int) -> None:
+    """Refuse what cannot run on any worker.
+
+    Raises:
+        InvalidRequestError: the prompt is empty or leaves no room for a token, or the sampling has no seed.
+    """
+    if num_tokens == 0:
+        raise InvalidRequestError("the prompt is empty")
+    if num_tokens >= max_model_len:
+        raise InvalidRequestError(f"the prompt has {num_tokens} tokens, the context window {max_model_len}")
+    if sampling.seed is None:
+        raise InvalidRequestError("the sampling parameters have no seed; both workers must draw with the same one")
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, what: str = "prompt token") -> None:
+    """Refuse ids outside the vocabulary; the message calls one of them `what`.
+
+    Raises:
+        InvalidRequestError: an id out of range.
+    """
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise InvalidRequestError(f"{what} {wrong} is out of range: the vocabulary has {vocab_size} tokens")
+
+
+def check_local(token_ids: Sequence[int], vocab_size: int, computes_prompts: bool) -> None:
+    """Refuse a prompt without a prefill worker that the decode worker cannot compute either.
+
+    Raises:
+        InvalidRequestError: it computes none, or an id is out of range.
+    """
+    if not computes_prompts:
+        raise InvalidRequestError("the request names no prefill worker, and this decode worker computes no prompts")
+    check_token_ids(token_ids, vocab_size)
+
+
+def check_capacity(num_tokens: int, block_size: int, num_blocks: int, role: str) -> None:
+    """Refuse what needs more blocks than there are.
+
+    Raises:
+        CapacityError: with both numbers.
+    """
+    if (needed := blocks_for(num_tokens, block_size)) > num_blocks:
+        raise CapacityError(f"the prompt needs {needed} KV blocks, a {role} worker has {num_blocks}")
