@@ -32,7 +32,8 @@ from workers.worker_host import WorkerInfo
 
 logger = logging.getLogger(__name__)
 
-_REPORT_PATIENCE_S = 0.25
+REPORT_PATIENCE_S = 0.25
+"""How long the books wait for the report of a handoff whose request has ended."""
 _MIN_TIMEOUT_S = 0.001
 _LATENCY_WINDOW_S = 30.0
 WORKERS_SHARE_OF_WAIT = 0.25
@@ -117,6 +118,21 @@ class ServingEngine:
     def block_sizes(self) -> frozenset[int]:
         """See `Engine.block_sizes`."""
         return self._load_tracker.block_sizes
+
+    @property
+    def pools(self) -> WorkerPools:
+        """The workers that it serves with."""
+        return self._pools
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for room."""
+        return len(self._queue)
+
+    @property
+    def num_flights(self) -> int:
+        """Attempts at requests that are under way."""
+        return len(self._attempts)
 
     def infos(self) -> list[WorkerInfo]:
         """What each worker that has started said of itself, prefill first."""
@@ -296,7 +312,7 @@ class ServingEngine:
         if attempt.reported:
             self.land(attempt)
         else:
-            asyncio.get_running_loop().call_later(_REPORT_PATIENCE_S, self.land, attempt)
+            asyncio.get_running_loop().call_later(REPORT_PATIENCE_S, self.land, attempt)
 
     def _on_change(self, lost: str | None) -> None:
         self._load_tracker.update_pools(

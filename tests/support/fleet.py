@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import count
 
 import pytest
@@ -12,6 +12,8 @@ import pytest
 from cluster.api import EngineRequest
 from cluster.gateway.engine import ServingEngine
 from cluster.inprocess_worker import InProcessWorker
+from cluster.pools.groups import Places
+from kv_transfer.transports.local import LocalFabric
 from workers.sampling_params import SamplingParams
 
 PATIENCE_S = 60.0
@@ -21,8 +23,10 @@ _numbers = count()
 class Fleet:
     """An engine, and the means to watch and to harm its workers."""
 
-    def __init__(self, engine: ServingEngine) -> None:
+    def __init__(self, engine: ServingEngine, fabric: LocalFabric, places: Mapping[str, Places]) -> None:
         self.engine = engine
+        self.fabric = fabric
+        self.places = places
 
     def start(self, prompt: list[int], max_tokens: int, *, timeout_s: float = PATIENCE_S, **sampling):
         params = SamplingParams(
@@ -34,7 +38,7 @@ class Fleet:
         return [token async for token in tokens_of(self.start(prompt, max_tokens, **kwargs))]
 
     def handle(self, name: str) -> InProcessWorker:
-        return next(replica.handle for replica in self.engine._pools.replicas if replica.handle.name == name)
+        return next(replica.handle for replica in self.engine.pools.replicas if replica.handle.name == name)
 
     def crash_on_submit(self, name: str) -> None:
         """The worker dies with the next request that it is sent."""
@@ -56,8 +60,8 @@ class Fleet:
                 for w in workers
             )
         )
-        assert self.engine._attempts == {}
-        assert len(self.engine._queue) == 0
+        assert self.engine.num_flights == 0
+        assert self.engine.num_queued == 0
 
 
 async def tokens_of(stream) -> AsyncIterator[int]:
