@@ -137,7 +137,7 @@ def test_another_number_of_ranks_is_refused_with_both(tiny_checkpoint):
     for one, other in ((two, four), (four, two)):
         for connector in one.sides[0].connectors:
             with pytest.raises(LayoutMismatchError, match=r"tp_size is \d here and \d there"):
-                connector.introduce(other.sides[1].engines, 1.0)
+                connector.handshake(other.sides[1].engines, 1.0)
 
 
 def test_ranks_that_are_not_equal_are_noticed_at_the_next_step(tiny_checkpoint):
