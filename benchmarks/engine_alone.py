@@ -13,8 +13,8 @@ from kv_transfer.transports.local import LocalFabric
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.block_pool import blocks_for
 from workers.kv_cache.sizing import kv_layout
-from workers.loading.loader import load_model
 from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
+from workers.models.loader import load_model
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams

@@ -18,8 +18,8 @@ from benchmarks.instant_handoff import InstantConnector
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.sizing import allocate_kv_cache
-from workers.loading.loader import load_model
 from workers.messages import DecodeRequest, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
+from workers.models.loader import load_model
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
@@ -141,7 +141,7 @@ def build_worker(
             enable_prefix_caching=False,  # every sequence has blocks of its own
         )
     lap()
-    about = {"attention_backend": model.backend.name, "kv_blocks": cache.shape[1], "block_size": config.block_size}
+    about = {"attention_backend": model.backend_names, "kv_blocks": cache.shape[1], "block_size": config.block_size}
     load, profiled, captured = (end - begin for begin, end in itertools.pairwise(times))
     return worker, StartUp(load, profiled, captured), about
 

@@ -31,8 +31,8 @@ from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, star
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
 from workers.loading.checkpoint import resolve_checkpoint
-from workers.loading.loader import model_bytes, resolve_dtype
-from workers.models.config.model_config import ModelConfig
+from workers.models.loader import model_bytes, resolve_dtype
+from workers.models.registry import read_model
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     """
     path = config.model.path or str(SHIPPED_MODEL)
     folder = await asyncio.to_thread(resolve_checkpoint, path)
-    model = ModelConfig.from_file(folder)
+    model_class, model = read_model(folder)
     groups = groups_of(config)
     for group in groups:
-        model.sharded(group.settings.tensor_parallel_size)
+        model.check_divisible(group.settings.tensor_parallel_size)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
@@ -94,7 +94,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
-        report(f"loading {folder.name} into {in_words(sizes)}, {readable_size(model_bytes(model, dtype))} each")
+        weights = readable_size(model_bytes(model_class, model, dtype))
+        report(f"loading {folder.name} into {in_words(sizes)}, {weights} each")
         if not any(group.settings.replicas for group in groups if group.role == "prefill"):
             report("there are no prefill workers: every prompt is computed on its decode worker")
         await engine.start()

@@ -14,10 +14,8 @@ from kv_transfer.connector import KVConnector
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
-from workers.errors import ConfigError
 from workers.kv_cache.sizing import allocate_kv_cache, kv_layout
-from workers.loading.loader import load_model, model_bytes
-from workers.models.causal_lm import Decoder
+from workers.models.loader import load_model, model_bytes
 from workers.parallel.group import SINGLE, TensorParallelGroup
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
@@ -113,13 +111,14 @@ def build_worker(
         kv_cache_dtype=config.kv_cache_dtype,
         measurements=Path(config.attention_measurements) if config.attention_measurements else None,
         group=group,
+        max_model_len=config.max_model_len,
     )
-    spec, max_model_len = model.kv_cache_spec, resolve_max_model_len(config, model)
+    spec, max_model_len = model.kv_cache_spec, model.max_model_len
     profile = largest_batches_of(model, config, max_model_len)
     runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len, profile, group.agree_min))
     graphs = _Graphs(runner.device, capture_progress)
     worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
-    memory = graphs.memory(model_bytes(model.config, model.dtype, group), runner.kv_cache.nbytes)
+    memory = graphs.memory(model_bytes(type(model), model.config, model.dtype, group), runner.kv_cache.nbytes)
     capability = measure_capability(worker, runner, config, max_model_len, group)
     if isinstance(worker, PrefillWorker):
         worker.layers_per_write.capability = capability
@@ -127,26 +126,12 @@ def build_worker(
         worker,
         connector.register_kv_caches(config.name, runner.kv_cache, kv_layout(spec, group.size)),
         torch.cuda.get_device_name() if config.device == "cuda" else config.device,
-        model.backend.name,
+        model.backend_names,
         max_model_len,
         runner.kv_cache.shape[1],
         capability,
         memory,
     )
-
-
-def resolve_max_model_len(config: WorkerConfig, model: Decoder) -> int:
-    """The context window.
-
-    Raises:
-        ConfigError: longer than the model's positions.
-    """
-    limit = model.config.max_position_embeddings
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ConfigError(f"model.max_model_len is {config.max_model_len}, the model has {limit} positions")
-    return config.max_model_len
 
 
 def _make_worker(

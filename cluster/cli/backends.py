@@ -23,9 +23,10 @@ from cluster.config.load import cache_dir, load_config
 from cluster.config.schema import ServiceConfig
 from workers.errors import ConfigError
 from workers.loading.checkpoint import resolve_checkpoint
-from workers.loading.loader import resolve_dtype
 from workers.models.causal_lm import attention_specs
-from workers.models.config.model_config import DTYPES, ModelConfig
+from workers.models.config.model_config import DTYPES
+from workers.models.loader import resolve_dtype
+from workers.models.registry import read_model
 
 _EPILOG = """\
 A backend is taken from BATON_ATTENTION_BACKEND or {prefill,decode}.attention_backend; else it is the one that was
@@ -99,8 +100,8 @@ def _question(args: argparse.Namespace, platform: Platform) -> Question:
     if args.block_size < 1:
         raise ConfigError(f"--block-size is {args.block_size}, it must be at least 1")
     if args.model is not None:
-        config = ModelConfig.from_file(resolve_checkpoint(args.model))
-        name, layers, dtype = args.model, list(attention_specs(config)), resolve_dtype(args.dtype, config)
+        _, config = read_model(resolve_checkpoint(args.model))
+        name, layers, dtype = args.model, attention_specs(config), resolve_dtype(args.dtype, config)
     elif args.dtype in ("auto", *DTYPES):
         name, layers = _DEFAULT_NAME, [_DEFAULT_LAYER]
         dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)

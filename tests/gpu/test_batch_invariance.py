@@ -8,7 +8,7 @@ import torch
 from batch_invariance import DECODE_SIZES, decode_attention, fused_ops, prefill_attention, rows_agree
 from one_gpu import Decoding, OneGpu
 from shapes import MEDIUM
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -14,7 +14,7 @@ from local_cluster import LocalCluster
 from near_ties import NEAR_TIE, Float32Reference, logit_error
 from request_load import mixed_requests, run_under_load
 from shapes import MEDIUM
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 from workers.runner.model_runner import ModelRunner, Row
 
 FP8_NEAR_TIE = 0.8

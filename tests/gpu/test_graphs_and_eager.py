@@ -14,7 +14,7 @@ from one_gpu import Decoding, OneGpu
 from request_load import mixed_requests, run_under_load
 from shapes import MEDIUM
 from workers.kv_cache.block_pool import blocks_for
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -15,7 +15,7 @@ from near_ties import logit_error
 from one_gpu import Decoding, OneGpu
 from shapes import BILLION, save_random_model
 from workers.kv_cache.block_pool import blocks_for
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

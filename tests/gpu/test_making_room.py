@@ -10,7 +10,7 @@ from logits_tap import LogitsTap
 from one_gpu import OneGpu
 from request_load import mixed_requests, run_under_load
 from shapes import MEDIUM
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 from workers.runner.model_runner import ModelRunner
 
 

@@ -14,7 +14,6 @@ from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.local import Faults, LocalFabric
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.sizing import kv_layout
-from workers.loading.loader import load_model
 from workers.messages import (
     DecodeReport,
     DecodeRequest,
@@ -24,7 +23,8 @@ from workers.messages import (
     TokenOutput,
     WorkerEvent,
 )
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
+from workers.models.loader import load_model
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
@@ -216,12 +216,12 @@ class LocalCluster:
             assert worker.load.free_blocks == worker.load.total_blocks, (engine_id, worker.load)
 
 
-_models: dict[tuple[Path, int, str | None, str, str, str, bool], Decoder] = {}
+_models: dict[tuple[Path, int, str | None, str, str, str, bool], CausalLM] = {}
 
 
 def _model(
     checkpoint: Path, block_size: int, backend: str | None, kv_cache_dtype: str, device: str, dtype: str, by_phase: bool
-) -> Decoder:
+) -> CausalLM:
     key = (checkpoint, block_size, backend, kv_cache_dtype, device, dtype, by_phase)
     if key not in _models:
         _models[key] = load_model(

@@ -26,7 +26,7 @@ from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
 from workers.lockstep.replica import Replica, StepClock
 from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 
@@ -52,7 +52,7 @@ class Ranks:
     """One worker of several ranks, with the interface of a worker of one."""
 
     def __init__(
-        self, name: str, size: int, model: Decoder, num_blocks: int, fabric: LocalFabric, make: MakeWorker, seed: int
+        self, name: str, size: int, model: CausalLM, num_blocks: int, fabric: LocalFabric, make: MakeWorker, seed: int
     ) -> None:
         self.random = random.Random(seed)
         self.connectors = [AgreedConnector(LocalConnector(fabric), rank) for rank in range(size)]

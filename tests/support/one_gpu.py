@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.kv_cache.block_pool import blocks_for
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.decode_runner import DecodeRunner
 from workers.runner.model_runner import ModelRunner, Row
 
@@ -45,7 +45,7 @@ class OneGpu:
 
     def __init__(
         self,
-        model: Decoder,
+        model: CausalLM,
         *,
         num_blocks: int,
         max_num_seqs: int,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from attention.metadata import build_metadata
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 
 
 class PagedRun:
     """Feeds sequences through a decoder over a KV cache whose blocks are shuffled and whose unused slots are NaN."""
 
-    def __init__(self, decoder: Decoder, num_sequences: int, max_tokens: int, seed: int = 0) -> None:
+    def __init__(self, decoder: CausalLM, num_sequences: int, max_tokens: int, seed: int = 0) -> None:
         self.decoder = decoder
         per_sequence = -(-max_tokens // decoder.block_size)
         blocks = list(range(num_sequences * per_sequence + 2))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from paged_run import PagedRun
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 from workers.parallel.errors import TensorParallelError
 from workers.parallel.group import TensorParallelGroup
 

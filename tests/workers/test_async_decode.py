@@ -12,7 +12,7 @@ from kv_transfer.transports.local import Faults
 from workers.decode_worker import DecodeWorker
 from workers.errors import DeadlineExceededError, SamplingError
 from workers.messages import FinishReason, RequestFailed, TokenOutput
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.decode_runner import DecodeRunner
 from workers.sampling_params import SamplingParams
 
@@ -248,13 +248,13 @@ def test_marks_of_who_makes_room_come_back_with_it(pair):
 
 
 def test_broken_logits_fail_a_row_whose_next_step_is_in_flight(pair, monkeypatch, tiny_checkpoint, reference_greedy):
-    forward = Decoder.forward
+    forward = CausalLM.forward
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
         return hidden.masked_fill((positions == 25)[:, None], float("nan")) if metadata.decode_only else hidden
 
-    monkeypatch.setattr(Decoder, "forward", broken)
+    monkeypatch.setattr(CausalLM, "forward", broken)
     cluster, _ = pair()
     cluster.submit("broken", prompt(23), greedy(8))
     cluster.submit("sound", prompt(30, 1), greedy(8))

@@ -12,7 +12,7 @@ from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import Faults
 from workers.errors import CapacityError, DeadlineExceededError, HandoffError, InvalidRequestError, SamplingError
 from workers.messages import DecodeReport, RequestFailed, TokenOutput
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.sampling_params import SamplingParams
 
 
@@ -229,13 +229,13 @@ def test_reports(one_pair, clock, steps_ahead):
 
 
 def test_broken_logits_fail_one_sequence_alone(one_pair, monkeypatch, reference_greedy, tiny_checkpoint):
-    forward = Decoder.forward
+    forward = CausalLM.forward
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
         return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata.decode_only else hidden
 
-    monkeypatch.setattr(Decoder, "forward", broken)
+    monkeypatch.setattr(CausalLM, "forward", broken)
     cluster, _, _ = one_pair()
     for name, length in (("a", 40), ("broken", 23), ("c", 30)):
         cluster.submit(name, prompt(length), greedy(8))

@@ -12,7 +12,7 @@ from kv_transfer.errors import LayoutMismatchError
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from workers.kv_cache.sizing import kv_layout
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling_params import SamplingParams
 

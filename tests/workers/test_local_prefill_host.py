@@ -14,8 +14,8 @@ from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
-from workers.loading.loader import load_model
 from workers.messages import DecodeReport, DecodeRequest, PrefillReport, TokenOutput
+from workers.models.loader import load_model
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
 from workers.sampling_params import SamplingParams

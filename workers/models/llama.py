@@ -1,79 +1,119 @@
-"""One layer of the decoder: attention and MLP around a residual stream."""
+"""Llama 2 and 3 (arXiv:2302.13971, arXiv:2407.21783), and the layer that families like it share."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
-import torch
 from torch import nn
 
 from attention.layers.attention import Attention
-from workers.layers.linear import GatedMLP, Linear, RMSNorm, RowParallelLinear
+from workers.layers.context import LayerContext
+from workers.layers.gated_mlp import GatedMLP
+from workers.layers.norm import HeadNorm, RMSNorm
+from workers.layers.residual import ResidualStream
+from workers.layers.rotation import Rotation
+from workers.layers.self_attention import LayerBatch, SelfAttention
+from workers.loading.config_reader import ConfigReader
+from workers.models.causal_lm import CausalLM
+from workers.models.config.heads import read_attention
 from workers.models.config.model_config import ModelConfig
-from workers.models.rotary import Rotation
-from workers.ops.cache_write import CacheWrite
-from workers.parallel.group import TensorParallelGroup
+from workers.models.weight_map import WeightMap
 
 
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream.
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """A model of Llama's layers.
 
-    Args:
-        config: what this rank computes, see `ModelConfig.sharded`.
-        attention: its heads'.
-        rotation: what all layers share.
-        dtype: of the weights.
-        device: where they are.
-        group: the ranks that share the layer.
+    Attributes:
+        qkv_bias: whether the query, key and value projections have a bias.
+        o_bias: whether the attention's output projection has one.
+        mlp_bias: whether the MLP's projections have one.
+        qk_norm: whether each head of queries and keys is normalised before it is rotated.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        attention: Attention,
-        rotation: Rotation,
-        dtype: torch.dtype,
-        device: torch.device,
-        group: TensorParallelGroup,
-    ) -> None:
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def read(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> Self:
+        """See `ModelConfig.read`."""
+        biased = read.flag("attention_bias", False)
+        return cls(
+            **cls.read_common(read, generation_config),
+            attention=read_attention(read, num_kv_heads=read.positive_int("num_attention_heads")),
+            qkv_bias=biased,
+            o_bias=biased,
+            mlp_bias=read.flag("mlp_bias", False),
+        )
+
+
+class LlamaLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, attention: Attention, rotation: Rotation, context: LayerContext) -> None:
         super().__init__()
-        self.attention = attention
-        self._rotation = rotation
-        self._head_size = config.head_size
-        rotated = config.num_heads + config.num_kv_heads
-        eps = config.rms_norm_eps
-        self.input_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype, device=device)
-        qkv_size = (rotated + config.num_kv_heads) * config.head_size
-        self.qkv_proj = Linear(config.hidden_size, qkv_size, config.qkv_bias, dtype, device)
-        self.qk_norm = (
-            RMSNorm(rotated, config.head_size, eps=eps, dtype=dtype, device=device) if config.qk_norm else None
+        hidden, eps, spec = config.hidden_size, config.norm_eps, attention.spec
+        num_rotated = spec.num_heads + spec.num_kv_heads
+        self.input_norm = RMSNorm(hidden, eps, context)
+        self.self_attention = SelfAttention(
+            hidden,
+            attention,
+            rotation,
+            context,
+            qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            qk_norm=HeadNorm(num_rotated, spec.head_size, eps, context) if config.qk_norm else None,
         )
-        self.o_proj = RowParallelLinear(
-            config.num_heads * config.head_size, config.hidden_size, config.o_bias, dtype, device, group
+        self.post_attention_norm = RMSNorm(hidden, eps, context)
+        self.mlp = GatedMLP(
+            hidden,
+            config.intermediate_size // context.group.size,
+            context,
+            bias=config.mlp_bias,
+            activation=config.activation,
         )
-        self.post_attention_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, device, group)
 
-    def forward(
-        self, hidden: torch.Tensor, normed: torch.Tensor, prepared: Any, cache: CacheWrite | None, next_norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's step of the residual stream; inside a `forward_context`.
+    def forward(self, stream: ResidualStream, batch: LayerBatch) -> None:
+        """See `CausalLM.make_layer`."""
+        attended = self.self_attention(stream.normalized(self.input_norm), batch)
+        stream.add_product(self.self_attention.o_proj, attended)
+        inner = self.mlp.inner(stream.normalized(self.post_attention_norm))
+        stream.add_product(self.mlp.down_proj, inner)
 
-        Args:
-            hidden: (T, hidden_size), the residual stream; may be overwritten.
-            normed: the same behind `input_norm`.
-            prepared: what the rotation made of the batch's positions.
-            cache: where the rotation stores keys and values; None where attention does.
-            next_norm: the norm behind this layer, which is taken along with the addition before it.
 
-        Returns:
-            The residual stream, and the same behind `next_norm`.
-        """
-        attended = self._attend(normed, prepared, cache)
-        hidden, normed = self.o_proj.add_and_norm(hidden, attended, self.post_attention_norm)
-        return self.mlp.add_and_norm(hidden, normed, next_norm)
+class LlamaForCausalLM(CausalLM):
+    """Llama, and what differs from it by the fields of `LlamaConfig`."""
 
-    def _attend(self, normed: torch.Tensor, prepared: Any, cache: CacheWrite | None) -> torch.Tensor:
-        qkv = self.qkv_proj(normed).view(normed.shape[0], -1, self._head_size)
-        attended: torch.Tensor = self.attention(*self._rotation.apply(qkv, prepared, self.qk_norm, cache))
-        return attended.flatten(1)
+    config_class = LlamaConfig
+    config: LlamaConfig
+
+    def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
+        """See `CausalLM.make_layer`."""
+        return LlamaLayer(self.config, attention, rotation, self.context)
+
+    @classmethod
+    def map_weights(cls, config: ModelConfig, weights: WeightMap) -> None:
+        """See `CausalLM.map_weights`."""
+        assert isinstance(config, LlamaConfig)
+        hidden = config.hidden_size
+        weights.outside_layers(config)
+        for i, attention in enumerate(config.attention):
+            theirs, ours = f"model.layers.{i}", f"layers.{i}"
+            weights.vector(f"{theirs}.input_layernorm.weight", f"{ours}.input_norm.weight", hidden)
+            weights.vector(f"{theirs}.post_attention_layernorm.weight", f"{ours}.post_attention_norm.weight", hidden)
+            ours_attention, theirs_attention = f"{ours}.self_attention", f"{theirs}.self_attn"
+            weights.attention(
+                theirs_attention,
+                ours_attention,
+                attention,
+                hidden,
+                qkv_bias=config.qkv_bias,
+                o_bias=config.o_bias,
+            )
+            if config.qk_norm:
+                weights.head_norms(theirs_attention, ours_attention, attention)
+            weights.gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", hidden, config.intermediate_size, bias=config.mlp_bias)

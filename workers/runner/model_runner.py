@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from workers.host_copies import to_device
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.input_batch import Row, batch_inputs
 from workers.runner.prefill_graphs import PrefillGraphs, Progress, ladder
 
@@ -22,7 +22,7 @@ class ModelRunner:
         kv_cache: (num_layers, num_blocks, 2, block_size, Hkv, D).
     """
 
-    def __init__(self, model: Decoder, kv_cache: torch.Tensor) -> None:
+    def __init__(self, model: CausalLM, kv_cache: torch.Tensor) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.block_size = kv_cache.shape[3]
@@ -37,7 +37,7 @@ class ModelRunner:
             longest: tokens of the longest prompt that a batch may hold whole.
             progress: told how many lengths are captured, and how many there will be.
         """
-        sizes = ladder(longest, self.model.config.max_position_embeddings)
+        sizes = ladder(longest, self.model.max_model_len)
         if self.device.type == "cuda" and self.model.prefills_in_graphs and sizes:
             self._prefill_graphs = PrefillGraphs(self.model, self.kv_cache, sizes, progress)
 

@@ -23,7 +23,7 @@ import torch
 
 from attention.metadata import CommonAttentionMetadata
 from workers.host_copies import to_device
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.input_batch import Row
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class PrefillGraphs:
     """
 
     def __init__(
-        self, model: Decoder, kv_cache: torch.Tensor, sizes: Sequence[int], progress: Progress | None = None
+        self, model: CausalLM, kv_cache: torch.Tensor, sizes: Sequence[int], progress: Progress | None = None
     ) -> None:
         self.sizes = sorted(sizes)
         self._model, self._kv_cache = model, kv_cache

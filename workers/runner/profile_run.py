@@ -8,7 +8,7 @@ import torch
 
 from workers.config import WorkerConfig
 from workers.kv_cache.block_pool import blocks_for
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.sampler import launch_sample
 from workers.sampling.state import SamplingState
@@ -19,7 +19,7 @@ _EVERYTHING = SamplingParams(seed=0, top_k=2, top_p=0.9, logprobs=1, presence_pe
 """Asks for all that choosing a token can take memory for."""
 
 
-def largest_batches_of(model: Decoder, config: WorkerConfig, max_model_len: int) -> Callable[[], None]:
+def largest_batches_of(model: CausalLM, config: WorkerConfig, max_model_len: int) -> Callable[[], None]:
     """What runs them, for `plan_kv_cache`: `max_num_batched_tokens` of prefill or `max_num_seqs` of decode, by role.
 
     A decode worker that computes prompts runs both, one after the other, as in its steps. All sequences share one

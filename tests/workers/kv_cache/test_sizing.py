@@ -13,7 +13,7 @@ from workers.config import WorkerConfig
 from workers.errors import ConfigError
 from workers.kv_cache.gpu_memory import GpuMemory, measure_gpu_memory
 from workers.kv_cache.sizing import allocate_kv_cache, plan_kv_cache
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 from workers.runner.profile_run import decode_rows, largest_batches_of, prefill_rows
 
 GB = 10**9

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from attention.backend import KVScales
 from ranks import lone_rank
 from workers.errors import CheckpointError, ConfigError
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -34,13 +34,13 @@ def with_tensors(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Callable[[d
 
 def scales_of(folder: Path, kv_cache_dtype: str = "fp8") -> list[KVScales]:
     model = load_model(folder, kv_cache_dtype=kv_cache_dtype)
-    return [layer.attention.impl.kv_scales for layer in model.layers]
+    return model.kv_scales
 
 
 def test_without_any_they_are_one_and_stay_so(tiny_checkpoint: TinyCheckpoint, paged_run) -> None:
     model = load_model(tiny_checkpoint("llama"), kv_cache_dtype="fp8")
     paged_run(model, num_sequences=1, max_tokens=64).step({0: list(range(5, 40))})
-    assert [layer.attention.impl.kv_scales for layer in model.layers] == [KVScales()] * 3
+    assert model.kv_scales == [KVScales()] * 3
 
 
 @pytest.mark.parametrize("spelling", ["self_attn.{}_scale", "self_attn.{}_proj.{}_scale", "self_attn.attn.{}_scale"])
@@ -62,7 +62,7 @@ def test_every_rank_has_the_checkpoints_own(with_tensors: Callable[..., Path]) -
     folder = with_tensors({f"model.layers.1.self_attn.{kind}_scale": torch.tensor(value) for kind, value in values})
     for rank in range(2):
         model = load_model(folder, kv_cache_dtype="fp8", group=lone_rank(rank, 2))
-        scales = [layer.attention.impl.kv_scales for layer in model.layers]
+        scales = model.kv_scales
         assert scales == [KVScales(), KVScales(0.5, 2.0), KVScales()]
 
 

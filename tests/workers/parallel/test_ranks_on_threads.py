@@ -11,12 +11,12 @@ from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from workers.commands import Abort, Submit
 from workers.kv_cache.sizing import kv_layout
-from workers.loading.loader import load_model
 from workers.lockstep.channel import FollowerChannel, LeadChannel
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Follower, Lead
 from workers.lockstep.replica import Replica, StepClock
 from workers.messages import PrefillRequest, StepOutput, TokenOutput
+from workers.models.loader import load_model
 from workers.parallel.errors import TensorParallelError
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attention.platform import Platform
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 from workers.ops.decode_input_types import PADDING_LEN
 from workers.ops.decode_inputs import decode_inputs_torch
 from workers.ops.triton.decode_inputs import launch_decode_inputs

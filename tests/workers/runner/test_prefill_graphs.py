@@ -9,9 +9,9 @@ import torch
 
 from attention.selection.registry import get_backend
 from attention.spec import FP8
-from workers.loading.loader import load_model
-from workers.models.causal_lm import Decoder
-from workers.models.config.model_config import ModelConfig
+from workers.models.causal_lm import attention_specs
+from workers.models.loader import load_model
+from workers.models.registry import read_model
 from workers.runner.input_batch import Row
 from workers.runner.model_runner import ModelRunner
 from workers.runner.prefill_graphs import PrefillGraphs, ladder
@@ -47,8 +47,9 @@ def test_a_cpu_captures_nothing(tiny_checkpoint):
 @pytest.mark.parametrize(("kv_cache_dtype", "captured"), [(None, True), (FP8, False)])
 def test_an_fp8_cache_is_not_for_graphs(kv_cache_dtype, captured, tiny_checkpoint):
     """Prompts attend to it by way of block tables, which graphs do not follow."""
-    config = ModelConfig.from_file(tiny_checkpoint("llama"))
-    model = Decoder(config, get_backend("TRITON_ATTN"), 16, torch.bfloat16, torch.device("cpu"), kv_cache_dtype)
+    model_class, config = read_model(tiny_checkpoint("llama"))
+    backends = dict.fromkeys(attention_specs(config, kv_cache_dtype), get_backend("TRITON_ATTN"))
+    model = model_class(config, backends, 16, torch.bfloat16, torch.device("cpu"), kv_cache_dtype)
     assert model.prefills_in_graphs == captured
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 from workers.runner.decode_runner import DecodeRunner
 from workers.runner.model_runner import ModelRunner, Row
 from workers.runner.step_times import StepTimes, measure_decode, measure_prefill

@@ -11,7 +11,7 @@ from kv_transfer.transports.local import Faults
 from workers.decode_worker import DecodeWorker
 from workers.errors import CapacityError, DeadlineExceededError, InvalidRequestError, SamplingError
 from workers.messages import DecodeReport, FinishReason, PrefillReport, RequestFailed, TokenOutput
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
 
@@ -304,7 +304,7 @@ def test_who_makes_room_loses_no_token(worker, tiny_checkpoint, reference_greedy
 
 
 def test_broken_logits_fail_one_prompt_alone_and_are_not_kept(worker, monkeypatch):
-    forward = Decoder.forward
+    forward = CausalLM.forward
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
@@ -312,7 +312,7 @@ def test_broken_logits_fail_one_prompt_alone_and_are_not_kept(worker, monkeypatc
 
     cluster, decode = worker()
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "forward", broken)
+        patch.setattr(CausalLM, "forward", broken)
         cluster.submit_local("broken", prompt(50), greedy(4))
         cluster.submit_local("fine", prompt(30, 1), greedy(4))
         cluster.run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workers.models.config.reader import ConfigReader
+from workers.loading.config_reader import ConfigReader
 
 _OF_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("config_groups",),

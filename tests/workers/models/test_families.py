@@ -1,4 +1,4 @@
-"""The decoder against transformers, for every family and what varies within it."""
+"""Models against transformers, for every family and what varies within it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from workers.loading.loader import load_model
+from tiny_families import variations
+from workers.models.loader import load_model
 
-VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-    "llama-wide-heads": ("llama", {"head_dim": 40, "vocab_size": 517}),
-    "llama3": ("llama3", {}),
-    "mistral": ("mistral", {}),
-    "mistral-no-window": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {}),
-    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {}),
-    "qwen3-tied-biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
-    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}),
-}
+VARIATIONS = variations()
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -54,6 +41,43 @@ def test_logits_equal_transformers(checkpoint: Path, reference: Any, paged_run: 
     for ours in (whole, chunked, stepped):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours / spread, expected / spread, rtol=1e-4, atol=2e-4)
+
+
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [1.5 + i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "num_tokens", "max_model_len"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 75, None),
+        ({"rope_type": "dynamic", "factor": 4.0}, 75, None),
+        ({"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}, 75, None),
+        (_LONGROPE, 60, 64),
+        (_LONGROPE, 75, None),
+    ],
+)
+def test_logits_of_scaled_rope_equal_transformers(
+    scaling: dict[str, Any],
+    num_tokens: int,
+    max_model_len: int | None,
+    tiny_checkpoint: TinyCheckpoint,
+    reference: Any,
+    paged_run: Any,
+) -> None:
+    """LongRoPE's short set where nothing longer is served than it was made for, and its long set where it is."""
+    checkpoint = tiny_checkpoint("llama", rope_parameters={"rope_theta": 10000.0, **scaling})
+    expected = reference(checkpoint).logits(prompt(num_tokens))
+    decoder = load_model(checkpoint, dtype="float32", block_size=16, max_model_len=max_model_len)
+    assert decoder.max_model_len == (max_model_len or decoder.config.max_position_embeddings)
+    run = paged_run(decoder, num_sequences=1, max_tokens=80)
+    ids = prompt(num_tokens)
+    ours = torch.cat([run.step({0: ids[:30]})[0], run.step({0: ids[30:]})[0]])
+    torch.testing.assert_close(ours / expected.std(), expected / expected.std(), rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("backend", ["CPU_ATTN", "TORCH_SDPA"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,16 +30,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+STATED = frozenset(
+    {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    | {"max_position_embeddings"}
+)
+"""Keys without which a config.json describes no model: nobody's default is taken for them."""
+
+
 class ConfigReader:
     """Typed access to one JSON object; a null counts as absent.
+
+    What is absent and has no default where it is read is taken from `defaults`, unless it is one of `STATED`.
 
     Attributes:
         source: the file, named in errors.
         prefix: put before keys in errors, for objects inside objects.
+
+    Args:
+        values: the object.
+        source: see above.
+        prefix: see above.
+        defaults: of keys that are absent; asked once, when the first is needed.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        source: str,
+        prefix: str = "",
+        defaults: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
         self._values = values
+        self._defaults = defaults
         self.source = source
         self.prefix = prefix
 
@@ -52,6 +75,10 @@ class ConfigReader:
     def get(self, key: str) -> Any:
         """The value as it is, None when absent."""
         return self._values.get(key)
+
+    def get_or_default(self, key: str) -> Any:
+        """The value as it is, or what `defaults` has, where the key is absent; a null stays one."""
+        return self._values[key] if key in self._values else self._default(key)
 
     def optional_int(self, key: str) -> int | None:
         """An integer, or None when absent."""
@@ -84,15 +111,33 @@ class ConfigReader:
         value = self._values.get(key)
         if value is None:
             return self._present(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if not _is_finite(value) or value <= 0:
             raise self.error(key, f"must be a number above 0, not {value!r}")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
+    def non_negative_float(self, key: str, default: float | None = None) -> float:
+        """A number of at least 0; without a default it must be there."""
+        value = self._values.get(key)
+        if value is None:
+            return self._present(key, default)
+        if not _is_finite(value) or value < 0:
+            raise self.error(key, f"must be a number of at least 0, not {value!r}")
+        return float(value)
+
+    def positive_float_list(self, key: str) -> tuple[float, ...]:
+        """A list of numbers above 0, which must be there."""
+        values = self._values.get(key)
+        if values is None:
+            raise self.error(key, "is missing")
+        if not isinstance(values, list) or not all(_is_finite(value) and value > 0 for value in values):
+            raise self.error(key, f"must be a list of numbers above 0, not {values!r}")
+        return tuple(map(float, values))
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false."""
         value = self._values.get(key)
         if value is None:
-            return default
+            return bool(self._present(key, default))
         if not isinstance(value, bool):
             raise self.error(key, f"must be true or false, not {value!r}")
         return value
@@ -109,5 +154,14 @@ class ConfigReader:
 
     def _present(self, key: str, value: _Number | None) -> _Number:
         if value is None:
+            value = self._default(key)
+        if value is None:
             raise self.error(key, "is missing")
         return value
+
+    def _default(self, key: str) -> Any:
+        return None if self._defaults is None or key in STATED else self._defaults().get(key)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

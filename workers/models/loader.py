@@ -1,8 +1,7 @@
-"""From a checkpoint folder (or only its config.json) to a `Decoder` that is ready to run."""
+"""From a checkpoint folder (or only its config.json) to a model that is ready to run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +10,16 @@ import torch
 from attention.spec import FP8, AttentionNeeds, Phase
 from workers.errors import CheckpointError, ConfigError
 from workers.loading.checkpoint import StoredTensor, resolve_checkpoint, stored_tensors, weight_files
-from workers.loading.dummy_weights import fill_randomly
 from workers.loading.kv_scales import Place, kv_scale_place, read_kv_scales
-from workers.loading.weight_map import is_unused, weight_targets
-from workers.loading.weight_stream import FLOATS, Placement, load_tensors
+from workers.loading.pieces import Placement
+from workers.loading.placements import placement
+from workers.loading.weight_stream import load_tensors
 from workers.models.attention_backend import choose_backend
-from workers.models.causal_lm import Decoder, attention_specs
+from workers.models.causal_lm import CausalLM, attention_specs
 from workers.models.config.model_config import DTYPES, ModelConfig
+from workers.models.random_weights import fill_randomly
+from workers.models.registry import read_model
+from workers.models.weight_map import WeightMap
 from workers.parallel.group import SINGLE, TensorParallelGroup
 
 LOAD_FORMATS = ("auto", "dummy")
@@ -54,7 +56,8 @@ def load_model(
     kv_cache_dtype: str = "auto",
     measurements: Path | None = None,
     group: TensorParallelGroup = SINGLE,
-) -> Decoder:
+    max_model_len: int | None = None,
+) -> CausalLM:
     """Load a model, or one rank's shard of it, of which alone the weights are read.
 
     Args:
@@ -71,48 +74,65 @@ def load_model(
         kv_cache_dtype: auto (as the activations) or fp8, with the checkpoint's scales where it has them, else 1.
         measurements: where `baton backends --measure` keeps its result, which the choice of a backend follows.
         group: the ranks that share the model; this one's device is `device`. Nothing is communicated here.
+        max_model_len: tokens of the longest sequence that will come; None: what the model was made for.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or of a kind that Baton does not run.
         ConfigError: an unknown dtype, load format or attention backend, none that can run this model here, a model that
-            does not fit the GPU, or one that the group's size does not divide.
+            does not fit the GPU, one that the group's size does not divide, or whose positions do not reach so far.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format {load_format!r} is none of {', '.join(LOAD_FORMATS)}")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is none of {', '.join(KV_CACHE_DTYPES)}")
     folder = resolve_checkpoint(str(model))
-    config = ModelConfig.from_file(folder)
+    model_class, config = read_model(folder)
     resolved, device = resolve_dtype(dtype, config), torch.device(device)
     cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
-    specs = attention_specs(config.sharded(group.size), cache_dtype)
+    specs = attention_specs(config, cache_dtype, group.size)
     kinds = [AttentionNeeds(spec, resolved, block_size, phase) for spec in specs]
     backend = choose_backend(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
+    weights = weight_map(model_class, config, group)
     try:
-        decoder = Decoder(config, backend, block_size, resolved, device, cache_dtype, group)
+        loaded = model_class(
+            config, dict.fromkeys(specs, backend), block_size, resolved, device, cache_dtype, group, max_model_len
+        )
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(
-            f"the model's weights take {model_bytes(config, resolved, group) / 1e9:.1f} GB, the GPU has "
+            f"the model's weights take {weights.num_elements * resolved.itemsize / 1e9:.1f} GB, the GPU has "
             f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
         ) from error
     with torch.inference_mode():
         if load_format == "dummy":
-            fill_randomly(decoder, seed)
+            fill_randomly(loaded, weights, seed)
         else:
-            load_weights(decoder, folder, progress)
-        decoder.pack()
-    return decoder
+            load_weights(loaded, weights, folder, progress)
+        loaded.process_weights()
+    return loaded
 
 
-def model_bytes(config: ModelConfig, dtype: torch.dtype, group: TensorParallelGroup = SINGLE) -> int:
+def weight_map(model_class: type[CausalLM], config: ModelConfig, group: TensorParallelGroup = SINGLE) -> WeightMap:
+    """Where each tensor of a checkpoint goes, on one rank of a group.
+
+    Raises:
+        ConfigError: the group's size does not divide the model.
+    """
+    config.check_divisible(group.size)
+    weights = WeightMap(group.rank, group.size)
+    model_class.map_weights(config, weights)
+    return weights
+
+
+def model_bytes(
+    model_class: type[CausalLM], config: ModelConfig, dtype: torch.dtype, group: TensorParallelGroup = SINGLE
+) -> int:
     """Bytes of the weights that a rank holds of a model when they are loaded in `dtype`."""
-    regions = [target.region for target in weight_targets(config, group.rank, group.size).values()]
-    return dtype.itemsize * sum(math.prod(end - begin for begin, end in region) for region in regions)
+    return dtype.itemsize * weight_map(model_class, config, group).num_elements
 
 
-def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = None) -> None:
-    """Fill a decoder's parameters from a checkpoint, converting to their dtype, and take the scales of an FP8 KV cache.
+def load_weights(model: CausalLM, weights: WeightMap, folder: Path, progress: Progress | None = None) -> None:
+    """Fill a model's parameters from a checkpoint, converting to their dtype, and take the scales of an FP8 KV cache.
 
     A rank reads its shard and nothing else; the scales of a layer are all ranks'.
 
@@ -121,7 +141,7 @@ def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = Non
     Raises:
         CheckpointError: a file or tensor is missing, misshapen or unknown; names file and tensor.
     """
-    placements, scales = _places(decoder, folder)
+    placements, scales = _places(model, weights, folder)
     total = sum(placement.nbytes for placement in placements)
     read = 0
 
@@ -131,42 +151,35 @@ def load_weights(decoder: Decoder, folder: Path, progress: Progress | None = Non
         if progress is not None:
             progress(read, total)
 
-    load_tensors(placements, decoder.device, count)
-    if decoder.kv_cache_dtype == FP8:
+    load_tensors(placements, model.device, count)
+    if model.kv_cache_dtype == FP8:
         for layer, layer_scales in read_kv_scales(scales).items():
-            decoder.set_kv_scales(layer, layer_scales)
+            model.set_kv_scales(layer, layer_scales)
     if progress is not None:
         progress(total, total)
 
 
-def _places(decoder: Decoder, folder: Path) -> tuple[list[Placement], dict[Place, StoredTensor]]:
+def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Placement], dict[Place, StoredTensor]]:
     """Where every tensor of a checkpoint, or this rank's part of it, goes, and the scales among them."""
-    config, group, parameters = decoder.config, decoder.group, dict(decoder.named_parameters())
-    targets = weight_targets(config, group.rank, group.size)
-    placements: list[Placement] = []
-    scales: dict[Place, StoredTensor] = {}
+    config, parameters = model.config, dict(model.named_parameters())
+    wanted = dict.fromkeys([*weights.targets, *weights.scales])
+    found: dict[str, StoredTensor] = {}
+    kv_scales: dict[Place, StoredTensor] = {}
     for stored in stored_tensors(folder):
-        target = targets.pop(stored.name, None)
-        if target is not None:
-            _check_tensor(stored, target.shape)
-            place = parameters[target.parameter][target.begin : target.end]
-            placements.append(Placement(stored, place, target.region))
+        if stored.name in wanted:
+            found[stored.name] = stored
         elif (scale := kv_scale_place(stored.name, config.num_layers)) is not None:
-            scales[scale] = stored
-        elif not is_unused(stored.name, config):
+            kv_scales[scale] = stored
+        elif not weights.is_unused(stored.name):
             raise CheckpointError(f"{stored.file}: tensor {stored.name} has no place in a {config.family} model")
-    if targets:
+    missing = [name for name in wanted if name not in found]
+    if missing:
         files = weight_files(folder)
-        where = files[0] if len(files) == 1 else folder
-        first, more = next(iter(targets)), len(targets) - 1
-        raise CheckpointError(f"{where}: tensor {first} is missing" + (f", and {more} more" if more else ""))
-    return placements, scales
-
-
-def _check_tensor(stored: StoredTensor, shape: tuple[int, ...]) -> None:
-    if stored.shape != shape:
-        raise CheckpointError(f"{stored.file}: tensor {stored.name} has shape {stored.shape} where {shape} is expected")
-    if stored.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}, it must be one of {', '.join(FLOATS)}"
-        )
+        where, more = files[0] if len(files) == 1 else folder, len(missing) - 1
+        raise CheckpointError(f"{where}: tensor {missing[0]} is missing" + (f", and {more} more" if more else ""))
+    placements = [
+        placement(name, target, found, parameters)  # as they lie in the files
+        for name in found
+        for target in weights.targets.get(name, ())
+    ]
+    return placements, kv_scales

@@ -1,0 +1,113 @@
+"""Normalisations over the last dimension."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from workers.layers.context import LayerContext
+from workers.layers.linear_methods.base import empty_parameter
+from workers.ops.rms_norm import add_rms_norm, rms_norm
+from workers.parallel.group import TensorParallelGroup
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467).
+
+    Args:
+        size: H.
+        eps: added to the mean square.
+        context: of the model.
+        in_float32: keep the weight in float32, whatever the model's dtype: Gemma multiplies by 1 + w, and w is small;
+            its weight map adds the 1.
+    """
+
+    def __init__(self, size: int, eps: float, context: LayerContext, *, in_float32: bool = False) -> None:
+        super().__init__()
+        dtype = torch.float32 if in_float32 else context.dtype
+        self.weight = empty_parameter(size, dtype=dtype, device=context.device)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise and scale; of the input's shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual += x`, in place, and that normalised; for a contiguous residual."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation without a bias (Ba et al., 2016, arXiv:1607.06450), as Cohere's models have it.
+
+    Args:
+        size: H.
+        eps: added to the variance.
+        context: of the model.
+    """
+
+    def __init__(self, size: int, eps: float, context: LayerContext) -> None:
+        super().__init__()
+        self.weight = empty_parameter(size, dtype=context.dtype, device=context.device)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise and scale, in float32, rounded once; of the input's shape and dtype."""
+        normed: torch.Tensor = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps)
+        return normed.to(x.dtype)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual += x`, in place, and that normalised."""
+        return self.forward(residual.add_(x))
+
+
+class HeadNorm(nn.Module):
+    """The weights by which each head of queries and keys is normalised before it is rotated, in one tensor.
+
+    The rotation's kernel applies it, see `workers.ops.qk_norm_rope`.
+
+    Args:
+        num_heads: of queries and keys, of this rank.
+        head_size: D.
+        eps: added to the mean square.
+        context: of the model.
+        in_float32: see `RMSNorm`.
+    """
+
+    def __init__(
+        self, num_heads: int, head_size: int, eps: float, context: LayerContext, *, in_float32: bool = False
+    ) -> None:
+        super().__init__()
+        dtype = torch.float32 if in_float32 else context.dtype
+        self.weight = empty_parameter(num_heads, head_size, dtype=dtype, device=context.device)
+        self.eps = eps
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """(T, Hq + Hkv, D) normalised, each head by itself."""
+        normed: torch.Tensor = F.rms_norm(heads.float(), heads.shape[-1:], None, self.eps) * self.weight.float()
+        return normed.to(heads.dtype)
+
+
+class WideNorm(nn.Module):
+    """RMS normalisation over the features of all heads of all ranks together (OLMo-2).
+
+    Args:
+        size: features of this rank.
+        total: features of all ranks.
+        eps: added to the mean square.
+        context: of the model.
+    """
+
+    def __init__(self, size: int, total: int, eps: float, context: LayerContext) -> None:
+        super().__init__()
+        self.weight = empty_parameter(size, dtype=context.dtype, device=context.device)
+        self.eps = eps
+        self._total = total
+        self._group: TensorParallelGroup = context.group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, size) normalised, in float32, rounded once."""
+        wide = x.float()
+        squares = self._group.all_reduce(wide.square().sum(-1, keepdim=True))
+        return (wide * torch.rsqrt(squares / self._total + self.eps) * self.weight.float()).to(x.dtype)
