@@ -9,7 +9,7 @@ from enum import StrEnum
 import torch
 
 from attention.platform import PACKAGES, DeviceKind, Platform
-from attention.spec import AttentionNeeds, AttentionType, Feature, Phase
+from attention.spec import FP8, AttentionNeeds, AttentionType, Feature, Phase
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -160,7 +160,7 @@ class Capabilities:
             reasons.append(f"attention type {spec.attn_type} is none of {', '.join(self.attention_types)}")
         if needs.phase is not None and needs.phase not in self.phases:
             reasons.append(f"made for {' and '.join(self.phases)}, not for {needs.phase}")
-        if spec.kv_cache_dtype not in (None, needs.dtype) and Feature.FP8_KV not in spec.features:
+        if spec.attn_type.cached and spec.kv_cache_dtype not in (None, needs.dtype, FP8):
             reasons.append(f"a KV cache of {_short(spec.kv_cache_dtype)} beside {_short(needs.dtype)} is not known")
         for feature in sorted(needs.all_features - self.features):
             reasons.append(self.refused.get(feature, f"{feature} is not supported"))

@@ -10,7 +10,7 @@ from attention.backends.mla.base import MLABackend
 from attention.errors import AttentionBackendError
 from attention.forward_context import ForwardContext, current_context
 from attention.fp8 import calibrate
-from attention.spec import FP8, AttentionSpec
+from attention.spec import AttentionSpec
 from attention.unified_attention import unified_attention
 
 
@@ -50,7 +50,7 @@ class MLAAttention(nn.Module):
         self.impl = backend.impl_class(spec, self.kv_b_proj)
         if kv_scales is not None:
             self.impl.kv_scales = kv_scales
-        self._needs_scales = spec.kv_cache_dtype == FP8 and kv_scales is None
+        self._needs_scales = spec.fp8_cache and kv_scales is None
 
     def forward(
         self,

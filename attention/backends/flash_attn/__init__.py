@@ -31,7 +31,7 @@ from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import DeviceKind, Platform
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 __all__ = ["FlashAttnBackend", "FlashAttnImpl", "FlashAttnMetadata", "FlashAttnVersion", "force_flash_attn_version"]
 
@@ -67,13 +67,13 @@ class FlashAttnMetadataBuilder(AttentionMetadataBuilder):
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)
         self.provider = choose_provider(Platform.of(device), spec)
-        reads = spec.kv_cache_dtype != FP8
+        reads = not spec.fp8_cache
         self._page_size = self.provider.page_size(block_size, spec.head_size) if reads else None
 
     def build(self, common: CommonAttentionMetadata) -> FlashAttnMetadata:
         """See `AttentionMetadataBuilder.build`; never waits for the device."""
         refuse_masks(common, FlashAttnBackend.capabilities.features, FlashAttnBackend.name)
-        fp8 = self.spec.kv_cache_dtype == FP8
+        fp8 = self.spec.fp8_cache
         decoder = self.spec.attn_type is AttentionType.DECODER
         fresh = not self.spec.attn_type.cached or (decoder and not fp8 and common.query_lens == common.context_lens)
         if fresh:
@@ -119,7 +119,7 @@ class FlashAttnImpl(AttentionImpl):
         if query.shape[0] == 0:
             return output
         keys, values = self._keys(query, key, value, kv_cache, metadata)
-        fp8 = self.spec.kv_cache_dtype == FP8
+        fp8 = self.spec.fp8_cache
         native_sinks = Feature.SINKS in metadata.provider.native
         call = Call(
             query=query,

@@ -109,7 +109,7 @@ class FlexAttentionImpl(AttentionImpl):
         if cache.dtype == FP8:  # indexing knows no FP8
             cache = cache.view(torch.uint8)
         key, value = (cache.index_select(0, half).view(-1, *head) for half in (rows, rows + block_size))
-        if kv_cache.dtype == FP8:
+        if self.spec.fp8_cache:
             scales = self.kv_scales
             key = key.view(FP8).float().mul_(scales.k).to(dtype)
             value = value.view(FP8).float().mul_(scales.v).to(dtype)

@@ -23,7 +23,7 @@ from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind
-from attention.spec import FP8, AttentionSpec, Feature
+from attention.spec import AttentionSpec, Feature
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class RocmFlashImpl(AttentionImpl):
         output: torch.Tensor,
     ) -> None:
         queries = take(query, part.tokens)
-        if part.whole and key is not None and value is not None and kv_cache.dtype != FP8:
+        if part.whole and key is not None and value is not None and not self.spec.fp8_cache:
             keys, values = take(key, part.tokens), take(value, part.tokens)
         else:
             keys, values = gather_kv(kv_cache, part.slots)
-            if kv_cache.dtype == FP8:
+            if self.spec.fp8_cache:
                 keys = (keys.float() * self.kv_scales.k).to(query.dtype)
                 values = (values.float() * self.kv_scales.v).to(query.dtype)
         if self._composable_kernel is not None and query.dtype in HALVES:

@@ -18,7 +18,7 @@ from attention.metadata import CommonAttentionMetadata
 from attention.ops.merge_attn_states import apply_sinks
 from attention.ops.torch_attention import Scores
 from attention.platform import DeviceKind
-from attention.spec import FP8, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionSpec, AttentionType, Feature
 
 
 class TorchSdpaImpl(AttentionImpl):
@@ -44,7 +44,7 @@ class TorchSdpaImpl(AttentionImpl):
                 raise AttentionInputError(f"{self.spec.attn_type} attention without a KV cache, or without keys")
         elif key is not None and value is not None:
             store_rows(key, value, kv_cache, plan.store, self.kv_scales)
-        fp8 = kv_cache is not None and kv_cache.dtype == FP8
+        fp8 = self.spec.fp8_cache
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
         kernel = self._written_out(plan, scale) if plan.scored else self._kernel(plan, scale)
         finish: Finish | None = partial(self._finish, fp8) if fp8 or self.sinks is not None else None

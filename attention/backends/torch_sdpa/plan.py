@@ -17,7 +17,7 @@ from attention.backends.torch_sdpa.workspace import Landing, Workspace
 from attention.errors import AttentionInputError
 from attention.kv_cache import key_rows
 from attention.metadata import CommonAttentionMetadata
-from attention.spec import FP8, AttentionSpec, AttentionType
+from attention.spec import AttentionSpec, AttentionType
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Planner:
         self._common = common
         self._block_size = block_size
         self._scored = scored
-        self._fp8 = spec.kv_cache_dtype == FP8 and spec.attn_type.cached
+        self._fp8 = spec.fp8_cache
         self._device = common.block_tables.device
         self._limits = replace(limits, piece=min(limits.piece or SCORED_KEYS, SCORED_KEYS)) if scored else limits
         keys = key_rows(common.slot_mapping, block_size)

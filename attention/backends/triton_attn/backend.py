@@ -14,7 +14,7 @@ from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence, 
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind, Platform
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 TRITON_DEVICES = (
     # Triton promises SM 8.0 and newer; it still has code for Turing's matrix instructions, in fp16 only.
@@ -91,7 +91,7 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
         if common.decode_only:
             return Kernel.DECODE
         fresh = self.spec.attn_type is AttentionType.DECODER and common.query_lens == common.context_lens
-        return Kernel.VARLEN if fresh and self.spec.kv_cache_dtype != FP8 else Kernel.PAGED
+        return Kernel.VARLEN if fresh and not self.spec.fp8_cache else Kernel.PAGED
 
 
 class TritonAttnImpl(AttentionImpl):

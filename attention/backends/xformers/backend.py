@@ -26,7 +26,7 @@ from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import DeviceKind, Platform
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 _NO_MASKS = "xFormers takes masks only as a bias for every pair of tokens"
 
@@ -55,7 +55,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder):
         """See `AttentionMetadataBuilder.build`."""
         refuse_masks(common, XFormersBackend.capabilities.features, XFormersBackend.name)
         decoder = self.spec.attn_type is AttentionType.DECODER
-        fresh = decoder and self.spec.kv_cache_dtype != FP8 and common.query_lens == common.context_lens
+        fresh = decoder and not self.spec.fp8_cache and common.query_lens == common.context_lens
         slots = None
         if self.spec.attn_type.cached and not fresh:
             offsets = torch.zeros_like(common.cu_seqlens_q)
@@ -111,7 +111,7 @@ class XFormersImpl(AttentionImpl):
                 raise AttentionInputError("keys and values are neither given nor in a cache")
             slots = metadata.common.slot_mapping if metadata.slots is None else metadata.slots
             key, value = (tensor.to(query.dtype) for tensor in gather_kv(kv_cache, slots))
-        fp8 = self.spec.kv_cache_dtype == FP8
+        fp8 = self.spec.fp8_cache
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
         attended = self._attend(query, key, value, metadata.bias, scale)
         output.copy_(attended * self.kv_scales.v if fp8 else attended)
