@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from attention.backend import AttentionBackend, KVScales
+from attention.errors import AttentionInputError
 from attention.fp8 import quantize
 from attention.spec import FP8
 
@@ -80,7 +81,7 @@ def key_rows(slots: torch.Tensor, block_size: int) -> torch.Tensor:
     """Where the keys of `slots` lie in a layer's cache seen as rows of one token each; values lie `block_size` later.
 
     A block is `block_size` rows of keys and then as many of values, so slot `b * block_size + i` has its key in row
-    `2 * b * block_size + i`.
+    `2 * b * block_size + i`. Negative slots, which are nobody's, have negative rows.
 
     Args:
         slots: int64, any shape, `block * block_size + offset`.
@@ -95,6 +96,43 @@ def token_rows(kv_cache: torch.Tensor) -> torch.Tensor:
     return kv_cache.view(num_blocks * two * block_size, num_kv_heads * head_size)
 
 
+def check_slots(slot_mapping: torch.Tensor, num_tokens: int) -> None:
+    """Refuse slots that do not fit the tokens, or that are too narrow to find them in a large cache.
+
+    Raises:
+        AttentionInputError: anything but contiguous int64, one for each token.
+    """
+    shape = tuple(slot_mapping.shape)
+    if slot_mapping.dtype != torch.int64 or shape != (num_tokens,) or not slot_mapping.is_contiguous():
+        raise AttentionInputError(
+            f"slots of {str(slot_mapping.dtype).removeprefix('torch.')} {shape} with strides {slot_mapping.stride()}: "
+            f"needs contiguous int64 ({num_tokens},)"
+        )
+
+
+def put_rows(cache: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy each of `values` to its row of a cache; a negative row skips its value. Waits for no device.
+
+    Args:
+        cache: (N, W), written.
+        rows: (T,) int64, those that are not negative all different.
+        values: (T, W), of the cache's dtype.
+    """
+    if rows.shape[0] == 0:
+        return
+    skipped = rows < 0
+    if rows.device.type == "cpu":
+        if skipped.any():
+            rows, values = rows[~skipped], values[~skipped]
+        cache.index_copy_(0, rows, values)
+        return
+    # What is skipped repeats the first that is not, or the cache's own first row where there is none.
+    first = skipped.to(torch.int8).argmin(0, keepdim=True)
+    row = rows.index_select(0, first)
+    value = torch.where(row[:, None] < 0, cache[:1], values.index_select(0, first))
+    cache.index_copy_(0, torch.where(skipped, row.clamp(min=0), rows), torch.where(skipped[:, None], value, values))
+
+
 def store_rows(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -102,7 +140,7 @@ def store_rows(
     rows: torch.Tensor,
     scales: KVScales = KVScales(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write keys to the given `key_rows` and values beside them.
+    """Write keys to the given `key_rows` and values beside them; a negative row skips its token.
 
     Args:
         key: (T, Hkv, D).
@@ -118,8 +156,8 @@ def store_rows(
             quantize(key, scales.k).view(torch.uint8),
             quantize(value, scales.v).view(torch.uint8),
         )
-    cache.index_copy_(0, rows[0], key.flatten(1))
-    cache.index_copy_(0, rows[1], value.flatten(1))
+    put_rows(cache, rows[0], key.flatten(1))
+    put_rows(cache, rows[1], value.flatten(1))
 
 
 def reshape_and_cache(
@@ -129,15 +167,19 @@ def reshape_and_cache(
     slot_mapping: torch.Tensor,
     scales: KVScales = KVScales(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write each token's key and value into its slot.
+    """Write each token's key and value into its slot; the twin of the Triton kernel, for any device.
 
     Args:
         key: (T, Hkv, D).
         value: (T, Hkv, D).
         kv_cache: one layer's cache, written.
-        slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+        slot_mapping: (T,) int64, `block * block_size + offset`, all different; a negative one skips its token.
         scales: of an FP8 cache.
+
+    Raises:
+        AttentionInputError: slots of another dtype or shape.
     """
+    check_slots(slot_mapping, key.shape[0])
     block_size = kv_cache.shape[2]
     keys = key_rows(slot_mapping, block_size)
     store_rows(key, value, kv_cache, torch.stack((keys, keys + block_size)), scales)
@@ -152,11 +194,15 @@ def concat_and_cache_mla(
         kv_c: (T, kv_lora_rank), normalised.
         k_pe: (T, qk_rope_head_dim), rotated.
         kv_cache: one layer's cache, (num_blocks, block_size, kv_lora_rank + qk_rope_head_dim), written.
-        slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+        slot_mapping: (T,) int64, `block * block_size + offset`, all different; a negative one skips its token.
         scale: of an FP8 cache.
+
+    Raises:
+        AttentionInputError: slots of another dtype or shape.
     """
+    check_slots(slot_mapping, kv_c.shape[0])
     rows = kv_cache.view(-1, kv_cache.shape[-1])
     latent = torch.cat((kv_c, k_pe), dim=-1)
     if rows.dtype == FP8:  # copied as bytes: indexing knows no FP8
         rows, latent = rows.view(torch.uint8), quantize(latent, scale).view(torch.uint8)
-    rows.index_copy_(0, slot_mapping, latent)
+    put_rows(rows, slot_mapping, latent)

@@ -75,7 +75,7 @@ def qk_norm_rope_torch_(
     eps: float = 1e-6,
     cache: CacheWrite | None = None,
 ) -> None:
-    """`qk_norm_rope_` in plain torch; with `cache` it waits for the device."""
+    """`qk_norm_rope_` in plain torch."""
     query_key = qkv[:, : num_q_heads + num_kv_heads]
     heads = query_key.float()
     if norm_weight is not None:
@@ -84,9 +84,8 @@ def qk_norm_rope_torch_(
     first, second = heads.chunk(2, dim=-1)
     query_key.copy_(torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1))
     if cache is not None:
-        stored = cache.slot_mapping >= 0
         key, value = qkv[:, num_q_heads:].split(num_kv_heads, dim=1)
-        reshape_and_cache(key[stored], value[stored], cache.kv_cache, cache.slot_mapping[stored], cache.scales)
+        reshape_and_cache(key, value, cache.kv_cache, cache.slot_mapping, cache.scales)
 
 
 def _check(

@@ -17,7 +17,7 @@ from attention.backend import (
     AttentionMetadataBuilder,
     refuse_masks,
 )
-from attention.backends.common.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.versions import (
     FlashAttnVersion,
@@ -160,7 +160,7 @@ class FlashAttnImpl(AttentionImpl):
             raise AttentionInputError("keys and values are neither given nor in a cache")
         if metadata.page_tables is not None:
             return paged_views(kv_cache, metadata.page_size)
-        slots = metadata.common.slot_mapping if metadata.slots is None else metadata.slots
+        slots = token_slots(metadata.common, kv_cache.shape[2]) if metadata.slots is None else metadata.slots
         keys, values = gather_kv(kv_cache, slots)
         return keys.to(query.dtype), values.to(query.dtype)
 

@@ -77,11 +77,11 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
     def _ragged(self, common: CommonAttentionMetadata) -> RaggedPrefill:
         if not common.lasting:
             kernel = choice.prefill_kernel(self._capability, self.spec, masked=False)
-            return RaggedPrefill(self._plan_ragged(self._wrapper("ragged", kernel), common), common.slot_mapping)
+            return RaggedPrefill(self._plan_ragged(self._wrapper("ragged", kernel), common), common)
         if common.query_lens not in self._lasting:
             wrapper = PlannedWrapper(self._make_lasting())
             self._lasting[common.query_lens] = self._plan_ragged(wrapper, common)
-        return RaggedPrefill(self._lasting[common.query_lens], common.slot_mapping)
+        return RaggedPrefill(self._lasting[common.query_lens], common)
 
     def _plan_ragged(self, wrapper: PlannedWrapper, common: CommonAttentionMetadata) -> Planned:
         offsets = host_offsets(common.query_lens)

@@ -48,7 +48,7 @@ class TorchSdpaImpl(AttentionImpl):
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
         kernel = self._written_out(plan, scale) if plan.scored else self._kernel(plan, scale)
         finish: Finish | None = partial(self._finish, fp8) if fp8 or self.sinks is not None else None
-        return run(plan, query, Keys(key, value, kv_cache, plan.store), kernel, finish, output)
+        return run(plan, query, Keys(key, value, kv_cache, plan.common), kernel, finish, output)
 
     def _kernel(self, plan: SdpaMetadata, scale: float) -> Kernel:
         return DotProduct(scale)

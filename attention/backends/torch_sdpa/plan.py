@@ -15,7 +15,7 @@ from attention.backend import AttentionMetadata
 from attention.backends.torch_sdpa.tiles import Band, Reach, Tile, masked_tiles, scored_tiles
 from attention.backends.torch_sdpa.workspace import Landing, Workspace
 from attention.errors import AttentionInputError
-from attention.kv_cache import key_rows
+from attention.kv_cache import check_slots, key_rows
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import AttentionSpec, AttentionType
 
@@ -120,6 +120,7 @@ class Planner:
         self._fp8 = spec.fp8_cache
         self._device = common.block_tables.device
         self._limits = replace(limits, piece=min(limits.piece or SCORED_KEYS, SCORED_KEYS)) if scored else limits
+        check_slots(common.slot_mapping, common.slot_mapping.numel())
         keys = key_rows(common.slot_mapping, block_size)
         self._store = torch.stack((keys, keys + block_size))
         self._tables = common.block_tables.long()
@@ -159,10 +160,8 @@ class Planner:
         for keys in self._cut(num_keys, num_keys if cross else prefix, custom is not None):
             own = slice(begin + keys.start - prefix, begin + keys.stop - prefix)
             rows = None
-            if cross or keys.start < prefix:
+            if cross or keys.start < prefix or self._fp8:
                 rows = self._rows(i, keys)
-            elif self._fp8:
-                rows = self._store[:, own].flatten()
             if self._scored:
                 mask = self._mask(custom, keys, prefix)
                 tiles = tuple(scored_tiles(queries, keys, reach, mask))

@@ -18,7 +18,7 @@ from attention.backend import (
     AttentionMetadataBuilder,
     refuse_masks,
 )
-from attention.backends.common.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.backends.common.libraries import load_library
 from attention.backends.flash_attn import key_slots
 from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence, Sizes
@@ -109,7 +109,7 @@ class XFormersImpl(AttentionImpl):
         if metadata.slots is not None or key is None or value is None:
             if kv_cache is None:
                 raise AttentionInputError("keys and values are neither given nor in a cache")
-            slots = metadata.common.slot_mapping if metadata.slots is None else metadata.slots
+            slots = token_slots(metadata.common, kv_cache.shape[2]) if metadata.slots is None else metadata.slots
             key, value = (tensor.to(query.dtype) for tensor in gather_kv(kv_cache, slots))
         fp8 = self.spec.fp8_cache
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
