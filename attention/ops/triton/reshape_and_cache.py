@@ -10,7 +10,7 @@ import triton.language as tl
 from attention.errors import AttentionInputError
 from attention.fp8 import quantize
 from attention.kv_cache import check_slots
-from attention.ops.triton.launch import check_cache, check_device, device_traits, kernel_view, on_device
+from attention.ops.triton.launch import check_cache, check_device, check_span, device_traits, kernel_view, on_device
 
 _E4M3_MAX = tl.constexpr(448.0)
 
@@ -97,6 +97,8 @@ def reshape_and_cache(
     check_slots(slot_mapping, tokens)
     if tokens == 0:
         return
+    check_span("a token's keys", key, 2)
+    check_span("a token's values", value, 2)
     if fp8 and not device_traits(kv_cache.device).converts_e4m3:
         key, value = _e4m3_bytes(key, k_scale), _e4m3_bytes(value, v_scale)
     cache = kernel_view(kv_cache)

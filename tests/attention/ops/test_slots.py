@@ -16,6 +16,7 @@ from attention.ops.dispatch import uses_triton
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import Platform
 from attention.selection.registry import BACKENDS, get_backend
+from attention.selection.selector import unsupported_reasons
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, MLASpec
 from workers.ops.cache_write import CacheWrite
 from workers.ops.qk_norm_rope import cos_sin_table, qk_norm_rope_, qk_norm_rope_torch_
@@ -144,15 +145,13 @@ class _Elsewhere(torch.Tensor):
         return torch.device("meta")
 
 
-RUNNING = [
-    name
-    for name in BACKENDS
-    for spec in [MLA if get_backend(name).capabilities.mla else SPEC]
-    if not get_backend(name).refuse(
-        Platform.of(DEVICE), AttentionNeeds(spec, get_backend(name).capabilities.dtypes[0], 16)
-    )
-    and name not in ("FLASHMLA", "CUTLASS_MLA", "FLASHINFER_MLA", "FLASH_ATTN_MLA", "TRITON_MLA")
-]
+def _runs(name: str) -> bool:
+    can = get_backend(name).capabilities
+    needs = AttentionNeeds(MLA if can.mla else SPEC, can.dtypes[0], 16)
+    return not unsupported_reasons(name, Platform.of(DEVICE), [needs])
+
+
+RUNNING = [name for name in BACKENDS if _runs(name)]
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
