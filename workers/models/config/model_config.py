@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import ConfigError
+from workers.models.config.attention_keys import refuse_other_attention
 from workers.models.config.quantization import refuse_quantized_weights
 from workers.models.config.reader import ConfigReader, read_json
 from workers.models.config.sliding_windows import sliding_windows
@@ -20,6 +21,8 @@ FAMILIES: Mapping[str, str] = {
     "Qwen3ForCausalLM": "qwen3",
 }
 """Architectures that one decoder runs, differing by the fields of `ModelConfig`."""
+
+_ATTENTION_KEYS: Mapping[str, tuple[str, ...]] = {"qwen3": ("qk_layernorm", "use_qk_norm")}
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -83,7 +86,7 @@ class ModelConfig:
         """Check what config.json (and generation_config.json) hold. `source` names the file in errors."""
         read = ConfigReader(config, source)
         family = _family(read)
-        _refuse_unsupported(read)
+        _refuse_unsupported(read, family)
         num_heads = read.positive_int("num_attention_heads")
         hidden_size = read.positive_int("hidden_size")
         num_kv_heads = read.positive_int("num_key_value_heads", num_heads if family == "llama" else None)
@@ -171,11 +174,12 @@ def _family(read: ConfigReader) -> str:
     raise read.error(key, f"{value!r} is not supported; Baton runs {', '.join(FAMILIES)}")
 
 
-def _refuse_unsupported(read: ConfigReader) -> None:
+def _refuse_unsupported(read: ConfigReader, family: str) -> None:
     activation = read.get("hidden_act")
     if activation not in (None, "silu"):
         raise read.error("hidden_act", f"{activation!r} is not supported, only 'silu'")
     refuse_quantized_weights(read)
+    refuse_other_attention(read, _ATTENTION_KEYS.get(family, ()))
     partial = read.get("partial_rotary_factor")
     if partial not in (None, 1, 1.0):
         raise read.error("partial_rotary_factor", f"{partial!r} is not supported, only 1.0")
