@@ -31,8 +31,9 @@ _EPILOG = """\
 A backend is taken from BATON_ATTENTION_BACKEND or {prefill,decode}.attention_backend; else it is the one that was
 measured to be the fastest here (--measure); else the first that can run the model, in an order made for the device.
 
-evidence: "ran" means that Baton's tests have run on an H200 (SM 9.0) or on a CPU; what other devices of the family do
-is taken from the kernels' own documentation. (+2) means two more reasons, which --explain shows.
+evidence: "ran" means that Baton's tests have run on this very architecture (SM 9.0, x86_64); what it does on others of
+the family is taken from the kernels' own documentation, and it "never ran" there. (+2) means two more reasons, which
+--explain shows.
 
 examples:
   baton backends --model ~/models/llama --measure
@@ -50,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--model", metavar="DIR|HUB_ID", help="model to run; default: 32 query and 8 KV heads of 128")
     parser.add_argument(
-        "--dtype", default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} or auto: the model's own, else bfloat16"
+        "--dtype",
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(DTYPES)} or auto: the model's own, else bfloat16, or float16 on a GPU without it",
     )
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens per KV block (%(default)s)")
     parser.add_argument(
@@ -100,12 +104,10 @@ def _question(args: argparse.Namespace, platform: Platform) -> Question:
         raise ConfigError(f"--block-size is {args.block_size}, it must be at least 1")
     if args.model is not None:
         config = ModelConfig.from_file(resolve_checkpoint(args.model))
-        name, layers, dtype = args.model, list(attention_specs(config)), resolve_dtype(args.dtype, config)
-    elif args.dtype in ("auto", *DTYPES):
-        name, layers = _DEFAULT_NAME, [_DEFAULT_LAYER]
-        dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+        name, layers, stored = args.model, list(attention_specs(config)), config.dtype
     else:
-        raise ConfigError(f"dtype {args.dtype!r} is none of auto, {', '.join(DTYPES)}")
+        name, layers, stored = _DEFAULT_NAME, [_DEFAULT_LAYER], "bfloat16"
+    dtype = resolve_dtype(args.dtype, stored, platform)
     if args.kv_cache_dtype == "fp8":
         layers = [replace(layer, kv_cache_dtype=FP8) for layer in layers]
     return Question(platform, name, layers, dtype, args.block_size)

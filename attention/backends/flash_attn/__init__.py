@@ -26,7 +26,7 @@ from attention.backends.flash_attn.versions import (
     force_flash_attn_version,
     refuse_providers,
 )
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, HOPPER, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.paged_attention import PagedAttention
@@ -178,10 +178,7 @@ class FlashAttnBackend(AttentionBackend):
     metadata_class = FlashAttnMetadata
     builder_class = FlashAttnMetadataBuilder
     capabilities = Capabilities(
-        devices=(
-            DeviceSupport(DeviceKind.CUDA, low=(9, 0), high=(10, 0), evidence=Evidence.RAN),
-            DeviceSupport(DeviceKind.CUDA, low=(8, 0), evidence=Evidence.ADAPTER),
-        ),
+        devices=(DeviceSupport(DeviceKind.CUDA, low=(8, 0), ran_on=(HOPPER,)),),
         dtypes=HALVES,
         head_sizes=Sizes(8, 256, 8),
         features=frozenset(Feature) - {Feature.TREE_MASK, Feature.CUSTOM_MASK, Feature.CASCADE},

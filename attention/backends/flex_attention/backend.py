@@ -25,7 +25,7 @@ from torch.nn.attention import flex_attention as flex
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.flex_attention.plan import TILE, FlexGroup, plan_groups
 from attention.backends.triton_attn.backend import slopes_tensor
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence
+from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport
 from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache, token_rows
 from attention.metadata import CommonAttentionMetadata
@@ -241,10 +241,9 @@ class FlexAttentionBackend(AttentionBackend):
     builder_class = FlexAttentionMetadataBuilder
     capabilities = Capabilities(
         devices=(
-            DeviceSupport(DeviceKind.CPU),
-            DeviceSupport(DeviceKind.CUDA, low=(7, 5), high=(8, 0), packages=("triton",), evidence=Evidence.ADAPTER),
-            DeviceSupport(DeviceKind.CUDA, low=(8, 0), packages=("triton",)),
-            DeviceSupport(DeviceKind.ROCM, packages=("triton",), evidence=Evidence.ADAPTER),
+            DeviceSupport(DeviceKind.CPU, ran_on=(X86,)),
+            DeviceSupport(DeviceKind.CUDA, low=(7, 5), packages=("triton",), ran_on=(HOPPER,)),
+            DeviceSupport(DeviceKind.ROCM, packages=("triton",)),
         ),
         dtypes=FLOATS,
         features=frozenset(Feature) - {Feature.CASCADE},

@@ -18,7 +18,7 @@ import torch
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.common.batch_split import BatchSplit, DecodePart, PrefillPart, gather_kv, put, split_batch, take
 from attention.backends.triton_attn.backend import POWERS_OF_TWO
-from attention.capability import FLOATS, HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import FLOATS, HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache
 from attention.metadata import CommonAttentionMetadata
@@ -162,7 +162,7 @@ class RocmFlashBackend(AttentionBackend):
     metadata_class = RocmFlashMetadata
     builder_class = RocmFlashBuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.ROCM, packages=("triton",), evidence=Evidence.ADAPTER),),
+        devices=(DeviceSupport(DeviceKind.ROCM, packages=("triton",)),),
         dtypes=FLOATS,
         head_sizes=Sizes(high=256),
         block_sizes=POWERS_OF_TWO,

@@ -11,7 +11,7 @@ from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata
 from attention.backends.torch_sdpa.kernels import DotProduct, Kernel, WrittenOut
 from attention.backends.torch_sdpa.plan import Limits, Planner, SdpaMetadata, check_batch, needs_scores
 from attention.backends.torch_sdpa.run import Finish, Keys, run
-from attention.capability import FLOATS, Capabilities, DeviceSupport
+from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport
 from attention.errors import AttentionInputError
 from attention.kv_cache import store_rows
 from attention.metadata import CommonAttentionMetadata
@@ -100,7 +100,7 @@ class TorchSdpaBackend(AttentionBackend):
     metadata_class = SdpaMetadata
     builder_class = SdpaBuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.CPU), DeviceSupport(DeviceKind.CUDA)),
+        devices=(DeviceSupport(DeviceKind.CPU, ran_on=(X86,)), DeviceSupport(DeviceKind.CUDA, ran_on=(HOPPER,))),
         dtypes=FLOATS,
         features=frozenset(Feature) - {Feature.CASCADE},
         refused={Feature.CASCADE: "attends to every sequence on its own, shared prefix or not"},

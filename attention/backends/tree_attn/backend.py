@@ -13,7 +13,7 @@ import torch
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.common.batch_split import token_slots
 from attention.backends.triton_attn.backend import POWERS_OF_TWO, TRITON_DEVICES, flat_mask, slopes_tensor
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Sizes
+from attention.capability import FLOATS, X86, Capabilities, DeviceSupport, Sizes
 from attention.metadata import CommonAttentionMetadata
 from attention.ops import torch_attention
 from attention.ops.dispatch import uses_triton
@@ -209,7 +209,7 @@ class TreeAttnBackend(AttentionBackend):
     capabilities = Capabilities(
         devices=(
             *(support for support in TRITON_DEVICES if support.kind is not DeviceKind.CPU),
-            DeviceSupport(DeviceKind.CPU),
+            DeviceSupport(DeviceKind.CPU, ran_on=(X86,)),
         ),
         dtypes=FLOATS,
         head_sizes=Sizes(high=256),

@@ -21,7 +21,7 @@ from attention.backend import (
 from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.backends.common.libraries import load_library
 from attention.backends.flash_attn import key_slots
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import FLOATS, HOPPER, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.paged_attention import PagedAttention
@@ -138,10 +138,7 @@ class XFormersBackend(AttentionBackend):
     metadata_class = XFormersMetadata
     builder_class = XFormersMetadataBuilder
     capabilities = Capabilities(
-        devices=(
-            DeviceSupport(DeviceKind.CUDA, low=(9, 0), high=(10, 0), packages=("xformers",), evidence=Evidence.RAN),
-            DeviceSupport(DeviceKind.CUDA, low=(7, 0), packages=("xformers",), evidence=Evidence.ADAPTER),
-        ),
+        devices=(DeviceSupport(DeviceKind.CUDA, low=(7, 0), packages=("xformers",), ran_on=(HOPPER,)),),
         dtypes=FLOATS,
         head_sizes=Sizes(8, 256, 8),
         features=frozenset({Feature.GQA, Feature.PREFIX, Feature.NON_CAUSAL, Feature.SLIDING_WINDOW, Feature.FP8_KV}),

@@ -103,10 +103,33 @@ def test_json(baton: Baton) -> None:
 
 
 def test_nothing_usable_is_said_and_fails(baton: Baton) -> None:
-    code, out, _ = baton("--simulate", "sm75")
+    code, out, _ = baton("--simulate", "sm75", "--dtype", "bfloat16")
     assert code == 1
     assert "prefill none (all refuse)" in out
     assert "bfloat16 needs SM 8.0 or newer, this is SM 7.5" in out
+
+
+def test_a_gpu_without_bfloat16_runs_in_float16_if_nothing_else_is_said(
+    baton: Baton, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((tiny_checkpoint("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    for shape in ((), ("--model", str(tmp_path))):
+        code, out, _ = baton("--simulate", "sm75", *shape)
+        assert code == 0
+        assert "float16" in out
+        assert "prefill TRITON_ATTN (first by priority)" in out
+        assert "bfloat16 needs SM 8.0 or newer, this is SM 7.5: running it in float16" in caplog.text
+
+
+def test_evidence_is_of_the_simulated_architecture(baton: Baton) -> None:
+    found = {}
+    for name in ("sm80", "sm90"):
+        _, out, _ = baton("--simulate", name, "--json")
+        found[name] = {row["name"]: row["evidence"] for row in json.loads(out)["backends"]}
+    assert found["sm90"]["TRITON_ATTN"] == "ran on this architecture"
+    assert found["sm80"]["TRITON_ATTN"] == "adapter to the real library; never run on this architecture"
+    assert "ran on this architecture" not in found["sm80"].values()
 
 
 def test_the_configured_backend(baton: Baton, monkeypatch: pytest.MonkeyPatch) -> None:
