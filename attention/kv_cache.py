@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from attention.backend import AttentionBackend, KVScales
+from attention.cache_layout import CacheLayout, layout_of
 from attention.errors import AttentionInputError
 from attention.fp8 import quantize
 from attention.spec import FP8
@@ -23,6 +26,7 @@ class KVCacheSpec:
         block_size: tokens in a block.
         dtype: of keys and values.
         mla: whether a token has one latent of `head_size` (`MLASpec.latent_size`) in place of keys and values.
+        backend: whose shape and order in memory it has; None: that of most.
 
     Raises:
         ValueError: MLA with more than one key/value head.
@@ -34,6 +38,7 @@ class KVCacheSpec:
     block_size: int
     dtype: torch.dtype
     mla: bool = False
+    backend: type[AttentionBackend] | None = None
 
     def __post_init__(self) -> None:
         if self.mla and self.num_kv_heads != 1:
@@ -42,13 +47,21 @@ class KVCacheSpec:
     @property
     def bytes_per_token(self) -> int:
         """Keys and values (or the latent) of one token, all layers together."""
-        parts = 1 if self.mla else 2
-        return self.num_layers * parts * self.num_kv_heads * self.head_size * self.dtype.itemsize
+        return self.bytes_per_block // self.block_size
 
     @property
     def bytes_per_block(self) -> int:
         """Keys and values (or the latents) of one block, all layers together."""
-        return self.block_size * self.bytes_per_token
+        return self.num_layers * math.prod(self.layout.block_shape) * self.dtype.itemsize
+
+    @cached_property
+    def layout(self) -> CacheLayout:
+        """Of each layer.
+
+        Raises:
+            AttentionBackendError: see `layout_of`.
+        """
+        return layout_of(self._owner, self.block_size, self.num_kv_heads, self.head_size)
 
     def blocks_that_fit(self, num_bytes: int) -> int:
         """How many blocks `num_bytes` hold, 0 when not even one."""
@@ -56,20 +69,44 @@ class KVCacheSpec:
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
         """(L, num_blocks, 2, block_size, Hkv, D), with MLA (L, num_blocks, block_size, D); a backend's, L times."""
-        if self.mla:
-            return (self.num_layers, *latent_cache_shape(num_blocks, self.block_size, self.head_size))
-        layer = AttentionBackend.get_kv_cache_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_size)
+        layer = self._owner.get_kv_cache_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_size)
         return (self.num_layers, *layer)
 
     def allocate(self, num_blocks: int, device: torch.device | str) -> torch.Tensor:
-        """One zeroed, contiguous tensor of `shape(num_blocks)`; layer i's cache is its view `[i]`.
+        """One zeroed tensor of `shape(num_blocks)`, one piece of memory in the order of `layout`.
+
+        Layer i's cache is its view `[i]`.
 
         Raises:
             ValueError: `num_blocks` is not positive.
         """
         if num_blocks < 1:
             raise ValueError(f"a KV cache needs at least one block, not {num_blocks}")
-        return torch.zeros(self.shape(num_blocks), dtype=self.dtype, device=device)
+        stored = (self.num_layers, num_blocks, *self.layout.block_shape)
+        where = {dim: place for place, dim in enumerate(self.layout.stride_order)}
+        indexed = [1 + where[dim] for dim in range(len(where))]
+        return torch.zeros(stored, dtype=self.dtype, device=device).permute(0, *indexed)
+
+    @property
+    def _owner(self) -> type[AttentionBackend]:
+        return self.backend or (_Latents if self.mla else AttentionBackend)
+
+
+def as_stored(kv_cache: torch.Tensor) -> torch.Tensor:
+    """A cache of `KVCacheSpec.allocate` with its dimensions as they lie in memory: contiguous, a view."""
+    strides = kv_cache.stride()
+    stored = kv_cache.permute(sorted(range(kv_cache.ndim), key=lambda dim: -strides[dim]))
+    assert stored.is_contiguous()
+    return stored
+
+
+class _Latents(AttentionBackend):
+    """The usual cache of latents."""
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
+        """See `latent_cache_shape`."""
+        return latent_cache_shape(num_blocks, block_size, head_size)
 
 
 def latent_cache_shape(num_blocks: int, block_size: int, latent_size: int) -> tuple[int, int, int]:
