@@ -141,7 +141,7 @@ def build_worker(
             enable_prefix_caching=False,  # every sequence has blocks of its own
         )
     lap()
-    about = {"attention_backend": model.backend.name, "kv_blocks": cache.shape[1], "block_size": config.block_size}
+    about = {"attention_backend": model.backend_names, "kv_blocks": cache.shape[1], "block_size": config.block_size}
     load, profiled, captured = (end - begin for begin, end in itertools.pairwise(times))
     return worker, StartUp(load, profiled, captured), about
 

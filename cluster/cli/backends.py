@@ -12,11 +12,12 @@ import torch
 
 from attention.errors import AttentionBackendError
 from attention.platform import SIMULATED, Platform
+from attention.selection.by_kind import select_by_kind
 from attention.selection.measure import BUDGET_S, measure
 from attention.selection.measurements import FILE_NAME, load_ranking, save_record
 from attention.selection.priority import candidates
 from attention.selection.registry import BACKENDS, get_backend
-from attention.selection.selector import select_backend, unsupported_reasons
+from attention.selection.selector import unsupported_reasons
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, Phase
 from cluster.cli.backends_report import Choice, Question, Report, Row, as_json, print_report
 from cluster.config.load import cache_dir, load_config
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(report), indent=2))
     else:
         print_report(report, explain=args.explain)
-    return 0 if all(choice.backend for choice in report.choices.values()) else 1
+    return 0 if all(choice.backends for choice in report.choices.values()) else 1
 
 
 def _device(args: argparse.Namespace) -> torch.device | None:
@@ -151,10 +152,15 @@ def _choose(question: Question, phase: Phase, configured: str | None, path: Path
         get_backend(configured)  # a name that does not exist is a mistake, and no reason against the model
     needs = _needs(question, phase)
     try:
-        selection = select_backend(question.platform, needs, configured, load_ranking(path, question.platform, needs))
+        chosen = select_by_kind(
+            question.platform, needs, configured, lambda kinds: load_ranking(path, question.platform, kinds)
+        ).values()
     except AttentionBackendError as error:
-        return Choice(None, "all refuse" if configured is None else str(error))
-    return Choice(selection.backend.name, selection.because)
+        return Choice((), "all refuse" if configured is None else str(error))
+    names, reasons = (
+        dict.fromkeys(getattr(selection, what) for selection in chosen) for what in ("backend", "because")
+    )
+    return Choice(tuple(backend.name for backend in names), "; ".join(reasons))
 
 
 def _rows(question: Question) -> list[Row]:

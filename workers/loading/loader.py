@@ -17,7 +17,7 @@ from workers.loading.dummy_weights import fill_randomly
 from workers.loading.kv_scales import Place, kv_scale_place, read_kv_scales
 from workers.loading.weight_map import is_unused, weight_targets
 from workers.loading.weight_stream import FLOATS, Placement, load_tensors
-from workers.models.attention_backend import choose_backend
+from workers.models.attention_backend import choose_backends
 from workers.models.causal_lm import Decoder, attention_specs
 from workers.models.config.model_config import DTYPES, ModelConfig
 from workers.parallel.group import SINGLE, TensorParallelGroup
@@ -101,9 +101,9 @@ def load_model(
     cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
     specs = attention_specs(config.sharded(group.size), cache_dtype)
     kinds = [AttentionNeeds(spec, resolved, block_size, phase) for spec in specs]
-    backend = choose_backend(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
+    backends = choose_backends(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
     try:
-        decoder = Decoder(config, backend, block_size, resolved, device, cache_dtype, group)
+        decoder = Decoder(config, backends, block_size, resolved, device, cache_dtype, group)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from attention.backend import AttentionBackend, AttentionMetadata, KVScales
+from attention.cache_layout import shared_layout
 from attention.forward_context import ForwardContext, forward_context
 from attention.kv_cache import KVCacheSpec
 from attention.layers.attention import Attention
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
 
     Args:
         config: the architecture of the whole model.
-        backend: how its layers attend.
+        backends: how each kind of layer attends; kinds that `attention_specs` names of what one rank computes.
         block_size: tokens in a KV block.
         dtype: of weights and activations.
         device: where it runs.
@@ -64,12 +65,13 @@ class Decoder(nn.Module):
 
     Raises:
         ConfigError: the group's size does not divide the model.
+        AttentionBackendError: the backends lay out a KV cache in different ways, and the layers share one.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        backend: type[AttentionBackend],
+        backends: Mapping[AttentionSpec, type[AttentionBackend]],
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -80,7 +82,7 @@ class Decoder(nn.Module):
         self.config = config
         self.shard = shard = config.sharded(group.size)
         self.group = group
-        self.backend = backend
+        self._cache_owner = shared_layout(backends, block_size)
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
@@ -88,15 +90,13 @@ class Decoder(nn.Module):
         self._rotation = make_rotation(shard, dtype, device)
         num_rows = config.vocab_share(group.size) * group.size
         self.embed_tokens = empty_parameter(num_rows, config.hidden_size, dtype=dtype, device=device)
+        specs = {f"layers.{i}": attention_spec(shard, w, kv_cache_dtype) for i, w in enumerate(config.sliding_windows)}
         self._attention = {
-            f"layers.{i}": Attention(
-                attention_spec(shard, window, kv_cache_dtype), backend, f"layers.{i}", kv_scales=KVScales()
-            )
-            for i, window in enumerate(config.sliding_windows)
+            name: Attention(spec, backends[spec], name, kv_scales=KVScales()) for name, spec in specs.items()
         }
         self._builders = [
             (
-                backend.builder_class(spec, dtype, block_size, device),
+                backends[spec].builder_class(spec, dtype, block_size, device),
                 [name for name, attention in self._attention.items() if attention.spec == spec],
             )
             for spec in attention_specs(shard, kv_cache_dtype)
@@ -115,7 +115,14 @@ class Decoder(nn.Module):
     def kv_cache_spec(self) -> KVCacheSpec:
         """The KV cache that `forward` expects: of this rank's heads."""
         shard, dtype = self.shard, self.kv_cache_dtype or self.dtype
-        return KVCacheSpec(shard.num_layers, shard.num_kv_heads, shard.head_size, self.block_size, dtype)
+        return KVCacheSpec(
+            shard.num_layers, shard.num_kv_heads, shard.head_size, self.block_size, dtype, backend=self._cache_owner
+        )
+
+    @property
+    def backend_names(self) -> str:
+        """The attention backends of its layers, each once."""
+        return "; ".join(dict.fromkeys(attention.backend.name for attention in self._attention.values()))
 
     def set_kv_scales(self, layer: int, scales: KVScales) -> None:
         """Use these scales for a layer's FP8 cache, as its checkpoint says; before anything is in the cache."""
@@ -154,8 +161,7 @@ class Decoder(nn.Module):
         Args:
             input_ids: (T,) int64.
             positions: (T,) int64, of each token in its sequence.
-            kv_cache: (L, num_blocks, 2, block_size, Hkv, D), of this rank's heads; this batch's keys and values are
-                written to it.
+            kv_cache: of `kv_cache_spec`; this batch's keys and values are written to it.
             metadata: the batch.
             on_layer: called with a layer's index as soon as the layer's keys and values are in the cache (on a GPU:
                 as soon as the kernels that put them there are queued), before the rest of the layer runs.
@@ -175,12 +181,15 @@ class Decoder(nn.Module):
     def _cache_writes(self, kv_cache: torch.Tensor, common: CommonAttentionMetadata) -> Sequence[CacheWrite | None]:
         """For each layer, where its rotation stores keys and values; None where attention does.
 
-        In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache.
+        In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache. A
+        backend whose cache is another than the kernel writes stores them itself.
         """
         if not (self._rotation.can_store and common.decode_only):
             return (None,) * len(self._in_order)
         return [
             CacheWrite(cache, common.slot_mapping, layer.attention.impl.kv_scales)
+            if layer.attention.backend.accepts_stored_keys()
+            else None
             for cache, layer in zip(kv_cache.unbind(0), self._in_order, strict=True)
         ]
 

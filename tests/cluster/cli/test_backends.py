@@ -122,6 +122,20 @@ def test_a_gpu_without_bfloat16_runs_in_float16_if_nothing_else_is_said(
         assert "bfloat16 needs SM 8.0 or newer, this is SM 7.5: running it in float16" in caplog.text
 
 
+def test_each_kind_of_layer_is_chosen_for_as_workers_do(baton: Baton, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 96, "vocab_size": 512, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    windows = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+    config = {"architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16", **sizes, **heads, **windows}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = baton("--model", str(tmp_path), "--simulate", "sm90")
+    assert code == 0
+    assert "prefill FLASH_ATTN; FLASHINFER (first by priority)" in out
+    assert "decode  TRITON_ATTN (first by priority)" in out
+    _, out, _ = baton("--model", str(tmp_path), "--simulate", "sm90", "--json")
+    assert json.loads(out)["chosen"]["prefill"]["backend"] == "FLASH_ATTN; FLASHINFER"
+
+
 def test_evidence_is_of_the_simulated_architecture(baton: Baton) -> None:
     found = {}
     for name in ("sm80", "sm90"):

@@ -10,7 +10,7 @@ import torch
 from attention.selection.registry import get_backend
 from attention.spec import FP8
 from workers.loading.loader import load_model
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import Decoder, attention_specs
 from workers.models.config.model_config import ModelConfig
 from workers.runner.input_batch import Row
 from workers.runner.model_runner import ModelRunner
@@ -48,7 +48,8 @@ def test_a_cpu_captures_nothing(tiny_checkpoint):
 def test_an_fp8_cache_is_not_for_graphs(kv_cache_dtype, captured, tiny_checkpoint):
     """Prompts attend to it by way of block tables, which graphs do not follow."""
     config = ModelConfig.from_file(tiny_checkpoint("llama"))
-    model = Decoder(config, get_backend("TRITON_ATTN"), 16, torch.bfloat16, torch.device("cpu"), kv_cache_dtype)
+    backends = dict.fromkeys(attention_specs(config, kv_cache_dtype), get_backend("TRITON_ATTN"))
+    model = Decoder(config, backends, 16, torch.bfloat16, torch.device("cpu"), kv_cache_dtype)
     assert model.prefills_in_graphs == captured
 
 
