@@ -176,6 +176,7 @@ def store_rows(
     kv_cache: torch.Tensor,
     rows: torch.Tensor,
     scales: KVScales = KVScales(),  # noqa: B008 (frozen)
+    may_skip: bool = True,
 ) -> None:
     """Write keys to the given `key_rows` and values beside them; a negative row skips its token.
 
@@ -185,6 +186,7 @@ def store_rows(
         kv_cache: one layer's cache, written.
         rows: (2, T) int64, rows of the keys, then of the values.
         scales: of an FP8 cache.
+        may_skip: whether a row may be negative; where it is known that none is, nobody looks.
     """
     cache = token_rows(kv_cache)
     if cache.dtype == FP8:  # copied as bytes: indexing knows no FP8
@@ -193,8 +195,11 @@ def store_rows(
             quantize(key, scales.k).view(torch.uint8),
             quantize(value, scales.v).view(torch.uint8),
         )
-    put_rows(cache, rows[0], key.flatten(1))
-    put_rows(cache, rows[1], value.flatten(1))
+    for half, tokens in zip(rows, (key, value), strict=True):
+        if may_skip:
+            put_rows(cache, half, tokens.flatten(1))
+        else:
+            cache.index_copy_(0, half, tokens.flatten(1))
 
 
 def reshape_and_cache(

@@ -43,7 +43,7 @@ class TorchSdpaImpl(AttentionImpl):
             if key is None or self.spec.attn_type.cached:
                 raise AttentionInputError(f"{self.spec.attn_type} attention without a KV cache, or without keys")
         elif key is not None and value is not None:
-            store_rows(key, value, kv_cache, plan.store, self.kv_scales)
+            store_rows(key, value, kv_cache, plan.store, self.kv_scales, plan.may_skip)
         fp8 = self.spec.fp8_cache
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
         kernel = self._written_out(plan, scale) if plan.scored else self._kernel(plan, scale)

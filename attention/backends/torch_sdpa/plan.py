@@ -61,6 +61,7 @@ class SdpaMetadata(AttentionMetadata):
 
     Attributes:
         store: (2, Tk) int64, see `kv_cache.store_rows`.
+        may_skip: whether a row of it may be negative.
         works: everything there is to do.
         scored: whether scores must be written out, because `scaled_dot_product_attention` cannot express them.
         merges: whether any work has several pieces, whose denominators are needed.
@@ -68,6 +69,7 @@ class SdpaMetadata(AttentionMetadata):
     """
 
     store: torch.Tensor
+    may_skip: bool
     works: tuple[Work, ...]
     scored: bool
     merges: bool
@@ -145,7 +147,8 @@ class Planner:
         whole = len(groups) == 1 and not works
         works += [self._group(group, whole) for group in groups]
         merges = any(len(work.pieces) > 1 for work in works)
-        return SdpaMetadata(common, self._store, tuple(works), self._scored, merges, alibi_slopes)
+        may_skip = self._device.type != "cpu" or bool((common.slot_mapping < 0).any())
+        return SdpaMetadata(common, self._store, may_skip, tuple(works), self._scored, merges, alibi_slopes)
 
     def _sequence(self, i: int, begin: int, area: int, band: Band) -> Work:
         common, reach = self._common, Reach.of(self._spec)
