@@ -15,6 +15,7 @@ from cluster.clock import now
 from cluster.errors import NoWorkersError, WorkerLeavesError, WorkerLostError
 from cluster.gateway.admission import AdmissionQueue, Ticket
 from cluster.gateway.attempt import Attempt
+from cluster.gateway.dispatch import dispatch
 from cluster.gateway.latency_windows import RecentMean, RecentQuantile
 from cluster.gateway.request import RunningRequest
 from cluster.pools.gpu_budget import GpuBudget
@@ -27,7 +28,8 @@ from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.router import CandidateReport, NoPlacement, RoutingRequest
 from cluster.worker_handle import LoadProgress
 from workers.errors import CapacityError
-from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, StepOutput
+from workers.messages import PrefillReport, StepOutput
+from workers.token_ids import NO_TOKENS, TokenIds
 from workers.worker_host import WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -156,7 +158,7 @@ class ServingEngine:
         deadline: float,
         arrived: float,
         attempts: int,
-        output: tuple[int, ...] = (),
+        output: TokenIds = NO_TOKENS,
         again: bool = False,
     ) -> Attempt:
         """Wait for room, choose a pair of workers and send them the request, with what it has generated so far.
@@ -168,21 +170,22 @@ class ServingEngine:
             CapacityError: no pair of workers could ever hold the request.
             NoWorkersError: a pool has no worker, and none is likely to come back soon.
         """
-        demand = _routing_request(request, output)
+        routing_request = _routing_request(request, output)
         attempt = await self._queue.admit(
-            lambda: self._try_to_place(request, demand, arrived, attempts),
+            lambda: self._try_to_place(request, routing_request, arrived, attempts),
             Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
             patience_s=deadline - now(),
         )
         if attempt.error is None:
             try:
-                self._dispatch(attempt, request, output, max(_MIN_TIMEOUT_S, deadline - now()))
+                timeout_s = max(_MIN_TIMEOUT_S, deadline - now())
+                self._dispatch(attempt, request, output, routing_request.prefix, timeout_s)
             except Exception as error:
                 attempt.fail(error)
         return attempt
 
-    def land(self, attempt: Attempt) -> None:
-        """A flight is over: stop whatever is still under way of it."""
+    def end_attempt(self, attempt: Attempt) -> None:
+        """An attempt is over: stop whatever is still under way of it."""
         if self._attempts.pop(attempt.attempt_id, None) is None:
             return
         self._load_tracker.release(attempt.attempt_id)
@@ -206,29 +209,29 @@ class ServingEngine:
             self._abort(attempt)
 
     def _try_to_place(
-        self, request: EngineRequest, demand: RoutingRequest, arrived: float, attempts: int
+        self, request: EngineRequest, routing_request: RoutingRequest, arrived: float, attempts: int
     ) -> Attempt | None:
         """Book a pair of workers, or None if there is no room now."""
         if self._stopping:
             raise NoWorkersError(_SHUTTING_DOWN)
-        placement = self._load_tracker.place(demand)
+        placement = self._load_tracker.place(routing_request)
         if isinstance(placement, NoPlacement):
             if placement.hopeless:
-                why = "; ".join(self._load_tracker.unsupported_reasons(demand))
-                raise CapacityError(f"no pair of workers can serve this request: {why}")
+                raise CapacityError(f"no pair of workers can serve this request: {self._why_not(routing_request)}")
             if not all(any(m.may_return for m in self._pools.pool(role)) for role in self._load_tracker.needed_roles):
-                raise NoWorkersError("no worker is ready: " + "; ".join(self._load_tracker.unsupported_reasons(demand)))
+                raise NoWorkersError(f"no worker is ready: {self._why_not(routing_request)}")
             return None
         attempt = Attempt(
             secrets.token_hex(8),
             placement.prefill or "",
             placement.decode,
-            demand.prompt_tokens,
+            routing_request.prompt_tokens,
             arrived,
             attempts,
             request.user,
+            request.request_id,
         )
-        if demand.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
+        if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
             attempt.serve_alone()
         self._attempts[attempt.attempt_id] = attempt
         self._load_tracker.reserve(
@@ -236,33 +239,35 @@ class ServingEngine:
             attempt.prefill or None,
             attempt.decode,
             attempt.num_tokens,
-            demand.max_tokens,
+            routing_request.max_tokens,
             placement.cached_tokens,
         )
         return attempt
 
-    def _dispatch(self, attempt: Attempt, request: EngineRequest, output: tuple[int, ...], timeout_s: float) -> None:
+    def _why_not(self, routing_request: RoutingRequest) -> str:
+        return "; ".join(self._load_tracker.unsupported_reasons(routing_request))
+
+    def _dispatch(
+        self,
+        attempt: Attempt,
+        request: EngineRequest,
+        output: TokenIds,
+        prefix: PromptPrefix | None,
+        timeout_s: float,
+    ) -> None:
         """Send the request to its workers at once."""
         prefill, decode = self._pools.find(attempt.prefill), self._pools.find(attempt.decode)
         if (attempt.prefill and prefill is None) or (attempt.decode and decode is None):
             attempt.fail(WorkerLostError("a worker was lost before the request reached it"))
             return
-        name, handoff_id, after = attempt.attempt_id, secrets.token_bytes(16), len(output)
-        prompt, sampling = request.prompt_token_ids + output, request.sampling
-        p_id, d_id = attempt.prefill or None, attempt.decode or None
-        attempt.dispatched = now()
-        # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.
-        if prefill is not None:
-            prefill.handle.submit(PrefillRequest(name, handoff_id, prompt, sampling, d_id, timeout_s, after))
-        if decode is not None:
-            decode.handle.submit(DecodeRequest(name, handoff_id, prompt, sampling, p_id, timeout_s, after))
+        dispatch(attempt, request, output, prefix, timeout_s, prefill, decode)
 
     def _on_output(self, output: StepOutput) -> None:
         self._load_tracker.quarantine(output.engine_id, output.load.quarantined_blocks)
         if output.cache_update is not None:
             self._load_tracker.cache_update(output.engine_id, output.cache_update)
         for event in output.events:
-            if attempt := self._attempts.get(event.request_id):
+            if attempt := self._attempts.get(event.attempt_id):
                 tokens_before, last_token_at = attempt.num_tokens, attempt.last_token_at
                 attempt.take(output.engine_id, event)
                 self._measure(attempt, last_token_at, attempt.num_tokens - tokens_before)
@@ -292,11 +297,11 @@ class ServingEngine:
             self._load_tracker.grown(attempt.attempt_id, attempt.num_tokens)
 
     def _finish(self, attempt: Attempt) -> None:
-        """The last token is here: land, but give the report of the handoff a moment to arrive before."""
+        """The last token is here: end the attempt, but give the report of the handoff a moment to arrive before."""
         if attempt.reported:
-            self.land(attempt)
+            self.end_attempt(attempt)
         else:
-            asyncio.get_running_loop().call_later(_REPORT_PATIENCE_S, self.land, attempt)
+            asyncio.get_running_loop().call_later(_REPORT_PATIENCE_S, self.end_attempt, attempt)
 
     def _on_change(self, lost: str | None) -> None:
         self._load_tracker.update_pools(
@@ -311,11 +316,11 @@ class ServingEngine:
         self._queue.retry()
 
 
-def _routing_request(request: EngineRequest, output: tuple[int, ...] = ()) -> RoutingRequest:
+def _routing_request(request: EngineRequest, output: TokenIds = NO_TOKENS) -> RoutingRequest:
     """What it needs, or what is left of it after this output."""
-    prefix, max_tokens = request.prefix or PromptPrefix(request.prompt_token_ids), request.sampling.max_tokens or 1
+    prefix = request.prefix or PromptPrefix(request.prompt_token_ids, request.cache_salt)
     return RoutingRequest(
         len(request.prompt_token_ids) + len(output),
-        max_tokens - len(output),
-        prefix=prefix.followed_by(output) if output else prefix,
+        (request.sampling.max_tokens or 1) - len(output),
+        prefix=prefix.followed_by(output) if len(output) else prefix,
     )

@@ -12,6 +12,7 @@ from cluster.clock import now
 from cluster.errors import WorkerLeavesError, WorkerLostError
 from cluster.gateway.attempt import Attempt
 from workers.errors import DeadlineExceededError, HandoffError
+from workers.token_ids import TokenIds, as_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ _REPORT_PATIENCE_S = 0.25
 
 
 class AttemptStarter(Protocol):
-    """Where flights begin and end."""
+    """Where attempts begin and end."""
 
     async def start_attempt(
         self,
@@ -28,13 +29,13 @@ class AttemptStarter(Protocol):
         deadline: float,
         arrived: float,
         attempts: int,
-        output: tuple[int, ...],
+        output: TokenIds,
         again: bool,
     ) -> Attempt:
         """Begin an attempt that goes on after so much output; `again`: it is not the first."""
         ...
 
-    def land(self, attempt: Attempt) -> None:
+    def end_attempt(self, attempt: Attempt) -> None:
         """End one."""
         ...
 
@@ -83,7 +84,7 @@ class RunningRequest:
         """Cancel what is under way."""
         self._over = True
         if self._attempt is not None:
-            self._engine.land(self._attempt)
+            self._engine.end_attempt(self._attempt)
 
     async def report(self) -> RequestReport:
         """Where the request went and where its time went, as far as it is known.
@@ -107,20 +108,24 @@ class RunningRequest:
             try:
                 return await self._attempt.next_chunk()
             except WorkerLeavesError as error:
-                logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
+                self._log_migration(error)
                 self._attempts -= 1  # nothing has failed
             except (WorkerLostError, HandoffError) as error:
                 if self._attempts >= _MAX_ATTEMPTS:
                     raise
-                logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
+                self._log_migration(error)
             if self._output and self._first_report is None:
                 self._first_report = self._attempt.report()
-            self._engine.land(self._attempt)
+            self._engine.end_attempt(self._attempt)
             self._attempt = None
+
+    def _log_migration(self, error: Exception) -> None:
+        attempt_id = self._attempt.attempt_id if self._attempt is not None else ""
+        logger.info("request %s (attempt %s) goes on elsewhere: %s", self._request.request_id, attempt_id, error)
 
     async def _start_attempt(self) -> Attempt:
         again, self._started = self._started, True
         self._attempts += 1
         return await self._engine.start_attempt(
-            self._request, self._deadline, self._arrived, self._attempts, tuple(self._output), again
+            self._request, self._deadline, self._arrived, self._attempts, as_token_ids(self._output), again
         )

@@ -76,6 +76,11 @@ class Replica:
         """Of the worker that holds this place; its name until it is ready."""
         return self.info.engine.engine_id if self.info is not None else self.handle.name
 
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of its KV cache; 0 until it has loaded."""
+        return self.info.engine.layout.block_size if self.info is not None else 0
+
     def renew(self) -> None:
         """Have a new worker for this place, which has yet to start."""
         self.handle = self.spawn()
@@ -96,7 +101,7 @@ class Replica:
             state=self.state,
             device=info.device if info else "",
             attention_backend=info.attention_backend if info else "",
-            block_size=info.engine.layout.block_size if info else 0,
+            block_size=self.block_size,
             load=self.load,
             group=self.group,
             max_num_seqs=info.max_num_seqs if info else 0,

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from local_cluster import LocalCluster
+from workers.block_hashes import block_hashes
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import block_hashes
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner, Row
 
@@ -20,7 +20,7 @@ def poison_free_blocks(workers: Workers) -> None:
     """What a block without users and without known content holds must never matter."""
     for worker in workers:
         blocks = worker._blocks
-        free = [b for b in range(blocks.num_blocks) if b not in blocks._users and b not in blocks._hash_of]
+        free = [b for b in range(blocks.num_blocks) if not blocks.num_users(b) and b not in blocks._hash_of]
         worker._runner.kv_cache[:, free] = torch.nan
 
 

@@ -12,10 +12,11 @@ from attention.selection.selector import force_attn_backend
 from attention.spec import Phase
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
+from made_requests import worker_request
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
 from workers.loading.loader import load_model
-from workers.messages import DecodeReport, DecodeRequest, PrefillReport, TokenOutput
+from workers.messages import DecodeReport, PrefillReport, TokenOutput
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
 from workers.sampling_params import SamplingParams
@@ -57,7 +58,7 @@ def start(tiny_checkpoint) -> Iterator:
 def answer(host: WorkerHost, outputs: queue.SimpleQueue, prompt_token_ids, max_tokens: int) -> list:
     """All that it says of one request, up to its last token."""
     sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
-    host.submit(DecodeRequest("r", b"h" * 16, prompt_token_ids, sampling, None, PATIENCE_S))
+    host.submit(worker_request("r", prompt_token_ids, sampling, timeout_s=PATIENCE_S))
     events: list = []
     while not any(isinstance(event, TokenOutput) and event.finish_reason for event in events):
         events += outputs.get(timeout=PATIENCE_S).events

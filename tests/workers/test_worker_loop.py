@@ -38,7 +38,7 @@ class CountingWorker:
         self.threads.add(threading.get_ident())
         if self.error is not None:
             raise self.error
-        return [TokenOutput("r", self.todo.pop(0))] if self.has_work else []
+        return [TokenOutput("r", self.todo.pop(0), attempt_id="r")] if self.has_work else []
 
     def take_cache_update(self) -> CacheUpdate | None:
         return None

@@ -14,7 +14,7 @@ from cluster.routing.prefill_times import PROMPT_LENGTHS
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import Incompatibility, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
-from workers.kv_cache.prefix_cache import block_hashes
+from workers.block_hashes import block_hashes
 from workers.messages import CacheUpdate
 from workers.runner.step_times import StepTimes
 

@@ -14,9 +14,10 @@ from cluster.routing.prefix_index import PrefixIndex, PromptPrefix
 from cluster.routing.router import Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from local_cluster import LocalCluster
+from made_requests import worker_request
+from workers.block_hashes import block_hashes
 from workers.commands import Alone
-from workers.kv_cache.prefix_cache import block_hashes
-from workers.messages import CacheUpdate, PrefillReport, PrefillRequest
+from workers.messages import CacheUpdate, PrefillReport
 from workers.runner.step_times import StepTimes
 from workers.sampling_params import SamplingParams
 
@@ -206,7 +207,7 @@ def test_what_the_gateway_predicts_is_what_workers_find(tiny_checkpoint):
         predicted = {report.prefill: report.cached_tokens for report in made.explain(demand)}[engine_id]
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
         worker = cluster.prefill[engine_id]
-        worker.add(PrefillRequest(f"r{number}", number.to_bytes(16), prompt, sampling, None, 60.0))
+        worker.add(worker_request(f"r{number}", prompt, sampling))
         (report,) = (event for event in worker.step() if isinstance(event, PrefillReport))
         assert report.cached_tokens == predicted
         found += predicted

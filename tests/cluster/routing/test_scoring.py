@@ -11,7 +11,7 @@ from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import CandidateReport, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
-from workers.kv_cache.prefix_cache import block_hashes
+from workers.block_hashes import block_hashes
 from workers.messages import CacheUpdate
 from workers.runner.step_times import StepTimes
 
