@@ -126,6 +126,7 @@ async def test_a_prompt_is_hashed_once_and_before_the_engine_sees_it(
     generation = Generation(engine, byte_tokenizer, replace(model, max_model_len=5000))
     token_ids = byte_tokenizer.encode("x" * length)
     expected = {size: block_hashes(token_ids, size)[: (len(token_ids) - 1) // size] for size in engine.block_sizes}
+    whole = {size: b"".join(block_hashes(token_ids, size)) for size in engine.block_sizes}
     hashed_by: list[threading.Thread] = []
     prepare = PromptPrefix.prepare
 
@@ -144,8 +145,7 @@ async def test_a_prompt_is_hashed_once_and_before_the_engine_sees_it(
     for request in engine.requests:
         for block_size in (16, 64):
             assert request.prefix.hashes(block_size) == expected[block_size]
-            carried = request.prefix.carried(block_size)
-            assert carried == PromptHashes(block_size, b"".join(block_hashes(token_ids, block_size)))
+            assert request.prefix.carried(block_size) == PromptHashes(block_size, whole[block_size])
         assert request.prefix.carried(32) is None, "which no worker has"
 
 
