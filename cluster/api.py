@@ -162,7 +162,7 @@ class TokenStream(Protocol):
         """The tokens as they come; ends after the chunk with the finish reason.
 
         Raises:
-            BatonError: a subclass that `cluster.errors` maps to a gRPC status.
+            BatonError: a subclass of `workers.errors` or `cluster.errors`, which each door answers in its own way.
         """
         ...
 

@@ -21,9 +21,9 @@ from cluster.client.messages import (
     scale_request,
     tokenize_request,
 )
-from cluster.errors import RETRY_AFTER_KEY
 from cluster.wire import convert
 from cluster.wire.auth import bearer
+from cluster.wire.retry_after import RETRY_AFTER_KEY
 from protos import baton_pb2, baton_pb2_grpc
 from workers.errors import BatonError, ConfigError
 from workers.sampling_params import SamplingParams

@@ -13,8 +13,8 @@ import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cluster.api import Engine, ModelInfo
-from cluster.errors import status_of, trailing_metadata_of
 from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.server.grpc.errors import status_of, trailing_metadata_of
 from cluster.server.grpc.prompts import prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.wire import convert
