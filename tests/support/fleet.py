@@ -56,7 +56,7 @@ class Fleet:
                 for w in workers
             )
         )
-        assert self.engine._attempts == {}
+        assert len(self.engine._attempts) == 0
         assert len(self.engine._queue) == 0
 
 

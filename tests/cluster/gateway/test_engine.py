@@ -249,7 +249,7 @@ async def test_a_decoded_token_that_overtakes_the_first_is_put_in_order(make_fle
     await asyncio.sleep(0)
 
     def decoded(_) -> bool:
-        return any(len(attempt._held) == 11 for attempt in fleet.engine._attempts.values())
+        return any(len(attempt._held) == 11 for attempt in fleet.engine._attempts._under_way.values())
 
     await fleet.until(decoded)
     assert not answer.done()
