@@ -77,7 +77,7 @@ class RequestReport:
 class WorkerStatus:
     """One worker as `baton status` shows it. `state` is starting, ready, draining or lost.
 
-    `group` is empty in a pool that names none; `max_num_seqs` and `capability`, what it has measured of itself, are
+    `group` is empty in a pool that names none; `max_num_seqs` and `step_times`, what it has measured of itself, are
     there once it has loaded.
     """
 
@@ -90,7 +90,7 @@ class WorkerStatus:
     load: Load
     group: str = ""
     max_num_seqs: int = 0
-    capability: StepTimes = field(default_factory=StepTimes)
+    step_times: StepTimes = field(default_factory=StepTimes)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class WorkerInfo:
         max_model_len: context window, tokens.
         max_num_seqs: sequences that it takes at once.
         num_blocks: of its KV cache.
-        capability: measured on its device.
+        step_times: measured on its device.
         pid: of its process; of several ranks, the lead's.
         memory: what it takes on its device; of several ranks, on each one's.
         max_num_batched_tokens: of prompts, that it computes in a step.
@@ -51,7 +51,7 @@ class WorkerInfo:
     max_model_len: int
     max_num_seqs: int
     num_blocks: int
-    capability: StepTimes
+    step_times: StepTimes
     pid: int
     memory: WorkerMemory = field(default_factory=WorkerMemory)
     max_num_batched_tokens: int = 2048
@@ -173,7 +173,7 @@ def _info(config: WorkerConfig, built: BuiltWorker, engines: tuple[EngineInfo, .
         built.max_model_len,
         config.max_num_seqs,
         built.num_blocks,
-        built.capability,
+        built.step_times,
         os.getpid(),
         built.memory,
         config.max_num_batched_tokens,

@@ -214,7 +214,7 @@ class SimulatedWorker:
                 await self._news.wait()
                 continue
             tokens = sum(sequence.num_tokens for sequence in batch)
-            step_s = hardware.capability.decode_seconds(len(batch), tokens) if batch else 0.0
+            step_s = hardware.step_times.decode_seconds(len(batch), tokens) if batch else 0.0
             await asyncio.sleep(moved * block_s + chunk_s + steps * step_s)
             events = [event for sequence in batch for event in self._advance(sequence, steps)]
             self._say(*events, *(event for sequence in ended for event in self._begin(sequence)))

@@ -21,7 +21,7 @@ from cluster.gateway.request_log import RequestLog
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits
 from cluster.pools.pools import WorkerPools
-from cluster.pools.router_view import incompatibilities_of, traits_of, ways_of
+from cluster.pools.router_view import incompatibilities_of, links_of, traits_of
 from cluster.pools.scaling import Obligations
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.types import CandidateReport
@@ -160,7 +160,7 @@ class ServingEngine:
             traits_of(self._pools.pool("prefill")),
             traits_of(self._pools.pool("decode")),
             incompatibilities_of(self._pools.replicas),
-            ways_of(self._pools.pool("prefill")),
+            links_of(self._pools.pool("prefill")),
         )
         if lost is not None:
             self._attempts.worker_lost(lost)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from cluster.api import WorkerStatus
 from cluster.config.group_key import group_key
-from cluster.routing.links import Way
 from cluster.worker_handle import WorkerHandle
+from kv_transfer.link_cost import LinkCost
 from workers.messages import Load
 from workers.runner.step_times import StepTimes
 from workers.worker_host import WorkerInfo
@@ -36,7 +36,7 @@ class Replica:
         load: last reported.
         unsupported_reasons: engine ids of the other pool whose KV cache is laid out differently, and how.
         unreachable_peers: engine ids of the other pool that it cannot reach at present, and why.
-        ways: of a prefill worker: what the way to each decode worker costs that it has met, by engine id.
+        links: of a prefill worker: what the link to each decode worker costs that it has met, by engine id.
         restarts: workers that this place has lost in a row.
         ready_since: monotonic time.
         life: the task that looks after it: notices that its worker is lost, and replaces it.
@@ -51,7 +51,7 @@ class Replica:
     load: Load = field(default_factory=lambda: Load(0, 0))
     unsupported_reasons: dict[str, str] = field(default_factory=dict)
     unreachable_peers: dict[str, str] = field(default_factory=dict)
-    ways: dict[str, Way] = field(default_factory=dict)
+    links: dict[str, LinkCost] = field(default_factory=dict)
     restarts: int = 0
     ready_since: float = 0.0
     life: asyncio.Task[None] | None = None
@@ -118,7 +118,7 @@ class Replica:
             load=self.load,
             group=self.group,
             max_num_seqs=info.max_num_seqs if info else 0,
-            capability=info.capability if info else StepTimes(),
+            step_times=info.step_times if info else StepTimes(),
         )
 
 

@@ -63,8 +63,8 @@ def test_growing_beyond_the_cache_costs_time_and_loses_nothing():
     assert cramped.seconds > roomy.seconds + 1
 
 
-def _first(demand, prefill, decode, pairs):
-    return place(replace(demand, outlook=None), prefill, decode, pairs)
+def _first(routing_request, prefill, decode, links):
+    return place(replace(routing_request, outlook=None), prefill, decode, links)
 
 
 def test_room_for_growth_avoids_preemption():

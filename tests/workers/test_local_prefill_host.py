@@ -1,4 +1,4 @@
-"""A decode worker that computes prompts, built from its configuration: backends, memory, capability, answers."""
+"""A decode worker that computes prompts, built from its configuration: backends, memory, step times, answers."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def test_it_serves_without_any_peer(start, reference_greedy, tiny_checkpoint):
 
 
 def test_it_measures_both_of_its_phases(start):
-    capability = start()[0].info.capability
-    assert [tokens for tokens, _ in capability.prefill] == [32]
-    assert [sequences for sequences, _ in capability.decode] == [1, 4, 16]
-    assert start(local_prefill=False)[0].info.capability.prefill == ()
+    step_times = start()[0].info.step_times
+    assert [tokens for tokens, _ in step_times.prefill] == [32]
+    assert [sequences for sequences, _ in step_times.decode] == [1, 4, 16]
+    assert start(local_prefill=False)[0].info.step_times.prefill == ()
 
 
 def test_each_phase_has_the_backend_that_is_chosen_for_it(start):

@@ -93,8 +93,8 @@ def test_what_a_worker_says_of_itself(running):
         assert info.engine.layout.block_size == 16
         assert info.engine.layout.dtype == "float32"
         assert (info.engine.layout.num_layers, info.engine.layout.num_kv_heads) == (3, 2)
-    assert running.hosts["prefill"].info.capability.prefill
-    assert running.hosts["decode"].info.capability.decode
+    assert running.hosts["prefill"].info.step_times.prefill
+    assert running.hosts["decode"].info.step_times.decode
     one, other = (host.info.engine for host in running.hosts.values())
     assert one.incarnation != other.incarnation
 

@@ -28,8 +28,8 @@ def in_turns(*ways: str) -> Callable:
     """A policy that has prompts computed where these say, over and over."""
     turns = itertools.cycle(ways)
 
-    def choose(demand: RoutingRequest, prefill, decode, pairs):
-        return place(replace(demand, disaggregation=next(turns)), prefill, decode, pairs)
+    def choose(routing_request: RoutingRequest, prefill, decode, links):
+        return place(replace(routing_request, disaggregation=next(turns)), prefill, decode, links)
 
     return choose
 
