@@ -120,7 +120,7 @@ def build_worker(
     graphs = _Graphs(runner.device, capture_progress)
     worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
     memory = graphs.memory(model_bytes(model.config, model.dtype, group), runner.kv_cache.nbytes)
-    step_times = _measure(worker, runner, config, max_model_len, group)
+    step_times = measure_step_times(worker, runner, config, max_model_len, group)
     if isinstance(worker, PrefillWorker):
         worker.layers_per_write.step_times = step_times
     return BuiltWorker(
@@ -186,7 +186,7 @@ def _make_worker(
     )
 
 
-def _measure(
+def measure_step_times(
     worker: PrefillWorker | DecodeWorker,
     runner: ModelRunner,
     config: WorkerConfig,

@@ -151,6 +151,38 @@ class DecodeWorker:
         return bool(self._sequences) or bool(self._launches) or self._remote.in_flight or self._local.in_flight
 
     @property
+    def runner(self) -> ModelRunner:
+        """The model and its cache."""
+        return self._runner
+
+    @property
+    def blocks(self) -> PrefixCache:
+        """The blocks of its cache: free, in use, or kept for what is in them."""
+        return self._blocks
+
+    @property
+    def block_tables(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks of everybody who holds some, those that are computed, expected or still written to included."""
+        in_flight = {sequence for launch in self._launches for sequence in launch.sequences}
+        decoded = in_flight.union(self._batch.running, self._remote.expected)
+        return (*(tuple(sequence.blocks) for sequence in decoded), *self._local.block_tables)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Decode steps that are launched, and whose tokens have not been looked at."""
+        return len(self._launches)
+
+    @property
+    def num_computing(self) -> int:
+        """Prompts that are computed here: they have blocks, and no first token yet."""
+        return self._local.num_admitted
+
+    @property
+    def running_requests(self) -> tuple[str, ...]:
+        """Those in the batch, oldest first."""
+        return tuple(sequence.request.request_id for sequence in self._batch.running)
+
+    @property
     def load(self) -> Load:
         """The load now."""
         return Load(

@@ -128,6 +128,28 @@ class PrefillWorker:
         return bool(self._prompts) or bool(self._handoffs) or bool(self._launches)
 
     @property
+    def runner(self) -> ModelRunner:
+        """The model and its cache."""
+        return self._runner
+
+    @property
+    def blocks(self) -> PrefixCache:
+        """The blocks of its cache: free, in use, or kept for what is in them."""
+        return self._blocks
+
+    @property
+    def block_tables(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks of every prompt that holds some, those that are handed over or still written to included."""
+        in_flight = {prompt for launch in self._launches for prompt in launch.prompts}
+        prompts = in_flight.union(self._prompts.values(), self._handoffs.values())
+        return tuple(tuple(prompt.progress.blocks) for prompt in prompts)
+
+    @property
+    def blocks_in_flight(self) -> frozenset[int]:
+        """The blocks that launched steps may still write to."""
+        return frozenset(b for launch in self._launches for prompt in launch.prompts for b in prompt.progress.blocks)
+
+    @property
     def load(self) -> Load:
         """The load now."""
         reserved: set[int] = set()

@@ -43,6 +43,11 @@ class HandoffReceiver:
         self._open: dict[HandoffKey, _Incoming] = {}
 
     @property
+    def num_open(self) -> int:
+        """Handoffs whose blocks somebody may still write to."""
+        return len(self._open)
+
+    @property
     def active(self) -> bool:
         """Whether anything is open."""
         return bool(self._open)

@@ -108,6 +108,14 @@ class LocalFabric:
                     arrival.copy.run()
             return [(arrival.sender, arrival.message) for arrival in due if arrival.message is not None]
 
+    def source_blocks(self, engine_id: str) -> frozenset[int]:
+        """The blocks of this engine that WRITEs on their way are still going to read."""
+        with self._lock:
+            cache = self._end(engine_id).kv_cache
+            arrivals = (arrival for end in self._ends.values() for arrival in end.arrivals)
+            copies = [arrival.copy for arrival in arrivals if arrival.copy is not None]
+            return frozenset(block for copy in copies if copy.source is cache for block in copy.src)
+
     def _arrive(self, end: _End, arrival: _Arrival) -> None:
         end.arrivals.append(arrival)
         if self._random.random() < self.faults.duplicate:

@@ -19,18 +19,19 @@ Workers = Iterable[PrefillWorker | DecodeWorker]
 def poison_free_blocks(workers: Workers) -> None:
     """What a block without users and without known content holds must never matter."""
     for worker in workers:
-        blocks = worker._blocks
-        free = [b for b in range(blocks.num_blocks) if not blocks.num_users(b) and b not in blocks._hash_of]
-        worker._runner.kv_cache[:, free] = torch.nan
+        blocks = worker.blocks
+        known = blocks.used_blocks.union(blocks.stored_blocks.values())
+        free = [block for block in range(blocks.num_blocks) if block not in known]
+        worker.runner.kv_cache[:, free] = torch.nan
 
 
 def check_cached_blocks(cluster: LocalCluster, workers: Workers, texts: list[list[int]], rtol: float = 1e-4) -> int:
     """Every block that can be found holds what computing its tokens whole gives; how many there were."""
     checked = 0
     for worker in workers:
-        runner, size = worker._runner, worker._runner.block_size
+        runner, size = worker.runner, worker.runner.block_size
         for token_ids in texts:
-            found = worker._blocks._find(block_hashes(token_ids, size))
+            found = worker.blocks.find(block_hashes(token_ids, size))
             if not found:
                 continue
             count = blocks_for(len(token_ids), size)

@@ -110,7 +110,7 @@ class Ranks:
     def assert_equal_ranks(self) -> None:
         loads = [replica.worker.load for replica in self.replicas]
         assert loads.count(loads[0]) == len(loads), loads
-        assert self.lead._agreement.num_open == 0
+        assert self.lead.num_to_agree == 0
 
     @staticmethod
     def _crashed(error: BaseException) -> None:

@@ -40,6 +40,7 @@ class OneGpu:
         longest_prefill: tokens of the longest prompt that is computed in one piece; those short enough are padded and
             run as CUDA graphs, as a prefill worker's are. None: none are.
         enforce_eager: use no CUDA graphs in decode.
+        batch_sizes: see `DecodeRunner`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class OneGpu:
         max_model_len: int,
         longest_prefill: int | None = None,
         enforce_eager: bool = False,
+        batch_sizes: Sequence[int] | None = None,
     ) -> None:
         cache = model.kv_cache_spec.allocate(num_blocks, model.device)
         cache.fill_(float("nan"))
@@ -58,7 +60,11 @@ class OneGpu:
         if longest_prefill is not None:
             self.runner.capture_prefill(longest_prefill)
         self.decoder = DecodeRunner[Decoding](
-            self.runner, max_num_seqs=max_num_seqs, max_model_len=max_model_len, enforce_eager=enforce_eager
+            self.runner,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+            batch_sizes=batch_sizes,
         )
 
     def prefill(self, sequence: Decoding, chunk: int | None = None) -> torch.Tensor:
