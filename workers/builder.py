@@ -58,7 +58,7 @@ class BuiltWorker:
         attention_backend: the chosen one.
         max_model_len: context window, tokens.
         num_blocks: of its KV cache.
-        capability: measured on its device.
+        step_times: measured on its device.
         memory: what it takes there.
     """
 
@@ -68,7 +68,7 @@ class BuiltWorker:
     attention_backend: str
     max_model_len: int
     num_blocks: int
-    capability: StepTimes
+    step_times: StepTimes
     memory: WorkerMemory
 
 
@@ -120,9 +120,9 @@ def build_worker(
     graphs = _Graphs(runner.device, capture_progress)
     worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
     memory = graphs.memory(model_bytes(type(model), model.config, model.dtype, group), runner.kv_cache.nbytes)
-    capability = measure_capability(worker, runner, config, max_model_len, group)
+    step_times = measure_step_times(worker, runner, config, max_model_len, group)
     if isinstance(worker, PrefillWorker):
-        worker.layers_per_write.capability = capability
+        worker.layers_per_write.step_times = step_times
     return BuiltWorker(
         worker,
         connector.register_kv_caches(config.name, as_stored(runner.kv_cache), kv_layout(spec, group.size)),
@@ -130,7 +130,7 @@ def build_worker(
         model.backend_names,
         max_model_len,
         runner.kv_cache.shape[1],
-        capability,
+        step_times,
         memory,
     )
 
@@ -172,7 +172,7 @@ def _make_worker(
     )
 
 
-def measure_capability(
+def measure_step_times(
     worker: PrefillWorker | DecodeWorker,
     runner: ModelRunner,
     config: WorkerConfig,

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from local_cluster import LocalCluster
+from workers.block_hashes import block_hashes
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import block_hashes
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner, Row
 

@@ -13,6 +13,7 @@ from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.sampler import launch_sample
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _DECODE_CONTEXT = 2048
 _EVERYTHING = SamplingParams(seed=0, top_k=2, top_p=0.9, logprobs=1, presence_penalty=1.0)
@@ -33,7 +34,7 @@ def largest_batches_of(model: CausalLM, config: WorkerConfig, max_model_len: int
         runner = ModelRunner(model, model.kv_cache_spec.allocate(1, model.device))
         for rows in kinds:
             logits = runner.forward(rows(config, max_model_len, model.block_size))
-            states = [SamplingState(_EVERYTHING, (0,), frozenset(), max_model_len=2)] * logits.shape[0]
+            states = [SamplingState(_EVERYTHING, as_token_ids((0,)), frozenset(), max_model_len=2)] * logits.shape[0]
             launch_sample(logits, states).tokens(states)
 
     return run

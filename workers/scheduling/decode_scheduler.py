@@ -133,7 +133,7 @@ class DecodeBatch:
             sequence = self._preempted.pop(0)
             data, sequence.host_copy = sequence.host_copy, None
             if data is None:
-                raise RuntimeError(f"{sequence.request.request_id} was preempted without a copy of its cache")
+                raise RuntimeError(f"{sequence.request.log_name} was preempted without a copy of its cache")
             count = blocks_for(sequence.num_tokens, self._store.block_size)
             sequence.blocks, num_found = self._blocks.allocate(sequence.hashes, count)
             if num_found < data.shape[1]:
@@ -147,7 +147,7 @@ class DecodeBatch:
 
     def _preempt(self, sequence: Sequence) -> None:
         if sequence.in_flight or self._leaving:
-            raise RuntimeError(f"{sequence.request.request_id} has to make room while a step is in flight")
+            raise RuntimeError(f"{sequence.request.log_name} has to make room while a step is in flight")
         sequence.host_copy = self._store.read_blocks(sequence.blocks)
         self._blocks.release(sequence.blocks)
         sequence.blocks = []

@@ -15,9 +15,9 @@ class PromptProgress:
     """How far a prompt has come.
 
     Attributes:
-        request_id: whose prompt it is.
+        attempt_id: whose prompt it is.
         num_tokens: its length.
-        hashes: of its full blocks, see `block_hashes`; empty where nothing is cached.
+        hashes: of its full blocks, see `workers.block_hashes`; empty where nothing is cached.
         blocks: its block table; empty until it is admitted.
         num_computed_tokens: tokens that are in the cache.
         num_pushed_blocks: blocks whose tokens have all been computed and handed to the connector, or are cached: those
@@ -26,7 +26,7 @@ class PromptProgress:
         num_chunks: steps that it took so far.
     """
 
-    request_id: str
+    attempt_id: str
     num_tokens: int
     hashes: Sequence[bytes] = ()
     blocks: list[int] = field(default_factory=list)

@@ -8,7 +8,7 @@ to a kept block again. What failed or is quarantined was never entered.
 from __future__ import annotations
 
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import BlockHashes, PrefixCache
+from workers.kv_cache.prefix_cache import PrefixCache
 from workers.scheduling.sequence import Sequence
 
 
@@ -29,8 +29,7 @@ class SequenceBlocks:
     def begin(self, sequence: Sequence) -> None:
         """A request has come: what its prompt's blocks hold."""
         if self._enabled:
-            sequence.content = BlockHashes(self._block_size)
-            sequence.content.extend(sequence.request.prompt_token_ids)
+            sequence.content = sequence.request.hashes_for(self._block_size)
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether there are blocks for its prompt and its next token now."""
@@ -52,9 +51,9 @@ class SequenceBlocks:
         """It has one more token. The token itself is not in the cache yet; all before it are."""
         if sequence.content is None:
             return
-        hashes, size = sequence.content.hashes, self._block_size
+        hashes, size = sequence.content, self._block_size
         for place in range(len(hashes), (sequence.num_tokens - 1) // size):
-            sequence.content.extend(sequence.token_ids(place * size, (place + 1) * size))
+            hashes.extend(sequence.token_ids(place * size, (place + 1) * size))
             self._blocks.store(sequence.blocks[place], hashes[place])
 
     def give_back_cached(self, sequence: Sequence) -> None:

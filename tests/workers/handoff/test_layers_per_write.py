@@ -26,11 +26,11 @@ class Measured(LocalConnector):
         return LinkCost(write_s=40e-6, descriptor_s=5e-6, bytes_per_s=350e9) if engine_id == "d" else None
 
 
-def chooser(fixed: int | None = None, capability: StepTimes = MEASURED, after_attention: float = 0.0) -> LayersPerWrite:
+def chooser(fixed: int | None = None, step_times: StepTimes = MEASURED, after_attention: float = 0.0) -> LayersPerWrite:
     connector = Measured(LocalFabric())
     connector.register_kv_caches("p", torch.zeros(1, 1, 2, 1, 1, 1), KVLayout("mha", LAYERS, 1, 1, 1, "float32"))
     sizes = LayersPerWrite(connector, LAYERS, BLOCK_BYTES, fixed, lambda num_tokens: after_attention)
-    sizes.capability = capability
+    sizes.step_times = step_times
     return sizes
 
 
@@ -54,7 +54,7 @@ def test_before_anything_is_known_every_layer_leaves_alone():
 
 
 def test_without_a_capability_compute_hides_nothing():
-    assert chooser(capability=StepTimes()).choose("d", 32, 2048) > 1
+    assert chooser(step_times=StepTimes()).choose("d", 32, 2048) > 1
 
 
 @pytest.mark.parametrize("num_layers", [1, 5, 6])
