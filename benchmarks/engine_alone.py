@@ -82,7 +82,7 @@ class EngineAlone:
         for name in (_PREFILL, _DECODE):
             connector = LocalConnector(fabric)
             runner = ModelRunner(model, model.kv_cache_spec.allocate(num_blocks, "cpu"))
-            engine = connector.register_kv_caches(name, runner.kv_cache, kv_layout(model.kv_cache_spec))
+            engine = connector.register_kv_caches(name, [runner.kv_cache], kv_layout(model.kv_cache_spec))
             ends.append((runner, connector, engine))
         (prefill_runner, prefill_connector, prefill_end), (decode_runner, decode_connector, decode_end) = ends
         prefill_connector.connect(decode_end, 1.0)

@@ -17,6 +17,7 @@ import torch
 
 from kv_transfer.connector import ConnectorEvent, KVConnector, ReadyEvent
 from kv_transfer.errors import KVTransferError, PeerError, ProtocolError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Hello, Part, decode
 from kv_transfer.handoff.receiver import HandoffReceiver
 from kv_transfer.handoff.sender import HandoffSender
@@ -24,6 +25,7 @@ from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.handshake.handshake import Handshakes
 from kv_transfer.layout import KVLayout
 from kv_transfer.link_cost import LinkCost, layers_per_write
+from kv_transfer.region import regions_of
 from kv_transfer.transports.base import EngineInfo, Transport
 
 logger = logging.getLogger(__name__)
@@ -64,18 +66,19 @@ class PushConnector(KVConnector):
         self._thread: threading.Thread | None = None
         self._generation = 0
 
-    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register_kv_caches(self, name: str, kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> EngineInfo:
         """See `KVConnector.register_kv_caches`."""
+        regions_of(kv_caches, layout)  # refused before anything is started
         self._incarnation = secrets.randbits(64)
         self._layout = layout
         engine_id = f"{name}.{self._incarnation:016x}"
-        self._outgoing = HandoffSender(self._transport, layout.block_bytes, self._emit)
-        self._incoming = HandoffReceiver(self._transport, layout.num_layers, self._drain_s, self._emit)
+        self._outgoing = HandoffSender(self._transport, layout, self._emit)
+        self._incoming = HandoffReceiver(self._transport, layout, self._drain_s, self._emit)
         self._handshakes = Handshakes(self._transport, self._incarnation)
         if self._threaded:
             self._thread = threading.Thread(target=self._run, name=f"kv-connector-{name}", daemon=True)
             self._thread.start()
-        return self._call(lambda: self._transport.register(engine_id, self._incarnation, kv_cache, layout))
+        return self._call(lambda: self._transport.register(engine_id, self._incarnation, kv_caches, layout))
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """See `KVConnector.connect`."""
@@ -107,16 +110,14 @@ class PushConnector(KVConnector):
         """See `KVConnector.disconnect`."""
         self._post(lambda: self._peer_lost(engine_id, may_write_s))
 
-    def expect(
-        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
-    ) -> HandoffKey:
+    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """See `KVConnector.expect`."""
-        if first_block < 0:
-            raise ValueError(f"first_block is {first_block}, it cannot be negative")
+        if len(blocks) != len(self._layout.groups):
+            raise ValueError(f"blocks of {len(blocks)} cache groups, the cache has {len(self._layout.groups)}")
         self._generation += 1
         key = HandoffKey(handoff_id, self._incarnation, self._generation)
-        blocks = tuple(block_ids)
-        self._post(lambda: self._incoming.expect(key, prefill_engine, blocks, first_block))
+        granted = tuple(blocks)
+        self._post(lambda: self._incoming.expect(key, prefill_engine, granted))
         return key
 
     def cancel(self, key: HandoffKey) -> None:
@@ -128,20 +129,32 @@ class PushConnector(KVConnector):
         self._post(lambda: self._outgoing.begin(handoff_id, decode_engine))
 
     def push(
-        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+        self,
+        handoff_id: bytes,
+        group: int,
+        layers: range,
+        first_block: int,
+        src_blocks: Sequence[int],
+        ready: ReadyEvent | None,
     ) -> None:
         """See `KVConnector.push`."""
         blocks = tuple(src_blocks)
-        self._post(lambda: self._outgoing.push(handoff_id, layers, first_block, blocks, ready))
+        self._post(lambda: self._outgoing.push(handoff_id, group, layers, first_block, blocks, ready))
 
     def layers_per_write(
-        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+        self,
+        peer: str,
+        group: int,
+        layer_bytes: int,
+        layer_s: float = 0.0,
+        slack_s: float = 0.0,
+        tail_s: float = 0.0,
     ) -> int:
         """See `KVConnector.layers_per_write`."""
         path = self._handshakes.paths.get(peer)
         if path is None:
             return 1
-        return layers_per_write(path, self._layout.num_layers, layer_bytes, layer_s, slack_s, tail_s)
+        return layers_per_write(path, self._layout.groups[group].num_layers, layer_bytes, layer_s, slack_s, tail_s)
 
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""

@@ -125,7 +125,7 @@ def build_worker(
         worker.layers_per_write.capability = capability
     return BuiltWorker(
         worker,
-        connector.register_kv_caches(config.name, runner.kv_cache, kv_layout(spec, group.size)),
+        connector.register_kv_caches(config.name, [runner.kv_cache], kv_layout(spec, group.size)),
         torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         model.backend.name,
         max_model_len,

@@ -96,7 +96,7 @@ class Replica:
             state=self.state,
             device=info.device if info else "",
             attention_backend=info.attention_backend if info else "",
-            block_size=info.engine.layout.block_size if info else 0,
+            block_size=info.engine.layout.primary.block_size if info else 0,
             load=self.load,
             group=self.group,
             max_num_seqs=info.max_num_seqs if info else 0,

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from kv_transfer.connector import DecodeEvent, HandoffFailed, HandoffReceived, HandoffReleased
 from kv_transfer.errors import PeerError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Part, encode
-from kv_transfer.handoff.part_counter import PartCounter
+from kv_transfer.handoff.part_counter import PartCounter, Wanted
 from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.layout import KVLayout
 from kv_transfer.transports.base import Transport
 
 
@@ -28,16 +30,16 @@ class HandoffReceiver:
 
     Args:
         transport: what carries the messages.
-        num_layers: layers of the cache.
+        layout: of the cache.
         drain_s: how long after a peer's end its last bytes may still arrive (they may sit in a socket).
         emit: takes the events for the worker.
     """
 
     def __init__(
-        self, transport: Transport, num_layers: int, drain_s: float, emit: Callable[[DecodeEvent], None]
+        self, transport: Transport, layout: KVLayout, drain_s: float, emit: Callable[[DecodeEvent], None]
     ) -> None:
         self._transport = transport
-        self._num_layers = num_layers
+        self._layout = layout
         self._drain_s = drain_s
         self._emit = emit
         self._open: dict[HandoffKey, _Incoming] = {}
@@ -47,12 +49,16 @@ class HandoffReceiver:
         """Whether anything is open."""
         return bool(self._open)
 
-    def expect(self, key: HandoffKey, peer: str, block_ids: Sequence[int], first_block: int = 0) -> None:
-        """Grant the blocks to the prefill worker: for those of the sequence from `first_block` on."""
-        handoff = _Incoming(key, peer, PartCounter(self._num_layers, len(block_ids), first_block))
+    def expect(self, key: HandoffKey, peer: str, blocks: Sequence[GroupBlocks]) -> None:
+        """Grant the blocks of each cache group to the prefill worker."""
+        wanted = [
+            Wanted(group.num_layers, range(granted.first_block, granted.end))
+            for group, granted in zip(self._layout.groups, blocks, strict=True)
+        ]
+        handoff = _Incoming(key, peer, PartCounter(wanted))
         self._open[key] = handoff
         try:
-            self._transport.send(peer, encode(Grant(key, tuple(block_ids), first_block)))
+            self._transport.send(peer, encode(Grant(key, tuple(blocks))))
         except PeerError as error:
             self._fail(handoff, str(error))
             self._release(handoff)  # who was never granted the blocks cannot write to them

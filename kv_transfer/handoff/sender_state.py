@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 from kv_transfer.connector import ReadyEvent
@@ -16,12 +16,14 @@ class SentPart:
     """A rectangle of a sequence's cache, as the worker pushed it.
 
     Attributes:
-        layers: of the cache.
+        group: the cache group.
+        layers: places within the group.
         first_block: the place of its first block in the sequence.
         src_blocks: this worker's blocks.
         ready: happens before they may be read; None: they may.
     """
 
+    group: int
     layers: range
     first_block: int
     src_blocks: tuple[int, ...]
@@ -38,7 +40,9 @@ class SentPart:
             return self
         if num_blocks >= self.end:
             return None
-        return SentPart(self.layers, num_blocks, self.src_blocks[num_blocks - self.first_block :], self.ready)
+        return SentPart(
+            self.group, self.layers, num_blocks, self.src_blocks[num_blocks - self.first_block :], self.ready
+        )
 
 
 @dataclass
@@ -51,7 +55,8 @@ class SentHandoff:
         grant: what the peer has reserved; None: that is not known yet.
         waiting: parts that were pushed and not posted, in order.
         in_flight: WRITEs that have not ended.
-        num_blocks: of the sequence, as far as it was pushed.
+        ends: by cache group, the place behind the last block that was pushed.
+        posted_blocks: by cache group, blocks times layers in the WRITEs so far.
         posted: WRITEs so far.
         num_bytes: that they carried.
         first_token: once everything has been pushed.
@@ -69,7 +74,8 @@ class SentHandoff:
     grant: Grant | None = None
     waiting: deque[SentPart] = field(default_factory=deque)
     in_flight: list[Transfer] = field(default_factory=list)
-    num_blocks: int = 0
+    ends: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    posted_blocks: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     posted: int = 0
     num_bytes: int = 0
     first_token: int | None = None

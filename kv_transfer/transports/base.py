@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kv_transfer.layout import KVLayout
+from kv_transfer.region import Region
 
 PROBE_PIECE_BYTES = 65_536
 PROBE_PIECES = 128
@@ -32,8 +33,7 @@ class EngineInfo:
         engine_id: name and incarnation; a restarted worker has another one.
         incarnation: 64 random bits, new at every start.
         layout: of its KV cache.
-        num_blocks: blocks that it has.
-        address: of the cache's first byte in its process.
+        regions: its memory, by cache group.
         device_type: "cpu" or "cuda".
         device_index: of the card, 0 for the CPU.
         metadata: the transport's own, opaque here.
@@ -43,12 +43,16 @@ class EngineInfo:
     engine_id: str
     incarnation: int
     layout: KVLayout
-    num_blocks: int
-    address: int
+    regions: tuple[Region, ...]
     device_type: str
     device_index: int
     metadata: bytes
     probe_address: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the group that bounds how many tokens fit."""
+        return self.regions[self.layout.primary_index].num_blocks
 
 
 class Transfer(ABC):
@@ -71,8 +75,14 @@ class Transport(ABC):
     """Writes blocks into a peer's cache and carries short messages."""
 
     @abstractmethod
-    def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
-        """Make the cache, (num_layers, num_blocks, *block), known to the network; call once."""
+    def register(
+        self, engine_id: str, incarnation: int, kv_caches: Sequence[torch.Tensor], layout: KVLayout
+    ) -> EngineInfo:
+        """Make the cache known to the network: a tensor (num_layers, num_blocks, *block) a group; call once.
+
+        Raises:
+            LayoutMismatchError: a tensor is not what its layout says.
+        """
 
     @abstractmethod
     def add_peer(self, peer: EngineInfo) -> None:
@@ -88,9 +98,15 @@ class Transport(ABC):
 
     @abstractmethod
     def write(
-        self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes
+        self,
+        peer: str,
+        group: int,
+        layers: range,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        message: bytes,
     ) -> Transfer:
-        """Start writing blocks of some layers; the peer receives `message` after the data.
+        """Start writing blocks of some layers of a cache group; the peer receives `message` after the data.
 
         Raises:
             PeerError: the peer is unknown or gone.

@@ -15,6 +15,7 @@ import torch
 
 from kv_transfer.errors import PeerError
 from kv_transfer.layout import KVLayout
+from kv_transfer.region import regions_of
 from kv_transfer.transports.base import EngineInfo, Landed, Transfer, TransferState, Transport
 
 
@@ -46,10 +47,10 @@ class LocalFabric:
         self._lock = threading.RLock()
         self._ends: dict[str, _End] = {}
 
-    def attach(self, engine_id: str, kv_cache: torch.Tensor) -> None:
+    def attach(self, engine_id: str, kv_caches: Sequence[torch.Tensor]) -> None:
         """Add an engine."""
         with self._lock:
-            self._ends[engine_id] = _End(kv_cache, [])
+            self._ends[engine_id] = _End(tuple(kv_caches), [])
 
     def detach(self, engine_id: str) -> None:
         """Take an engine away: WRITEs on their way to it fail, what it sent goes on."""
@@ -75,14 +76,15 @@ class LocalFabric:
             self._arrive(self._end(peer), _Arrival(self._delay(), sender, message))
 
     def write(
-        self, sender: str, peer: str, layers: range, src: Sequence[int], dst: Sequence[int], message: bytes
+        self, sender: str, peer: str, group: int, layers: range, src: Sequence[int], dst: Sequence[int], message: bytes
     ) -> LocalTransfer:
         """Put data and a message on their way. The source is read when the data lands, as a slow card would."""
         with self._lock:
             end = self._end(peer)
             transfer = LocalTransfer()
             roll = self._random.random()
-            copy = _Copy(self._end(sender).kv_cache, end.kv_cache, layers, tuple(src), tuple(dst), transfer)
+            source, target = self._end(sender).kv_caches[group], end.kv_caches[group]
+            copy = _Copy(source, target, layers, tuple(src), tuple(dst), transfer)
             if roll < self.faults.drop:
                 transfer.ended = TransferState.DONE
             elif roll < self.faults.drop + self.faults.fail:
@@ -159,7 +161,7 @@ class _Arrival:
 
 @dataclass
 class _End:
-    kv_cache: torch.Tensor
+    kv_caches: tuple[torch.Tensor, ...]
     arrivals: list[_Arrival]
 
 
@@ -171,13 +173,14 @@ class LocalTransport(Transport):
         self._engine_id = ""
         self._peers: set[str] = set()
 
-    def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register(
+        self, engine_id: str, incarnation: int, kv_caches: Sequence[torch.Tensor], layout: KVLayout
+    ) -> EngineInfo:
         """See `Transport.register`."""
+        regions = regions_of(kv_caches, layout)
         self._engine_id = engine_id
-        self._fabric.attach(engine_id, kv_cache)
-        return EngineInfo(
-            engine_id, incarnation, layout, kv_cache.shape[1], kv_cache.data_ptr(), kv_cache.device.type, 0, b""
-        )
+        self._fabric.attach(engine_id, kv_caches)
+        return EngineInfo(engine_id, incarnation, layout, regions, kv_caches[0].device.type, 0, b"")
 
     def add_peer(self, peer: EngineInfo) -> None:
         """See `Transport.add_peer`."""
@@ -189,11 +192,17 @@ class LocalTransport(Transport):
         self._fabric.cut(engine_id, self._engine_id)
 
     def write(
-        self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes
+        self,
+        peer: str,
+        group: int,
+        layers: range,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        message: bytes,
     ) -> Transfer:
         """See `Transport.write`."""
         self._check(peer)
-        return self._fabric.write(self._engine_id, peer, layers, src_blocks, dst_blocks, message)
+        return self._fabric.write(self._engine_id, peer, group, layers, src_blocks, dst_blocks, message)
 
     def probe_bandwidth(self, peer: str, pieces: range, message: bytes) -> Transfer:
         """Within one process nothing is dear the first time, and nothing is written."""

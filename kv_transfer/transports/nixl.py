@@ -11,6 +11,7 @@ import torch
 
 from kv_transfer.errors import PeerError
 from kv_transfer.layout import KVLayout
+from kv_transfer.region import regions_of
 from kv_transfer.transports.base import (
     PROBE_PIECE_BYTES,
     PROBE_PIECES,
@@ -36,12 +37,12 @@ class _Side:
 
     Attributes:
         info: the worker.
-        blocks: a descriptor for every (layer, block), layer-major.
+        groups: by cache group, a descriptor for every (layer, block), layer-major.
         pieces: a descriptor for every piece of its rehearsal memory.
     """
 
     info: EngineInfo
-    blocks: nixl_prepped_dlist_handle
+    groups: tuple[nixl_prepped_dlist_handle, ...]
     pieces: nixl_prepped_dlist_handle
 
 
@@ -50,8 +51,9 @@ class NixlTransport(Transport):
 
     No progress thread: it would burn a core. The owner's calls to `receive` and `Transfer.state` make progress.
 
-    Descriptors are prepared once, one for every (layer, block). NIXL joins those of a transfer that are neighbours on
-    both sides when it makes the transfer, at 4 ns each, so blocks that lie together travel as one.
+    Descriptors are prepared once: a list for each cache group, with one for every (layer, block). NIXL joins those of a
+    transfer that are neighbours on both sides when it makes the transfer, at 4 ns each, so blocks that lie together
+    travel as one.
 
     Args:
         count_descriptors: have every transfer say how many descriptors it became.
@@ -67,25 +69,27 @@ class NixlTransport(Transport):
         self._own: _Side | None = None
         self._peers: dict[str, _Side] = {}
 
-    def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register(
+        self, engine_id: str, incarnation: int, kv_caches: Sequence[torch.Tensor], layout: KVLayout
+    ) -> EngineInfo:
         """See `Transport.register`. Afterwards the calling thread has the cache's device as its current one."""
-        if kv_cache.is_cuda:  # without a CUDA context on this thread UCX silently drops NVLink
-            torch.cuda.set_device(kv_cache.device)
-            torch.cuda.synchronize(kv_cache.device)
+        regions, device = regions_of(kv_caches, layout), kv_caches[0].device
+        if device.type == "cuda":  # without a CUDA context on this thread UCX silently drops NVLink
+            torch.cuda.set_device(device)
+            torch.cuda.synchronize(device)
         agent = nixl_agent(
             engine_id, nixl_agent_config(enable_prog_thread=False, capture_telemetry=self._count_descriptors)
         )
         self._agent = agent
-        self._probe_memory = torch.empty(PROBE_PIECES * PROBE_PIECE_BYTES, dtype=torch.uint8, device=kv_cache.device)
-        self._registrations = [agent.register_memory(memory) for memory in (kv_cache, self._probe_memory)]
+        self._probe_memory = torch.empty(PROBE_PIECES * PROBE_PIECE_BYTES, dtype=torch.uint8, device=device)
+        self._registrations = [agent.register_memory(memory) for memory in (*kv_caches, self._probe_memory)]
         info = EngineInfo(
             engine_id=engine_id,
             incarnation=incarnation,
             layout=layout,
-            num_blocks=kv_cache.shape[1],
-            address=kv_cache.data_ptr(),
-            device_type=kv_cache.device.type,
-            device_index=kv_cache.device.index or 0,
+            regions=regions,
+            device_type=device.type,
+            device_index=device.index or 0,
             metadata=agent.get_agent_metadata(),
             probe_address=self._probe_memory.data_ptr(),
         )
@@ -94,13 +98,16 @@ class NixlTransport(Transport):
 
     def _prepare(self, agent_name: str, info: EngineInfo) -> _Side:
         """Descriptors of a worker's memory, each list given as one strided row."""
-        size = info.layout.block_bytes
-        rows = (
-            [info.address, size, info.device_index, size, info.layout.num_layers * info.num_blocks],
-            [info.probe_address, PROBE_PIECE_BYTES, info.device_index, PROBE_PIECE_BYTES, PROBE_PIECES],
+
+        def prepare(address: int, size: int, count: int) -> nixl_prepped_dlist_handle:
+            row = np.array([[address, size, info.device_index, size, count]], dtype=np.uint64)
+            return self._started.prep_xfer_dlist(agent_name, row, _mem_type(info))
+
+        return _Side(
+            info,
+            tuple(prepare(r.address, r.block_bytes, r.num_layers * r.num_blocks) for r in info.regions),
+            prepare(info.probe_address, PROBE_PIECE_BYTES, PROBE_PIECES),
         )
-        prepare, mem_type = self._started.prep_xfer_dlist, _mem_type(info)
-        return _Side(info, *(prepare(agent_name, np.array([row], dtype=np.uint64), mem_type) for row in rows))
 
     @property
     def _started(self) -> nixl_agent:
@@ -123,31 +130,39 @@ class NixlTransport(Transport):
         side = self._peers.pop(engine_id, None)
         if side is None:
             return
-        for handle in (side.blocks, side.pieces):
+        for handle in (*side.groups, side.pieces):
             with contextlib.suppress(Exception):  # a lost peer may have taken its half with it
                 handle.release()
         with contextlib.suppress(Exception):
             self._started.remove_remote_agent(engine_id)
 
     def write(
-        self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes
+        self,
+        peer: str,
+        group: int,
+        layers: range,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        message: bytes,
     ) -> Transfer:
         """See `Transport.write`."""
         own, other = self._sides(peer)
-        src = _indices(layers, src_blocks, own.info.num_blocks)
-        dst = _indices(layers, dst_blocks, other.info.num_blocks)
-        return self._start("WRITE", own.blocks, src, other, other.blocks, dst, message)
+        src = _indices(layers, src_blocks, own.info.regions[group].num_blocks)
+        dst = _indices(layers, dst_blocks, other.info.regions[group].num_blocks)
+        return self._start("WRITE", own.groups[group], src, other, other.groups[group], dst, message)
 
-    def read(self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Transfer:
+    def read(
+        self, peer: str, group: int, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int]
+    ) -> Transfer:
         """Start reading a peer's blocks into one's own; handoffs never do, see `docs/design.md`.
 
         Raises:
             PeerError: the peer is unknown or gone.
         """
         own, other = self._sides(peer)
-        src = _indices(layers, src_blocks, other.info.num_blocks)
-        dst = _indices(layers, dst_blocks, own.info.num_blocks)
-        return self._start("READ", own.blocks, dst, other, other.blocks, src, b"")
+        src = _indices(layers, src_blocks, other.info.regions[group].num_blocks)
+        dst = _indices(layers, dst_blocks, own.info.regions[group].num_blocks)
+        return self._start("READ", own.groups[group], dst, other, other.groups[group], src, b"")
 
     def probe_bandwidth(self, peer: str, pieces: range, message: bytes) -> Transfer:
         """See `Transport.probe_bandwidth`."""
@@ -204,8 +219,8 @@ class NixlTransport(Transport):
             self.remove_peer(engine_id)
         with contextlib.suppress(Exception):
             if self._own is not None:
-                self._own.blocks.release()
-                self._own.pieces.release()
+                for handle in (*self._own.groups, self._own.pieces):
+                    handle.release()
             for registration in self._registrations:
                 self._agent.deregister_memory(registration)
         self._agent = None

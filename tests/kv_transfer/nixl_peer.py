@@ -10,11 +10,12 @@ from multiprocessing.connection import Client
 
 import torch
 
-from kv_transfer.layout import KVLayout
+from kv_transfer.group_blocks import GroupBlocks
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.lease import Lease, lease_clock
 from kv_transfer.nixl_connector import NixlConnector
 
-LAYOUT = KVLayout("mha", 4, 16, 2, 16, "float32")
+LAYOUT = KVLayout((GroupLayout("full", tuple(range(4)), 16, 2, 16, "float32"),))
 NUM_BLOCKS = 64
 
 
@@ -23,7 +24,7 @@ class PeerCommands:
         self.cache = torch.rand(4, NUM_BLOCKS, 2, 16, 2, 16).to(device)
         self.lease = Lease(duration_s=1.0)
         self.connector = NixlConnector(drain_s=0.2, may_write=self.lease.holds)
-        self.engine = self.connector.register_kv_caches(name, self.cache, LAYOUT)
+        self.engine = self.connector.register_kv_caches(name, [self.cache], LAYOUT)
 
     def info(self):
         return self.engine
@@ -35,7 +36,7 @@ class PeerCommands:
         return self.connector.probe(engine_id, 10.0)
 
     def expect(self, handoff_id, peer, blocks, first_block=0):
-        return self.connector.expect(handoff_id, peer, blocks, first_block)
+        return self.connector.expect(handoff_id, peer, [GroupBlocks(first_block, blocks)])
 
     def begin(self, handoff_id, peer):
         self.connector.begin(handoff_id, peer)
@@ -45,7 +46,7 @@ class PeerCommands:
         if self.cache.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
-        self.connector.push(handoff_id, range(first_layer, last_layer), 0, blocks, ready)
+        self.connector.push(handoff_id, 0, range(first_layer, last_layer), 0, blocks, ready)
 
     def hand_over(self, handoff_id, peer, blocks, number):
         """All of a prefill worker's part: the blocks are filled with a number, and pushed in two groups."""
@@ -69,7 +70,7 @@ class PeerCommands:
         self.connector.cancel(key)
 
     def layers_per_write(self, engine_id, layer_bytes, layer_s):
-        return self.connector.layers_per_write(engine_id, layer_bytes, layer_s)
+        return self.connector.layers_per_write(engine_id, 0, layer_bytes, layer_s)
 
     def finish(self, handoff_id, token):
         self.connector.finish(handoff_id, token)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReleased
-from kv_transfer.layout import KVLayout
+from kv_transfer.group_blocks import GroupBlocks
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.lease import Lease
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
@@ -61,17 +62,18 @@ def test_a_renewal_that_comes_too_late_brings_nothing_back():
 
 
 def test_blocks_of_a_peer_that_may_still_write_are_kept_until_it_cannot():
-    fabric, layout = LocalFabric(), KVLayout("mha", 2, 1, 1, 1, "float32")
+    fabric, layout = LocalFabric(), KVLayout((GroupLayout("full", tuple(range(2)), 1, 1, 1, "float32"),))
     p, d = LocalConnector(fabric), LocalConnector(fabric)
-    p_info = p.register_kv_caches("p", torch.zeros(2, 8, 2, 1, 1, 1), layout)
-    d_info = d.register_kv_caches("d", torch.zeros(2, 8, 2, 1, 1, 1), layout)
+    p_info = p.register_kv_caches("p", [torch.zeros(2, 8, 2, 1, 1, 1)], layout)
+    d_info = d.register_kv_caches("d", [torch.zeros(2, 8, 2, 1, 1, 1)], layout)
     p.connect(d_info, 5.0)
     d.connect(p_info, 5.0)
-    kept, released = d.expect(b"a" * 16, p_info.engine_id, [1]), d.expect(b"b" * 16, "nobody", [2])
+    kept = d.expect(b"a" * 16, p_info.engine_id, [GroupBlocks(0, [1])])
+    released = d.expect(b"b" * 16, "nobody", [GroupBlocks(0, [2])])
     assert HandoffReleased(released) in d.poll()
     d.disconnect(p_info.engine_id, 3600.0)
     assert [type(event) for event in d.poll()] == [HandoffFailed], "its request need not wait"
-    other = d.expect(b"c" * 16, p_info.engine_id, [3])
+    other = d.expect(b"c" * 16, p_info.engine_id, [GroupBlocks(0, [3])])
     assert [event for _ in range(20) for event in d.poll() if isinstance(event, HandoffReleased)] == [
         HandoffReleased(other)
     ], "it never got that grant"

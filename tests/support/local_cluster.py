@@ -115,7 +115,7 @@ class LocalCluster:
         cache = spec.allocate(num_blocks, self.model.device)
         cache.fill_(float("nan"))  # a block that was never written must never matter
         connector = connector_class(self.fabric)
-        info = connector.register_kv_caches(name, cache, kv_layout(spec))
+        info = connector.register_kv_caches(name, [cache], kv_layout(spec))
         return ModelRunner(self.model, cache), connector, info
 
     def submit(

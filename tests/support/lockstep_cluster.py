@@ -62,7 +62,7 @@ class Ranks:
             cache = model.kv_cache_spec.allocate(num_blocks, model.device)
             cache.fill_(float("nan"))
             layout = kv_layout(model.kv_cache_spec, size)
-            self.engines.append(connector.register_kv_caches(name, cache, layout))
+            self.engines.append(connector.register_kv_caches(name, [cache], layout))
             clock = StepClock()
             self.replicas.append(Replica(make(ModelRunner(model, cache), connector, clock), connector, clock))
         self.channel = DirectChannel(self.replicas[1:])
@@ -170,7 +170,7 @@ class LockstepCluster(LocalCluster):
             pool[side.engines[0].engine_id] = side
         for one, other in (self.sides, self.sides[::-1]):
             for connector in one.connectors:
-                connector.handshake(other.engines, 1.0)
+                connector.introduce(other.engines, 1.0)
 
     def assert_equal_ranks(self) -> None:
         """What the ranks of a worker hold is the same on all of them, and nothing is left to agree on."""

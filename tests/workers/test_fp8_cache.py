@@ -48,9 +48,9 @@ class Remembering(LocalConnector):
 
     caches: dict[str, torch.Tensor]
 
-    def register_kv_caches(self, name, kv_cache, layout):
-        self.caches[name] = kv_cache
-        return super().register_kv_caches(name, kv_cache, layout)
+    def register_kv_caches(self, name, kv_caches, layout):
+        (self.caches[name],) = kv_caches
+        return super().register_kv_caches(name, kv_caches, layout)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
@@ -114,6 +114,6 @@ def test_workers_that_store_in_different_dtypes_refuse_each_other(tiny_checkpoin
     for name, dtype in (("prefill-0", "fp8"), ("decode-0", "auto")):
         spec = load_model(tiny_checkpoint("llama"), "float32", kv_cache_dtype=dtype).kv_cache_spec
         connectors.append(LocalConnector(fabric))
-        infos.append(connectors[-1].register_kv_caches(name, spec.allocate(4, "cpu"), kv_layout(spec)))
+        infos.append(connectors[-1].register_kv_caches(name, [spec.allocate(4, "cpu")], kv_layout(spec)))
     with pytest.raises(LayoutMismatchError, match="dtype is float8_e4m3fn here and float32 there"):
         connectors[0].connect(infos[1], 1.0)

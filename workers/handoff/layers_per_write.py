@@ -55,6 +55,7 @@ class LayersPerWrite:
         layer_s = step_s / self._num_layers
         return self._connector.layers_per_write(
             decode_engine,
+            0,  # the cache is one group
             num_blocks * self._block_bytes,
             layer_s,
             max(0.0, step_s - launch_s) / self._num_layers,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kv_transfer.connector import HandoffFailed, HandoffReceived, HandoffReleased, KVConnector
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 from workers.errors import HandoffError
 from workers.kv_cache.prefix_cache import PrefixCache
@@ -84,7 +85,7 @@ class RemotePrefill:
         self._kept.take(sequence)
         cached = sequence.num_cached_blocks
         granted = sequence.blocks[cached:]
-        key = self._connector.expect(request.handoff_id, request.prefill_engine, granted, cached)
+        key = self._connector.expect(request.handoff_id, request.prefill_engine, [GroupBlocks(cached, granted)])
         self._expected[key], self._wanted[sequence] = sequence, key
 
     def remove(self, sequence: Sequence) -> None:

@@ -16,6 +16,8 @@ from workers.runner.model_runner import ModelRunner
 from workers.sampling.state import SamplingState
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
 
+_GROUP = 0  # the cache is one group
+
 
 @dataclass(eq=False)
 class Prompt:
@@ -126,7 +128,7 @@ def push_cached(connector: KVConnector, num_layers: int, chunks: Sequence[Chunk]
         cached = chunk.prompt.num_pushed_blocks
         if chunk.prompt.num_chunks == 0 and cached and prompt.request.decode_engine is not None:
             blocks = chunk.prompt.blocks[:cached]
-            connector.push(prompt.request.handoff_id, range(num_layers), 0, blocks, None)
+            connector.push(prompt.request.handoff_id, _GROUP, range(num_layers), 0, blocks, None)
 
 
 def layer_pusher(
@@ -150,6 +152,6 @@ def layer_pusher(
         ready = runner.ready_event()
         for part in due:
             layers = range(layer // part.layers_per_write * part.layers_per_write, layer + 1)
-            connector.push(part.handoff_id, layers, part.start, part.blocks, ready)
+            connector.push(part.handoff_id, _GROUP, layers, part.start, part.blocks, ready)
 
     return on_layer

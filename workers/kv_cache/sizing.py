@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from attention.kv_cache import KVCacheSpec
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
 from workers.kv_cache.block_pool import blocks_for
@@ -47,15 +47,15 @@ class KVCachePlan:
 
 def kv_layout(spec: KVCacheSpec, tp_size: int = 1) -> KVLayout:
     """The cache of one of `tp_size` ranks as two workers compare it when they meet."""
-    return KVLayout(
-        kind="mha",
-        num_layers=spec.num_layers,
+    group = GroupLayout(
+        kind="mla" if spec.mla else "full",
+        layers=tuple(range(spec.num_layers)),
         block_size=spec.block_size,
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         dtype=str(spec.dtype).removeprefix("torch."),
-        tp_size=tp_size,
     )
+    return KVLayout((group,), tp_size)
 
 
 def allocate_kv_cache(

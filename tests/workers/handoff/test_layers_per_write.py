@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
@@ -21,7 +21,11 @@ MEASURED = StepTimes(prefill=((32, 3e-3), (512, 8e-3), (2048, 40e-3)))
 
 def chooser(fixed: int | None = None, capability: StepTimes = MEASURED, after_attention: float = 0.0) -> LayersPerWrite:
     connector = LocalConnector(LocalFabric())
-    connector.register_kv_caches("p", torch.zeros(1, 1, 2, 1, 1, 1), KVLayout("mha", LAYERS, 1, 1, 1, "float32"))
+    connector.register_kv_caches(
+        "p",
+        [torch.zeros(LAYERS, 1, 2, 1, 1, 1)],
+        KVLayout((GroupLayout("full", tuple(range(LAYERS)), 1, 1, 1, "float32"),)),
+    )
     connector._handshakes.paths["d"] = LinkCost(write_s=40e-6, descriptor_s=5e-6, bytes_per_s=350e9)
     sizes = LayersPerWrite(connector, LAYERS, BLOCK_BYTES, fixed, lambda num_tokens: after_attention)
     sizes.capability = capability
@@ -55,7 +59,7 @@ def test_without_a_capability_compute_hides_nothing():
 def test_every_layer_is_pushed_once_in_groups_of_each_parts_own_size(num_layers):
     pushed: dict[bytes, list[range]] = {b"a": [], b"b": []}
 
-    def push(handoff_id, layers, start, blocks, ready):
+    def push(handoff_id, group, layers, start, blocks, ready):
         assert (start, blocks) == (3, [7])
         pushed[handoff_id].append(layers)
 

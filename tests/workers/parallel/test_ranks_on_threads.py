@@ -51,7 +51,7 @@ class Running:
         clock = StepClock()
         connector = AgreedConnector(LocalConnector(self.fabric, threaded=True), rank)
         runner = ModelRunner(self.model, self.model.kv_cache_spec.allocate(16, "cpu"))
-        connector.register_kv_caches("prefill-0", runner.kv_cache, kv_layout(self.model.kv_cache_spec, 2))
+        connector.register_kv_caches("prefill-0", [runner.kv_cache], kv_layout(self.model.kv_cache_spec, 2))
         worker = PrefillWorker(
             runner, connector, max_num_batched_tokens=64, max_num_seqs=4, max_model_len=200, clock=clock
         )
