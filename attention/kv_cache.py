@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,44 +11,68 @@ from attention.backend import AttentionBackend, KVScales
 from attention.fp8 import quantize
 from attention.spec import FP8
 
+CACHE_KINDS = ("full", "sliding", "mla")
+
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """The KV cache of a model (or of a shard of it) without its size.
+    """The KV cache of one cache group, without its size: the layers of a model that keep the same form.
 
     Attributes:
-        num_layers: L.
+        layers: numbers of these layers in the model, ascending; L of them.
         num_kv_heads: Hkv.
         head_size: D.
         block_size: tokens in a block.
         dtype: of keys and values.
-        mla: whether a token has one latent of `head_size` (`MLASpec.latent_size`) in place of keys and values.
+        kind: "full" keeps keys and values of all tokens, "sliding" of a window; with "mla" a token has one latent of
+            `head_size` (`MLASpec.latent_size`) in place of keys and values.
+        window: of a sliding group, how many tokens a query sees, itself included; None: all.
 
     Raises:
-        ValueError: MLA with more than one key/value head.
+        ValueError: an unknown kind, no layers or not ascending ones, a window that does not go with the kind or is not
+            positive, MLA with more than one key/value head.
     """
 
-    num_layers: int
+    layers: tuple[int, ...]
     num_kv_heads: int
     head_size: int
     block_size: int
     dtype: torch.dtype
-    mla: bool = False
+    kind: str = "full"
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mla and self.num_kv_heads != 1:
+        if self.kind not in CACHE_KINDS:
+            raise ValueError(f"a cache group is one of {', '.join(CACHE_KINDS)}, not {self.kind!r}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"the layers of a cache group are ascending numbers, at least one, not {self.layers}")
+        if (self.kind == "sliding") != (self.window is not None):
+            raise ValueError(f"a window of {self.window} tokens does not go with a cache group of kind {self.kind!r}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window has at least 1 token, not {self.window}")
+        if self.kind == "mla" and self.num_kv_heads != 1:
             raise ValueError(f"a latent is one for all heads: 1 key/value head, not {self.num_kv_heads}")
 
     @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Keys and values (or the latent) of one token, all layers together."""
-        parts = 1 if self.mla else 2
+        """Keys and values (or the latent) of one token, all layers of the group together."""
+        parts = 1 if self.kind == "mla" else 2
         return self.num_layers * parts * self.num_kv_heads * self.head_size * self.dtype.itemsize
 
     @property
     def bytes_per_block(self) -> int:
-        """Keys and values (or the latents) of one block, all layers together."""
+        """Keys and values (or the latents) of one block, all layers of the group together."""
         return self.block_size * self.bytes_per_token
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Of one block in one layer: (2, block_size, Hkv, D), with MLA (block_size, D)."""
+        return self.shape(1)[2:]
 
     def blocks_that_fit(self, num_bytes: int) -> int:
         """How many blocks `num_bytes` hold, 0 when not even one."""
@@ -55,13 +80,16 @@ class KVCacheSpec:
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
         """(L, num_blocks, 2, block_size, Hkv, D), with MLA (L, num_blocks, block_size, D); a backend's, L times."""
-        if self.mla:
+        if self.kind == "mla":
             return (self.num_layers, *latent_cache_shape(num_blocks, self.block_size, self.head_size))
         layer = AttentionBackend.get_kv_cache_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_size)
         return (self.num_layers, *layer)
 
     def allocate(self, num_blocks: int, device: torch.device | str) -> torch.Tensor:
-        """One zeroed, contiguous tensor of `shape(num_blocks)`; layer i's cache is its view `[i]`.
+        """One contiguous tensor of `shape(num_blocks)`; the cache of the group's layer number i is its view `[i]`.
+
+        It is zero: an entry of a block table that stands for no block points at block 0, and kernels may load what
+        they mask.
 
         Raises:
             ValueError: `num_blocks` is not positive.
@@ -69,6 +97,18 @@ class KVCacheSpec:
         if num_blocks < 1:
             raise ValueError(f"a KV cache needs at least one block, not {num_blocks}")
         return torch.zeros(self.shape(num_blocks), dtype=self.dtype, device=device)
+
+
+def layer_places(groups: Sequence[KVCacheSpec]) -> list[tuple[int, int]]:
+    """For each layer of a model the cache group that it belongs to, and its index there.
+
+    Raises:
+        ValueError: the groups' layers are not 0 to L - 1, each once.
+    """
+    places = sorted((layer, group, i) for group, spec in enumerate(groups) for i, layer in enumerate(spec.layers))
+    if [layer for layer, _, _ in places] != list(range(len(places))):
+        raise ValueError(f"each layer is in one cache group: {[spec.layers for spec in groups]}")
+    return [(group, i) for _, group, i in places]
 
 
 def latent_cache_shape(num_blocks: int, block_size: int, latent_size: int) -> tuple[int, int, int]:

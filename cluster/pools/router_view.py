@@ -52,4 +52,5 @@ def _traits(info: WorkerInfo) -> WorkerTraits:
         kv_token_bytes=len(info.engines) * layout.bytes_per_token,
         num_layers=layout.num_layers,
         chunk_tokens=info.max_num_batched_tokens,
+        blocks_per_sequence=info.blocks_per_sequence,
     )

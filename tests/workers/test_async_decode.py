@@ -70,9 +70,9 @@ def check_ownership(decode: DecodeWorker) -> None:
     owners: dict[int, object] = {}
     in_flight = [sequence for launch in decode._launches for sequence in launch.sequences]
     for sequence in {*in_flight, *decode._remote._expected.values(), *decode._batch._running}:
-        for block in sequence.blocks:
+        for block in decode.cache.held(sequence.tables):
             assert owners.setdefault(block, sequence) is sequence, f"block {block} has two owners"
-    assert len(owners) == decode._blocks.num_blocks - decode._blocks.num_free
+    assert len(owners) == decode.cache.num_blocks - decode.cache.num_free
 
 
 def test_the_next_step_is_launched_before_a_token_is_looked_at(pair, launched):
@@ -255,7 +255,7 @@ def test_broken_logits_fail_a_row_whose_next_step_is_in_flight(pair, monkeypatch
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
-        return hidden.masked_fill((positions == 25)[:, None], float("nan")) if metadata.decode_only else hidden
+        return hidden.masked_fill((positions == 25)[:, None], float("nan")) if metadata[0].decode_only else hidden
 
     monkeypatch.setattr(Decoder, "forward", broken)
     cluster, _ = pair()

@@ -165,7 +165,7 @@ def test_an_abort_while_put_aside(one_pair):
     cluster.submit("old", prompt(30), greedy(30))
     cluster.submit("new", prompt(30, 1), greedy(30))
     run_until(cluster, lambda: decode.load.preempted == 1)
-    put_aside = next(name for name in ("old", "new") if not decode._sequences[name].blocks)
+    put_aside = next(name for name in ("old", "new") if not decode._sequences[name].tables.groups)
     cluster.abort(put_aside)
     assert decode.load.preempted == 0
     cluster.run()
@@ -229,7 +229,7 @@ def test_broken_logits_fail_one_sequence_alone(one_pair, monkeypatch, reference_
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
-        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata.decode_only else hidden
+        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata[0].decode_only else hidden
 
     monkeypatch.setattr(Decoder, "forward", broken)
     cluster, _, _ = one_pair()

@@ -60,7 +60,8 @@ def launched(monkeypatch) -> list[int]:
 
 
 def in_flight_blocks(prefill) -> set[int]:
-    return {block for launch in prefill._launches for p in launch.prompts for block in p.progress.blocks}
+    prompts = [prompt for launch in prefill._launches for prompt in launch.prompts]
+    return {block for prompt in prompts for block in prefill.cache.held(prompt.progress.tables)}
 
 
 def check_ownership(prefill) -> None:
@@ -68,9 +69,9 @@ def check_ownership(prefill) -> None:
     owners: dict[int, object] = {}
     held = {p for launch in prefill._launches for p in launch.prompts}
     for owner in {*held, *prefill._prompts.values(), *prefill._handoffs.values()}:
-        for block in owner.progress.blocks:
+        for block in prefill.cache.held(owner.progress.tables):
             assert owners.setdefault(block, owner) is owner, f"block {block} has two owners"
-    assert len(owners) == prefill._blocks.num_blocks - prefill._blocks.num_free
+    assert len(owners) == prefill.cache.num_blocks - prefill.cache.num_free
 
 
 def test_the_next_batch_is_launched_before_a_token_is_looked_at(pair, launched):

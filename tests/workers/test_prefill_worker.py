@@ -91,7 +91,7 @@ def test_reports(one_pair, clock):
     assert isinstance(handoff_report, HandoffReport)
     # Two layer groups; the chunks end after 16, 32 and 40 tokens, each with full blocks to push.
     assert handoff_report.num_parts == 2 * 3
-    assert handoff_report.num_bytes == 3 * 3 * prefill._runner.kv_cache[0, 0].nbytes
+    assert handoff_report.num_bytes == 3 * 3 * prefill._runner.kv_caches[0][0, 0].nbytes
     assert handoff_report.transfer_s >= 0.0
     assert handoff_report.exposed_s >= 0.0
 
@@ -207,8 +207,8 @@ def test_source_blocks_are_not_reused_while_a_write_reads_them(one_pair, referen
             in_flight = prefill._connector._outgoing._open
             for handoff_id, entry in prefill._handoffs.items():
                 if handoff_id in in_flight and in_flight[handoff_id].in_flight:
-                    held[handoff_id] = set(entry.progress.blocks)
-                    assert held[handoff_id] <= set(prefill._blocks._users)
+                    held[handoff_id] = set(prefill.cache.held(entry.progress.tables))
+                    assert held[handoff_id] <= set(prefill.cache.groups[0].pool._users)
         assert {r: cluster.token_ids(r) for r in expected} == expected
         assert held
 

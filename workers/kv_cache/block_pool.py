@@ -24,17 +24,18 @@ class BlockPool:
     one moves up to e entries of a list.
 
     Args:
-        num_blocks: blocks 0 to `num_blocks` - 1 are managed.
+        num_blocks: so many blocks are managed.
+        first: the id of the first of them.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
         self.num_blocks = num_blocks
         self._used: set[int] = set()
         self._length: dict[int, int] = {}  # of the extent that starts here
         self._start: dict[int, int] = {}  # of the extent that ends before this block
         self._by_size: list[tuple[int, int]] = []  # (length, start), sorted
         if num_blocks:
-            self._add(0, num_blocks)
+            self._add(first, num_blocks)
 
     @property
     def num_free(self) -> int:

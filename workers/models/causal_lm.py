@@ -10,7 +10,7 @@ from torch import nn
 
 from attention.backend import AttentionBackend, AttentionMetadata, KVScales
 from attention.forward_context import ForwardContext, forward_context
-from attention.kv_cache import KVCacheSpec
+from attention.kv_cache import KVCacheSpec, layer_places
 from attention.layers.attention import Attention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec
@@ -102,6 +102,7 @@ class Decoder(nn.Module):
             for spec in attention_specs(shard, kv_cache_dtype)
         ]
         self._layer_index = {name: i for i, name in enumerate(self._attention)}
+        self._places = layer_places(self.kv_cache_groups)
         self._in_order = [
             DecoderLayer(shard, attention, self._rotation, dtype, device, group)
             for attention in self._attention.values()
@@ -112,10 +113,21 @@ class Decoder(nn.Module):
         self.lm_head = LMHead(config, self.embed_tokens, dtype, device, group)
 
     @property
-    def kv_cache_spec(self) -> KVCacheSpec:
-        """The KV cache that `forward` expects: of this rank's heads."""
+    def kv_cache_groups(self) -> tuple[KVCacheSpec, ...]:
+        """The KV cache that `forward` expects, of this rank's heads: a group for each kind of layer, lowest first."""
         shard, dtype = self.shard, self.kv_cache_dtype or self.dtype
-        return KVCacheSpec(shard.num_layers, shard.num_kv_heads, shard.head_size, self.block_size, dtype)
+        return tuple(
+            KVCacheSpec(
+                tuple(i for i, other in enumerate(shard.sliding_windows) if other == window),
+                shard.num_kv_heads,
+                shard.head_size,
+                self.block_size,
+                dtype,
+                kind="full" if window is None else "sliding",
+                window=window,
+            )
+            for window in dict.fromkeys(shard.sliding_windows)
+        )
 
     def set_kv_scales(self, layer: int, scales: KVScales) -> None:
         """Use these scales for a layer's FP8 cache, as its checkpoint says; before anything is in the cache."""
@@ -145,8 +157,8 @@ class Decoder(nn.Module):
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: CommonAttentionMetadata,
+        kv_caches: Sequence[torch.Tensor],
+        metadata: Sequence[CommonAttentionMetadata],
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Run one batch through the model.
@@ -154,9 +166,9 @@ class Decoder(nn.Module):
         Args:
             input_ids: (T,) int64.
             positions: (T,) int64, of each token in its sequence.
-            kv_cache: (L, num_blocks, 2, block_size, Hkv, D), of this rank's heads; this batch's keys and values are
-                written to it.
-            metadata: the batch.
+            kv_caches: for each cache group (layers, num_blocks, 2, block_size, Hkv, D), of this rank's heads; this
+                batch's keys and values are written to it.
+            metadata: the batch, for each cache group.
             on_layer: called with a layer's index as soon as the layer's keys and values are in the cache (on a GPU:
                 as soon as the kernels that put them there are queued), before the rest of the layer runs.
 
@@ -166,34 +178,41 @@ class Decoder(nn.Module):
         prepared = self._rotation.prepare(positions)
         hidden = F.embedding(input_ids, self.embed_tokens)
         normed: torch.Tensor = self._in_order[0].input_norm(hidden)
-        caches = self._cache_writes(kv_cache, metadata)
-        with forward_context(self._context(kv_cache, metadata, on_layer)):
+        layer_caches = [kv_caches[group][index] for group, index in self._places]
+        caches = self._cache_writes(layer_caches, metadata)
+        with forward_context(self._context(layer_caches, metadata, on_layer)):
             for layer, cache, next_norm in zip(self._in_order, caches, self._norms_behind, strict=True):
                 hidden, normed = layer(hidden, normed, prepared, cache, next_norm)
         return normed
 
-    def _cache_writes(self, kv_cache: torch.Tensor, common: CommonAttentionMetadata) -> Sequence[CacheWrite | None]:
+    def _cache_writes(
+        self, caches: Sequence[torch.Tensor], common: Sequence[CommonAttentionMetadata]
+    ) -> Sequence[CacheWrite | None]:
         """For each layer, where its rotation stores keys and values; None where attention does.
 
         In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache.
         """
-        if not (self._rotation.can_store and common.decode_only):
+        if not (self._rotation.can_store and common[0].decode_only):
             return (None,) * len(self._in_order)
         return [
-            CacheWrite(cache, common.slot_mapping, layer.attention.impl.kv_scales)
-            for cache, layer in zip(kv_cache.unbind(0), self._in_order, strict=True)
+            CacheWrite(cache, common[group].slot_mapping, layer.attention.impl.kv_scales)
+            for cache, layer, (group, _) in zip(caches, self._in_order, self._places, strict=True)
         ]
 
     def _context(
-        self, kv_cache: torch.Tensor, common: CommonAttentionMetadata, on_layer: Callable[[int], None] | None
+        self,
+        caches: Sequence[torch.Tensor],
+        common: Sequence[CommonAttentionMetadata],
+        on_layer: Callable[[int], None] | None,
     ) -> ForwardContext:
         metadata: dict[str, AttentionMetadata] = {}
         for builder, names in self._builders:
-            metadata.update(dict.fromkeys(names, builder.build(common)))
+            group, _ = self._places[self._layer_index[names[0]]]
+            metadata.update(dict.fromkeys(names, builder.build(common[group])))
         return ForwardContext(
             layers=self._attention,
             metadata=metadata,
-            kv_caches=dict(zip(self._attention, kv_cache.unbind(0), strict=True)),
+            kv_caches=dict(zip(self._attention, caches, strict=True)),
             save_layer=None if on_layer is None else lambda name: on_layer(self._layer_index[name]),
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workers.kv_cache.prefix_cache import BlockHashes
+from workers.kv_cache.tables import SequenceTables
 from workers.messages import DecodeRequest
 from workers.sampling.state import SamplingState
 
@@ -21,11 +22,12 @@ class Sequence:
         state: its tokens, as the sampler sees them.
         deadline: monotonic time.
         arrived: when its request came, monotonic time.
-        blocks: its block table; empty while preempted. Grows in place; after preemption it is another list.
+        tables: its block tables; none while preempted. They grow in place; after preemption they are others.
         content: the hashes of its full blocks; None: they are not kept.
-        num_cached_blocks: leading blocks of its prompt that were here when it was admitted.
+        num_cached_blocks: for each cache group, how many of the blocks that it needs of its prompt, the first ones,
+            were here when it was admitted.
         received: when its KV cache was complete, monotonic time.
-        host_copy: its cache while preempted.
+        host_copy: its cache while preempted: of each cache group the blocks that it held.
         in_flight: tokens that are being computed: launched, and not looked at yet.
         max_output: output tokens after which it ends at the latest.
     """
@@ -34,11 +36,11 @@ class Sequence:
     state: SamplingState
     deadline: float
     arrived: float = 0.0
-    blocks: list[int] = field(default_factory=list)
+    tables: SequenceTables = field(default_factory=SequenceTables)
     content: BlockHashes | None = None
-    num_cached_blocks: int = 0
+    num_cached_blocks: Many[int] = ()
     received: float = 0.0
-    host_copy: torch.Tensor | None = None
+    host_copy: Many[torch.Tensor] | None = None
     in_flight: int = 0
     max_output: int = field(init=False)
 

@@ -54,9 +54,10 @@ def run_until(cluster, condition, max_steps: int = 5000) -> None:
 
 def check_owners(decode: DecodeWorker) -> None:
     """No block that is computed, decoded, promised or still written to is free."""
-    held = {block for sequence in decode._sequences.values() for block in sequence.blocks}
-    held |= {block for launch in decode._launches for sequence in launch.sequences for block in sequence.blocks}
-    held |= {block for launch in decode._local._launches for p in launch.prompts for block in p.progress.blocks}
+    held = {block for sequence in decode._sequences.values() for block in decode.cache.held(sequence.tables)}
+    tables = [sequence.tables for launch in decode._launches for sequence in launch.sequences]
+    tables += [prompt.progress.tables for launch in decode._local._launches for prompt in launch.prompts]
+    held |= {block for each in tables for block in decode.cache.held(each)}
     assert decode.load.free_blocks <= decode.load.total_blocks - len(held)
 
 
