@@ -19,11 +19,12 @@ from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.sizing import allocate_kv_caches
 from workers.loading.loader import load_model
-from workers.messages import DecodeRequest, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
+from workers.messages import RequestFailed, TokenOutput, WorkerEvent, WorkerRequest
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _TIMEOUT_S = 600.0
 
@@ -51,11 +52,7 @@ class PrefillSide:
 
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool) -> None:
         """See `MeasuredEngine.add`; a prefill worker makes one token."""
-        self._worker.add(
-            PrefillRequest(
-                request_id, secrets.token_bytes(16), tuple(prompt), _params(max_tokens, sampled), None, _TIMEOUT_S
-            )
-        )
+        self._worker.add(_request(request_id, prompt, max_tokens, sampled, None))
 
     def step(self) -> int:
         """See `MeasuredEngine.step`."""
@@ -75,11 +72,7 @@ class DecodeSide:
 
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool) -> None:
         """See `MeasuredEngine.add`."""
-        self._worker.reserve(
-            DecodeRequest(
-                request_id, secrets.token_bytes(16), tuple(prompt), _params(max_tokens, sampled), "alone", _TIMEOUT_S
-            )
-        )
+        self._worker.add(_request(request_id, prompt, max_tokens, sampled, "alone"))
 
     def step(self) -> int:
         """See `MeasuredEngine.step`."""
@@ -149,6 +142,18 @@ def build_worker(
     }
     load, profiled, captured = (end - begin for begin, end in itertools.pairwise(times))
     return worker, StartUp(load, profiled, captured), about
+
+
+def _request(request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool, peer: str | None) -> WorkerRequest:
+    return WorkerRequest(
+        request_id=request_id,
+        attempt_id=request_id,
+        handoff_id=secrets.token_bytes(16),
+        prompt_token_ids=as_token_ids(prompt),
+        sampling=_params(max_tokens, sampled),
+        peer_engine=peer,
+        timeout_s=_TIMEOUT_S,
+    )
 
 
 def _params(max_tokens: int, sampled: bool) -> SamplingParams:

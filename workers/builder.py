@@ -59,7 +59,7 @@ class BuiltWorker:
         attention_backend: the chosen one.
         max_model_len: context window, tokens.
         num_blocks: of its KV cache's primary group, for sequences to have.
-        capability: measured on its device.
+        step_times: measured on its device.
         memory: what it takes there.
         blocks_per_sequence: of these, the most that a sequence holds at once; None: those of all its tokens.
     """
@@ -70,7 +70,7 @@ class BuiltWorker:
     attention_backend: str
     max_model_len: int
     num_blocks: int
-    capability: StepTimes
+    step_times: StepTimes
     memory: WorkerMemory
     blocks_per_sequence: int | None
 
@@ -124,9 +124,9 @@ def build_worker(
     memory = graphs.memory(
         model_bytes(model.config, model.dtype, group), sum(kv_cache.nbytes for kv_cache in runner.kv_caches)
     )
-    capability = _measure(worker, runner, config, max_model_len, group)
+    step_times = _measure(worker, runner, config, max_model_len, group)
     if isinstance(worker, PrefillWorker):
-        worker.layers_per_write.capability = capability
+        worker.layers_per_write.step_times = step_times
     return BuiltWorker(
         worker,
         connector.register_kv_caches(config.name, runner.kv_caches, kv_layout(cache_groups, group.size)),
@@ -134,7 +134,7 @@ def build_worker(
         model.backend.name,
         max_model_len,
         worker.cache.num_blocks,
-        capability,
+        step_times,
         memory,
         worker.cache.blocks_per_sequence(max_model_len, computed=isinstance(worker, PrefillWorker)),
     )

@@ -18,12 +18,12 @@ from workers.kv_cache.manager import KVCacheManager
 from workers.messages import (
     CacheUpdate,
     DecodeReport,
-    DecodeRequest,
     FinishReason,
     Load,
     RequestFailed,
     TokenOutput,
     WorkerEvent,
+    WorkerRequest,
 )
 from workers.runner.decode_graphs import Progress
 from workers.runner.decode_runner import DecodeRunner, Launch
@@ -34,7 +34,7 @@ from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import FirstToken, LocalPrefill
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
-from workers.validation import check_capacity, check_local, check_prompt
+from workers.validation import check_capacity, check_local, check_prompt, check_token_ids
 from workers.waiting_queue import DecodeQueue
 
 
@@ -112,27 +112,27 @@ class DecodeWorker:
         self._sequences: dict[str, Sequence] = {}
         self._events: list[WorkerEvent] = []
 
-    def reserve(self, request: DecodeRequest) -> None:
+    def add(self, request: WorkerRequest) -> None:
         """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
         num_tokens = len(request.prompt_token_ids)
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
-            check_capacity(self.cache, num_tokens + 1, "decode", computed=request.prefill_engine is None)
-            if request.prefill_engine is None:
-                check_local(request.prompt_token_ids, self._runner.model.config.vocab_size, self._computes_prompts)
+            check_capacity(self.cache, num_tokens + 1, "decode", computed=request.peer_engine is None)
+            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_local(request.peer_engine is None, self._computes_prompts)
         except BatonError as error:
-            self._events.append(RequestFailed(request.request_id, error))
+            self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
         state = SamplingState.of(request, self._runner.model.config.eos_token_ids, self._max_model_len)
         now = self._clock()
         sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now)
         self._kept.begin(sequence)
-        self._sequences[request.request_id] = sequence
+        self._sequences[request.attempt_id] = sequence
         self._queue.add(sequence)
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request, wherever it is; nothing more is said of it."""
-        if sequence := self._sequences.pop(request_id, None):
+    def abort(self, attempt_id: str) -> None:
+        """Stop an attempt, wherever it is; nothing more is said of it."""
+        if sequence := self._sequences.pop(attempt_id, None):
             self._stop(sequence)
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
@@ -213,45 +213,47 @@ class DecodeWorker:
 
     def _accept(self, sequence: Sequence, sampled: SampledToken | SamplingError, now: float) -> None:
         """A sequence has one more token, or none can be chosen for it."""
-        request_id, output_token_ids = sequence.request.request_id, sequence.state.output_token_ids
+        request_id, attempt_id = sequence.request.request_id, sequence.request.attempt_id
+        output_token_ids = sequence.state.output_token_ids
         if isinstance(sampled, SamplingError):
-            self._events.append(RequestFailed(request_id, sampled))
+            self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
             self._kept.forget(sequence)
-            self.abort(request_id)
+            self.abort(attempt_id)
             return
         output_token_ids.append(sampled.token_id)
         self._kept.grown(sequence)
         if len(output_token_ids) == sequence.request.num_output_tokens + 2:
             cached_tokens = self._kept.cached_tokens(sequence)
-            self._events.append(DecodeReport(request_id, now - sequence.received, cached_tokens))
+            first_decode_s = now - sequence.received
+            self._events.append(DecodeReport(request_id, first_decode_s, cached_tokens, attempt_id=attempt_id))
         reason = finish_reason(sequence.state)
-        self._events.append(TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        self._events.append(TokenOutput(request_id, *chosen, attempt_id=attempt_id))
         if reason is not None:
             self._batch.remove(sequence)
-            del self._sequences[request_id]
+            del self._sequences[attempt_id]
 
     def _accept_first(self, first: FirstToken) -> None:
         """A prompt that was computed here has its first token, or none can be chosen for it."""
         sequence, sampled = first.sequence, first.sampled
-        request_id = sequence.request.request_id
+        request_id, attempt_id = sequence.request.request_id, sequence.request.attempt_id
         if isinstance(sampled, SamplingError):
-            self._events.append(RequestFailed(request_id, sampled))
+            self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
             self._kept.forget(sequence)
             self.cache.release(sequence.tables)
-            del self._sequences[request_id]
+            del self._sequences[attempt_id]
             return
         reason = self._begin(sequence, sampled.token_id)
-        self._events += [
-            first.report,
-            TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason),
-        ]
+        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        self._events += [first.report, TokenOutput(request_id, *chosen, attempt_id=attempt_id)]
 
     def _join(self, arrival: Arrival) -> None:
         """The KV cache has come whole: the sequence goes on where prefill left it. Or it will not come."""
         sequence, first_token = arrival.sequence, arrival.first_token
         if isinstance(first_token, HandoffError):
-            del self._sequences[sequence.request.request_id]
-            self._events.append(RequestFailed(sequence.request.request_id, first_token))
+            attempt_id = sequence.request.attempt_id
+            del self._sequences[attempt_id]
+            self._events.append(RequestFailed(sequence.request.request_id, first_token, attempt_id=attempt_id))
         else:
             self._begin(sequence, first_token)
 
@@ -261,20 +263,21 @@ class DecodeWorker:
         sequence.state.output_token_ids.append(first_token)
         if (reason := finish_reason(sequence.state)) is not None:
             self.cache.release(sequence.tables)
-            del self._sequences[sequence.request.request_id]
+            del self._sequences[sequence.request.attempt_id]
         else:
             self._batch.add(sequence)
         return reason
 
     def _enforce_deadlines(self) -> None:
         now = self._clock()
-        for request_id, sequence in [(r, s) for r, s in self._sequences.items() if s.deadline <= now]:
-            del self._sequences[request_id]
+        for attempt_id, sequence in [(a, s) for a, s in self._sequences.items() if s.deadline <= now]:
+            del self._sequences[attempt_id]
             where = "decoding"
             if sequence in self._queue:
-                is_local = sequence.request.prefill_engine is None
+                is_local = sequence.request.peer_engine is None
                 where = "waiting for or computing its prompt" if is_local else "waiting for the KV cache"
-            self._events.append(RequestFailed(request_id, DeadlineExceededError(f"the deadline passed while {where}")))
+            error = DeadlineExceededError(f"the deadline passed while {where}")
+            self._events.append(RequestFailed(sequence.request.request_id, error, attempt_id=attempt_id))
             self._stop(sequence)
 
     def _stop(self, sequence: Sequence) -> None:

@@ -21,10 +21,10 @@ from workers.messages import (
     HandoffReport,
     Load,
     PrefillReport,
-    PrefillRequest,
     RequestFailed,
     TokenOutput,
     WorkerEvent,
+    WorkerRequest,
 )
 from workers.runner.model_runner import ModelRunner
 from workers.runner.prefill_graphs import Progress
@@ -95,7 +95,7 @@ class PrefillWorker:
         self._handoffs: dict[bytes, Prompt] = {}
         self._events: list[WorkerEvent] = []
 
-    def add(self, request: PrefillRequest) -> None:
+    def add(self, request: WorkerRequest) -> None:
         """Queue a prompt. One that is wrong or can never fit ends in `RequestFailed`."""
         num_tokens = len(request.prompt_token_ids)
         try:
@@ -103,19 +103,19 @@ class PrefillWorker:
             check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
             check_capacity(self.cache, num_tokens, "prefill", computed=True)
         except BatonError as error:
-            self._events.append(RequestFailed(request.request_id, error))
+            self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
         eos_token_ids = self._runner.model.config.eos_token_ids
         prompt = Prompt.of(request, eos_token_ids, self._max_model_len, self._clock(), self._cached_block_size)
-        self._prompts[request.request_id] = prompt
+        self._prompts[request.attempt_id] = prompt
         self._scheduler.add(prompt.progress)
-        if request.decode_engine is not None:
+        if request.peer_engine is not None:
             self._handoffs[request.handoff_id] = prompt
-            self._connector.begin(request.handoff_id, request.decode_engine)
+            self._connector.begin(request.handoff_id, request.peer_engine)
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request, wherever it is; nothing more is said of it."""
-        if prompt := self._prompts.pop(request_id, None):
+    def abort(self, attempt_id: str) -> None:
+        """Stop an attempt, wherever it is; nothing more is said of it."""
+        if prompt := self._prompts.pop(attempt_id, None):
             self._stop(prompt, "the request was cancelled")
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
@@ -138,7 +138,7 @@ class PrefillWorker:
         reserved: set[int] = set()
         quarantined: set[int] = set()
         for prompt in self._handoffs.values():
-            if prompt.request.request_id not in self._prompts:
+            if prompt.request.attempt_id not in self._prompts:
                 quarantined.update(self.cache.held(prompt.progress.tables))
             elif prompt.computed:
                 reserved.update(self.cache.held(prompt.progress.tables))
@@ -169,7 +169,7 @@ class PrefillWorker:
 
     def _launch(self, chunks: list[Chunk]) -> Launch[Prompt]:
         """Queue a batch, and what follows from it for the handoffs and the schedule."""
-        prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
+        prompts = [self._prompts[chunk.prompt.attempt_id] for chunk in chunks]
         for prompt in prompts:
             prompt.started = prompt.started or self._clock()
         push_cached(self._connector, self.cache, chunks, prompts)
@@ -191,20 +191,21 @@ class PrefillWorker:
 
     def _awaited(self, prompt: Prompt) -> bool:
         """Whether somebody still waits for the prompt's first token."""
-        return self._prompts.get(prompt.request.request_id) is prompt and not prompt.computed
+        return self._prompts.get(prompt.request.attempt_id) is prompt and not prompt.computed
 
     def _accept(self, prompt: Prompt, sampled: SampledToken | SamplingError) -> None:
         """A prompt has its first token, or none can be chosen for it."""
-        request_id = prompt.request.request_id
+        request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
         if isinstance(sampled, SamplingError):
-            self._events.append(RequestFailed(request_id, sampled))
+            self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
             self.cache.forget(prompt.progress.tables, prompt.progress.hashes)  # it may be wrong itself
-            del self._prompts[request_id]
+            del self._prompts[attempt_id]
             self._stop(prompt, str(sampled))
             return
         prompt.state.output_token_ids.append(sampled.token_id)
         reason = finish_reason(prompt.state)
-        self._finish(prompt, TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        self._finish(prompt, TokenOutput(request_id, *chosen, attempt_id=attempt_id))
 
     def _finish(self, prompt: Prompt, output: TokenOutput) -> None:
         """The first token is known: tell the client and the decode worker."""
@@ -218,11 +219,12 @@ class PrefillWorker:
                 now - prompt.started,
                 prompt.progress.num_chunks,
                 prompt.progress.num_cached_tokens,
+                attempt_id=request.attempt_id,
             ),
             output,
         ]
-        if request.decode_engine is None:
-            del self._prompts[request.request_id]
+        if request.peer_engine is None:
+            del self._prompts[request.attempt_id]
             self._give_back(prompt)
         else:
             self._connector.finish(request.handoff_id, output.token_id)
@@ -234,29 +236,27 @@ class PrefillWorker:
         prompt = self._handoffs.pop(event.handoff_id)
         self._scheduler.remove(prompt.progress)
         self._give_back(prompt)
-        known = self._prompts.pop(prompt.request.request_id, None) is not None
-        if not known:
+        request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
+        if self._prompts.pop(attempt_id, None) is None:
             return
-        request_id = prompt.request.request_id
         if isinstance(event, HandoffSent):
-            self._events.append(
-                HandoffReport(request_id, event.num_bytes, event.num_parts, event.transfer_s, event.exposed_s)
-            )
+            moved = (event.num_bytes, event.num_parts, event.transfer_s, event.exposed_s)
+            self._events.append(HandoffReport(request_id, *moved, attempt_id=attempt_id))
         else:
-            self._events.append(RequestFailed(request_id, HandoffError(event.reason)))
+            self._events.append(RequestFailed(request_id, HandoffError(event.reason), attempt_id=attempt_id))
 
     def _enforce_deadlines(self) -> None:
         now = self._clock()
-        for request_id, prompt in [(r, p) for r, p in self._prompts.items() if p.deadline <= now]:
-            del self._prompts[request_id]
+        for attempt_id, prompt in [(a, p) for a, p in self._prompts.items() if p.deadline <= now]:
+            del self._prompts[attempt_id]
             error = prompt.overdue(now, self._handoff_timeout_s)
-            self._events.append(RequestFailed(request_id, error))
+            self._events.append(RequestFailed(prompt.request.request_id, error, attempt_id=attempt_id))
             self._stop(prompt, str(error))
 
     def _stop(self, prompt: Prompt, reason: str) -> None:
         """Take a request that is no longer in `_prompts` out of the schedule; its blocks follow when they are safe."""
         self._scheduler.remove(prompt.progress)
-        if prompt.request.decode_engine is None:
+        if prompt.request.peer_engine is None:
             self._give_back(prompt)
         else:
             self._connector.abort(prompt.request.handoff_id, reason)

@@ -17,7 +17,7 @@ from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.lockstep.channel import LeadChannel, Seat
 from workers.lockstep.follower_host import FollowerHost
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerHost, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -72,17 +72,17 @@ class WorkerActor:
         """How far each stage of the start is that has begun."""
         return list(self._progress.values())
 
-    async def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    async def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHost.submit`. A request whose abort has overtaken it is not started."""
-        if request.request_id not in self._aborted:
+        if request.attempt_id not in self._aborted:
             self._started.submit(request)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, attempt_id: str) -> None:
         """See `WorkerHost.abort`."""
-        self._aborted[request_id] = None
+        self._aborted[attempt_id] = None
         if len(self._aborted) > _REMEMBERED_ABORTS:
             self._aborted.popitem(last=False)
-        self._started.abort(request_id)
+        self._started.abort(attempt_id)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHost.connect`."""

@@ -26,7 +26,7 @@ class WorkerTraits:
         block_size: tokens in a KV block.
         total_blocks: of its cache.
         max_num_seqs: sequences that it takes at once.
-        capability: measured costs.
+        step_times: measured costs.
         kv_token_bytes: of the KV cache of a token, in all layers and ranks.
         num_layers: that have a cache.
         chunk_tokens: of prompts, that it computes in one step.
@@ -39,7 +39,7 @@ class WorkerTraits:
     block_size: int
     total_blocks: int
     max_num_seqs: int
-    capability: StepTimes = field(default_factory=StepTimes)
+    step_times: StepTimes = field(default_factory=StepTimes)
     kv_token_bytes: float = 0.0
     num_layers: int = 1
     chunk_tokens: int = 2048
@@ -82,7 +82,7 @@ class WorkerState:
         self.traits, self.ready = traits, ready
         self.usable_blocks = self.free_blocks = traits.total_blocks
         self.running, self.queued_s = 0, 0.0
-        self.short_step_s = traits.capability.decode_seconds(1)
+        self.short_step_s = traits.step_times.decode_seconds(1)
         self.future: npt.NDArray[np.float64] = np.zeros((2, len(HORIZONS)))
         self.peak_tokens = 0.0
 
@@ -124,7 +124,7 @@ class WorkerState:
         By the number of sequences and by the tokens in the cache that the step reads: those that the worker's requests
         are expected to hold in the middle of the look-ahead, with those that will have ended by then left out.
         """
-        return self.short_step_s + self.traits.capability.kv_token_s * float(self.future[0, _EXPECTED_AT])
+        return self.short_step_s + self.traits.step_times.kv_token_s * float(self.future[0, _EXPECTED_AT])
 
     def blocks(self, num_tokens: int) -> int:
         """KV blocks that a sequence of so many tokens and the next one holds."""
@@ -143,7 +143,7 @@ class WorkerState:
             self.queued_s = max(0.0, self.queued_s + queued_s)
         if requests:
             self.running += requests
-            self.short_step_s = self.traits.capability.decode_seconds(self.running + 1)
+            self.short_step_s = self.traits.step_times.decode_seconds(self.running + 1)
         if future is not None:
             self.future += future
             self.peak_tokens = likely_peak(self.future)

@@ -143,7 +143,10 @@ def answer(byte_tokenizer: Tokenizer) -> Callable[..., list[Step]]:
         ids = byte_tokenizer.encode(text)
         if finish is FinishReason.STOP:
             ids.append(EOS)
-        tokens = [TokenOutput("r", i, finish_reason=finish if n == len(ids) else None) for n, i in enumerate(ids, 1)]
+        tokens = [
+            TokenOutput("r", i, finish_reason=finish if n == len(ids) else None, attempt_id="r")
+            for n, i in enumerate(ids, 1)
+        ]
         chunks = [TokenChunk(tuple(tokens[at : at + chunk])) for at in range(0, len(tokens), chunk)]
         return list(chunks)
 

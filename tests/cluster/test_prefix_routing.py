@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.api import EngineRequest
 from fleet import prompt, tokens_of
+from made_requests import engine_request
 from workers.sampling_params import SamplingParams
 
 
@@ -23,7 +23,7 @@ async def test_a_conversation_goes_back_to_its_worker(make_fleet, expected):
     assert [report.cached_tokens for report in reports] == [0, 96, 128]
     assert len({report.prefill_worker for report in reports}) == 1
     sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=4)
-    pairs = fleet.engine.explain(EngineRequest("r", tuple(turns[2]), sampling, 60.0))
+    pairs = fleet.engine.explain(engine_request("r", turns[2], sampling))
     assert [(pair.prefill == reports[0].prefill_worker, pair.cached_tokens) for pair in pairs] == [
         (True, 192),
         (False, 0),

@@ -8,9 +8,9 @@ import torch
 
 from cache_groups import group_caches
 from local_cluster import LocalCluster
+from workers.block_hashes import block_hashes
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import block_hashes
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner, Row
 
@@ -29,7 +29,7 @@ def poison_free_blocks(workers: Workers) -> None:
         for group, kv_cache in zip(worker.cache.groups, worker._runner.kv_caches, strict=True):
             pool = group.pool
             ids = range(kv_cache.shape[1] - pool.num_blocks, kv_cache.shape[1])  # a null block stays zero
-            kv_cache[:, [b for b in ids if b not in pool._users and b not in pool._hash_of]] = torch.nan
+            kv_cache[:, [b for b in ids if not pool.num_users(b) and b not in pool._hash_of]] = torch.nan
 
 
 def check_cached_blocks(cluster: LocalCluster, workers: Workers, texts: list[list[int]], rtol: float = 1e-4) -> int:

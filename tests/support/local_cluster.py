@@ -12,14 +12,13 @@ from attention.spec import Phase
 from cache_groups import unwritten_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import Faults, LocalFabric
+from made_requests import worker_request
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.sizing import kv_layout
 from workers.loading.loader import load_model
 from workers.messages import (
     DecodeReport,
-    DecodeRequest,
     HandoffReport,
-    PrefillRequest,
     RequestFailed,
     TokenOutput,
     WorkerEvent,
@@ -130,12 +129,10 @@ class LocalCluster:
         """Send one request to a pair of workers, both at once, in either order."""
         p = list(self.prefill)[prefill if prefill is not None else self.random.randrange(len(self.prefill))]
         d = list(self.decode)[decode if decode is not None else self.random.randrange(len(self.decode))]
-        handoff_id = self.random.randbytes(16)
+        handoff_id, asked = self.random.randbytes(16), (request_id, prompt, sampling)
         sides: list[Callable[[], None]] = [
-            lambda: self.prefill[p].add(PrefillRequest(request_id, handoff_id, tuple(prompt), sampling, d, timeout_s)),
-            lambda: self.decode[d].reserve(
-                DecodeRequest(request_id, handoff_id, tuple(prompt), sampling, p, timeout_s)
-            ),
+            lambda: self.prefill[p].add(worker_request(*asked, d, handoff_id=handoff_id, timeout_s=timeout_s)),
+            lambda: self.decode[d].add(worker_request(*asked, p, handoff_id=handoff_id, timeout_s=timeout_s)),
         ]
         self.random.shuffle(sides)
         for side in sides:
@@ -152,9 +149,15 @@ class LocalCluster:
         num_output_tokens: int = 0,
     ) -> None:
         """Send one request to a decode worker, which computes the prompt itself."""
-        name, handoff_id = list(self.decode)[decode], self.random.randbytes(16)
-        self.decode[name].reserve(
-            DecodeRequest(request_id, handoff_id, tuple(prompt), sampling, None, timeout_s, num_output_tokens)
+        self.decode[list(self.decode)[decode]].add(
+            worker_request(
+                request_id,
+                prompt,
+                sampling,
+                handoff_id=self.random.randbytes(16),
+                timeout_s=timeout_s,
+                num_output_tokens=num_output_tokens,
+            )
         )
 
     def abort(self, request_id: str) -> None:

@@ -26,7 +26,7 @@ from workers.kv_cache.sizing import kv_layout
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
 from workers.lockstep.replica import Replica, StepClock
-from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
+from workers.messages import Load, WorkerEvent, WorkerRequest
 from workers.models.causal_lm import Decoder
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
@@ -71,14 +71,11 @@ class Ranks:
         self.connectors[0].set_listener(lambda: None)  # the lead's own rank reports late, too
         self.unreported: list[list[ConnectorEvent]] = [[] for _ in range(size)]
 
-    def add(self, request: PrefillRequest) -> None:
+    def add(self, request: WorkerRequest) -> None:
         self._take(Submit(request))
 
-    def reserve(self, request: DecodeRequest) -> None:
-        self._take(Submit(request))
-
-    def abort(self, request_id: str) -> None:
-        self._take(Abort(request_id))
+    def abort(self, attempt_id: str) -> None:
+        self._take(Abort(attempt_id))
 
     def disconnect(self, engine_id: str) -> None:
         self._take(Disconnect(engine_id))

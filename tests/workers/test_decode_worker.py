@@ -218,7 +218,7 @@ def test_reports(one_pair, clock, steps_ahead):
         events += decode.step()
         clock.now += 1.0
     assert [type(event) for event in events] == [DecodeReport, TokenOutput, TokenOutput, TokenOutput]
-    assert events[0] == DecodeReport("r", first_decode_s=steps_ahead), (
+    assert events[0] == DecodeReport("r", first_decode_s=steps_ahead, attempt_id="r"), (
         "the first step came with the cache; what is launched ahead is looked at one step, one second, later"
     )
     assert [event.finish_reason is not None for event in events[1:]] == [False, False, True]

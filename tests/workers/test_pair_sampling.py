@@ -12,6 +12,7 @@ from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.sampler import sample
 from workers.sampling.state import SamplingState, finish_reason
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 PROMPT = [random.Random(21).randrange(3, 512) for _ in range(45)]
 MAX_MODEL_LEN = 512
@@ -34,13 +35,13 @@ def in_one_process(model, sampling: SamplingParams) -> list[TokenOutput]:
     """The same request on one runner: no handoff, nothing else in the batch."""
     runner = ModelRunner(model, group_caches(model, MAX_MODEL_LEN // model.block_size))
     blocks = [range(MAX_MODEL_LEN // model.block_size)]
-    state = SamplingState(sampling, tuple(PROMPT), frozenset(model.config.eos_token_ids), MAX_MODEL_LEN)
+    state = SamplingState(sampling, as_token_ids(PROMPT), frozenset(model.config.eos_token_ids), MAX_MODEL_LEN)
     outputs: list[TokenOutput] = []
     tokens, start = PROMPT, 0
     while not outputs or outputs[-1].finish_reason is None:
         (chosen,) = sample(runner.forward([Row(tokens, start, blocks)]), [state])
         state.output_token_ids.append(chosen.token_id)
-        outputs.append(TokenOutput("r", *chosen, finish_reason(state)))
+        outputs.append(TokenOutput("r", *chosen, finish_reason(state), attempt_id="r"))
         start += len(tokens)
         tokens = [chosen.token_id]
     return outputs

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from cached_blocks import check_cached_blocks, found_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
+from made_requests import worker_request
+from workers.block_hashes import block_hashes
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import block_hashes
-from workers.messages import PrefillReport, PrefillRequest, RequestFailed
+from workers.messages import PrefillReport, RequestFailed, WorkerRequest
 from workers.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=6, ignore_eos=True)
@@ -32,8 +33,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 512) for _ in range(length)]
 
 
-def alone(request_id: str, token_ids: list[int]) -> PrefillRequest:
-    return PrefillRequest(request_id, request_id.encode().ljust(16, b"."), tuple(token_ids), GREEDY, None, 60.0)
+def alone(request_id: str, token_ids: list[int]) -> WorkerRequest:
+    return worker_request(request_id, token_ids, GREEDY)
 
 
 def report(prefill, token_ids: list[int]) -> PrefillReport:

@@ -6,11 +6,8 @@ import random
 
 import pytest
 
-from cached_blocks import check_cached_blocks, poison_free_blocks
-from kv_transfer.transports.local import Faults
+from cached_blocks import poison_free_blocks
 from local_cluster import LocalCluster
-from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.windows import first_needed_block
 from workers.sampling_params import SamplingParams
 
 WINDOW = 24

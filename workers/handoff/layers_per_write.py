@@ -13,7 +13,7 @@ class LayersPerWrite:
     """Chooses for every part of a handoff; the reasoning is `kv_transfer.link_cost.layers_per_write`'s.
 
     Attributes:
-        capability: the worker's, once it is measured; without it compute is taken to hide nothing.
+        step_times: the worker's, once it is measured; without it compute is taken to hide nothing.
 
     Args:
         connector: knows what the path to each decode worker costs.
@@ -29,7 +29,7 @@ class LayersPerWrite:
         fixed: int | None,
         share_after_attention: Callable[[int], float],
     ) -> None:
-        self.capability = StepTimes()
+        self.step_times = StepTimes()
         self._connector = connector
         self._groups = groups
         self._num_layers = len(layer_places(groups))
@@ -50,8 +50,8 @@ class LayersPerWrite:
         """
         if self._fixed is not None:
             return self._fixed
-        step_s = self.capability.prefill_seconds(num_tokens)
-        launch_s = self.capability.prefill[0][1] if self.capability.prefill else 0.0
+        step_s = self.step_times.prefill_seconds(num_tokens)
+        launch_s = self.step_times.prefill[0][1] if self.step_times.prefill else 0.0
         layer_s = step_s / self._num_layers
         spec = self._groups[group]
         between = self._num_layers / spec.num_layers  # layers of the model from one of the group to its next

@@ -84,14 +84,14 @@ class RemotePrefill:
     def admit(self, sequence: Sequence) -> None:
         """Take the blocks of a prompt that `fits`, and grant its prefill worker those whose content is not here."""
         request = sequence.request
-        if request.prefill_engine is None:
-            raise ValueError(f"{request.request_id} has no prefill worker")
+        if request.peer_engine is None:
+            raise ValueError(f"{request.log_name} has no prefill worker")
         self._kept.take(sequence)
         granted = [
             GroupBlocks(first, table.blocks[first:])
             for first, table in zip(self._kept.granted_from(sequence), sequence.tables.groups, strict=True)
         ]
-        key = self._connector.expect(request.handoff_id, request.prefill_engine, granted)
+        key = self._connector.expect(request.handoff_id, request.peer_engine, granted)
         self._expected[key], self._wanted[sequence] = sequence, key
 
     def remove(self, sequence: Sequence) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError
 from workers.handoff.layers_per_write import LayersPerWrite
 from workers.kv_cache.manager import KVCacheManager
-from workers.kv_cache.prefix_cache import block_hashes
-from workers.messages import PrefillRequest
+from workers.messages import WorkerRequest
 from workers.runner.model_runner import ModelRunner
 from workers.sampling.state import SamplingState
 from workers.scheduling.prefill_scheduler import Chunk, PromptProgress
+from workers.token_ids import TokenIds
 
 
 @dataclass(eq=False)
@@ -24,7 +22,6 @@ class Prompt:
 
     Attributes:
         request: as it came.
-        token_ids: (n,) int64, the prompt.
         progress: how much of it is computed, as the schedule knows it: steps in flight included.
         state: for its first token.
         deadline: when it fails, by the worker's clock.
@@ -35,8 +32,7 @@ class Prompt:
         cancelled: whether its blocks go back as soon as no step is in flight.
     """
 
-    request: PrefillRequest
-    token_ids: np.ndarray
+    request: WorkerRequest
     progress: PromptProgress
     state: SamplingState
     deadline: float
@@ -49,23 +45,26 @@ class Prompt:
     @classmethod
     def of(
         cls,
-        request: PrefillRequest,
+        request: WorkerRequest,
         eos_token_ids: Iterable[int],
         max_model_len: int,
         now: float,
         cached_block_size: int | None = None,
     ) -> Prompt:
         """A request that has just come and is in order; its blocks have hashes if a block size is given."""
-        token_ids = np.asarray(request.prompt_token_ids, dtype=np.int64)
-        hashes = block_hashes(token_ids, cached_block_size) if cached_block_size is not None else ()
+        hashes = request.hashes_for(cached_block_size) if cached_block_size is not None else ()
         return cls(
             request,
-            token_ids,
-            PromptProgress(request.request_id, len(token_ids), hashes),
+            PromptProgress(request.attempt_id, len(request.prompt_token_ids), hashes),
             SamplingState.of(request, eos_token_ids, max_model_len),
             deadline=now + request.timeout_s,
             arrived=now,
         )
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """(n,) int32, the prompt."""
+        return self.request.prompt_token_ids
 
     def overdue(self, now: float, handoff_timeout_s: float) -> BatonError:
         """Why it failed when its deadline passed: the request's own, or the handoff's."""
@@ -108,7 +107,7 @@ def complete_blocks(
     num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
     parts = []
     for chunk, prompt in zip(chunks, prompts, strict=True):
-        if (engine := prompt.request.decode_engine) is None:
+        if (engine := prompt.request.peer_engine) is None:
             continue
         for group, span, blocks in _handed_over(cache, chunk.prompt, chunk.start, chunk.end):
             layers = layers_per_write.choose(engine, group, len(span), num_tokens)
@@ -128,7 +127,7 @@ def push_cached(
         prompts: whose they are.
     """
     for chunk, prompt in zip(chunks, prompts, strict=True):
-        if chunk.prompt.num_chunks or prompt.request.decode_engine is None:
+        if chunk.prompt.num_chunks or prompt.request.peer_engine is None:
             continue
         for group, span, blocks in _handed_over(cache, chunk.prompt, 0, chunk.start):
             layers = range(cache.groups[group].num_layers)

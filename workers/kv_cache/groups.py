@@ -41,7 +41,9 @@ class CacheGroup:
 
     def hashes(self, hashes: Hashes) -> Hashes:
         """Those of a sequence's hashes that are of this group's blocks."""
-        return hashes if self._stride == 1 else hashes[self._stride - 1 :: self._stride]
+        if self._stride == 1:
+            return hashes
+        return [hashes[place] for place in range(self._stride - 1, len(hashes), self._stride)]
 
     def first_needed(self, num_computed: int) -> int:
         """The first place whose block the next query sees, when so many tokens are in the cache."""
@@ -133,9 +135,8 @@ class CacheGroup:
 
     def store(self, table: BlockTable, hashes: Hashes, start: int, end: int) -> None:
         """The tokens from `start` to before `end` are in the cache: keep the blocks that are full with them."""
-        own = self.hashes(hashes)
         for place in range(max(start // self.block_size, table.start), end // self.block_size):
-            self.pool.store(table.blocks[place], own[place])
+            self.pool.store(table.blocks[place], hashes[(place + 1) * self._stride - 1])
 
     def drop(self, table: BlockTable, end: int) -> None:
         """Give the blocks at the places before `end` back."""

@@ -8,62 +8,15 @@ Plain integers and bytes; knows neither tensors nor requests.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-import numpy as np
-
 from workers.kv_cache.block_pool import BlockPool
 from workers.messages import CacheUpdate
 
-_HASH_BYTES = 16
 _MAX_HASHES_TOLD = 4096
 """Of one `CacheUpdate`, stored and removed each: 64 KiB; what is left goes with the next one."""
-
-
-class BlockHashes:
-    """The hashes of a sequence's full blocks, continued as it grows.
-
-    BLAKE2b, 128 bits, over all token ids up to the block's end: the hash of a block thus covers its ancestors. Finding
-    two sequences with one hash takes about 2^64 attempts.
-
-    Attributes:
-        hashes: one for each full block so far.
-
-    Args:
-        block_size: tokens in a block.
-    """
-
-    def __init__(self, block_size: int) -> None:
-        self.hashes: list[bytes] = []
-        self._width = 8 * block_size
-        self._running = hashlib.blake2b(digest_size=_HASH_BYTES)
-
-    def extend(self, token_ids: Sequence[int] | np.ndarray) -> None:
-        """Go on with these tokens, the first of which begins a block; what fills no block at their end is left out.
-
-        Args:
-            token_ids: an array must be int64.
-        """
-        data = token_ids.tobytes() if isinstance(token_ids, np.ndarray) else array("q", token_ids).tobytes()
-        for end in range(self._width, len(data) + 1, self._width):
-            self._running.update(data[end - self._width : end])
-            self.hashes.append(self._running.digest())
-
-
-def block_hashes(token_ids: Sequence[int] | np.ndarray, block_size: int) -> tuple[bytes, ...]:
-    """One hash for each full block of a prompt; see `BlockHashes`.
-
-    Args:
-        token_ids: the prompt; an array must be int64.
-        block_size: tokens in a block.
-    """
-    running = BlockHashes(block_size)
-    running.extend(token_ids)
-    return tuple(running.hashes)
 
 
 class PrefixCache:
@@ -79,7 +32,7 @@ class PrefixCache:
 
     def __init__(self, num_blocks: int, first: int = 0) -> None:
         self._free = BlockPool(num_blocks, first)
-        self._users: dict[int, int] = {}  # prompts that use a block
+        self._users = [0] * (first + num_blocks)  # prompts that use a block
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # stored, without users; the least recently used first
@@ -149,7 +102,7 @@ class PrefixCache:
         """Use blocks that were found, beside those who use them already."""
         for block in blocks:
             self._unused.pop(block, None)
-            self._users[block] = self._users.get(block, 0) + 1
+            self._users[block] += 1
 
     def take(self, count: int) -> list[int]:
         """Use so many other blocks, which hold nothing that can be found.
@@ -161,9 +114,15 @@ class PrefixCache:
             raise ValueError(f"{count} blocks asked for, {self._free.num_free + len(self._unused)} are free")
         if evicted := [self._evict() for _ in range(count - self._free.num_free)]:
             self._free.free(evicted)
-        own = self._free.allocate(count)
-        self._users.update(dict.fromkeys(own, 1))
-        return own
+        blocks: list[int] = []
+        for run in self._free.allocate_runs(count):
+            self._users[run.start : run.stop] = [1] * len(run)
+            blocks.extend(run)
+        return blocks
+
+    def num_users(self, block: int) -> int:
+        """How many prompts use a block; none of one that is not managed here."""
+        return self._users[block] if 0 <= block < len(self._users) else 0
 
     def store(self, block: int, content: bytes) -> None:
         """A block in use holds this content completely, and nobody writes to it any more.
@@ -171,7 +130,7 @@ class PrefixCache:
         Raises:
             ValueError: the block is not in use.
         """
-        if block not in self._users:
+        if not self.num_users(block):
             raise ValueError(f"block {block} is not in use")
         if content not in self._block_of and block not in self._hash_of:
             self._block_of[content], self._hash_of[block] = block, content
@@ -189,12 +148,11 @@ class PrefixCache:
         free = []
         try:
             for block in reversed(blocks):
-                if block not in self._users:
+                if not self.num_users(block):
                     raise ValueError(f"block {block} is not in use")
                 self._users[block] -= 1
                 if self._users[block]:
                     continue
-                del self._users[block]
                 if block in self._hash_of:
                     self._unused[block] = None
                 else:

@@ -47,7 +47,7 @@ class WindowPool(PrefixCache):
 
     def share_cost(self, block: int) -> int:
         """How many free blocks it takes to share this one without a promise: 0 or 1."""
-        users = self._users.get(block, 0)
+        users = self._users[block]
         return int(users == self._promised_users.get(block, 0))
 
     def share(self, blocks: Sequence[int], *, promised: bool = False) -> None:
@@ -97,5 +97,5 @@ class WindowPool(PrefixCache):
             self._covered += sum(map(self._is_covered, blocks))
 
     def _is_covered(self, block: int) -> bool:
-        users = self._users.get(block, 0)
+        users = self._users[block]
         return users > 0 and users == self._promised_users.get(block, 0)

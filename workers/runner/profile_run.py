@@ -14,6 +14,7 @@ from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.sampler import launch_sample
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _DECODE_CONTEXT = 2048
 _EVERYTHING = SamplingParams(seed=0, top_k=2, top_p=0.9, logprobs=1, presence_penalty=1.0)
@@ -34,7 +35,7 @@ def largest_batches_of(model: Decoder, config: WorkerConfig, max_model_len: int)
         runner = ModelRunner(model, [spec.allocate(1, model.device) for spec in model.kv_cache_groups])
         for rows in kinds:
             logits = runner.forward(rows(config, max_model_len, model.kv_cache_groups))
-            states = [SamplingState(_EVERYTHING, (0,), frozenset(), max_model_len=2)] * logits.shape[0]
+            states = [SamplingState(_EVERYTHING, as_token_ids((0,)), frozenset(), max_model_len=2)] * logits.shape[0]
             launch_sample(logits, states).tokens(states)
 
     return run

@@ -15,6 +15,7 @@ from workers.runner.measured_tables import measured_tables, most_measured_tokens
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _PREFILL_LENGTHS = (32, 128, 512, 2048)
 _DECODE_BATCHES = (1, 4, 16, 64, 256)
@@ -152,7 +153,7 @@ def _slope(points: Sequence[tuple[int, float]]) -> float:
     return max(0.0, most_s - few_s) / (most - few) if most > few else 0.0
 
 
-_GREEDY = SamplingState(SamplingParams(temperature=0.0, seed=0), (0,), frozenset(), _PROBE_TOKENS)
+_GREEDY = SamplingState(SamplingParams(temperature=0.0, seed=0), as_token_ids((0,)), frozenset(), _PROBE_TOKENS)
 """As decode's sampler sees every probe; nothing changes it."""
 
 

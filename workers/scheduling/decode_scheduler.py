@@ -131,7 +131,7 @@ class DecodeBatch:
             sequence = self._preempted.pop(0)
             copies, sequence.host_copy = sequence.host_copy, None
             if copies is None:
-                raise RuntimeError(f"{sequence.request.request_id} was preempted without a copy of its cache")
+                raise RuntimeError(f"{sequence.request.log_name} was preempted without a copy of its cache")
             num_tokens = sequence.num_tokens
             sequence.tables, found = self._cache.admit(sequence.hashes, num_tokens - 1, num_tokens)
             for group, (table, data, here) in enumerate(zip(sequence.tables.groups, copies, found, strict=True)):
@@ -142,7 +142,7 @@ class DecodeBatch:
 
     def _preempt(self, sequence: Sequence) -> None:
         if sequence.in_flight or self._leaving:
-            raise RuntimeError(f"{sequence.request.request_id} has to make room while a step is in flight")
+            raise RuntimeError(f"{sequence.request.log_name} has to make room while a step is in flight")
         tables = sequence.tables
         self._cache.land(tables, sequence.num_tokens - 1)
         sequence.host_copy = [self._store.read_blocks(table.held, i) for i, table in enumerate(tables.groups)]

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from workers.errors import SamplingError
 from workers.kv_cache.manager import KVCacheManager
 from workers.messages import PrefillReport
@@ -24,6 +22,7 @@ from workers.sampling.state import SamplingState
 from workers.scheduling.prefill_scheduler import PrefillScheduler, PromptProgress
 from workers.scheduling.prefill_step import Launch, launch_chunks
 from workers.scheduling.sequence import Sequence
+from workers.token_ids import TokenIds
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class _Prompt:
 
     Attributes:
         sequence: whose.
-        token_ids: (n,) int64.
         progress: how much of it is computed, steps in flight included.
         started: when its first chunk was launched; None before.
         in_flight: steps that compute some of it and have not been waited for.
@@ -55,7 +53,6 @@ class _Prompt:
     """
 
     sequence: Sequence
-    token_ids: np.ndarray
     progress: PromptProgress
     started: float | None = None
     in_flight: int = 0
@@ -65,6 +62,11 @@ class _Prompt:
     def state(self) -> SamplingState:
         """For its first token."""
         return self.sequence.state
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """(n,) int32, the prompt."""
+        return self.sequence.request.prompt_token_ids
 
 
 class LocalPrefill:
@@ -97,7 +99,7 @@ class LocalPrefill:
         self._launches: deque[Launch[_Prompt]] = deque()
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence.request.request_id in self._prompts
+        return sequence.request.attempt_id in self._prompts
 
     @property
     def num_admitted(self) -> int:
@@ -136,12 +138,11 @@ class LocalPrefill:
         progress = _progress_of(sequence)
         self._scheduler.admit(progress)
         sequence.tables = progress.tables
-        token_ids = np.asarray(sequence.request.prompt_token_ids, dtype=np.int64)
-        self._prompts[progress.request_id] = _Prompt(sequence, token_ids, progress)
+        self._prompts[progress.attempt_id] = _Prompt(sequence, progress)
 
     def remove(self, sequence: Sequence) -> None:
         """Nobody wants it any more; its blocks are free as soon as no step that writes to them is in flight."""
-        prompt = self._prompts.pop(sequence.request.request_id)
+        prompt = self._prompts.pop(sequence.request.attempt_id)
         self._scheduler.remove(prompt.progress)
         prompt.cancelled = True
         self._give_back(prompt)
@@ -151,7 +152,7 @@ class LocalPrefill:
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
-        prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
+        prompts = [self._prompts[chunk.prompt.attempt_id] for chunk in chunks]
         for prompt in prompts:
             prompt.started = self._clock() if prompt.started is None else prompt.started
         self._launches.append(launch_chunks(self._runner, self._cache, self._scheduler, chunks, prompts))
@@ -173,14 +174,15 @@ class LocalPrefill:
 
     def _end(self, prompt: _Prompt, sampled: SampledToken | SamplingError) -> FirstToken:
         progress, now = prompt.progress, self._clock()
-        del self._prompts[progress.request_id]
+        del self._prompts[progress.attempt_id]
         started = now if prompt.started is None else prompt.started
         report = PrefillReport(
-            progress.request_id,
+            prompt.sequence.request.request_id,
             started - prompt.sequence.arrived,
             now - started,
             progress.num_chunks,
             progress.num_cached_tokens,
+            attempt_id=progress.attempt_id,
         )
         return FirstToken(prompt.sequence, sampled, report)
 
@@ -212,4 +214,4 @@ def warm_up_chunks(runner: ModelRunner, longest: int, max_model_len: int) -> Non
 def _progress_of(sequence: Sequence) -> PromptProgress:
     """Of a prompt that has not been begun."""
     request = sequence.request
-    return PromptProgress(request.request_id, len(request.prompt_token_ids), sequence.hashes)
+    return PromptProgress(request.attempt_id, len(request.prompt_token_ids), sequence.hashes)

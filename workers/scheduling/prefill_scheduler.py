@@ -15,16 +15,16 @@ class PromptProgress:
     """How far a prompt has come.
 
     Attributes:
-        request_id: whose prompt it is.
+        attempt_id: whose prompt it is.
         num_tokens: its length.
-        hashes: of its full blocks, see `block_hashes`; empty where nothing is cached.
+        hashes: of its full blocks, see `workers.block_hashes`; empty where nothing is cached.
         tables: its block tables; none until it is admitted.
         num_computed_tokens: tokens that are in the cache, or will be when the steps in flight have landed.
         num_cached_tokens: of the computed ones, those that were in the cache when it was admitted.
         num_chunks: steps that it took so far.
     """
 
-    request_id: str
+    attempt_id: str
     num_tokens: int
     hashes: Sequence[bytes] = ()
     tables: SequenceTables = field(default_factory=SequenceTables)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
 from workers.errors import SamplingError
 from workers.kv_cache.manager import KVCacheManager
 from workers.runner.model_runner import ModelRunner, Row
@@ -15,18 +13,22 @@ from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState
 from workers.scheduling.first_tokens import FirstTokens
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
+from workers.token_ids import TokenIds
 
 
 class StepPrompt(Protocol):
     """A prompt as its steps see it.
 
     Attributes:
-        token_ids: (n,) int64.
         in_flight: steps that compute some of it and have not been waited for.
     """
 
-    token_ids: np.ndarray
     in_flight: int
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """(n,) int32, the prompt."""
+        ...
 
     @property
     def state(self) -> SamplingState:

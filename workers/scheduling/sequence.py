@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from workers.kv_cache.prefix_cache import BlockHashes
+from workers.block_hashes import BlockHashes
 from workers.kv_cache.tables import SequenceTables
-from workers.messages import DecodeRequest
+from workers.messages import WorkerRequest
 from workers.sampling.state import SamplingState
+from workers.token_ids import TokenIds, as_token_ids
 
 
 @dataclass(eq=False)
@@ -32,7 +34,7 @@ class Sequence:
         max_output: output tokens after which it ends at the latest.
     """
 
-    request: DecodeRequest
+    request: WorkerRequest
     state: SamplingState
     deadline: float
     arrived: float = 0.0
@@ -57,13 +59,13 @@ class Sequence:
     @property
     def hashes(self) -> Many[bytes]:
         """Of its full blocks, as far as they are known."""
-        return self.content.hashes if self.content is not None else ()
+        return self.content if self.content is not None else ()
 
-    def token_ids(self, start: int, end: int) -> list[int]:
+    def token_ids(self, start: int, end: int) -> TokenIds:
         """Its tokens from `start` to before `end`."""
         prompt, output = self.state.prompt_token_ids, self.state.output_token_ids
         cut = len(prompt)
-        return [*prompt[start:end], *output[max(0, start - cut) : max(0, end - cut)]]
+        return np.concatenate((prompt[start:end], as_token_ids(output[max(0, start - cut) : max(0, end - cut)])))
 
     @property
     def num_scheduled(self) -> int:

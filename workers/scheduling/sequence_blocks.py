@@ -8,7 +8,6 @@ to a kept block again. What failed or is quarantined was never entered.
 from __future__ import annotations
 
 from workers.kv_cache.manager import KVCacheManager
-from workers.kv_cache.prefix_cache import BlockHashes
 from workers.scheduling.sequence import Sequence
 
 
@@ -28,8 +27,7 @@ class SequenceBlocks:
     def begin(self, sequence: Sequence) -> None:
         """A request has come: what its prompt's blocks hold."""
         if self._enabled:
-            sequence.content = BlockHashes(self._block_size)
-            sequence.content.extend(sequence.request.prompt_token_ids)
+            sequence.content = sequence.request.hashes_for(self._block_size)
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether there are blocks for its prompt and its next token now."""
@@ -52,13 +50,13 @@ class SequenceBlocks:
 
     def grown(self, sequence: Sequence) -> None:
         """It has one more token. The token itself is not in the cache yet; all before it are."""
-        num_computed = sequence.num_tokens - 1
-        if sequence.content is not None:
-            known = len(sequence.content.hashes) * self._block_size
+        num_computed, hashes = sequence.num_tokens - 1, sequence.content
+        if hashes is not None:
+            known = len(hashes) * self._block_size
             end = num_computed // self._block_size * self._block_size
             if end > known:
-                sequence.content.extend(sequence.token_ids(known, end))
-                self._cache.store(sequence.tables, sequence.content.hashes, known, end)
+                hashes.extend(sequence.token_ids(known, end))
+                self._cache.store(sequence.tables, hashes, known, end)
         self._cache.land(sequence.tables, num_computed)
 
     def give_back_cached(self, sequence: Sequence) -> None:

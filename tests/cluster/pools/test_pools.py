@@ -10,8 +10,7 @@ import pytest
 from cluster.errors import WorkerLostError
 from cluster.pools import handshake, supervisor
 from cluster.pools.pools import WorkerPools
-from cluster.pools.router_view import ways_of
-from cluster.routing.links import Way
+from cluster.pools.router_view import links_of
 from kv_transfer.errors import LayoutMismatchError, PeerError
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.link_cost import LinkCost
@@ -142,14 +141,14 @@ async def test_everybody_of_one_pool_meets_everybody_of_the_other():
 async def test_the_router_is_told_what_the_ways_cost():
     stage = Stage(2, 2)
     await stage.pools.start()
-    ways = ways_of(stage.pools.pool("prefill"))
+    links = links_of(stage.pools.pool("prefill"))
     everybody = ("decode-0.0", "decode-1.0")
-    way = Way(delay_s=0.002 + 0.001 / 2, bytes_per_s=1e9)
-    assert ways == {f"prefill-{i}.0": dict.fromkeys(everybody, way) for i in range(2)}
-    assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(ways), "prefill workers have measured them"
+    link = LinkCost(0.002 + 0.001 / 2, 0.0, 1e9)
+    assert links == {f"prefill-{i}.0": dict.fromkeys(everybody, link) for i in range(2)}
+    assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(links), "prefill workers have measured them"
     stage.replica("decode-1").handle.said.put_nowait(WorkerLostError("killed"))
     await until(lambda: stage.states().get("decode-1.1") == "ready")
-    assert set(ways_of(stage.pools.pool("prefill"))["prefill-0.0"]) == {"decode-0.0", "decode-1.1"}
+    assert set(links_of(stage.pools.pool("prefill"))["prefill-0.0"]) == {"decode-0.0", "decode-1.1"}
     await stage.pools.stop()
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from cluster.ray.actors import WorkerActor
 from cluster.worker_handle import StartProgress
+from made_requests import worker_request
 from workers.config import WorkerConfig
-from workers.messages import Load, PrefillRequest, StepOutput
-from workers.sampling_params import SamplingParams
+from workers.messages import Load, StepOutput, WorkerRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,8 +22,8 @@ class RecordingHost:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
 
-    def submit(self, request: PrefillRequest) -> None:
-        self.calls.append(("submit", request.request_id))
+    def submit(self, request: WorkerRequest) -> None:
+        self.calls.append(("submit", request.attempt_id))
 
     def abort(self, request_id: str) -> None:
         self.calls.append(("abort", request_id))
@@ -36,8 +36,8 @@ async def actor() -> WorkerActor:
     return actor
 
 
-def request(request_id: str) -> PrefillRequest:
-    return PrefillRequest(request_id, b"h" * 16, (5,), SamplingParams(seed=0), None, 1.0)
+def request(request_id: str) -> WorkerRequest:
+    return worker_request(request_id, (5,))
 
 
 def output(free: int) -> StepOutput:

@@ -22,7 +22,7 @@ SPEC = KVCacheSpec(tuple(range(LAYERS)), 8, 128, 64, torch.bfloat16)
 MEASURED = StepTimes(prefill=((32, 3e-3), (512, 8e-3), (2048, 40e-3)))
 
 
-def chooser(fixed: int | None = None, capability: StepTimes = MEASURED, after_attention: float = 0.0) -> LayersPerWrite:
+def chooser(fixed: int | None = None, step_times: StepTimes = MEASURED, after_attention: float = 0.0) -> LayersPerWrite:
     connector = LocalConnector(LocalFabric())
     connector.register_kv_caches(
         "p",
@@ -31,7 +31,7 @@ def chooser(fixed: int | None = None, capability: StepTimes = MEASURED, after_at
     )
     connector._handshakes.paths["d"] = LinkCost(write_s=40e-6, descriptor_s=5e-6, bytes_per_s=350e9)
     sizes = LayersPerWrite(connector, [SPEC], fixed, lambda num_tokens: after_attention)
-    sizes.capability = capability
+    sizes.step_times = step_times
     return sizes
 
 
@@ -55,7 +55,7 @@ def test_before_anything_is_known_every_layer_leaves_alone():
 
 
 def test_without_a_capability_compute_hides_nothing():
-    assert chooser(capability=StepTimes()).choose("d", 0, 32, 2048) > 1
+    assert chooser(step_times=StepTimes()).choose("d", 0, 32, 2048) > 1
 
 
 @pytest.mark.parametrize("num_layers", [1, 5, 6])

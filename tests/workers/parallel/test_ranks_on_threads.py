@@ -10,6 +10,7 @@ import pytest
 from cache_groups import group_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
+from made_requests import worker_request
 from workers.commands import Abort, Submit
 from workers.kv_cache.sizing import kv_layout
 from workers.loading.loader import load_model
@@ -17,7 +18,7 @@ from workers.lockstep.channel import FollowerChannel, LeadChannel
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Follower, Lead
 from workers.lockstep.replica import Replica, StepClock
-from workers.messages import PrefillRequest, StepOutput, TokenOutput
+from workers.messages import StepOutput, TokenOutput
 from workers.parallel.errors import TensorParallelError
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
@@ -65,7 +66,7 @@ class Running:
 
     def ask(self, name: str) -> None:
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
-        request = PrefillRequest(name, name.encode().ljust(16), (5, 6, 7), sampling, None, PATIENCE_S)
+        request = worker_request(name, (5, 6, 7), sampling, timeout_s=PATIENCE_S)
         self.loop.post(lambda lead: lead.take(Submit(request)))
 
     def answer(self) -> TokenOutput:

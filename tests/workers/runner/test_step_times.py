@@ -40,9 +40,9 @@ def test_more_work_is_never_predicted_to_take_less(steps, one, other):
     for more_tokens, more_seconds in steps:  # measured times that rise with the size
         size, seconds = size + more_tokens, seconds + more_seconds
         points.append((size, seconds))
-    capability = StepTimes(prefill=tuple(points))
+    step_times = StepTimes(prefill=tuple(points))
     low, high = sorted((one, other))
-    assert 0 < capability.prefill_seconds(low) <= capability.prefill_seconds(high) * (1 + 1e-9)
+    assert 0 < step_times.prefill_seconds(low) <= step_times.prefill_seconds(high) * (1 + 1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +55,16 @@ def runner(model, num_blocks: int) -> ModelRunner:
 
 
 def test_prefill_is_measured_at_lengths_that_fit(model):
-    capability = measure_prefill(runner(model, 40), max_tokens=600, budget_s=60)
-    assert [tokens for tokens, _ in capability.prefill] == [32, 128, 512]
-    assert all(seconds > 0 for _, seconds in capability.prefill)
-    assert capability.decode == ()
+    step_times = measure_prefill(runner(model, 40), max_tokens=600, budget_s=60)
+    assert [tokens for tokens, _ in step_times.prefill] == [32, 128, 512]
+    assert all(seconds > 0 for _, seconds in step_times.prefill)
+    assert step_times.decode == ()
 
 
 @pytest.mark.parametrize(("num_blocks", "max_tokens", "longest"), [(1, 2048, 16), (8, 5, 5), (200, 100, 32)])
 def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_tokens, longest):
-    capability = measure_prefill(runner(model, num_blocks), max_tokens=max_tokens, budget_s=60)
-    assert [tokens for tokens, _ in capability.prefill] == [longest]
+    step_times = measure_prefill(runner(model, num_blocks), max_tokens=max_tokens, budget_s=60)
+    assert [tokens for tokens, _ in step_times.prefill] == [longest]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_t
 )
 def test_decode_is_measured_at_batches_that_fit(model, num_blocks, max_num_seqs, batches):
     decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=max_num_seqs, max_model_len=600)
-    capability = measure_decode(
+    step_times = measure_decode(
         decoder,
         groups=decoder.groups,
         num_blocks=[num_blocks],
@@ -80,12 +80,12 @@ def test_decode_is_measured_at_batches_that_fit(model, num_blocks, max_num_seqs,
         max_model_len=600,
         budget_s=60,
     )
-    assert [sequences for sequences, _ in capability.decode] == batches
+    assert [sequences for sequences, _ in step_times.decode] == batches
 
 
 def test_a_spent_budget_leaves_one_point(model):
-    capability = measure_prefill(runner(model, 200), max_tokens=2048, budget_s=0)
-    assert len(capability.prefill) == 1
+    step_times = measure_prefill(runner(model, 200), max_tokens=2048, budget_s=0)
+    assert len(step_times.prefill) == 1
 
 
 def test_measuring_leaves_a_usable_runner(model):
@@ -117,7 +117,7 @@ BLOCK_SIZE = 1
 def test_decode_is_measured_within_the_context_window(max_model_len, tiny_checkpoint):
     small = load_model(tiny_checkpoint("llama"), "float32", "cpu", BLOCK_SIZE)
     watched = Watched(DecodeRunner(runner(small, 64), max_num_seqs=4, max_model_len=max_model_len))
-    capability = measure_decode(
+    step_times = measure_decode(
         watched,
         groups=watched.decoder.groups,
         num_blocks=[64],
@@ -125,8 +125,8 @@ def test_decode_is_measured_within_the_context_window(max_model_len, tiny_checkp
         max_model_len=max_model_len,
         budget_s=60,
     )
-    assert [sequences for sequences, _ in capability.decode] == [1, 4]
-    assert all(seconds > 0 for _, seconds in capability.decode)
+    assert [sequences for sequences, _ in step_times.decode] == [1, 4]
+    assert all(seconds > 0 for _, seconds in step_times.decode)
     assert max(watched.reached) == min(5, max_model_len)
 
 
@@ -152,7 +152,7 @@ class Reckoned:
 def test_what_a_token_in_the_cache_costs_is_measured(model, num_blocks, max_model_len, longest):
     decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=4, max_model_len=max_model_len)
     reckoned = Reckoned(decoder)
-    capability = measure_decode(
+    step_times = measure_decode(
         reckoned,
         groups=decoder.groups,
         num_blocks=[num_blocks],
@@ -161,16 +161,16 @@ def test_what_a_token_in_the_cache_costs_is_measured(model, num_blocks, max_mode
         budget_s=10.0,
         agree=lambda _: reckoned.seconds,
     )
-    assert capability.kv_token_s == pytest.approx(2e-6, rel=0.01)
+    assert step_times.kv_token_s == pytest.approx(2e-6, rel=0.01)
     assert 0.98 * longest <= reckoned.longest <= longest
-    assert capability.decode_seconds(4, 1000) == pytest.approx(capability.decode_seconds(4) + 0.002, rel=0.01)
+    assert step_times.decode_seconds(4, 1000) == pytest.approx(step_times.decode_seconds(4) + 0.002, rel=0.01)
 
 
 def test_a_cache_that_is_too_small_to_tell_says_nothing_of_tokens(model):
     decoder = DecodeRunner(runner(model, 8), max_num_seqs=4, max_model_len=600)
-    capability = measure_decode(decoder, groups=decoder.groups, num_blocks=[8], max_num_seqs=4, max_model_len=600)
-    assert capability.kv_token_s == 0.0
-    assert [sequences for sequences, _ in capability.decode] == [1, 4]
+    step_times = measure_decode(decoder, groups=decoder.groups, num_blocks=[8], max_num_seqs=4, max_model_len=600)
+    assert step_times.kv_token_s == 0.0
+    assert [sequences for sequences, _ in step_times.decode] == [1, 4]
 
 
 def test_where_no_token_can_follow_a_prompt_no_decode_is_measured(model):
@@ -189,6 +189,6 @@ def test_ranks_repeat_as_often_as_they_agree(model, agreed_s, runs):
         measured.append(seconds)
         return agreed_s
 
-    capability = measure_prefill(runner(model, 4), max_tokens=32, budget_s=60, agree=agree)
+    step_times = measure_prefill(runner(model, 4), max_tokens=32, budget_s=60, agree=agree)
     assert len(measured) == runs
-    assert capability.prefill == ((32, agreed_s),)
+    assert step_times.prefill == ((32, agreed_s),)

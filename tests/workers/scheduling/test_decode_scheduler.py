@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cache_groups import whole_cache
+from made_requests import worker_request
 from workers.kv_cache.block_pool import blocks_for
-from workers.messages import DecodeRequest
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
 from workers.scheduling.decode_scheduler import DecodeBatch
@@ -76,7 +76,7 @@ class Harness:
         """A sequence whose prompt is in the cache and whose first token was sampled."""
         number = next(self._clock)
         sampling = SamplingParams(seed=0, max_tokens=1000)
-        request = DecodeRequest(f"s{number}", b"h" * 16, (0,) * prompt_len, sampling, "prefill", 1.0)
+        request = worker_request(f"s{number}", (0,) * prompt_len, sampling, "prefill")
         sequence = Sequence(request, SamplingState(sampling, request.prompt_token_ids, frozenset(), 1000), 0.0)
         sequence.received = float(number)
         sequence.tables, _ = self.cache.admit((), prompt_len, prompt_len)

@@ -15,7 +15,7 @@ BLOCK_SIZE = 4
 
 
 def spans(chunks) -> list[tuple[str, int, int]]:
-    return [(chunk.prompt.request_id, chunk.start, chunk.end) for chunk in chunks]
+    return [(chunk.prompt.attempt_id, chunk.start, chunk.end) for chunk in chunks]
 
 
 def make(num_blocks: int = 16, budget: int = 8, max_num_seqs: int = 4) -> tuple[PrefillScheduler, KVCacheManager]:
@@ -99,7 +99,7 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
     def add(self, length: int) -> None:
         prompt = PromptProgress(f"p{self.count}", min(length, self.cache.num_blocks * BLOCK_SIZE))
         self.count += 1
-        self.pushed[prompt.request_id] = []
+        self.pushed[prompt.attempt_id] = []
         self.alive.append(prompt)
         self.scheduler.add(prompt)
 
@@ -116,12 +116,12 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
             prompt = chunk.prompt
             assert chunk.start == prompt.num_computed_tokens < chunk.end <= prompt.num_tokens
             assert self.cache.num_held(prompt.tables) == blocks_for(prompt.num_tokens, BLOCK_SIZE)
-            self.pushed[prompt.request_id] += complete(chunk, self.cache)
+            self.pushed[prompt.attempt_id] += complete(chunk, self.cache)
             self.scheduler.advance(chunk)
-            assert len(self.pushed[prompt.request_id]) * BLOCK_SIZE >= prompt.num_computed_tokens - BLOCK_SIZE + 1
+            assert len(self.pushed[prompt.attempt_id]) * BLOCK_SIZE >= prompt.num_computed_tokens - BLOCK_SIZE + 1
             if prompt.done:
                 places = range(self.cache.num_held(prompt.tables))
-                assert self.pushed[prompt.request_id] == list(places), "each block once, in order"
+                assert self.pushed[prompt.attempt_id] == list(places), "each block once, in order"
                 self.alive.remove(prompt)
                 self.holding.append(prompt)
 

@@ -14,10 +14,10 @@ from cached_blocks import check_cached_blocks, found_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from lockstep_cluster import LockstepCluster
+from workers.block_hashes import block_hashes
 from workers.decode_worker import DecodeWorker
 from workers.errors import SamplingError
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import block_hashes
 from workers.messages import DecodeReport
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
@@ -127,7 +127,7 @@ def test_two_at_once_share_what_was_kept_and_grow_apart(one_pair, tiny_checkpoin
     for _ in range(12):
         cluster.step()
     shared = found_blocks(decode, prompt(96))
-    assert [decode.cache.groups[0].pool._users[block] for block in shared] == [4] * 6
+    assert [decode.cache.groups[0].pool.num_users(block) for block in shared] == [4] * 6
     cluster.run()
     for number, text in enumerate(texts):
         assert cluster.token_ids(f"r{number}") == expected(tiny_checkpoint("llama"), tuple(text), 20)
@@ -286,7 +286,9 @@ def test_a_request_that_goes_on_elsewhere_is_found_by_all_its_tokens(one_pair):
     text += ask(cluster, "r", text, 40)
     assert held(decode, text) == 64
     assert ask(cluster, "s", text[:50], 20) == text[50:70]
-    assert cluster.decode_reports["s"] == DecodeReport("s", cluster.decode_reports["s"].first_decode_s, 48)
+    assert cluster.decode_reports["s"] == DecodeReport(
+        "s", cluster.decode_reports["s"].first_decode_s, 48, attempt_id="s"
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
