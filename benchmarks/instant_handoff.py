@@ -42,11 +42,15 @@ class InstantConnector(KVConnector):
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")
 
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """Refused: it has no peers."""
+        raise RuntimeError("this connector has no peers")
+
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """Nothing to do."""
 
     def cancel(self, key: HandoffKey) -> None:

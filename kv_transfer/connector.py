@@ -107,7 +107,9 @@ class KVConnector(ABC):
 
     @abstractmethod
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
-        """Meet a peer. Called on both sides; the path itself is proved by `probe`.
+        """Meet a peer, by what its `register_kv_caches` or, for this engine alone, its `new_endpoint` returned.
+
+        Called on both sides; the path itself is proved by `probe`. A peer that was met at another endpoint is met anew.
 
         Raises:
             LayoutMismatchError: its layout differs; the text lists how.
@@ -125,17 +127,41 @@ class KVConnector(ABC):
             PeerError: no answer in time, or data does not arrive.
         """
 
+    @abstractmethod
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """Begin to meet a peer, for the first time or once more: make an endpoint for it alone.
+
+        Handoffs that are under way between the two fail. Both sides call this, and then `connect` with what the other
+        side's returned: a connection that broke can only be replaced by one between new endpoints. And what can be
+        written here over an endpoint of a peer's own ends when that is closed, which `disconnect` does.
+
+        Returns:
+            This engine, as that peer has to know it.
+
+        Raises:
+            LayoutMismatchError: its layout differs; the text lists how.
+            PeerError: it cannot be made.
+        """
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """Engine ids of peers to whom something has failed since they were met; may be read from any thread."""
+        return frozenset()
+
     def link_to(self, engine_id: str) -> LinkCost | None:
         """What the way to a peer that has been met costs; None: it was not measured."""
         return None
 
     @abstractmethod
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """The peer is lost: end its handoffs and, once nothing of it can arrive, release their blocks.
+
+        Nothing can arrive when its process is gone, which this machine's kernel knows of processes here, and somebody
+        else of others; or, from another machine, when the endpoint that was made for it is closed.
 
         Args:
             engine_id: the peer.
-            may_write_s: how long it may still write, because nobody knows that its process is gone.
+            confirmed_dead: whether it is known that its process is gone; may be said later, in a second call.
         """
 
     # decode
@@ -157,7 +183,7 @@ class KVConnector(ABC):
 
     @abstractmethod
     def cancel(self, key: HandoffKey) -> None:
-        """Stop expecting; `HandoffReleased` says when the blocks are safe."""
+        """Stop expecting, and ask the peer to stop until it confirms; `HandoffReleased`: the blocks are safe."""
 
     # prefill
 

@@ -72,9 +72,9 @@ class PushConnector(KVConnector):
         self._incarnation = secrets.randbits(64)
         self._layout = layout
         engine_id = f"{name}.{self._incarnation:016x}"
-        self._outgoing = HandoffSender(self._transport, layout, self._emit)
         self._incoming = HandoffReceiver(self._transport, layout, self._drain_s, self._emit)
         self._handshakes = Handshakes(self._transport, self._incarnation)
+        self._outgoing = HandoffSender(self._transport, layout, self._emit, self._handshakes.paths.get)
         if self._threaded:
             self._thread = threading.Thread(target=self._run, name=f"kv-connector-{name}", daemon=True)
             self._thread.start()
@@ -84,6 +84,16 @@ class PushConnector(KVConnector):
         """See `KVConnector.connect`."""
         self._layout.check_compatible(peer.layout, peer.engine_id)
         self._call(lambda: self._transport.add_peer(peer), timeout_s)
+
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """See `KVConnector.new_endpoint`."""
+        self._layout.check_compatible(peer.layout, peer.engine_id)
+        return self._call(lambda: self._new_endpoint(peer.engine_id), timeout_s)
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """See `KVConnector.broken_peers`."""
+        return self._transport.broken_peers
 
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """See `KVConnector.probe`."""
@@ -106,9 +116,9 @@ class PushConnector(KVConnector):
         """See `KVConnector.link_to`."""
         return self._handshakes.paths.get(engine_id)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `KVConnector.disconnect`."""
-        self._post(lambda: self._peer_lost(engine_id, may_write_s))
+        self._post(lambda: self._peer_lost(engine_id, bool(confirmed_dead)))
 
     def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """See `KVConnector.expect`."""
@@ -257,11 +267,19 @@ class PushConnector(KVConnector):
             case Hello():
                 self._handshakes.on_hello(sender, message)
 
-    def _peer_lost(self, engine_id: str, may_write_s: float) -> None:
+    def _new_endpoint(self, engine_id: str) -> EngineInfo:
+        self._receive()  # what was said over the old connection still counts
+        endpoint = self._transport.new_endpoint(engine_id)
+        self._outgoing.reconnect(engine_id)
+        self._incoming.reconnect(engine_id)
+        self._handshakes.peer_lost(engine_id)
+        return endpoint
+
+    def _peer_lost(self, engine_id: str, confirmed_dead: bool) -> None:
         self._receive()  # what it said before it was lost still counts
         self._transport.remove_peer(engine_id)
         self._outgoing.peer_lost(engine_id)
-        self._incoming.peer_lost(engine_id, may_write_s)
+        self._incoming.peer_lost(engine_id, confirmed_dead)
         self._handshakes.peer_lost(engine_id)
 
     def _emit(self, event: ConnectorEvent) -> None:

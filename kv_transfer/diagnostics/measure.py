@@ -12,7 +12,8 @@ from kv_transfer.errors import PeerError
 from kv_transfer.handshake.bandwidth_probe import probe_bandwidth
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import Transfer, TransferState
-from kv_transfer.transports.nixl import NixlTransfer, NixlTransport
+from kv_transfer.transports.nixl import NixlTransport
+from kv_transfer.transports.nixl_endpoint import NixlTransfer
 
 S = TypeVar("S")
 

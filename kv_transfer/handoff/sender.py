@@ -14,6 +14,7 @@ from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Part, enc
 from kv_transfer.handoff.sender_state import SentHandoff, SentPart
 from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
+from kv_transfer.link_cost import LinkCost, most_bytes_at_once
 from kv_transfer.transports.base import TransferState, Transport
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,20 @@ class HandoffSender:
         transport: what moves the bytes.
         layout: of the cache.
         emit: takes the events for the worker.
+        cost: what the way to a peer costs; None: it was not measured.
     """
 
-    def __init__(self, transport: Transport, layout: KVLayout, emit: Callable[[PrefillEvent], None]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        layout: KVLayout,
+        emit: Callable[[PrefillEvent], None],
+        cost: Callable[[str], LinkCost | None] = lambda peer: None,
+    ) -> None:
         self._transport = transport
         self._layout = layout
         self._emit = emit
+        self._cost = cost
         self._open: dict[bytes, SentHandoff] = {}
         self._early_grants: OrderedDict[bytes, tuple[str, Grant, float]] = OrderedDict()
         self._ended: OrderedDict[bytes, HandoffKey | None] = OrderedDict()  # with the key of one that was sent whole
@@ -109,6 +118,12 @@ class HandoffSender:
             handoff.grant = handoff.grant or Grant(cancel.key, ())
             self._fail(handoff, "cancelled by the decode worker")
 
+    def reconnect(self, engine_id: str) -> None:
+        """A decode worker is to be met anew: what was under way is lost; it hears so when it asks."""
+        for handoff in list(self._open.values()):
+            if handoff.peer == engine_id and handoff.grant is not None:
+                self._fail(handoff, f"the connection to decode worker {engine_id} is made anew")
+
     def peer_lost(self, engine_id: str) -> None:
         """A decode worker is gone; its handoffs end when their WRITEs have."""
         for handoff in list(self._open.values()):
@@ -165,13 +180,21 @@ class HandoffSender:
         if len(dst_blocks) < count:
             self._fail(handoff, _wrong_grant(granted, part.end))
             return
-        message = encode(
-            Part(grant.key, handoff.posted, part.group, part.layers.start, len(part.layers), part.first_block, count)
-        )
+        limit = most_bytes_at_once(self._cost(handoff.peer)) // self._layout.groups[part.group].block_bytes
+        for piece in part.pieces(limit):
+            start = piece.first_block - part.first_block
+            self._write(handoff, grant.key, piece, dst_blocks[start : start + len(piece.src_blocks)])
+            if handoff.failure is not None:
+                return
+
+    def _write(self, handoff: SentHandoff, key: HandoffKey, part: SentPart, dst_blocks: Sequence[int]) -> None:
+        count = len(part.src_blocks)
+        message = Part(key, handoff.posted, part.group, part.layers.start, len(part.layers), part.first_block, count)
         if not handoff.in_flight:
             handoff.busy_since = time.monotonic()
-        transfer = self._transport.write(handoff.peer, part.group, part.layers, part.src_blocks, dst_blocks, message)
-        handoff.in_flight.append(transfer)
+        handoff.in_flight.append(
+            self._transport.write(handoff.peer, part.group, part.layers, part.src_blocks, dst_blocks, encode(message))
+        )
         handoff.posted += 1
         handoff.posted_blocks[part.group] += count * len(part.layers)
         handoff.num_bytes += count * len(part.layers) * self._layout.groups[part.group].block_bytes

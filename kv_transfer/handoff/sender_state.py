@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kv_transfer.connector import ReadyEvent
@@ -43,6 +44,17 @@ class SentPart:
         return SentPart(
             self.group, self.layers, num_blocks, self.src_blocks[num_blocks - self.first_block :], self.ready
         )
+
+    def pieces(self, max_blocks: int) -> Iterator[SentPart]:
+        """It as rectangles of at most so many blocks, all layers together, at least one: whole layers if they fit."""
+        per_layer = len(self.src_blocks)
+        num_layers = max(1, max_blocks // per_layer)
+        num_blocks = per_layer if max_blocks >= per_layer else max(1, max_blocks)
+        for layer in range(self.layers.start, self.layers.stop, num_layers):
+            layers = range(layer, min(layer + num_layers, self.layers.stop))
+            for at in range(0, per_layer, num_blocks):
+                blocks = self.src_blocks[at : at + num_blocks]
+                yield SentPart(self.group, layers, self.first_block + at, blocks, self.ready)
 
 
 @dataclass

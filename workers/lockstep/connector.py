@@ -80,6 +80,19 @@ class AgreedConnector(KVConnector):
         self._incarnation = info.incarnation
         return info
 
+    def new_endpoint_for(self, peers: Sequence[EngineInfo], timeout_s: float) -> EngineInfo:
+        """Begin to meet the same rank of a peer, whose ranks are all given; see `KVConnector.new_endpoint`."""
+        return self._own.new_endpoint(peers[self._rank % len(peers)], timeout_s)
+
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """Begin to meet a peer of one rank; see `new_endpoint_for`."""
+        return self.new_endpoint_for([peer], timeout_s)
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """See `KVConnector.broken_peers`: those of this rank, by their leads' engine ids."""
+        return frozenset(lead for lead, own in self._peers.items() if own in self._own.broken_peers)
+
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """Meet a peer of one rank; see `introduce`."""
         self.introduce([peer], timeout_s)
@@ -92,9 +105,9 @@ class AgreedConnector(KVConnector):
         """See `KVConnector.link_to`: to the same rank of the peer."""
         return self._own.link_to(self._peer(engine_id))
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
-        """See `KVConnector.disconnect`."""
-        self._own.disconnect(self._peers.pop(engine_id, engine_id), may_write_s)
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
+        """See `KVConnector.disconnect`; may be called again when the peer's end is confirmed."""
+        self._own.disconnect(self._peer(engine_id), confirmed_dead)
 
     def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """See `KVConnector.expect`."""

@@ -168,7 +168,7 @@ def test_a_lost_peer_releases_after_the_drain():
     pair = Pair(drain_s=0.05)
     key = pair.d.expect(HANDOFF, pair.id("p"), [GroupBlocks(0, (0, 1))])
     pair.pump(2)
-    pair.d.disconnect(pair.id("p"))
+    pair.d.disconnect(pair.id("p"), confirmed_dead=True)
     events = pair.d.poll()
     assert [type(event) for event in events] == [HandoffFailed], "the blocks are not safe yet"
     while not (events := pair.d.poll()):

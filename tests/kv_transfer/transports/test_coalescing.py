@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.transports.base import TransferState
-from kv_transfer.transports.nixl import NixlTransfer, NixlTransport
+from kv_transfer.transports.nixl import NixlTransport
+from kv_transfer.transports.nixl_endpoint import NixlTransfer
 
 pytestmark = pytest.mark.nixl
 
