@@ -12,7 +12,7 @@ from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.sizing import kv_layout
+from workers.kv_cache.sizing import allocate_groups, kv_layout
 from workers.messages import PrefillReport, RequestFailed, TokenOutput, WorkerEvent, WorkerRequest
 from workers.models.loader import load_model
 from workers.prefill_worker import PrefillWorker
@@ -78,12 +78,13 @@ class EngineAlone:
         model = load_model(checkpoint, dtype, "cpu", block_size)
         self.vocab_size = model.config.vocab_size
         fabric = LocalFabric()
+        groups = model.kv_cache_groups
         num_blocks = max_num_seqs * blocks_for(max_model_len, block_size)
         ends = []
         for name in (_PREFILL, _DECODE):
             connector = LocalConnector(fabric)
-            runner = ModelRunner(model, model.kv_cache_spec.allocate(num_blocks, "cpu"))
-            engine = connector.register_kv_caches(name, runner.kv_cache, kv_layout(model.kv_cache_spec))
+            runner = ModelRunner(model, allocate_groups(groups, num_blocks, "cpu"))
+            engine = connector.register_kv_caches(name, runner.kv_caches, kv_layout(groups))
             ends.append((runner, connector, engine))
         (prefill_runner, prefill_connector, prefill_end), (decode_runner, decode_connector, decode_end) = ends
         prefill_connector.connect(decode_end, 1.0)

@@ -17,7 +17,7 @@ from benchmarks.engine_points import TEMPERATURE, TOP_P
 from benchmarks.instant_handoff import InstantConnector
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
-from workers.kv_cache.sizing import allocate_kv_cache
+from workers.kv_cache.sizing import allocate_kv_caches
 from workers.messages import RequestFailed, TokenOutput, WorkerEvent, WorkerRequest
 from workers.models.loader import load_model
 from workers.prefill_worker import PrefillWorker
@@ -110,10 +110,11 @@ def build_worker(
     )
     lap()
     profile = largest_batches_of(model, config, max_model_len)
-    cache = allocate_kv_cache(config, model.kv_cache_spec, max_model_len, profile)
-    for layer in cache:  # zeros can be quicker to work on than data
-        layer.normal_(0.0, 0.5)
-    runner = ModelRunner(model, cache)
+    caches = allocate_kv_caches(config, model.kv_cache_groups, max_model_len, profile)
+    for cache in caches:
+        for layer in cache:  # zeros can be quicker to work on than data
+            layer.normal_(0.0, 0.5)
+    runner = ModelRunner(model, caches)
     lap()
     worker: PrefillWorker | DecodeWorker
     if config.role == "prefill":
@@ -134,7 +135,11 @@ def build_worker(
             enable_prefix_caching=False,  # every sequence has blocks of its own
         )
     lap()
-    about = {"attention_backend": model.backend_names, "kv_blocks": cache.shape[1], "block_size": config.block_size}
+    about = {
+        "attention_backend": model.backend_names,
+        "kv_blocks": worker.cache.num_blocks,
+        "block_size": config.block_size,
+    }
     load, profiled, captured = (end - begin for begin, end in itertools.pairwise(times))
     return worker, StartUp(load, profiled, captured), about
 

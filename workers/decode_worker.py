@@ -13,7 +13,8 @@ from collections.abc import Callable
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
 from workers.handoff.receiving import Arrival, RemotePrefill
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.cache_split import default_steps_ahead
+from workers.kv_cache.manager import KVCacheManager
 from workers.messages import (
     CacheUpdate,
     DecodeReport,
@@ -42,6 +43,10 @@ class DecodeWorker:
 
     A request waits for blocks, then for its KV cache, then runs. Memory grows on demand: when no block is left, the
     newest sequence makes room by moving its blocks to host memory, and comes back before anything new is admitted.
+
+    Attributes:
+        decoder: runs its steps.
+        cache: which blocks belong to whom.
 
     Args:
         runner: the model and its cache.
@@ -82,16 +87,21 @@ class DecodeWorker:
             enforce_eager=enforce_eager,
             progress=progress,
         )
-        self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
+        self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self._launches: deque[Launch[Sequence]] = deque()
         self._connector = connector
-        self._blocks = PrefixCache(runner.kv_cache.shape[1])
-        self._kept = SequenceBlocks(self._blocks, runner.block_size, enabled=enable_prefix_caching)
-        self._batch = DecodeBatch(self._blocks, runner, max_num_seqs)
-        self._remote = RemotePrefill(connector, self._blocks, self._kept)
+        self.cache = KVCacheManager(
+            runner.groups,
+            [kv_cache.shape[1] for kv_cache in runner.kv_caches],
+            prompt_tokens_in_flight=(self._steps_ahead + 1) * (max_num_batched_tokens or 1),
+            decode_tokens_in_flight=self._steps_ahead + 1,
+        )
+        self._kept = SequenceBlocks(self.cache, enabled=enable_prefix_caching)
+        self._batch = DecodeBatch(self.cache, runner, max_num_seqs)
+        self._remote = RemotePrefill(connector, self.cache, self._kept)
         self._local = LocalPrefill(
             runner,
-            self._blocks,
+            self.cache,
             max_num_batched_tokens=max_num_batched_tokens or 0,
             max_num_seqs=max_num_seqs,
             clock=clock,
@@ -107,7 +117,7 @@ class DecodeWorker:
         num_tokens = len(request.prompt_token_ids)
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
-            check_capacity(num_tokens + 1, self._runner.block_size, self._blocks.num_blocks, "decode")
+            check_capacity(self.cache, num_tokens + 1, "decode", computed=request.peer_engine is None)
             check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
             check_local(request.peer_engine is None, self._computes_prompts)
         except BatonError as error:
@@ -127,11 +137,11 @@ class DecodeWorker:
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """A prefill worker's process is gone."""
-        self._connector.disconnect(engine_id, may_write_s)
+        self._connector.disconnect(engine_id, confirmed_dead=may_write_s == 0.0)
 
     def take_cache_update(self) -> CacheUpdate | None:
         """How the content of the kept blocks has changed since the last call; None: not at all."""
-        return self._blocks.take_update()
+        return self.cache.take_update()
 
     @property
     def has_work(self) -> bool:
@@ -156,16 +166,11 @@ class DecodeWorker:
         return self._runner
 
     @property
-    def blocks(self) -> PrefixCache:
-        """The blocks of its cache: free, in use, or kept for what is in them."""
-        return self._blocks
-
-    @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks of everybody who holds some, those that are computed, expected or still written to included."""
+        """The blocks, of the primary group, of each sequence that holds some: computed, expected, still written to."""
         in_flight = {sequence for launch in self._launches for sequence in launch.sequences}
         decoded = in_flight.union(self._batch.running, self._remote.expected)
-        return (*(tuple(sequence.blocks) for sequence in decoded), *self._local.block_tables)
+        return (*(tuple(self.cache.held(sequence.tables)) for sequence in decoded), *self._local.block_tables)
 
     @property
     def num_in_flight(self) -> int:
@@ -186,8 +191,8 @@ class DecodeWorker:
     def load(self) -> Load:
         """The load now."""
         return Load(
-            total_blocks=self._blocks.num_blocks,
-            free_blocks=self._blocks.num_free,
+            total_blocks=self.cache.num_blocks,
+            free_blocks=self.cache.num_free,
             reserved_blocks=self._remote.num_reserved_blocks,
             quarantined_blocks=self._remote.num_quarantined_blocks,
             running=self._batch.size,
@@ -245,7 +250,7 @@ class DecodeWorker:
         output_token_ids.append(sampled.token_id)
         self._kept.grown(sequence)
         if len(output_token_ids) == sequence.request.num_output_tokens + 2:
-            cached_tokens = sequence.num_cached_blocks * self._runner.block_size
+            cached_tokens = self._kept.cached_tokens(sequence)
             first_decode_s = now - sequence.received
             self._events.append(DecodeReport(request_id, first_decode_s, cached_tokens, attempt_id=attempt_id))
         reason = finish_reason(sequence.state)
@@ -262,7 +267,7 @@ class DecodeWorker:
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
             self._kept.forget(sequence)
-            self._blocks.release(sequence.blocks)
+            self.cache.release(sequence.tables)
             del self._sequences[attempt_id]
             return
         reason = self._begin(sequence, sampled.token_id)
@@ -284,7 +289,7 @@ class DecodeWorker:
         sequence.received = self._clock()
         sequence.state.output_token_ids.append(first_token)
         if (reason := finish_reason(sequence.state)) is not None:
-            self._blocks.release(sequence.blocks)
+            self.cache.release(sequence.tables)
             del self._sequences[sequence.request.attempt_id]
         else:
             self._batch.add(sequence)

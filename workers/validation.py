@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.errors import CapacityError, InvalidRequestError
-from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.manager import KVCacheManager
 from workers.sampling_params import SamplingParams
 
 
@@ -45,11 +45,18 @@ def check_local(is_local: bool, computes_prompts: bool) -> None:
         raise InvalidRequestError("the request names no prefill worker, and this decode worker computes no prompts")
 
 
-def check_capacity(num_tokens: int, block_size: int, num_blocks: int, role: str) -> None:
+def check_capacity(cache: KVCacheManager, num_tokens: int, role: str, *, computed: bool) -> None:
     """Refuse what needs more blocks than there are.
+
+    Args:
+        cache: the worker's.
+        num_tokens: of the prompt, with those behind it for which there must be room.
+        role: the worker's.
+        computed: whether the prompt is computed there.
 
     Raises:
         CapacityError: with both numbers.
     """
-    if (needed := blocks_for(num_tokens, block_size)) > num_blocks:
+    if lacking := cache.too_small(num_tokens, computed=computed):
+        needed, num_blocks = lacking
         raise CapacityError(f"the prompt needs {needed} KV blocks, a {role} worker has {num_blocks}")

@@ -36,11 +36,12 @@ class WorkerInfo:
         attention_backend: the chosen one.
         max_model_len: context window, tokens.
         max_num_seqs: sequences that it takes at once.
-        num_blocks: of its KV cache.
+        num_blocks: of its KV cache's primary group, for sequences to have.
         step_times: measured on its device.
         pid: of its process; of several ranks, the lead's.
         memory: what it takes on its device; of several ranks, on each one's.
         max_num_batched_tokens: of prompts, that it computes in a step.
+        blocks_per_sequence: of its blocks, the most that a sequence holds at once; None: those of all its tokens.
     """
 
     name: str
@@ -55,6 +56,7 @@ class WorkerInfo:
     pid: int
     memory: WorkerMemory = field(default_factory=WorkerMemory)
     max_num_batched_tokens: int = 2048
+    blocks_per_sequence: int | None = None
 
     @property
     def engine(self) -> EngineInfo:
@@ -177,4 +179,5 @@ def _info(config: WorkerConfig, built: BuiltWorker, engines: tuple[EngineInfo, .
         os.getpid(),
         built.memory,
         config.max_num_batched_tokens,
+        built.blocks_per_sequence,
     )

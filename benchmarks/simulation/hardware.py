@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
+from kv_transfer.region import Region
 from kv_transfer.transports.base import EngineInfo
 from workers.runner.step_times import StepTimes
 from workers.worker_host import WorkerInfo
@@ -70,11 +71,12 @@ class Hardware:
 
     def described(self, name: str, role: str, engine_id: str) -> WorkerInfo:
         """What a worker made of it says of itself."""
-        layout = KVLayout("mha", self.num_layers, self.block_size, 8, 128, "bfloat16")
+        layout = KVLayout((GroupLayout("full", tuple(range(self.num_layers)), self.block_size, 8, 128, "bfloat16"),))
+        region = Region(0, self.num_layers, self.num_blocks, layout.primary.block_bytes)
         return WorkerInfo(
             name=name,
             role=role,
-            engines=(EngineInfo(engine_id, 0, layout, self.num_blocks, 0, "cuda", 0, b""),),
+            engines=(EngineInfo(engine_id, 0, layout, (region,), "cuda", 0, b""),),
             device="simulated",
             attention_backend="NONE",
             max_model_len=self.max_model_len,

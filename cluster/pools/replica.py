@@ -92,7 +92,7 @@ class Replica:
     @property
     def block_size(self) -> int:
         """Tokens in a block of its KV cache; 0 until it has loaded."""
-        return self.info.engine.layout.block_size if self.info is not None else 0
+        return self.info.engine.layout.primary.block_size if self.info is not None else 0
 
     def renew(self) -> None:
         """Have a new worker for this place, which has yet to start."""

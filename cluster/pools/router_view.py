@@ -45,11 +45,12 @@ def _traits(info: WorkerInfo) -> WorkerTraits:
     return WorkerTraits(
         engine_id=info.engine.engine_id,
         max_model_len=info.max_model_len,
-        block_size=layout.block_size,
+        block_size=layout.primary.block_size,
         total_blocks=info.num_blocks,
         max_num_seqs=info.max_num_seqs,
         step_times=info.step_times,
-        kv_token_bytes=len(info.engines) * layout.num_layers * layout.block_bytes / layout.block_size,
+        kv_token_bytes=len(info.engines) * layout.bytes_per_token,
         num_layers=layout.num_layers,
         chunk_tokens=info.max_num_batched_tokens,
+        blocks_per_sequence=info.blocks_per_sequence,
     )

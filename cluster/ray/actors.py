@@ -62,7 +62,7 @@ class WorkerActor:
     def _build(self) -> WorkerHost:
         return self._make_host(
             self._config,
-            NixlConnector(may_write=self._lease.holds),
+            NixlConnector(lease=self._lease),
             self._emit,
             self._on_crash,
             lambda done, total: self._on_progress(StartProgress("weights", done, total)),
@@ -188,7 +188,7 @@ class FollowerActor:
 
     async def start(self, seat: Seat) -> None:
         """Build the rank; returns when the lead knows of it."""
-        connector = NixlConnector(may_write=self._lease.holds)
+        connector = NixlConnector(lease=self._lease)
         self._host = await asyncio.to_thread(self._make_host, self._config, seat, connector, self._on_end)
 
     async def renew(self, said_at: float) -> None:

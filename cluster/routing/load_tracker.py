@@ -23,6 +23,7 @@ from cluster.routing.router import Choose, explain, place, unsupported_reasons
 from cluster.routing.types import CandidateReport, Incompatibility, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from kv_transfer.link_cost import LinkCost
+from workers.kv_cache.block_pool import blocks_for
 from workers.messages import CacheUpdate
 
 _NOTHING = np.zeros((2, len(HORIZONS)))
@@ -32,7 +33,8 @@ _NOTHING = np.zeros((2, len(HORIZONS)))
 class _Booking:
     """What one request takes of its pair; prefill's share ends with the first token.
 
-    `decode` may be nobody, ""; `prefill` may be None: the decode worker computes the prompt, too.
+    `decode` may be nobody, ""; `prefill` may be None: the decode worker computes the prompt, too. Of `decode_places`,
+    the blocks of all its tokens, it holds `decode_blocks`.
     """
 
     prefill: str | None
@@ -44,6 +46,7 @@ class _Booking:
     max_tokens: int
     future: npt.NDArray[np.float64]
     prefilling: bool = True
+    decode_places: int = 0
 
 
 class LoadTracker:
@@ -167,6 +170,7 @@ class LoadTracker:
             booking.prefill_blocks = self._prefill.blocks(prefill, num_tokens)
             self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=booking.prefill_s)
         if decode:
+            booking.decode_places = blocks_for(num_tokens + 1, self._decode.traits(decode).block_size)
             booking.decode_blocks = self._decode.blocks(decode, num_tokens)
             booking.future = self._future(booking, num_tokens)
             self._decode.take(decode, blocks=booking.decode_blocks, requests=1, queued_s=local_s, future=booking.future)
@@ -191,11 +195,12 @@ class LoadTracker:
         booking = self._bookings.get(request)
         if booking is None or booking.decode not in self._decode:
             return
-        blocks = self._decode.blocks(booking.decode, num_tokens)
-        if blocks != booking.decode_blocks:
+        places = blocks_for(num_tokens + 1, self._decode.traits(booking.decode).block_size)
+        if places != booking.decode_places:
+            blocks = self._decode.blocks(booking.decode, num_tokens)
             future = self._future(booking, num_tokens)
             self._decode.take(booking.decode, blocks=blocks - booking.decode_blocks, future=future - booking.future)
-            booking.decode_blocks, booking.future = blocks, future
+            booking.decode_places, booking.decode_blocks, booking.future = places, blocks, future
 
     def finished(self, request: str, num_tokens: int) -> None:
         """It has ended by itself, with so many tokens in all: learn from it, and release it."""
@@ -234,5 +239,6 @@ class LoadTracker:
     def _future(self, booking: _Booking, num_tokens: int) -> npt.NDArray[np.float64]:
         """What a request will hold, now that it has so many tokens; see `OutputLengthForecast.held`."""
         outlook = self._lengths.outlook(booking.max_tokens, num_tokens - booking.prompt_tokens)
-        half_a_block = self._decode.block_size(booking.decode) / 2  # of its last block, that much is empty
-        return outlook.held(num_tokens + half_a_block)
+        traits = self._decode.traits(booking.decode)
+        half_a_block = traits.block_size / 2  # of its last block, that much is empty
+        return outlook.held(num_tokens + half_a_block, traits.tokens_per_sequence)

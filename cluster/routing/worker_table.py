@@ -138,9 +138,9 @@ class WorkerTable:
         """KV blocks of that worker's size for so many tokens and the next one."""
         return self._workers[self._rows[engine_id]].blocks(num_tokens)
 
-    def block_size(self, engine_id: str) -> int:
-        """Tokens in a KV block of that worker."""
-        return self._workers[self._rows[engine_id]].traits.block_size
+    def traits(self, engine_id: str) -> WorkerTraits:
+        """What does not change of that worker."""
+        return self._workers[self._rows[engine_id]].traits
 
     def quarantine(self, engine_id: str, blocks: int) -> None:
         """So many blocks of a worker cannot be used at present; with a negative figure, they can again."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attention.spec import Phase
+from cache_groups import unwritten_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.local import Faults, LocalFabric
@@ -44,8 +45,8 @@ class LocalCluster:
         num_prefill: int = 1,
         num_decode: int = 1,
         block_size: int = 16,
-        prefill_blocks: int = 64,
-        decode_blocks: int = 64,
+        prefill_blocks: int | Sequence[int] = 64,
+        decode_blocks: int | Sequence[int] = 64,
         max_num_batched_tokens: int = 256,
         decode_batched_tokens: int | None = None,
         max_num_seqs: int = 16,
@@ -110,13 +111,11 @@ class LocalCluster:
                 if peer is not own:
                     connector.connect(peer, 1.0)
 
-    def _end(self, name: str, num_blocks: int, connector_class: Callable[[LocalFabric], PushConnector]):
-        spec = self.model.kv_cache_spec
-        cache = spec.allocate(num_blocks, self.model.device)
-        cache.fill_(float("nan"))  # a block that was never written must never matter
+    def _end(self, name: str, num_blocks: int | Sequence[int], connector_class: Callable[[LocalFabric], PushConnector]):
+        caches = unwritten_caches(self.model, num_blocks)
         connector = connector_class(self.fabric)
-        info = connector.register_kv_caches(name, cache, kv_layout(spec))
-        return ModelRunner(self.model, cache), connector, info
+        info = connector.register_kv_caches(name, caches, kv_layout(self.model.kv_cache_groups))
+        return ModelRunner(self.model, caches), connector, info
 
     def submit(
         self,

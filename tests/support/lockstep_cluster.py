@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cache_groups import unwritten_caches
 from kv_transfer.connector import ConnectorEvent
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.base import EngineInfo
@@ -59,12 +60,11 @@ class Ranks:
         self.engines: list[EngineInfo] = []
         self.replicas: list[Replica] = []
         for connector in self.connectors:
-            cache = model.kv_cache_spec.allocate(num_blocks, model.device)
-            cache.fill_(float("nan"))
-            layout = kv_layout(model.kv_cache_spec, size)
-            self.engines.append(connector.register_kv_caches(name, cache, layout))
+            caches = unwritten_caches(model, num_blocks)
+            layout = kv_layout(model.kv_cache_groups, size)
+            self.engines.append(connector.register_kv_caches(name, caches, layout))
             clock = StepClock()
-            self.replicas.append(Replica(make(ModelRunner(model, cache), connector, clock), connector, clock))
+            self.replicas.append(Replica(make(ModelRunner(model, caches), connector, clock), connector, clock))
         self.channel = DirectChannel(self.replicas[1:])
         self.lead = Lead(self.replicas[0], self.connectors[0], self.channel, size, self._crashed)
         self.lead.listen(lambda: None)

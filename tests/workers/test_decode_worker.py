@@ -233,7 +233,7 @@ def test_broken_logits_fail_one_sequence_alone(one_pair, monkeypatch, reference_
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
-        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata.decode_only else hidden
+        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata[0].decode_only else hidden
 
     monkeypatch.setattr(CausalLM, "forward", broken)
     cluster, _, _ = one_pair()

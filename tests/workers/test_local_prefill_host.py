@@ -10,6 +10,7 @@ import pytest
 
 from attention.selection.selector import force_attn_backend
 from attention.spec import Phase
+from cache_groups import group_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from made_requests import worker_request
@@ -110,7 +111,7 @@ def test_memory_is_planned_for_the_largest_chunk_and_the_largest_step(tiny_check
 @pytest.mark.parametrize(("max_model_len", "chunks"), [(512, [(16, 2), (16, 32)]), (20, [(16, 2), (16, 4)]), (16, [])])
 def test_chunks_behind_a_prefix_are_warm_before_anybody_waits_for_them(max_model_len, chunks, tiny_checkpoint):
     model = load_model(tiny_checkpoint("llama"), dtype="float32")
-    runner = ModelRunner(model, model.kv_cache_spec.allocate(8, "cpu"))
+    runner = ModelRunner(model, group_caches(model, 8))
     batches: list = []
     hook = model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[3]))
     warm_up_chunks(runner, 32, max_model_len)

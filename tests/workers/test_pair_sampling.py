@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from cache_groups import group_caches
 from workers.messages import TokenOutput
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.sampler import sample
@@ -32,8 +33,8 @@ CASES = {
 
 def in_one_process(model, sampling: SamplingParams) -> list[TokenOutput]:
     """The same request on one runner: no handoff, nothing else in the batch."""
-    runner = ModelRunner(model, model.kv_cache_spec.allocate(MAX_MODEL_LEN // model.block_size, "cpu"))
-    blocks = range(MAX_MODEL_LEN // model.block_size)
+    runner = ModelRunner(model, group_caches(model, MAX_MODEL_LEN // model.block_size))
+    blocks = [range(MAX_MODEL_LEN // model.block_size)]
     state = SamplingState(sampling, as_token_ids(PROMPT), frozenset(model.config.eos_token_ids), MAX_MODEL_LEN)
     outputs: list[TokenOutput] = []
     tokens, start = PROMPT, 0

@@ -92,7 +92,7 @@ def test_reports(one_pair, clock):
     assert isinstance(handoff_report, HandoffReport)
     # Two layer groups; the chunks end after 16, 32 and 40 tokens, each with full blocks to push.
     assert handoff_report.num_parts == 2 * 3
-    assert handoff_report.num_bytes == 3 * 3 * prefill.runner.kv_cache[0, 0].nbytes
+    assert handoff_report.num_bytes == 3 * 3 * prefill.runner.kv_caches[0][0, 0].nbytes
     assert handoff_report.transfer_s >= 0.0
     assert handoff_report.exposed_s >= 0.0
 
@@ -206,7 +206,7 @@ def test_source_blocks_are_not_reused_while_a_write_reads_them(one_pair, referen
         while cluster.busy:
             cluster.step()
             read = cluster.fabric.source_blocks(engine_id)
-            assert read <= prefill.blocks.used_blocks
+            assert read <= prefill.cache.groups[0].pool.used_blocks
             seen |= read
         assert {r: cluster.token_ids(r) for r in expected} == expected
         assert seen

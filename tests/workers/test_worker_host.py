@@ -90,9 +90,8 @@ def test_what_a_worker_says_of_itself(running):
         assert (info.name, info.role, info.device) == (f"{role}-0", role, "cpu")
         assert (info.num_blocks, info.max_model_len) == (128, 512)
         assert info.engine.engine_id.startswith(f"{role}-0.")
-        assert info.engine.layout.block_size == 16
-        assert info.engine.layout.dtype == "float32"
-        assert (info.engine.layout.num_layers, info.engine.layout.num_kv_heads) == (3, 2)
+        (group,) = info.engine.layout.groups
+        assert (group.block_size, group.dtype, group.num_layers, group.num_kv_heads) == (16, "float32", 3, 2)
     assert running.hosts["prefill"].info.step_times.prefill
     assert running.hosts["decode"].info.step_times.decode
     one, other = (host.info.engine for host in running.hosts.values())

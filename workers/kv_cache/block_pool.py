@@ -25,18 +25,19 @@ class BlockPool:
     one moves up to e entries of a list.
 
     Args:
-        num_blocks: blocks 0 to `num_blocks` - 1 are managed.
+        num_blocks: so many blocks are managed.
+        first: the id of the first of them.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
         self.num_blocks = num_blocks
-        self._used = bytearray(num_blocks)  # 1 for each block that is handed out
+        self._used = bytearray(first + num_blocks)  # 1 for each block that is handed out
         self._num_free = num_blocks
         self._length: dict[int, int] = {}  # of the extent that starts here
         self._start: dict[int, int] = {}  # of the extent that ends before this block
         self._by_size: list[tuple[int, int]] = []  # (length, start), sorted
         if num_blocks:
-            self._add(0, num_blocks)
+            self._add(first, num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -84,7 +85,7 @@ class BlockPool:
         returned: list[int] = []
         try:
             for block in given:
-                if not (0 <= block < self.num_blocks and self._used[block]):
+                if not (0 <= block < len(self._used) and self._used[block]):
                     raise ValueError(f"block {block} is not in use")
                 self._used[block] = 0
                 returned.append(block)

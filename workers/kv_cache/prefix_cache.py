@@ -9,7 +9,7 @@ Plain integers and bytes; knows neither tensors nor requests.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 
@@ -27,12 +27,13 @@ class PrefixCache:
     block that was stored keeps its hash; a second one with the same content is its prompt's alone.
 
     Args:
-        num_blocks: blocks 0 to `num_blocks` - 1 are managed.
+        num_blocks: so many blocks are managed.
+        first: the id of the first of them.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self._free = BlockPool(num_blocks)
-        self._users = [0] * num_blocks  # prompts that use a block
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
+        self._free = BlockPool(num_blocks, first)
+        self._users = [0] * (first + num_blocks)  # prompts that use a block
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # stored, without users; the least recently used first
@@ -83,7 +84,7 @@ class PrefixCache:
         if count <= self.num_free:
             return True
         found = self.find(hashes)
-        return count - len(found) <= self.num_free - sum(block in self._unused for block in found)
+        return count - len(found) <= self.num_free - sum(map(self.share_cost, found))
 
     def allocate(self, hashes: Sequence[bytes], count: int) -> tuple[list[int], int]:
         """Take the blocks of a prompt: those that hold its beginning, and others for the rest.
@@ -101,17 +102,38 @@ class PrefixCache:
         if not self.fits(hashes, count):
             raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
         found = self.find(hashes)
-        for block in found:
+        self.share(found)
+        return found + self.take(count - len(found)), len(found)
+
+    def share_cost(self, block: int) -> int:
+        """How many free blocks it takes to share this one, which was found: 1 if nobody uses it, else 0."""
+        return int(block in self._unused)
+
+    def find_each(self, hashes: Sequence[bytes]) -> list[int | None]:
+        """For each of these hashes the block that has it, if one is here."""
+        return [self._block_of.get(content) for content in hashes]
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Use blocks that were found, beside those who use them already."""
+        for block in blocks:
             self._unused.pop(block, None)
             self._users[block] += 1
-        wanted = count - len(found)
-        if evicted := [self._evict() for _ in range(wanted - self._free.num_free)]:
+
+    def take(self, count: int) -> list[int]:
+        """Use so many other blocks, which hold nothing that can be found.
+
+        Raises:
+            ValueError: there are not enough.
+        """
+        if count > self._free.num_free + len(self._unused):
+            raise ValueError(f"{count} blocks asked for, {self._free.num_free + len(self._unused)} are free")
+        if evicted := [self._evict() for _ in range(count - self._free.num_free)]:
             self._free.free(evicted)
-        blocks = list(found)
-        for run in self._free.allocate_runs(wanted):
+        blocks: list[int] = []
+        for run in self._free.allocate_runs(count):
             self._users[run.start : run.stop] = [1] * len(run)
             blocks.extend(run)
-        return blocks, len(found)
+        return blocks
 
     def store(self, block: int, content: bytes) -> None:
         """A block in use holds this content completely, and nobody writes to it any more.
@@ -154,6 +176,17 @@ class PrefixCache:
         for block in blocks:
             if block in self._hash_of:
                 self._remove(block)
+
+    def forget_content(self, hashes: Iterable[bytes]) -> None:
+        """What has these hashes is not to be found any more, whoever uses it."""
+        for content in hashes:
+            block = self._block_of.get(content)
+            if block is None:
+                continue
+            self._remove(block)
+            if block in self._unused:
+                del self._unused[block]
+                self._free.free((block,))
 
     def take_update(self) -> CacheUpdate | None:
         """What can be found now and could not at the last update, and the other way round; None: nothing."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from workers.block_hashes import BlockHashes
+from workers.kv_cache.tables import SequenceTables
 from workers.messages import WorkerRequest
 from workers.sampling.state import SamplingState
 from workers.token_ids import TokenIds, as_token_ids
@@ -23,11 +24,12 @@ class Sequence:
         state: its tokens, as the sampler sees them.
         deadline: monotonic time.
         arrived: when its request came, monotonic time.
-        blocks: its block table; empty while preempted. Grows in place; after preemption it is another list.
+        tables: its block tables; none while preempted. They grow in place; after preemption they are others.
         content: the hashes of its full blocks; None: they are not kept.
-        num_cached_blocks: leading blocks of its prompt that were here when it was admitted.
+        num_cached_blocks: for each cache group, how many of the blocks that it needs of its prompt, the first ones,
+            were here when it was admitted.
         received: when its KV cache was complete, monotonic time.
-        host_copy: its cache while preempted.
+        host_copy: its cache while preempted: of each cache group the blocks that it held.
         in_flight: tokens that are being computed: launched, and not looked at yet.
         max_output: output tokens after which it ends at the latest.
     """
@@ -36,11 +38,11 @@ class Sequence:
     state: SamplingState
     deadline: float
     arrived: float = 0.0
-    blocks: list[int] = field(default_factory=list)
+    tables: SequenceTables = field(default_factory=SequenceTables)
     content: BlockHashes | None = None
-    num_cached_blocks: int = 0
+    num_cached_blocks: Many[int] = ()
     received: float = 0.0
-    host_copy: torch.Tensor | None = None
+    host_copy: Many[torch.Tensor] | None = None
     in_flight: int = 0
     max_output: int = field(init=False)
 

@@ -12,8 +12,9 @@ from cluster.pools import handshake, supervisor
 from cluster.pools.pools import WorkerPools
 from cluster.pools.router_view import links_of
 from kv_transfer.errors import LayoutMismatchError, PeerError
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.link_cost import LinkCost
+from kv_transfer.region import Region
 from kv_transfer.transports.base import EngineInfo
 from workers.errors import CheckpointError, ConfigError
 from workers.messages import Load, StepOutput
@@ -46,12 +47,12 @@ class FakeWorker:
         await asyncio.sleep(0)
         if self._error is not None:
             raise self._error
-        layout = KVLayout("mha", 2, self._block_size, 2, 16, "float32")
-        engine = EngineInfo(self.engine_id, 1, layout, 8, 0, "cpu", 0, b"")
+        layout = KVLayout((GroupLayout("full", tuple(range(2)), self._block_size, 2, 16, "float32"),))
+        engine = EngineInfo(self.engine_id, 1, layout, (Region(0, 2, 8, 1024),), "cpu", 0, b"")
         return WorkerInfo(self.name, self.role, (engine,), "cpu", "TORCH_SDPA", 100, 4, 8, StepTimes(), 0)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
-        there = peer[0].layout.block_size
+        there = peer[0].layout.primary.block_size
         if there != self._block_size:
             raise LayoutMismatchError(f"block_size is {self._block_size} here and {there} there")
         self._log.append(("connect", self.engine_id, peer[0].engine_id))

@@ -9,21 +9,22 @@ import torch
 
 from kv_transfer.connector import HandoffReceived
 from kv_transfer.errors import PeerError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Hello
 from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.handshake import handshake
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.base import EngineInfo, Transfer, TransferState
 from kv_transfer.transports.local import LocalFabric, LocalTransport
 
-LAYOUT = KVLayout("mha", 2, 1, 1, 1, "float32")
+LAYOUT = KVLayout((GroupLayout("full", tuple(range(2)), 1, 1, 1, "float32"),))
 CACHE = torch.zeros(2, 8, 2, 1, 1, 1)
 
 
 def register(connector: PushConnector, name: str) -> EngineInfo:
-    return connector.register_kv_caches(name, torch.zeros(2, 8, 2, 1, 1, 1), LAYOUT)
+    return connector.register_kv_caches(name, [torch.zeros(2, 8, 2, 1, 1, 1)], LAYOUT)
 
 
 def start(*both: tuple[PushConnector, EngineInfo]) -> None:
@@ -110,13 +111,13 @@ def test_a_part_waits_for_its_event_and_holds_nobody_up(grant_first):
     keys = {}
     for number, (handoff, (first, second)) in enumerate(events.items()):
         if grant_first:
-            keys[handoff] = d.expect(handoff, p_info.engine_id, [number])
+            keys[handoff] = d.expect(handoff, p_info.engine_id, [GroupBlocks(0, [number])])
         p.begin(handoff, d_info.engine_id)
-        p.push(handoff, range(1), 0, [number], first)
-        p.push(handoff, range(1, 2), 0, [number], second)
+        p.push(handoff, 0, range(1), 0, [number], first)
+        p.push(handoff, 0, range(1, 2), 0, [number], second)
         p.finish(handoff, 5)
         if not grant_first:
-            keys[handoff] = d.expect(handoff, p_info.engine_id, [number])
+            keys[handoff] = d.expect(handoff, p_info.engine_id, [GroupBlocks(0, [number])])
     assert pump(p, d) == []
     for event in events[b"b" * 16]:
         event.happened = True

@@ -74,7 +74,7 @@ def test_a_checkpoint_whose_cache_alone_is_quantized_loads(with_tensors: Callabl
     quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     assert scales_of(folder)[0] == KVScales(0.5, 2.0)
-    assert load_model(folder).kv_cache_spec.dtype == torch.float32
+    assert load_model(folder).kv_cache_groups[0].dtype == torch.float32
 
 
 def test_they_change_what_is_stored_and_hardly_what_is_attended(with_tensors: Callable[..., Path], paged_run) -> None:

@@ -121,7 +121,7 @@ def test_half_precision_stays_close(
     decoder = load_model(folder, dtype=dtype)
     run = paged_run(decoder, num_sequences=1, max_tokens=64)
     ours = torch.cat([run.step({0: ids[:30]})[0], run.step({0: ids[30:49]})[0], run.step({0: ids[49:]})[0]])
-    assert decoder.kv_cache_spec.dtype == getattr(torch, dtype)
+    assert decoder.kv_cache_groups[0].dtype == getattr(torch, dtype)
     assert ours.dtype == torch.float32
     expected = reference(folder).logits(ids)
     agreement = torch.nn.functional.cosine_similarity(ours, expected, dim=-1)
@@ -135,7 +135,7 @@ def test_on_layer_comes_in_order_when_the_layer_is_in_the_cache(
     seen: list[tuple[int, list[bool]]] = []
 
     def written() -> list[bool]:
-        return [not bool(layer[run.tables[0][0]].isnan().any()) for layer in run.cache]
+        return [not bool(layer[run.tables[0][0]].isnan().any()) for layer in run.caches[0]]
 
     run.step({0: prompt(18)}, on_layer=lambda i: seen.append((i, written())))
     assert seen == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]
@@ -160,6 +160,6 @@ def test_unpacked_weights_give_the_same_tokens(
 
 
 def test_the_kv_cache_that_a_model_needs(tiny_checkpoint: TinyCheckpoint) -> None:
-    spec = load_model(tiny_checkpoint("qwen3"), dtype="bfloat16", block_size=32).kv_cache_spec
+    spec = load_model(tiny_checkpoint("qwen3"), dtype="bfloat16", block_size=32).kv_cache_groups[0]
     assert (spec.num_layers, spec.num_kv_heads, spec.head_size, spec.block_size) == (3, 2, 32, 32)
     assert spec.dtype == torch.bfloat16

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from cache_groups import group_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from made_requests import worker_request
@@ -51,8 +52,8 @@ class Running:
     def _replica(self, rank: int) -> tuple[Replica, AgreedConnector]:
         clock = StepClock()
         connector = AgreedConnector(LocalConnector(self.fabric, threaded=True), rank)
-        runner = ModelRunner(self.model, self.model.kv_cache_spec.allocate(16, "cpu"))
-        connector.register_kv_caches("prefill-0", runner.kv_cache, kv_layout(self.model.kv_cache_spec, 2))
+        runner = ModelRunner(self.model, group_caches(self.model, 16))
+        connector.register_kv_caches("prefill-0", runner.kv_caches, kv_layout(self.model.kv_cache_groups, 2))
         worker = PrefillWorker(
             runner, connector, max_num_batched_tokens=64, max_num_seqs=4, max_model_len=200, clock=clock
         )

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache_groups import group_caches
 from workers.models.loader import load_model
 from workers.runner.decode_runner import DecodeRunner
 from workers.runner.model_runner import ModelRunner, Row
@@ -50,7 +51,7 @@ def model(tiny_checkpoint):
 
 
 def runner(model, num_blocks: int) -> ModelRunner:
-    return ModelRunner(model, model.kv_cache_spec.allocate(num_blocks, "cpu"))
+    return ModelRunner(model, group_caches(model, num_blocks))
 
 
 def test_prefill_is_measured_at_lengths_that_fit(model):
@@ -73,8 +74,8 @@ def test_decode_is_measured_at_batches_that_fit(model, num_blocks, max_num_seqs,
     decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=max_num_seqs, max_model_len=600)
     step_times = measure_decode(
         decoder,
-        num_blocks=num_blocks,
-        block_size=16,
+        groups=decoder.groups,
+        num_blocks=[num_blocks],
         max_num_seqs=max_num_seqs,
         max_model_len=600,
         budget_s=60,
@@ -91,7 +92,7 @@ def test_measuring_leaves_a_usable_runner(model):
     """What is left in the cache is overwritten by the first prompt."""
     measured, fresh = runner(model, 8), runner(model, 8)
     measure_prefill(measured, max_tokens=128, budget_s=60)
-    row = [Row([5, 6, 7], 0, [3])]
+    row = [Row([5, 6, 7], 0, [[3]])]
     assert torch.equal(measured.forward(row), fresh.forward(row))
 
 
@@ -104,7 +105,7 @@ class Watched:
 
     def launch(self, sequences):
         for sequence in sequences:
-            assert len(sequence.blocks) * BLOCK_SIZE >= sequence.num_scheduled
+            assert sequence.tables.num_slots >= sequence.num_scheduled
             self.reached.append(sequence.num_scheduled)
         return self.decoder.launch(sequences)
 
@@ -117,7 +118,12 @@ def test_decode_is_measured_within_the_context_window(max_model_len, tiny_checkp
     small = load_model(tiny_checkpoint("llama"), "float32", "cpu", BLOCK_SIZE)
     watched = Watched(DecodeRunner(runner(small, 64), max_num_seqs=4, max_model_len=max_model_len))
     step_times = measure_decode(
-        watched, num_blocks=64, block_size=BLOCK_SIZE, max_num_seqs=4, max_model_len=max_model_len, budget_s=60
+        watched,
+        groups=watched.decoder.groups,
+        num_blocks=[64],
+        max_num_seqs=4,
+        max_model_len=max_model_len,
+        budget_s=60,
     )
     assert [sequences for sequences, _ in step_times.decode] == [1, 4]
     assert all(seconds > 0 for _, seconds in step_times.decode)
@@ -132,7 +138,7 @@ class Reckoned:
         self.seconds, self.longest = 0.0, 0
 
     def launch(self, sequences):
-        blocks = [block for sequence in sequences for block in sequence.blocks]
+        blocks = [block for sequence in sequences for block in sequence.tables.groups[0].blocks]
         tokens = sum(sequence.num_scheduled for sequence in sequences)
         self.longest = max(self.longest, tokens)
         assert tokens < 100 or len(set(blocks)) == len(blocks), "what is read has to come from memory"
@@ -148,8 +154,8 @@ def test_what_a_token_in_the_cache_costs_is_measured(model, num_blocks, max_mode
     reckoned = Reckoned(decoder)
     step_times = measure_decode(
         reckoned,
-        num_blocks=num_blocks,
-        block_size=16,
+        groups=decoder.groups,
+        num_blocks=[num_blocks],
         max_num_seqs=4,
         max_model_len=max_model_len,
         budget_s=10.0,
@@ -162,14 +168,16 @@ def test_what_a_token_in_the_cache_costs_is_measured(model, num_blocks, max_mode
 
 def test_a_cache_that_is_too_small_to_tell_says_nothing_of_tokens(model):
     decoder = DecodeRunner(runner(model, 8), max_num_seqs=4, max_model_len=600)
-    step_times = measure_decode(decoder, num_blocks=8, block_size=16, max_num_seqs=4, max_model_len=600)
+    step_times = measure_decode(decoder, groups=decoder.groups, num_blocks=[8], max_num_seqs=4, max_model_len=600)
     assert step_times.kv_token_s == 0.0
     assert [sequences for sequences, _ in step_times.decode] == [1, 4]
 
 
 def test_where_no_token_can_follow_a_prompt_no_decode_is_measured(model):
     decoder = DecodeRunner(runner(model, 4), max_num_seqs=4, max_model_len=1)
-    assert measure_decode(decoder, num_blocks=4, block_size=16, max_num_seqs=4, max_model_len=1) == StepTimes()
+    assert (
+        measure_decode(decoder, groups=decoder.groups, num_blocks=[4], max_num_seqs=4, max_model_len=1) == StepTimes()
+    )
 
 
 @pytest.mark.parametrize(("agreed_s", "runs"), [(1e-6, 8), (0.02, 3), (1.0, 2)])
