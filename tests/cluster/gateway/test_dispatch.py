@@ -60,10 +60,8 @@ async def test_each_worker_is_sent_the_hashes_of_its_own_block_size_if_they_are_
 async def test_one_that_goes_on_has_its_output_behind_its_prompt_and_hashed(attempt):
     prefix, output = PromptPrefix(as_token_ids(PROMPT)), as_token_ids(range(200, 230))
     prefix.prepare([16])
-    longer = prefix.followed_by(output)
-    longer.prepare([16])
     decode = Worker("d", 16)
-    dispatch(attempt, engine_request("r", PROMPT), output, longer, 5.0, None, decode)
+    dispatch(attempt, engine_request("r", PROMPT), output, prefix.followed_by(output), 5.0, None, decode)
     (sent,) = decode.sent
     whole = [*PROMPT, *range(200, 230)]
     assert (sent.prompt_token_ids.tolist(), sent.num_output_tokens, sent.peer_engine) == (whole, 30, None)
