@@ -46,6 +46,16 @@ class TinyFamily:
 
 
 FAMILIES: dict[str, TinyFamily] = {
+    "granite": TinyFamily(
+        "Granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.125,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+        {"tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}},
+    ),
     "llama": TinyFamily(
         "Llama",
         variations={

@@ -28,6 +28,7 @@ class Family:
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "GraniteForCausalLM": Family("granite", "granite"),
     "LlamaForCausalLM": Family("llama", "llama"),
     "MistralForCausalLM": Family("mistral", "mistral"),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
