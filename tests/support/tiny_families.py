@@ -28,6 +28,13 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + i / 8 for i in range(6)],
+    "long_factor": [1.5 + i for i in range(6)],
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,18 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "llama3": TinyFamily("Llama", {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": TinyFamily("Mistral", {"sliding_window": 24}, {"no-window": {"sliding_window": None}}),
+    "phi3": TinyFamily(
+        "Phi3",
+        variations={
+            "window": {"sliding_window": 24, "num_key_value_heads": 4},
+            "tied-longrope": {
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+                "rope_parameters": _LONGROPE,
+                "original_max_position_embeddings": 2048,  # all that is served: its short set is for every length
+            },
+        },
+    ),
     "qwen2": TinyFamily(
         "Qwen2",
         variations={
