@@ -73,6 +73,7 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "llama3": TinyFamily("Llama", {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": TinyFamily("Mistral", {"sliding_window": 24}, {"no-window": {"sliding_window": None}}),
+    "olmo2": TinyFamily("Olmo2", variations={"biased-mha": {"attention_bias": True, "num_key_value_heads": 4}}),
     "phi3": TinyFamily(
         "Phi3",
         variations={

@@ -31,6 +31,7 @@ ARCHITECTURES: Mapping[str, Family] = {
     "GraniteForCausalLM": Family("granite", "granite"),
     "LlamaForCausalLM": Family("llama", "llama"),
     "MistralForCausalLM": Family("mistral", "mistral"),
+    "Olmo2ForCausalLM": Family("olmo2", "olmo2"),
     "Phi3ForCausalLM": Family("phi3", "phi3"),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3"),

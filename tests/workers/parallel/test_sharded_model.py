@@ -27,6 +27,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
     "mistral": ("mistral", {}),
+    "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied-uneven": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 517}),
