@@ -53,6 +53,10 @@ class TinyFamily:
 
 
 FAMILIES: dict[str, TinyFamily] = {
+    "glm": TinyFamily(
+        "Glm", variations={"whole-unbiased": {"attention_bias": False, "partial_rotary_factor": 1.0, "head_dim": 32}}
+    ),
+    "glm4": TinyFamily("Glm4", variations={"tied-unbiased": {"tie_word_embeddings": True, "attention_bias": False}}),
     "granite": TinyFamily(
         "Granite",
         {

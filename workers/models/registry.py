@@ -28,6 +28,8 @@ class Family:
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "Glm4ForCausalLM": Family("glm4", "glm4"),
+    "GlmForCausalLM": Family("glm", "glm"),
     "GraniteForCausalLM": Family("granite", "granite"),
     "LlamaForCausalLM": Family("llama", "llama"),
     "MistralForCausalLM": Family("mistral", "mistral"),

@@ -21,6 +21,7 @@ TinyCheckpoint = Callable[..., Path]
 Jobs = dict[str, tuple[Path, dict[str, Any]]]
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4": ("glm4", {}),
     "granite-biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "llama": ("llama", {}),
     "llama-uneven": ("llama", {"vocab_size": 517}),
