@@ -53,6 +53,15 @@ class TinyFamily:
 
 
 FAMILIES: dict[str, TinyFamily] = {
+    "cohere2": TinyFamily(
+        "Cohere2",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 24,
+            "logit_scale": 0.25,
+        },
+        {"untied-biased": {"tie_word_embeddings": False, "attention_bias": True}},
+    ),
     "glm": TinyFamily(
         "Glm", variations={"whole-unbiased": {"attention_bias": False, "partial_rotary_factor": 1.0, "head_dim": 32}}
     ),

@@ -28,6 +28,7 @@ class Family:
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "Cohere2ForCausalLM": Family("cohere2", "cohere2"),
     "Glm4ForCausalLM": Family("glm4", "glm4"),
     "GlmForCausalLM": Family("glm", "glm"),
     "GraniteForCausalLM": Family("granite", "granite"),

@@ -21,6 +21,8 @@ TinyCheckpoint = Callable[..., Path]
 Jobs = dict[str, tuple[Path, dict[str, Any]]]
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("cohere2", {}),
+    "cohere2-untied-biased": ("cohere2", {"tie_word_embeddings": False, "attention_bias": True}),
     "glm4": ("glm4", {}),
     "granite-biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "llama": ("llama", {}),
