@@ -23,7 +23,7 @@ FLOAT32_ERROR = 2e-4
 BF16_ERROR = 0.06
 """Root mean square, in standard deviations of the logits; usual for bf16 through 16 to 28 layers of random weights."""
 
-TINY = ["cohere2", "glm", "glm4", "granite", "llama", "llama3", "mistral", "olmo2", "phi3", "qwen2", "qwen3"]
+TINY = ["cohere2", "glm", "glm4", "granite", "llama", "llama3", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"]
 
 
 def prompts(lengths: tuple[int, ...], vocab: int) -> list[list[int]]:

@@ -114,6 +114,14 @@ FAMILIES: dict[str, TinyFamily] = {
             "window": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
         },
     ),
+    "smollm3": TinyFamily(
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1]},
+        {
+            "window": {"use_sliding_window": True, "sliding_window": 20},
+            "untied-biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+        },
+    ),
 }
 
 

@@ -38,6 +38,7 @@ ARCHITECTURES: Mapping[str, Family] = {
     "Phi3ForCausalLM": Family("phi3", "phi3"),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3"),
+    "SmolLM3ForCausalLM": Family("smollm3", "smollm3"),
 }
 """Every architecture that Baton runs."""
 
