@@ -28,6 +28,13 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + i / 8 for i in range(6)],
+    "long_factor": [1.5 + i for i in range(6)],
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,29 @@ class TinyFamily:
 
 
 FAMILIES: dict[str, TinyFamily] = {
+    "cohere2": TinyFamily(
+        "Cohere2",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 24,
+            "logit_scale": 0.25,
+        },
+        {"untied-biased": {"tie_word_embeddings": False, "attention_bias": True}},
+    ),
+    "glm": TinyFamily(
+        "Glm", variations={"whole-unbiased": {"attention_bias": False, "partial_rotary_factor": 1.0, "head_dim": 32}}
+    ),
+    "glm4": TinyFamily("Glm4", variations={"tied-unbiased": {"tie_word_embeddings": True, "attention_bias": False}}),
+    "granite": TinyFamily(
+        "Granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.125,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+        {"tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}},
+    ),
     "llama": TinyFamily(
         "Llama",
         variations={
@@ -56,6 +86,19 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "llama3": TinyFamily("Llama", {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": TinyFamily("Mistral", {"sliding_window": 24}, {"no-window": {"sliding_window": None}}),
+    "olmo2": TinyFamily("Olmo2", variations={"biased-mha": {"attention_bias": True, "num_key_value_heads": 4}}),
+    "phi3": TinyFamily(
+        "Phi3",
+        variations={
+            "window": {"sliding_window": 24, "num_key_value_heads": 4},
+            "tied-longrope": {
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+                "rope_parameters": _LONGROPE,
+                "original_max_position_embeddings": 2048,  # all that is served: its short set is for every length
+            },
+        },
+    ),
     "qwen2": TinyFamily(
         "Qwen2",
         variations={
@@ -69,6 +112,14 @@ FAMILIES: dict[str, TinyFamily] = {
         {
             "tied-biased": {"tie_word_embeddings": True, "attention_bias": True},
             "window": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
+        },
+    ),
+    "smollm3": TinyFamily(
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1]},
+        {
+            "window": {"use_sliding_window": True, "sliding_window": 20},
+            "untied-biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
         },
     ),
 }

@@ -43,8 +43,7 @@ class SelfAttention(nn.Module):
         qkv_bias: whether the query, key and value projections have a bias.
         o_bias: whether the output projection has one.
         qk_norm: of each head of queries and keys, before they are rotated.
-        q_norm: of all query heads together, before they are rotated; with `k_norm`, in place of `qk_norm`.
-        k_norm: the same of all key heads.
+        wide_norm: of all query heads together and all key heads together, before they are rotated.
     """
 
     def __init__(
@@ -57,14 +56,13 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = False,
         o_bias: bool = False,
         qk_norm: HeadNorm | None = None,
-        q_norm: WideNorm | None = None,
-        k_norm: WideNorm | None = None,
+        wide_norm: WideNorm | None = None,
     ) -> None:
         super().__init__()
         spec = attention.spec
         self.attention = attention
         self.rotation = rotation
-        self.qk_norm, self.q_norm, self.k_norm = qk_norm, q_norm, k_norm
+        self.qk_norm, self.wide_norm = qk_norm, wide_norm
         self._head_size = spec.head_size
         self._sizes = [heads * spec.head_size for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
         self.qkv_proj = Linear(hidden_size, sum(self._sizes), qkv_bias, context)
@@ -81,9 +79,9 @@ class SelfAttention(nn.Module):
             (T, Hq * D), of this rank's heads.
         """
         qkv = self.qkv_proj(x)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.wide_norm is not None:
             query, key, value = qkv.split(self._sizes, dim=-1)
-            qkv = torch.cat((self.q_norm(query), self.k_norm(key), value), dim=-1)
+            qkv = torch.cat((*self.wide_norm(query, key), value), dim=-1)
         heads = qkv.view(x.shape[0], -1, self._head_size)
         prepared, cache_write = batch.rotations[self.rotation], batch.cache_writes.get(self.attention.name)
         attended: torch.Tensor = self.attention(*self.rotation.apply(heads, prepared, self.qk_norm, cache_write))

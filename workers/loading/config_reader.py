@@ -75,6 +75,20 @@ class ConfigReader:
         """An error that names the file and the key."""
         return CheckpointError(f"{self.source}: {self.prefix}{key}: {problem}")
 
+    def refuse_others(self, supported: Mapping[str, Any]) -> None:
+        """Let keys that only some values are supported of be absent or have them.
+
+        Args:
+            supported: the value of each key.
+
+        Raises:
+            CheckpointError: another value; names file, key, and both values.
+        """
+        for key, value in supported.items():
+            stated = self.get(key)
+            if stated is not None and stated != value:
+                raise self.error(key, f"{stated!r} is not supported for this architecture, only {value!r}")
+
     def get(self, key: str) -> Any:
         """The value as it is, None when absent."""
         return self._stated(key)

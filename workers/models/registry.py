@@ -29,10 +29,17 @@ class Family:
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "Cohere2ForCausalLM": Family("cohere2", "cohere2"),
+    "Glm4ForCausalLM": Family("glm4", "glm4"),
+    "GlmForCausalLM": Family("glm", "glm"),
+    "GraniteForCausalLM": Family("granite", "granite"),
     "LlamaForCausalLM": Family("llama", "llama"),
     "MistralForCausalLM": Family("mistral", "mistral"),
+    "Olmo2ForCausalLM": Family("olmo2", "olmo2"),
+    "Phi3ForCausalLM": Family("phi3", "phi3"),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3"),
+    "SmolLM3ForCausalLM": Family("smollm3", "smollm3"),
 }
 """Every architecture that Baton runs."""
 

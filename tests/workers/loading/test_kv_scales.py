@@ -43,7 +43,15 @@ def test_without_any_they_are_one_and_stay_so(tiny_checkpoint: TinyCheckpoint, p
     assert model.kv_scales == [KVScales()] * 3
 
 
-@pytest.mark.parametrize("spelling", ["self_attn.{}_scale", "self_attn.{}_proj.{}_scale", "self_attn.attn.{}_scale"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "self_attn.{}_scale",
+        "self_attn.{}_proj.{}_scale",
+        "self_attn.qkv_proj.{}_scale",
+        "self_attn.attn.{}_scale",
+    ],
+)
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_checkpoints_own(with_tensors: Callable[..., Path], spelling: str, shape: tuple[int, ...]) -> None:
     values = {(0, "k"): 0.5, (0, "v"): 0.25, (2, "k"): 2.0, (2, "v"): 4.0}

@@ -52,16 +52,19 @@ _LONGROPE = {
 
 
 @pytest.mark.parametrize(
-    ("scaling", "num_tokens", "max_model_len"),
+    ("family", "scaling", "num_tokens", "max_model_len"),
     [
-        ({"rope_type": "linear", "factor": 4.0}, 75, None),
-        ({"rope_type": "dynamic", "factor": 4.0}, 75, None),
-        ({"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}, 75, None),
-        (_LONGROPE, 60, 64),
-        (_LONGROPE, 75, None),
+        ("llama", {"rope_type": "linear", "factor": 4.0}, 75, None),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}, 75, None),
+        ("llama", {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}, 75, None),
+        ("llama", _LONGROPE, 60, 64),
+        ("llama", _LONGROPE, 75, None),
+        ("phi3", _LONGROPE, 60, 64),
+        ("phi3", _LONGROPE, 75, None),
     ],
 )
 def test_logits_of_scaled_rope_equal_transformers(
+    family: str,
     scaling: dict[str, Any],
     num_tokens: int,
     max_model_len: int | None,
@@ -70,7 +73,8 @@ def test_logits_of_scaled_rope_equal_transformers(
     paged_run: Any,
 ) -> None:
     """LongRoPE's short set where nothing longer is served than it was made for, and its long set where it is."""
-    checkpoint = tiny_checkpoint("llama", rope_parameters={"rope_theta": 10000.0, **scaling})
+    beside = {"original_max_position_embeddings": 64} if family == "phi3" else {}
+    checkpoint = tiny_checkpoint(family, rope_parameters={"rope_theta": 10000.0, **scaling}, **beside)
     expected = reference(checkpoint).logits(prompt(num_tokens))
     decoder = load_model(checkpoint, dtype="float32", block_size=16, max_model_len=max_model_len)
     assert decoder.max_model_len == (max_model_len or decoder.config.max_position_embeddings)

@@ -21,11 +21,17 @@ TinyCheckpoint = Callable[..., Path]
 Jobs = dict[str, tuple[Path, dict[str, Any]]]
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("cohere2", {}),
+    "cohere2-untied-biased": ("cohere2", {"tie_word_embeddings": False, "attention_bias": True}),
+    "glm4": ("glm4", {}),
+    "granite-biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "llama": ("llama", {}),
     "llama-uneven": ("llama", {"vocab_size": 517}),
     "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
     "mistral": ("mistral", {}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied-uneven": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 517}),
     "qwen3": ("qwen3", {}),
@@ -142,7 +148,7 @@ def test_a_rank_tells_of_the_bytes_that_it_reads(tiny_checkpoint: TinyCheckpoint
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
 def test_random_weights_are_shards_of_one_model(
     tiny_checkpoint: TinyCheckpoint, size: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
