@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from workers.layers.linear import Linear
 from workers.layers.linear_methods.base import empty_parameter
 from workers.layers.linear_methods.choice import linear_method_for
 from workers.layers.lm_head import LMHead, vocab_share
-from workers.layers.norm import RMSNorm
+from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.residual import Norm, ResidualStream
 from workers.layers.rotation import HeadShape, Rotation, make_rotation
 from workers.layers.self_attention import LayerBatch
@@ -173,9 +174,9 @@ class CausalLM(nn.Module, ABC):
         return self.kv_cache_dtype != FP8 and all(builder.graph_safe_prefill for builder, _ in self._builders)
 
     def process_weights(self) -> None:
-        """Bring the weights into the order that the device's kernels read fastest; after this none can be loaded."""
+        """Bring the weights into the form that the device's kernels read; once, after this none can be loaded."""
         for module in self.modules():
-            if isinstance(module, Linear | LMHead):
+            if isinstance(module, Linear | LMHead | RMSNorm | HeadNorm):
                 module.process_weights()
 
     def forward(
@@ -234,7 +235,9 @@ class CausalLM(nn.Module, ABC):
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         hidden = F.embedding(input_ids, self.embed_tokens)
         scale = self.config.embedding_scale
-        return hidden if scale == 1.0 else hidden.mul_(scale)
+        if scale == 1.0:
+            return hidden
+        return hidden.mul_(_rounded(scale, self.dtype) if self.config.rounds_embedding_scale else scale)
 
     def _make_attention(
         self, config: AttentionConfig, backends: Mapping[AttentionSpec, type[AttentionBackend]], name: str
@@ -288,3 +291,8 @@ def _builders(layers: list[Attention], dtype: torch.dtype, block_size: int, devi
     for layer in layers:
         kinds.setdefault((layer.spec, layer.backend), []).append(layer.name)
     return [(backend.builder_class(spec, dtype, block_size, device), names) for (spec, backend), names in kinds.items()]
+
+
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()

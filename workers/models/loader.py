@@ -166,11 +166,12 @@ def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Pla
     found: dict[str, StoredTensor] = {}
     kv_scales: dict[Place, StoredTensor] = {}
     for stored in stored_tensors(folder):
-        if stored.name in wanted:
-            found[stored.name] = stored
-        elif (scale := kv_scale_place(stored.name, config.num_layers)) is not None:
+        name = weights.canonical(stored.name)
+        if name in wanted:
+            found[name] = stored
+        elif (scale := kv_scale_place(name, config.num_layers)) is not None:
             kv_scales[scale] = stored
-        elif not weights.is_unused(stored.name):
+        elif not weights.is_unused(name):
             raise CheckpointError(f"{stored.file}: tensor {stored.name} has no place in a {config.family} model")
     missing = [name for name in wanted if name not in found]
     if missing:

@@ -36,6 +36,7 @@ class ModelConfig:
         bos_token_id: None: there is none.
         attention: of each layer, in order.
         embedding_scale: multiplies the embeddings.
+        rounds_embedding_scale: whether it is rounded to the model's dtype before.
         logits_scale: multiplies the logits.
         logits_soft_cap: logits l become `c * tanh(l / c)`; None: they stay.
     """
@@ -53,6 +54,7 @@ class ModelConfig:
     bos_token_id: int | None
     attention: tuple[AttentionConfig, ...]
     embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False
     logits_scale: float = 1.0
     logits_soft_cap: float | None = None
 
