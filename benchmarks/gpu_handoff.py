@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, Environment, gpu_names
-from benchmarks.llama_8b import save_shape
+from benchmarks.model_shapes import MODEL_HELP, model_folder
 from benchmarks.report import to_json, write_json
 from benchmarks.server_process import ServerProcess, server_process
 from benchmarks.service_points import add_service_arguments, measure_service, time_first_token
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that both this benchmark and its peer's have."""
     parser.add_argument("--devices", default="0", metavar="N[,N]", help="GPUs: one, or two (default: 0)")
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with config.json; default: Llama-3.1-8B's")
+    parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--max-model-len", type=int, default=16384, metavar="N", help="default: 16384")
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192")
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="of decode (default: 256)")
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(output, to_json("gpu_service", environment, config, found))
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
+        folder = model_folder(args.model, Path(scratch))
         log = args.log or Path(scratch) / "server.log"
         try:
             with server_process(

@@ -31,7 +31,7 @@ from benchmarks.gpu_pool_ratio import (
     plans_of,
     standing_of,
 )
-from benchmarks.llama_8b import save_shape
+from benchmarks.model_shapes import model_folder
 from benchmarks.report import to_json, write_json
 from benchmarks.running_pools import RunningPools, Window, add_arguments, parse_asked, running_pools, time_for
 from benchmarks.service_points import Load, measure_load
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(args.output, to_json("gpu_losing_case", environment, config, found))
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
+        folder = model_folder(args.model, Path(scratch))
         asyncio.run(measure(args, folder, args.log or Path(scratch) / "server.log", found, save))
     return 1 if any("error" in here for here in found["sides"]) else 0
 

@@ -18,6 +18,7 @@ from benchmarks.goodput_search import Try, found, next_rate
 from benchmarks.gpu_handoff import command
 from benchmarks.measure import WallClock, measure_request
 from benchmarks.metrics import Objective
+from benchmarks.model_shapes import MODEL_HELP
 from benchmarks.server_process import ServerProcess, server_process
 from benchmarks.standing_load import StandingLoad, summary
 from benchmarks.workload import RequestSpec
@@ -242,7 +243,7 @@ def add_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--share", type=float, default=0.9, metavar="X", help="that must be met (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=4, metavar="N", help="processes that send (default: 4)")
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with config.json; default: Llama-3.1-8B's")
+    parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--max-model-len", type=int, default=16384, metavar="N", help="default: 16384")
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192")
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="of decode (default: 256)")

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
 from benchmarks.gpu_handoff import add_arguments, config_of
-from benchmarks.llama_8b import save_shape
+from benchmarks.model_shapes import model_folder
 from benchmarks.peers.openai_client import DisaggregatedClient, Endpoint, OpenAIClient
 from benchmarks.report import to_json, write_json
 from benchmarks.server_process import ServerProcess, server_process
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = args.devices.split(",")
     roles = (None,) if len(devices) == 1 else ("kv_producer", "kv_consumer")
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
+        folder = model_folder(args.model, Path(scratch))
         found["vocab_size"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         servers = []
         try:

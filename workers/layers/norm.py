@@ -19,15 +19,21 @@ class RMSNorm(nn.Module):
         size: H.
         eps: added to the mean square.
         context: of the model.
-        in_float32: keep the weight in float32, whatever the model's dtype: Gemma multiplies by 1 + w, and w is small;
-            its weight map adds the 1.
+        plus_one: multiply by 1 + w, w being what a checkpoint holds (Gemma). The sum is kept in float32, whatever the
+            model's dtype: w is small.
     """
 
-    def __init__(self, size: int, eps: float, context: LayerContext, *, in_float32: bool = False) -> None:
+    def __init__(self, size: int, eps: float, context: LayerContext, *, plus_one: bool = False) -> None:
         super().__init__()
-        dtype = torch.float32 if in_float32 else context.dtype
+        dtype = torch.float32 if plus_one else context.dtype
         self.weight = empty_parameter(size, dtype=dtype, device=context.device)
         self.eps = eps
+        self.plus_one = plus_one
+
+    def process_weights(self) -> None:
+        """Call once, after loading: adds the 1."""
+        if self.plus_one:
+            self.weight.add_(1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise and scale; of the input's shape and dtype."""
@@ -72,16 +78,32 @@ class HeadNorm(nn.Module):
         head_size: D.
         eps: added to the mean square.
         context: of the model.
-        in_float32: see `RMSNorm`.
+        plus_one: see `RMSNorm`.
+        weighted: whether there are weights to be loaded; else all are 1, and because a rotation changes no head's
+            length the norm is the same before it and behind it (Llama-4).
     """
 
     def __init__(
-        self, num_heads: int, head_size: int, eps: float, context: LayerContext, *, in_float32: bool = False
+        self,
+        num_heads: int,
+        head_size: int,
+        eps: float,
+        context: LayerContext,
+        *,
+        plus_one: bool = False,
+        weighted: bool = True,
     ) -> None:
         super().__init__()
-        dtype = torch.float32 if in_float32 else context.dtype
-        self.weight = empty_parameter(num_heads, head_size, dtype=dtype, device=context.device)
+        dtype = torch.float32 if plus_one else context.dtype
+        weight: torch.Tensor = empty_parameter(num_heads, head_size, dtype=dtype, device=context.device)
+        self.weight = weight if weighted else nn.Buffer(torch.ones_like(weight), persistent=False)
         self.eps = eps
+        self.plus_one = plus_one
+
+    def process_weights(self) -> None:
+        """See `RMSNorm.process_weights`."""
+        if self.plus_one:
+            self.weight.add_(1.0)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """(T, Hq + Hkv, D) normalised, each head by itself."""

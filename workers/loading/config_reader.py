@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 STATED = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-    | {"max_position_embeddings"}
+    | {"max_position_embeddings", "num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size"}
+    | {"shared_expert_intermediate_size", "intermediate_size_mlp"}
 )
 """Keys without which a config.json describes no model: nobody's default is taken for them."""
 
@@ -98,6 +99,23 @@ class ConfigReader:
         self.asked.add(key)
         return self.values[key] if key in self.values else self._default(key)
 
+    def inside(self, key: str, shared: Iterable[str] = ()) -> ConfigReader:
+        """The object at `key`, such as that of the text model in a multi-modal one's.
+
+        Such objects leave out whatever is a default of theirs: for them all of `defaults` counts, sizes too.
+
+        Args:
+            key: it must be there.
+            shared: keys whose values beside the object count where it has none.
+        """
+        given, default = self._stated(key), self._default(key) or {}
+        if not isinstance(given, Mapping):
+            raise self.error(key, f"must be an object, not {given!r}")
+        values = {name: default[name] for name in STATED if name in default}
+        values |= {name: self.values[name] for name in shared if self.values.get(name) is not None}
+        values |= {name: value for name, value in given.items() if value is not None or name not in values}
+        return ConfigReader(values, self.source, f"{self.prefix}{key}.", lambda: default)
+
     def optional_int(self, key: str) -> int | None:
         """An integer, or None when absent."""
         value = self._stated(key)
@@ -132,6 +150,13 @@ class ConfigReader:
         if not _is_finite(value) or value <= 0:
             raise self.error(key, f"must be a number above 0, not {value!r}")
         return float(value)
+
+    def optional_positive_float(self, key: str) -> float | None:
+        """A number above 0, or None for a null; where the key is absent what `defaults` has."""
+        value = self.get_or_default(key)
+        if value is not None and (not _is_finite(value) or value <= 0):
+            raise self.error(key, f"must be null or a number above 0, not {value!r}")
+        return None if value is None else float(value)
 
     def non_negative_float(self, key: str, default: float | None = None) -> float:
         """A number of at least 0; without a default it must be there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,14 +15,17 @@ from attention.backend import AttentionBackend, AttentionMetadata, KVScales
 from attention.forward_context import ForwardContext, forward_context
 from attention.kv_cache import layer_places
 from attention.layers.attention import Attention
+from attention.layers.chunked_local_attention import ChunkedLocalAttention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec
+from workers.errors import ConfigError
 from workers.layers.context import LayerContext
 from workers.layers.linear import Linear
 from workers.layers.linear_methods.base import empty_parameter
 from workers.layers.linear_methods.choice import linear_method_for
 from workers.layers.lm_head import LMHead, vocab_share
-from workers.layers.norm import RMSNorm
+from workers.layers.moe.experts import GroupedLinear
+from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.residual import Norm, ResidualStream
 from workers.layers.rotation import HeadShape, Rotation, make_rotation
 from workers.layers.self_attention import LayerBatch
@@ -64,7 +68,8 @@ class CausalLM(nn.Module, ABC):
         max_model_len: tokens of the longest sequence that is served; None: what the model was made for.
 
     Raises:
-        ConfigError: the group's size does not divide the model.
+        ConfigError: the group's size does not divide the model, or the block size not the chunks that its layers
+            attend within.
         AttentionBackendError: a backend whose KV cache does not lie in blocks.
     """
 
@@ -173,9 +178,9 @@ class CausalLM(nn.Module, ABC):
         return self.kv_cache_dtype != FP8 and all(builder.graph_safe_prefill for builder, _ in self._builders)
 
     def process_weights(self) -> None:
-        """Bring the weights into the order that the device's kernels read fastest; after this none can be loaded."""
+        """Bring the weights into the form that the device's kernels read; once, after this none can be loaded."""
         for module in self.modules():
-            if isinstance(module, Linear | LMHead):
+            if isinstance(module, Linear | LMHead | RMSNorm | HeadNorm | GroupedLinear):
                 module.process_weights()
 
     def forward(
@@ -234,14 +239,23 @@ class CausalLM(nn.Module, ABC):
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         hidden = F.embedding(input_ids, self.embed_tokens)
         scale = self.config.embedding_scale
-        return hidden if scale == 1.0 else hidden.mul_(scale)
+        if scale == 1.0:
+            return hidden
+        return hidden.mul_(_rounded(scale, self.dtype) if self.config.rounds_embedding_scale else scale)
 
     def _make_attention(
         self, config: AttentionConfig, backends: Mapping[AttentionSpec, type[AttentionBackend]], name: str
     ) -> Attention:
         spec = config.spec(self.kv_cache_dtype)
         sinks = torch.empty(config.num_heads, device=self.device) if config.has_sinks else None
-        return Attention(spec, backends[spec], name, sinks, kv_scales=KVScales())
+        if config.chunk_size is None:
+            return Attention(spec, backends[spec], name, sinks, kv_scales=KVScales())
+        if config.chunk_size % self.block_size:
+            raise ConfigError(
+                f"block_size is {self.block_size}, and does not divide the model's attention chunks of "
+                f"{config.chunk_size} tokens"
+            )
+        return ChunkedLocalAttention(spec, backends[spec], name, config.chunk_size, sinks, KVScales())
 
     def _rotation(self, config: AttentionConfig) -> Rotation:
         """One for all layers whose heads are alike and rotated alike: what it prepares serves all of them."""
@@ -293,3 +307,8 @@ def _builders(layers: list[Attention], dtype: torch.dtype, block_size: int, devi
     for layer in layers:
         kinds.setdefault((layer.spec, layer.backend), []).append(layer.name)
     return [(backend.builder_class(spec, dtype, block_size, device), names) for (spec, backend), names in kinds.items()]
+
+
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()

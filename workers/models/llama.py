@@ -113,7 +113,7 @@ class LlamaLayer(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """Llama, and what differs from it by the fields of `LlamaConfig`."""
 
-    config_class = LlamaConfig
+    config_class: ClassVar[type[ModelConfig]] = LlamaConfig
     config: LlamaConfig
     norms: ClassVar[Mapping[str, str]] = {
         "input_layernorm": "input_norm",
@@ -147,11 +147,21 @@ class LlamaForCausalLM(CausalLM):
             )
             if config.qk_norm:
                 weights.head_norms(theirs_attention, ours_attention, attention)
-            weights.gated_mlp(
-                f"{theirs}.mlp",
-                f"{ours}.mlp",
-                hidden,
-                config.intermediate_size,
-                bias=config.mlp_bias,
-                fused=config.fused_gate_up,
-            )
+            cls.map_mlp(config, weights, i, theirs, ours)
+
+    @classmethod
+    def map_mlp(cls, config: ModelConfig, weights: WeightMap, index: int, theirs: str, ours: str) -> None:
+        """Enter the tensors of a layer's MLP.
+
+        Args:
+            config: of the whole model.
+            weights: where they are entered.
+            index: of the layer.
+            theirs: what the layer is called in a checkpoint.
+            ours: what it is called in the model.
+        """
+        assert isinstance(config, LlamaConfig)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        weights.gated_mlp(
+            f"{theirs}.mlp", f"{ours}.mlp", hidden, inner, bias=config.mlp_bias, fused=config.fused_gate_up
+        )

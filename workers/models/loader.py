@@ -174,15 +174,18 @@ def load_weights(model: CausalLM, weights: WeightMap, folder: Path, progress: Pr
 def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Placement], dict[Place, StoredTensor]]:
     """Where every tensor of a checkpoint, or this rank's part of it, goes, and the scales among them."""
     config, parameters = model.config, dict(model.named_parameters())
+    tensors = stored_tensors(folder)
+    weights = weights.resolved({weights.canonical(stored.name) for stored in tensors})
     wanted = dict.fromkeys([*weights.targets, *weights.scales])
     found: dict[str, StoredTensor] = {}
     kv_scales: dict[Place, StoredTensor] = {}
-    for stored in stored_tensors(folder):
-        if stored.name in wanted:
-            found[stored.name] = stored
-        elif (scale := kv_scale_place(stored.name, config.num_layers)) is not None:
+    for stored in tensors:
+        name = weights.canonical(stored.name)
+        if name in wanted:
+            found[name] = stored
+        elif (scale := kv_scale_place(name, config.num_layers)) is not None:
             kv_scales[scale] = stored
-        elif not weights.is_unused(stored.name):
+        elif not weights.is_unused(name):
             raise CheckpointError(f"{stored.file}: tensor {stored.name} has no place in a {config.family} model")
     missing = [name for name in wanted if name not in found]
     if missing:

@@ -17,18 +17,19 @@ CHUNK_ELEMENTS = 2**24
 
 
 def fill_randomly(model: CausalLM, weights: WeightMap, seed: int) -> None:
-    """Draw weights from a normal distribution of deviation 0.02; norms become ones, biases zeros.
+    """Draw weights from a normal distribution of deviation 0.02; norms multiply by one, biases are zeros.
 
     A number depends on the seed, the tensor's name and the place in the whole tensor (and on the dtype and the kind of
     device), so that ranks hold shards of one model.
     """
     generator = torch.Generator(device=model.device)
-    parameters = dict(model.named_parameters())
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     for name, targets in weights.targets.items():
         for target in targets:
             place = target.place(parameters[target.parameter])
             if "norm" in name:
-                place.fill_(1.0)
+                norm = modules[target.parameter.rpartition(".")[0]]
+                place.fill_(0.0 if getattr(norm, "plus_one", False) else 1.0)
             elif len(target.shape) == 1 or name.endswith("bias"):
                 place.zero_()
             else:

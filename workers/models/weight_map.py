@@ -7,7 +7,7 @@ input features of its second ones (columns), after Megatron-LM (Shoeybi et al., 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from workers.layers.lm_head import vocab_share
@@ -51,6 +51,8 @@ class WeightMap:
     Attributes:
         targets: by the tensor's name there; one tensor may fill several places.
         unused: names of tensors that a checkpoint may hold although nothing reads them.
+        renamed: how names begin in some checkpoints, and how in `targets` and `unused`: of a text model inside another.
+        ignored: how names begin that nothing reads: of the other parts of such a model.
 
     Args:
         rank: 0 to `size` - 1.
@@ -60,6 +62,9 @@ class WeightMap:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.targets: dict[str, list[WeightTarget]] = {}
         self.unused: set[str] = set()
+        self.renamed: dict[str, str] = {}
+        self.ignored: set[str] = set()
+        self._forms: list[tuple[WeightMap, ...]] = []
         self.rank = rank
         self.size = size
 
@@ -77,7 +82,52 @@ class WeightMap:
 
     def is_unused(self, name: str) -> bool:
         """Whether a checkpoint may hold this tensor although nothing reads it."""
-        return name in self.unused or name.endswith("rotary_emb.inv_freq")
+        return name in self.unused or name.startswith(tuple(self.ignored)) or name.endswith("rotary_emb.inv_freq")
+
+    def canonical(self, name: str) -> str:
+        """The name in `targets` of what a checkpoint calls so."""
+        for theirs, ours in self.renamed.items():
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return name
+
+    def like(self) -> WeightMap:
+        """An empty one of the same rank."""
+        return WeightMap(self.rank, self.size)
+
+    def include(self, other: WeightMap) -> None:
+        """Enter all that another has."""
+        for name, targets in other.targets.items():
+            self.targets.setdefault(name, []).extend(targets)
+        self.unused |= other.unused
+        self.renamed |= other.renamed
+        self.ignored |= other.ignored
+        self._forms += other._forms
+
+    def one_of(self, *forms: WeightMap) -> None:
+        """Enter tensors that checkpoints hold in one of several forms, the usual one first; see `resolved`."""
+        self.include(forms[0])
+        self._forms.append(forms)
+
+    def resolved(self, names: Container[str]) -> WeightMap:
+        """The map for a checkpoint with these tensors: of several forms the first that has one there of its own.
+
+        Where none has, it is the usual one.
+        """
+        found = self.like()
+        found.include(self)
+        for forms in found._forms:
+            usual, chosen = forms[0], next((form for form in forms if form._is_seen(forms, names)), forms[0])
+            if chosen is not usual:
+                found.targets = {name: there for name, there in found.targets.items() if name not in usual.targets}
+                found.include(chosen)
+        found._forms = []
+        return found
+
+    def _is_seen(self, forms: Iterable[WeightMap], names: Container[str]) -> bool:
+        """Whether any of these names is in this one of the forms alone."""
+        elsewhere = {name for form in forms if form is not self for name in form.targets}
+        return any(name in names for name in self.targets if name not in elsewhere)
 
     def share(self, size: int) -> Share:
         """An equal part of a dimension for each rank."""
@@ -140,6 +190,16 @@ class WeightMap:
         self._add(f"{name}.weight", WeightTarget(f"{parameter}.weight", shape, region, begin, end, index))
         if bias:
             self.vector(f"{name}.bias", f"{parameter}.bias", rows, rows=(begin, end), index=index)
+
+    def text_of_multi_modal(self, others: Iterable[str]) -> None:
+        """Call the tensors of a text model as a multi-modal checkpoint does, in either of transformers' spellings.
+
+        Args:
+            others: names of the parts beside it, which nothing reads.
+        """
+        self.renamed |= {"language_model.model.": "model.", "model.language_model.": "model."}
+        self.renamed |= {"language_model.lm_head.": "lm_head."}
+        self.ignored |= {f"{prefix}{other}." for other in others for prefix in ("", "model.")}
 
     def outside_layers(self, config: ModelConfig) -> None:
         """Embedding, last norm and output matrix, as most families call them."""

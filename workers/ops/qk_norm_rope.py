@@ -52,7 +52,8 @@ def qk_norm_rope_(
         positions: (T,) int64, each less than the table's length, which nothing checks on a GPU.
         cos_sin: from `cos_sin_table`, (positions, R) of any floating dtype; the first R dimensions of a head are
             rotated. None: none are, in layers without positions.
-        norm_weight: (Hq + Hkv, D), contiguous: each head is normalised, as by `rms_norm`, before it is rotated.
+        norm_weight: (Hq + Hkv, D), contiguous, of any floating dtype: each head is normalised, as by `rms_norm`,
+            before it is rotated.
         eps: added to the mean square.
         cache: also store the rotated keys and the values, as `attention.kv_cache.reshape_and_cache` does.
         interleaved: dimensions (2i, 2i + 1) turn together, and not (i, i + R / 2).

@@ -84,6 +84,20 @@ def test_rms_norm_rounds_once(dtype: torch.dtype) -> None:
     assert_close_in_ulps(rms_norm(x, weight, EPS), exact, ulps=0.51)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_multiply_by_a_float32_weight_before_they_round(kernels: SimpleNamespace, dtype: torch.dtype) -> None:
+    x, residual, weight = randn(6, 256, dtype=dtype), randn(6, 256, dtype=dtype, seed=2), 1 + randn(256, seed=1) / 500
+    assert not torch.equal(weight, weight.to(dtype).float())
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * weight.double()
+    assert_close_in_ulps(rms_norm(x, weight, EPS), exact, ulps=0.51)
+    expected = rms_norm_torch(x, weight, EPS)
+    out = torch.full_like(x, NAN)
+    kernels.rms_norm(x, weight, EPS, out)
+    assert_close_in_ulps(out, expected)
+    kernels.rms_norm(x, weight, EPS, out, residual)
+    assert_close_in_ulps(out, rms_norm_torch(residual, weight, EPS))
+
+
 def test_rms_norm_kernel_reads_a_strided_view_and_leaves_the_rest(kernels: SimpleNamespace) -> None:
     wide = randn(6, 9, 32)
     before = wide.clone()
@@ -174,6 +188,16 @@ def test_rope_kernel_equals_its_twin(
     kernels.rope(qkv, num_q_heads, num_kv_heads, POSITIONS, table, weight, EPS, None)
     assert_close_in_ulps(qkv, expected)
     assert torch.equal(qkv[:, num_q_heads + num_kv_heads :], values)
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, RopeConfig(10000.0, None, 0.5), RopeConfig(10000.0, interleaved=True)])
+def test_rope_kernel_normalises_by_a_float32_weight(kernels: SimpleNamespace, rope: RopeConfig) -> None:
+    qkv, _, _ = rope_inputs(4, 2, 32, torch.bfloat16)
+    weight, table = 1 + randn(6, 32, seed=1) / 500, table_of(rope, 32)
+    expected = qkv.clone()
+    qk_norm_rope_torch_(expected, 4, 2, POSITIONS, table, weight, EPS, None, rope.interleaved)
+    kernels.rope(qkv, 4, 2, POSITIONS, table, weight, EPS, None, rope.interleaved)
+    assert_close_in_ulps(qkv, expected)
 
 
 @pytest.mark.parametrize("rope", [RopeConfig(10000.0), LLAMA3])

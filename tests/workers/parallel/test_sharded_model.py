@@ -25,17 +25,22 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2-untied-biased": ("cohere2", {"tie_word_embeddings": False, "attention_bias": True}),
     "glm4": ("glm4", {}),
     "granite-biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "gpt_oss": ("gpt_oss", {}),
     "llama": ("llama", {}),
     "llama-uneven": ("llama", {"vocab_size": 517}),
     "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama4-interleaved": ("llama4", {"interleave_moe_layer_step": 2}),
     "mistral": ("mistral", {}),
     "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {}),
+    "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied-uneven": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 517}),
+    "qwen2_moe-some-dense": ("qwen2_moe", {"decoder_sparse_step": 2}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied-biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {}),
 }
 EXTRA = ("dummy", "bfloat16", "fp8 cache")
 SIZES = [2, 4]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +36,7 @@ class ModelConfig:
         bos_token_id: None: there is none.
         attention: of each layer, in order.
         embedding_scale: multiplies the embeddings.
+        rounds_embedding_scale: whether it is rounded to the model's dtype before.
         logits_scale: multiplies the logits.
         logits_soft_cap: logits l become `c * tanh(l / c)`; None: they stay.
     """
@@ -53,6 +54,7 @@ class ModelConfig:
     bos_token_id: int | None
     attention: tuple[AttentionConfig, ...]
     embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False
     logits_scale: float = 1.0
     logits_soft_cap: float | None = None
 
@@ -119,6 +121,7 @@ class ModelConfig:
         *,
         activation_key: str = "hidden_act",
         norm_eps_key: str = "rms_norm_eps",
+        weight_formats: Collection[str] = (),
     ) -> dict[str, Any]:
         """The fields that every family has, but for `attention`, as keyword arguments.
 
@@ -127,11 +130,12 @@ class ModelConfig:
             generation_config: see `read`.
             activation_key: where the family names its activation.
             norm_eps_key: where it states what its norms add.
+            weight_formats: see `refuse_quantized_weights`.
 
         Raises:
             CheckpointError: a value is missing or wrong; names file and key.
         """
-        refuse_quantized_weights(read)
+        refuse_quantized_weights(read, weight_formats)
         return {
             "family": read.get("model_type"),
             "vocab_size": read.positive_int("vocab_size"),
