@@ -1,0 +1,86 @@
+"""Both engines in turns: tiny services of Baton's and a stand-in of vLLM's, every part, and what is left out for time."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_in_turns
+from benchmarks.llama_8b import SHAPE, save_shape
+
+TINY = {
+    **SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAKE = Path(__file__).with_name("fake_openai_server.py")
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    package = folder / "packages" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    shutil.copy(FAKE, package / "api_server.py")
+    settings = ("handoff.connector=local", "prefill.num_blocks=64", "decode.num_blocks=64", "decode.device=cpu")
+    return [
+        "--vllm-path", str(folder / "packages"), "--devices", "0,1", "--dtype", "float32", "--run", "test",
+        "--model", str(save_shape(folder / "tiny", TINY)), "--max-model-len", "256", "--max-num-seqs", "8",
+        "--max-num-batched-tokens", "64", "--start-timeout", "90", "--first-tokens", "8",
+        "--lengths", "8", "20", "--long", "16:1:0", "--requests", "2", "--warmup", "1", "--output-tokens", "4",
+        "--pause", "0", "--load", "20:6:4:0.5", "40:6:4:0.3", "--low", "none", "--asked", "tiny:20:6:2000:500",
+        "--window", "0.5", "--settle", "0.1", "--tries", "1", "--clients", "1", "--kernel-cache", str(folder / "kc"),
+        "--output-folder", str(folder / "out"), *(f"--set={text}" for text in settings), *more,
+    ]  # fmt: skip
+
+
+def result(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / f"{name}.json").read_text())
+    return found
+
+
+def test_both_engines_are_measured_in_turns(tmp_path: Path) -> None:
+    assert gpu_in_turns.main(flags(tmp_path, "--seconds", "300", "--sides", "always", "auto")) == 0
+    for name, gpus in (("baton_1gpu", 1), ("baton_undivided", 1), ("baton_2gpu", 2)):
+        _check_service(result(tmp_path, f"gpu_service_{name}"), "baton", gpus, alone=gpus == 2, loads=gpus == 2)
+    for name, gpus in (("vllm_1gpu", 1), ("vllm_2gpu", 2), ("vllm_push_2gpu", 2)):
+        found = result(tmp_path, f"gpu_service_{name}")
+        _check_service(found, "vllm", gpus, alone=False, loads=gpus == 2)
+        assert found["config"]["connector"] == ("NixlPushConnector" if "push" in name else "NixlConnector")
+    losing = result(tmp_path, "gpu_losing_case")
+    assert [side["disaggregation"] for side in losing["sides"]] == ["always", "auto"]
+    assert all(side["goodput"]["rate"] > 0 for side in losing["sides"])
+    written = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    configs = [json.loads(path.read_text())["config"] for path in (tmp_path / "out").iterdir()]
+    assert str(tmp_path) not in json.dumps(configs)
+    assert "first_token_s" not in {key for key in json.loads(written[: written.index("\n}\n") + 2])}
+
+
+def _check_service(found: dict[str, Any], engine: str, gpus: int, alone: bool, loads: bool) -> None:
+    assert (found["config"]["engine"], found["config"]["gpus"], found["config"]["run"]) == (engine, gpus, "test")
+    assert len(found["first"]["ttft_s"]) == len(found["first"]["second_token_s"]) == 3
+    assert [(row["prompt_tokens"], len(row["requests"])) for row in found["lengths"]] == [(8, 2), (20, 1)]
+    assert [row["alone_ttft_s"] is not None for row in found["lengths"]] == [alone, False]
+    assert [load["load"]["rate"] for load in found.get("loads", [])] == ([20.0, 40.0] if loads else [])
+    for load in found.get("loads", []):
+        assert load["summary"]["by_status"] == {"OK": load["summary"]["requests"]}
+
+
+def test_what_there_is_no_time_for_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_in_turns.main(flags(tmp_path, "--seconds", "1", "--parts", "vllm")) == 0
+    said = capsys.readouterr().err
+    assert "left out for want of time: vLLM's lengths" in said
+    assert "left out for want of time: the push connector's loads" in said
+
+
+def test_a_service_that_does_not_start_ends_none_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(tmp_path, "--seconds", "60", "--parts", "vllm")
+    server = tmp_path / "packages" / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    refusal = 'if "NixlPushConnector" in str(__import__("sys").argv): raise SystemExit("no such connector")\n'
+    text = server.read_text()
+    server.write_text(text.replace("import argparse\n", f"import argparse\n{refusal}", 1))
+    assert gpu_in_turns.main(words) == 0
+    assert "did not start: the server ended with 1: no such connector" in capsys.readouterr().err
+    assert [row["prompt_tokens"] for row in result(tmp_path, "gpu_service_vllm_2gpu")["lengths"]] == [8, 20]
+    assert not (tmp_path / "out" / "gpu_service_vllm_push_2gpu.json").exists()
