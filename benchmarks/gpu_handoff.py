@@ -136,7 +136,7 @@ def config_of(args: argparse.Namespace, engine: str, cold: bool | None) -> dict[
         "short": None if args.short is None else str(args.short),
         "long": asdict(args.long),
     }
-    about = {"engine": engine, "gpus": len(args.devices.split(",")), "gpu_names": gpu_names(), "cold_caches": cold}
+    about = {"engine": engine, "gpus": len(set(args.devices.split(","))), "gpu_names": gpu_names(), "cold_caches": cold}
     return {**flags, **loads, **about}
 
 

@@ -1,6 +1,7 @@
-"""Baton and vLLM on the same two GPUs, one engine after the other, in one start of the machine.
+"""Baton and vLLM on the same GPUs, one engine after the other, in one start of the machine.
 
-    python -m benchmarks.gpu_in_turns --vllm-path DIR --devices 0,1 --run NAME
+    python -m benchmarks.gpu_in_turns --vllm-path DIR --devices 0,1 --run NAME      1P1D on two GPUs, beside one
+    python -m benchmarks.gpu_in_turns --vllm-path DIR --devices 0 --run NAME        1P1D on one card, beside one worker
 
 Every engine has its services up at once, each with a KV cache of a given size: one GPU and 1P1D, so that prompts of one
 length go to both in turn and drift counts for neither. What runs under load has the GPUs for itself, but for idle
@@ -45,6 +46,8 @@ _LOSING_FLAGS = (
     "devices", "dtype", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "seconds", "window", "settle",
     "tries", "share", "clients", "seed", "set", "sides", "run", "note",
 )  # fmt: skip
+_TWO_CARDS = {"one": "1gpu", "pair": "2gpu", "push_pair": "push_2gpu", "undivided": "undivided"}
+"""A service's name in the names of files that `benchmarks.gpu_handoff` and its peer write too."""
 _NOT_KEPT = {"output_folder", "logs", "begin_when", "asked", "low", "single_kv_gb", "pair_kv_gb", "vllm_path"}
 """Folders of the machine, and what is said elsewhere."""
 _PAIR_SETTINGS = (*(f"{key}={value}" for key, value in SIDES["always"].settings.items()),)
@@ -90,6 +93,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
+        self.one_card = "," not in args.devices
+        self.pair_devices = args.devices if not self.one_card else f"{args.devices},{args.devices}"
         self.until = time.perf_counter() + args.seconds
         self.environment = Environment.capture(threads=None)
         self.environ, _ = gpu_handoff.kernel_caches(args.kernel_cache and args.kernel_cache / "baton")
@@ -126,7 +131,7 @@ class Run:
     async def baton(self, name: str, devices: str, settings: Sequence[str] = ()) -> AsyncIterator[Up]:
         """A service of Baton's."""
         args = self._args_of(devices, settings)
-        result = self._result(f"gpu_service_baton_{name}.json", args, "baton")
+        result = self._result(name, args, "baton")
         log = self.args.logs / f"baton_{name}.log"
         async with gpu_handoff.running_service(args, self.folder, self.environ, log, result.found) as service:
             yield Up(service, result, args)
@@ -137,7 +142,7 @@ class Run:
         args = self._args_of(devices)
         args.connector = connector
         args.kernel_cache = args.kernel_cache and args.kernel_cache / f"vllm_{name}"
-        result = self._result(f"gpu_service_vllm_{name}.json", args, "vllm")
+        result = self._result(name, args, "vllm")
         log = self.args.logs / f"vllm_{name}.log"
         async with vllm_handoff.running_service(args, self.folder, log, result.found) as service:
             yield Up(service, result, args)
@@ -153,19 +158,20 @@ class Run:
     def _result(self, name: str, args: argparse.Namespace, engine: str) -> Result:
         plain = argparse.Namespace(**{flag: value for flag, value in vars(args).items() if flag not in _NOT_KEPT})
         config = gpu_handoff.config_of(plain, engine, None)
-        return Result(self.args.output_folder / name, "gpu_service", self.environment, config)
+        stem = f"gpu_one_card_{engine}_{name}" if self.one_card else f"gpu_service_{engine}_{_TWO_CARDS[name]}"
+        return Result(self.args.output_folder / f"{stem}.json", "gpu_service", self.environment, config)
 
 
 async def baton_part(run: Run) -> None:
     """The pair and one GPU: first requests, lengths; then the pair: loads, goodput."""
-    first_gpu, second_gpu = run.args.devices.split(",")
+    first_gpu, *other_gpus = run.args.devices.split(",")
     async with AsyncExitStack() as stack, AsyncExitStack() as singles:
-        (pair,) = await started(stack, run.baton("2gpu", run.args.devices, _PAIR_SETTINGS))
+        (pair,) = await started(stack, run.baton("pair", run.args.devices, _PAIR_SETTINGS))
         await asyncio.to_thread(_wait_for, run.args.begin_when, run.left_s)
         settings = [text.format(run.args.max_num_batched_tokens) for text in _UNDIVIDED_SETTINGS]
-        one, undivided = await started(
-            singles, run.baton("1gpu", first_gpu), run.baton("undivided", second_gpu, settings)
-        )
+        others = [run.baton("undivided", (other_gpus or [first_gpu])[0], settings)]
+        others += [] if run.one_card else [run.baton("one", first_gpu)]
+        undivided, one = [*await started(singles, *others), None][:2]
         await first_of(run, pair, one, undivided)
         turns = [(one, False), (pair, False), (pair, True), (undivided, False)]
         await run.step("Baton's lengths", 170.0, 0.0, partial(lengths, run.args, turns))
@@ -181,11 +187,11 @@ async def vllm_part(run: Run) -> None:
     keep_s = 2 * _SIDE_S if "goodput" in run.args.parts else 0.0
     async with AsyncExitStack() as stack, AsyncExitStack() as singles:
         (one,), (pull, push) = await asyncio.gather(
-            started(singles, run.vllm("1gpu", run.args.devices.split(",")[0])),
+            started(singles, run.vllm("one", run.args.devices.split(",")[0])),
             started(
                 stack,
-                run.vllm("2gpu", run.args.devices),
-                run.vllm("push_2gpu", run.args.devices, "NixlPushConnector"),
+                run.vllm("pair", run.pair_devices),
+                run.vllm("push_pair", run.pair_devices, "NixlPushConnector"),
             ),
         )
         await first_of(run, one, pull, push)

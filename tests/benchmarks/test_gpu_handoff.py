@@ -31,7 +31,8 @@ def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
             "--max-model-len", "256", "--max-num-batched-tokens", "64", "--max-num-seqs", "4", "--start-timeout", "90",
             "--lengths", "20", "100", "--requests", "2", "--warmup", "1", "--output-tokens", "5", "--alone",
             "--pause", "0",
-            "--load", "8:24:6:1", "--first-tokens", "8", "--short", "8:8:4:1", "--kernel-cache", str(tmp_path / "kernels"),
+            "--load", "8:24:6:1", "--first-tokens", "8", "--short", "8:8:4:1",
+            "--kernel-cache", str(tmp_path / "kernels"),
             "--output", str(output), "--run", "test", *(f"--set={setting}" for setting in settings),
         ]
     )  # fmt: skip

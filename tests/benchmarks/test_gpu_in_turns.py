@@ -1,4 +1,4 @@
-"""Both engines in turns: tiny services of Baton's and a stand-in of vLLM's, every part, and what is left out for time."""
+"""Both engines in turns: tiny services of Baton's, a stand-in of vLLM's, every part, and what is left out for time."""
 
 import json
 import shutil
@@ -49,10 +49,10 @@ def test_both_engines_are_measured_in_turns(tmp_path: Path) -> None:
     losing = result(tmp_path, "gpu_losing_case")
     assert [side["disaggregation"] for side in losing["sides"]] == ["always", "auto"]
     assert all(side["goodput"]["rate"] > 0 for side in losing["sides"])
-    written = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
-    configs = [json.loads(path.read_text())["config"] for path in (tmp_path / "out").iterdir()]
-    assert str(tmp_path) not in json.dumps(configs)
-    assert "first_token_s" not in {key for key in json.loads(written[: written.index("\n}\n") + 2])}
+    for path in (tmp_path / "out").iterdir():
+        found = json.loads(path.read_text())
+        assert str(tmp_path) not in json.dumps({**found, "environment": None}), "results name no folder"
+        assert "first_token_s" not in found, "services have waited for others"
 
 
 def _check_service(found: dict[str, Any], engine: str, gpus: int, alone: bool, loads: bool) -> None:
@@ -63,6 +63,16 @@ def _check_service(found: dict[str, Any], engine: str, gpus: int, alone: bool, l
     assert [load["load"]["rate"] for load in found.get("loads", [])] == ([20.0, 40.0] if loads else [])
     for load in found.get("loads", []):
         assert load["summary"]["by_status"] == {"OK": load["summary"]["requests"]}
+
+
+def test_on_one_card_pairs_share_it(tmp_path: Path) -> None:
+    words = flags(tmp_path, "--seconds", "60", "--parts", "vllm", "--single-kv-gb", "1", "--pair-kv-gb", "2")
+    words[words.index("--devices") + 1] = "0"
+    assert gpu_in_turns.main(words) == 0
+    kept = {"one": ("0", 1.0), "pair": ("0,0", 2.0), "push_pair": ("0,0", 2.0)}
+    for name, (devices, gigabytes) in kept.items():
+        config = result(tmp_path, f"gpu_one_card_vllm_{name}")["config"]
+        assert (config["devices"], config["gpus"], config["kv_cache_gb"]) == (devices, 1, gigabytes)
 
 
 def test_what_there_is_no_time_for_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
