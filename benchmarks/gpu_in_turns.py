@@ -140,7 +140,7 @@ class Run:
     async def vllm(self, name: str, devices: str, connector: str = "NixlConnector") -> AsyncIterator[Up]:
         """A service of vLLM's."""
         args = self._args_of(devices)
-        args.connector = connector
+        args.set, args.connector = [], connector
         args.kernel_cache = args.kernel_cache and args.kernel_cache / f"vllm_{name}"
         result = self._result(name, args, "vllm")
         log = self.args.logs / f"vllm_{name}.log"

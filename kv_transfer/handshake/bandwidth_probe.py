@@ -23,9 +23,9 @@ def probe_bandwidth(transport: Transport, peer: str, message: bytes) -> Generato
     """Measure the way to a peer, on the thread that owns the transport; yields whenever others should have their turn.
 
     Posting n descriptors takes write_s + n · descriptor_s, and b bytes land after a while + b / bytes_per_s. Both come
-    from differences between transfers, and each time is the shortest of some repeats. The while is as long as the peer's
-    thread takes to look, some hundred microseconds, in which NVLink moves more than all pieces: so WRITEs of all pieces
-    are posted together, more and more of them, until moving them takes several times the while.
+    from differences between transfers, and each time is the shortest of some repeats. The while is as long as the
+    peer's thread takes to look, some hundred microseconds, in which NVLink moves more than all pieces: so WRITEs of all
+    pieces are posted together, more and more of them, until moving them takes several times the while.
 
     Args:
         transport: which knows the peer.

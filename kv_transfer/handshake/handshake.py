@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 _ASK_AGAIN_S = 1.0
 _AWAKE_S = 0.2
-"""For so long after a peer's message more of them are expected: what a peer measures, down to how fast data moves, takes
-as long as this side takes to look."""
+"""After a message more are expected for so long: what a peer measures takes as long as this side takes to look."""
 
 
 @dataclass(eq=False)
