@@ -11,6 +11,7 @@ from benchmarks.markdown import provenance, read_result, table
 _NONE = "No result is kept yet."
 _DASH = "—"
 _SIDES = {"always": "1P1D", "never": "2 × both", "auto": "1P1D, auto"}
+_LOSING_FILES = ("gpu_losing_case.json", "gpu_losing_case_tight.json")
 _LOSING_HEADER = (*_SIDES.values(), "1P1D / both")
 _TRIED_HEADER = ("", "rate/s", "met", "TTFT p90, ms", "TPOT p90, ms", "gateway, cores")
 
@@ -32,11 +33,12 @@ def pool_ratio(results: Path) -> str:
 
 
 def losing_case(results: Path) -> str:
-    """The same requests on 1P1D, on two workers that do both, and on 1P1D that chooses."""
-    path = results / "gpu_losing_case.json"
-    if not path.exists():
-        return _NONE
-    result = read_result(path)
+    """The same requests on 1P1D, on two workers that do both, and on 1P1D that chooses, for each kept objective."""
+    paths = [results / name for name in _LOSING_FILES if (results / name).exists()]
+    return "\n\n".join(_losing_case(read_result(path)) for path in paths) or _NONE
+
+
+def _losing_case(result: Mapping[str, Any]) -> str:
     sides = {side["disaggregation"]: side for side in result["sides"]}
     pair, mixed, auto = (sides.get(name, {}) for name in ("always", "never", "auto"))
     low, asked = result["low"], result["asked"]
