@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -33,9 +34,11 @@ class ImpatientTransport(LocalTransport):
         super().__init__(fabric)
         self.granted: dict[HandoffKey, Grant] = {}
 
-    def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register(
+        self, engine_id: str, incarnation: int, kv_caches: Sequence[torch.Tensor], layout: KVLayout
+    ) -> EngineInfo:
         self.num_layers = layout.num_layers
-        return super().register(engine_id, incarnation, kv_cache, layout)
+        return super().register(engine_id, incarnation, kv_caches, layout)
 
     def send(self, peer: str, message: bytes) -> None:
         super().send(peer, message)
@@ -52,7 +55,8 @@ class ImpatientTransport(LocalTransport):
 
     def all_parts(self, final: Final) -> list[Part]:
         grant = self.granted[final.key]
-        rectangle = (0, self.num_layers, grant.first_block, len(grant.block_ids))
+        (blocks,) = grant.groups  # the model has one cache group
+        rectangle = (0, 0, self.num_layers, blocks.first_block, len(blocks.block_ids))
         return [Part(final.key, index, *rectangle) for index in range(final.num_parts)]
 
 

@@ -113,7 +113,7 @@ def test_chunks_behind_a_prefix_are_warm_before_anybody_waits_for_them(max_model
     model = load_model(tiny_checkpoint("llama"), dtype="float32")
     runner = ModelRunner(model, group_caches(model, 8))
     batches: list = []
-    hook = model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[3]))
+    hook = model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[3][0]))
     warm_up_chunks(runner, 32, max_model_len)
     hook.remove()
     assert [(batch.context_lens[0] - batch.query_lens[0], batch.query_lens[0]) for batch in batches] == chunks
