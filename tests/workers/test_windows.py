@@ -219,3 +219,16 @@ def test_a_null_block_stays_zero(cluster_of):
     for worker in workers_of(cluster):
         assert not bool(worker._runner.kv_caches[-1][:, 0].any())
         assert bool(torch.isnan(worker._runner.kv_caches[-1][:, 1:]).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_give_the_same_tokens(cluster_of, checkpoint, reference_greedy):
+    """Short prompts and decode steps as CUDA graphs, over every cache group."""
+    cluster = cluster_of(device="cuda", attention_backend="TRITON_ATTN", max_num_batched_tokens=64)
+    expected = {}
+    for i, length in enumerate((1, 24, 60, 100, 160)):
+        expected[f"r{i}"] = reference_greedy(checkpoint, prompt(length, i), 40)
+        cluster.submit(f"r{i}", prompt(length, i), greedy(40))
+    run_clean(cluster)
+    assert {name: cluster.token_ids(name) for name in expected} == expected
