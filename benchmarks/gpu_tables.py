@@ -169,7 +169,7 @@ def group_sizes(results: Path) -> str:
         for length in group["lengths"]:
             with_handoff, alone = length["ttft_s"], length["alone_ttft_s"]
             cells = (_ms(with_handoff), _ms(alone), f"**{_ms(with_handoff - alone)}**", _ms(length["second_token_s"]))
-            rows.append((f"{length['prompt_tokens']} tokens", str(group["layers_per_write"]), *cells))
+            rows.append((f"{length['prompt_tokens']} tokens", str(group["layers_per_group"]), *cells))
     rows.sort(key=lambda row: (int(row[0].split()[0]), int(row[1])))
     header = ("TTFT p50, ms", "layers in a WRITE", "with a handoff", "for a single token", "difference", "second token")
     return f"{table(header, rows, num_text_columns=1)}\n\n{_provenance({'': found})}"

@@ -22,7 +22,7 @@ from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.text_generation import Generation
-from cluster.launch_report import in_words, layers_per_write, progress_lines, readable_size, worker_line
+from cluster.launch_report import group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
@@ -93,7 +93,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             disaggregation=config.router.disaggregation,
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
-        sizes = [layers_per_write(group, placements[group.key].device) for group in groups if group.settings.replicas]
+        sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
         report(f"loading {folder.name} into {in_words(sizes)}, {readable_size(model_bytes(model, dtype))} each")
         if not any(group.settings.replicas for group in groups if group.role == "prefill"):
             report("there are no prefill workers: every prompt is computed on its decode worker")

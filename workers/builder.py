@@ -124,7 +124,7 @@ def build_worker(
     memory = graphs.memory(
         model_bytes(model.config, model.dtype, group), sum(kv_cache.nbytes for kv_cache in runner.kv_caches)
     )
-    step_times = _measure(worker, runner, config, max_model_len, group)
+    step_times = measure_step_times(worker, runner, config, max_model_len, group)
     if isinstance(worker, PrefillWorker):
         worker.layers_per_write.step_times = step_times
     return BuiltWorker(
@@ -191,7 +191,7 @@ def _make_worker(
     )
 
 
-def _measure(
+def measure_step_times(
     worker: PrefillWorker | DecodeWorker,
     runner: ModelRunner,
     config: WorkerConfig,

@@ -15,6 +15,7 @@ from workers.errors import BatonError, DeadlineExceededError, HandoffError, Samp
 from workers.handoff.receiving import Arrival, RemotePrefill
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
+from workers.kv_cache.prefix_cache import PrefixCache
 from workers.messages import (
     CacheUpdate,
     DecodeReport,
@@ -159,6 +160,41 @@ class DecodeWorker:
     def has_requests(self) -> bool:
         """Whether anything is under way, or blocks are held for someone who might still write to them."""
         return bool(self._sequences) or bool(self._launches) or self._remote.in_flight or self._local.in_flight
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model and its cache."""
+        return self._runner
+
+    @property
+    def blocks(self) -> PrefixCache:
+        """The blocks of its primary cache group: free, in use, or kept for what is in them."""
+        return self.cache.groups[self.cache.primary].pool
+
+    @property
+    def block_tables(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks of everybody who holds some, those that are computed, expected or still written to included.
+
+        Those of the primary cache group.
+        """
+        in_flight = {sequence for launch in self._launches for sequence in launch.sequences}
+        decoded = in_flight.union(self._batch.running, self._remote.expected)
+        return (*(tuple(self.cache.held(sequence.tables)) for sequence in decoded), *self._local.block_tables)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Decode steps that are launched, and whose tokens have not been looked at."""
+        return len(self._launches)
+
+    @property
+    def num_computing(self) -> int:
+        """Prompts that are computed here: they have blocks, and no first token yet."""
+        return self._local.num_admitted
+
+    @property
+    def running_requests(self) -> tuple[str, ...]:
+        """Those in the batch, oldest first."""
+        return tuple(sequence.request.request_id for sequence in self._batch.running)
 
     @property
     def load(self) -> Load:

@@ -135,7 +135,7 @@ class WorkerHost:
 
     def connect(self, peer: Sequence[EngineInfo], timeout_s: float) -> None:
         """Meet a peer, all of whose ranks are given, its lead first; see `KVConnector.connect`."""
-        introduce(self._connector, peer, timeout_s)
+        handshake(self._connector, peer, timeout_s)
 
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """Prove the path to a peer; see `KVConnector.probe`."""
@@ -157,10 +157,10 @@ class WorkerHost:
         self._connector.close()
 
 
-def introduce(connector: KVConnector, peer: Sequence[EngineInfo], timeout_s: float) -> None:
-    """Meet a peer on one rank; see `AgreedConnector.introduce`."""
+def handshake(connector: KVConnector, peer: Sequence[EngineInfo], timeout_s: float) -> None:
+    """Meet a peer on one rank; see `AgreedConnector.handshake`."""
     if isinstance(connector, AgreedConnector):
-        connector.introduce(peer, timeout_s)
+        connector.handshake(peer, timeout_s)
     else:
         connector.connect(peer[0], timeout_s)  # a peer of several ranks has another layout, and is refused for it
 

@@ -60,7 +60,7 @@ class SimulatedWorker:
     def __init__(self, name: str, role: str, hardware: Hardware, fabric: Fabric) -> None:
         self.name, self.role = name, role
         self.engine_id = f"{name}.{next(_incarnations):016x}"
-        self._hardware = hardware
+        self.hardware = hardware
         self._fabric = fabric
         self._out: asyncio.Queue[StepOutput | None] = asyncio.Queue()
         self._prompts: deque[WorkerRequest] = deque()
@@ -74,11 +74,11 @@ class SimulatedWorker:
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """See `WorkerHandle.start`."""
-        await asyncio.sleep(self._hardware.load_s)
+        await asyncio.sleep(self.hardware.load_s)
         self._alive = True
         self._fabric[self.engine_id] = self
         self._spawn(self._prefill() if self.role == "prefill" else self._decode())
-        return self._hardware.described(self.name, self.role, self.engine_id)
+        return self.hardware.described(self.name, self.role, self.engine_id)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
@@ -91,7 +91,7 @@ class SimulatedWorker:
         """See `WorkerHandle.link_to`."""
         if (peer := self._fabric.get(engine_id)) is None:
             return None
-        return LinkCost(0.0, 0.0, self._hardware.bytes_per_s(peer._hardware))
+        return LinkCost(0.0, 0.0, self.hardware.bytes_per_s(peer.hardware))
 
     def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHandle.submit`."""
@@ -102,7 +102,7 @@ class SimulatedWorker:
         else:
             tokens = len(request.prompt_token_ids) + 1
             left = answer_tokens(request.sampling) - request.num_output_tokens - 1
-            remaining = min(left, self._hardware.max_model_len - tokens)
+            remaining = min(left, self.hardware.max_model_len - tokens)
             sequence = Decoding(request, tokens, remaining, cached_tokens=self._store.find(request.prompt_token_ids))
             if request.peer_engine is None:
                 self._local.add(sequence)
@@ -178,7 +178,7 @@ class SimulatedWorker:
                 await self._news.wait()
             request = self._prompts[0]
             tokens, started, cached = len(request.prompt_token_ids), clock(), self._store.find(request.prompt_token_ids)
-            await asyncio.sleep(self._hardware.prompt_s(tokens, cached))
+            await asyncio.sleep(self.hardware.prompt_s(tokens, cached))
             if not self._prompts or self._prompts[0] is not request:
                 continue  # aborted meanwhile
             self._prompts.popleft()
@@ -197,14 +197,14 @@ class SimulatedWorker:
         exposed_s, num_bytes = 0.0, 0
         if peer := self._fabric.get(request.peer_engine or ""):
             lacks = peer.lacks(request)
-            exposed_s = self._hardware.exposed_s(peer._hardware, lacks, compute_s)
-            num_bytes = lacks * self._hardware.kv_bytes_per_token
+            exposed_s = self.hardware.exposed_s(peer.hardware, lacks, compute_s)
+            num_bytes = lacks * self.hardware.kv_bytes_per_token
             await asyncio.sleep(exposed_s)
             peer.receive(request.attempt_id)
         self._say(HandoffReport(request.request_id, num_bytes, 1, exposed_s, exposed_s, attempt_id=request.attempt_id))
 
     async def _decode(self) -> None:
-        hardware = self._hardware
+        hardware = self.hardware
         block_s = hardware.block_size * hardware.kv_bytes_per_token / hardware.host_bytes_per_s
         while True:
             batch, steps, moved = self._memory.next_batch(1 if self._local else hardware.steps_at_once)
@@ -248,7 +248,7 @@ class SimulatedWorker:
 
     def _say(self, *events: WorkerEvent) -> None:
         load = Load(
-            self._hardware.num_blocks, self._memory.num_free, waiting=len(self._prompts), running=len(self._memory)
+            self.hardware.num_blocks, self._memory.num_free, waiting=len(self._prompts), running=len(self._memory)
         )
         self._out.put_nowait(StepOutput(self.engine_id, events, load, self._store.take_update()))
 

@@ -21,7 +21,8 @@ from workers.errors import CapacityError
 from workers.messages import DecodeReport, HandoffReport, PrefillReport, StepOutput, WorkerEvent
 from workers.token_ids import NO_TOKENS, TokenIds
 
-_REPORT_PATIENCE_S = 0.25
+REPORT_PATIENCE_S = 0.25
+"""How long the report of a handoff is waited for whose request has ended."""
 _MIN_TIMEOUT_S = 0.001
 _SHUTTING_DOWN = "the service is shutting down"
 
@@ -213,7 +214,7 @@ class Attempts:
         if attempt.reported:
             self.end_attempt(attempt)
         else:
-            asyncio.get_running_loop().call_later(_REPORT_PATIENCE_S, self.end_attempt, attempt)
+            asyncio.get_running_loop().call_later(REPORT_PATIENCE_S, self.end_attempt, attempt)
 
 
 def routing_request_of(request: EngineRequest, output: TokenIds = NO_TOKENS) -> RoutingRequest:

@@ -116,6 +116,21 @@ class ServingEngine:
         """See `Engine.block_sizes`."""
         return self._load_tracker.block_sizes
 
+    @property
+    def pools(self) -> WorkerPools:
+        """The workers that it serves with."""
+        return self._pools
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for room."""
+        return len(self._queue)
+
+    @property
+    def num_attempts(self) -> int:
+        """Attempts at requests that are under way."""
+        return len(self._attempts)
+
     def infos(self) -> list[WorkerInfo]:
         """What each worker that has started said of itself, prefill first."""
         return self._pools.infos()

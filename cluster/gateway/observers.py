@@ -68,7 +68,7 @@ class EngineObserver:
         """A worker is starting (and goes by its name yet), ready, draining or lost."""
 
 
-_EVENTS = tuple(name for name, member in vars(EngineObserver).items() if callable(member) and not name.startswith("_"))
+EVENTS = tuple(name for name, member in vars(EngineObserver).items() if callable(member) and not name.startswith("_"))
 
 
 class Observers(EngineObserver):
@@ -89,7 +89,7 @@ class Observers(EngineObserver):
     def add(self, observer: EngineObserver) -> None:
         """Tell one more, from now on, after the others."""
         self._observers.append(observer)
-        for event in _EVENTS:
+        for event in EVENTS:
             listeners = [getattr(each, event) for each in self._observers if _defines(each, event)]
             if listeners:
                 setattr(self, event, self._teller(event, listeners))

@@ -15,7 +15,8 @@ from workers.errors import DeadlineExceededError, HandoffError
 from workers.token_ids import TokenIds, as_token_ids
 
 _MAX_ATTEMPTS = 3
-_REPORT_PATIENCE_S = 0.25
+REPORT_PATIENCE_S = 0.25
+"""How long whoever asks for a report waits for that of the handoff."""
 
 
 class AttemptStarter(Protocol):
@@ -108,7 +109,7 @@ class RunningRequest:
         if self._attempt is None:
             raise RuntimeError("the request has not been placed yet")
         if self._attempt.finished:
-            await self._attempt.handoff_reported(_REPORT_PATIENCE_S)
+            await self._attempt.handoff_reported(REPORT_PATIENCE_S)
         report, first = self._attempt.report(), self._first_report
         if first is None:
             return report

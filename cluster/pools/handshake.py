@@ -20,8 +20,10 @@ from workers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_RECONCILE_INTERVAL_S = 2.0
-_START_PATIENCE_S = 60.0  # a meeting that fails takes up to 30 s
+RECONCILE_INTERVAL_S = 2.0
+"""From one attempt of two that cannot reach each other to the next."""
+START_PATIENCE_S = 60.0
+"""How long a start waits until some pair has met; a meeting that fails takes up to 30 s."""
 _LOOK_INTERVAL_S = 0.05
 
 
@@ -75,7 +77,7 @@ class Handshakes:
             ConfigError: with the first reason.
         """
         clock = asyncio.get_running_loop().time
-        patience_ends = clock() + _START_PATIENCE_S
+        patience_ends = clock() + START_PATIENCE_S
         pairs = len(self._roster.pool("prefill")) * len(self._roster.pool("decode"))
         while True:
             refused = [why for replica in self._roster for why in replica.unsupported_reasons.values()]
@@ -92,7 +94,7 @@ class Handshakes:
         """Introduce two workers again and again until they reach each other or one of them is gone."""
         names = (one.engine_id, other.engine_id)
         while True:
-            await asyncio.sleep(_RECONCILE_INTERVAL_S)
+            await asyncio.sleep(RECONCILE_INTERVAL_S)
             if any(self._roster.find(name) is None for name in names) or not (one.serves and other.serves):
                 return
             with contextlib.suppress(KVTransferError, WorkerLostError):

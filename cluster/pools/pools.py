@@ -96,7 +96,7 @@ class WorkerPools:
         return self._scaling.scale(targets)
 
     async def start(self) -> None:
-        """Start all workers and introduce them.
+        """Start all workers and have them meet.
 
         Raises:
             BatonError: a worker could not start, or no pair of workers can work together.

@@ -18,7 +18,8 @@ from workers.messages import Load
 
 logger = logging.getLogger(__name__)
 
-_RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
+RESTART_DELAYS_S = (0.1, 1.0, 5.0, 15.0)
+"""Before a worker's first replacement, the second, …; the last one from then on."""
 _STEADY_AFTER_S = 60.0
 
 
@@ -100,7 +101,7 @@ class Supervisor:
 
     async def _replace(self, replica: Replica) -> None:
         while True:
-            delay = _RESTART_DELAYS_S[min(replica.restarts, len(_RESTART_DELAYS_S) - 1)]
+            delay = RESTART_DELAYS_S[min(replica.restarts, len(RESTART_DELAYS_S) - 1)]
             replica.restarts += 1
             await asyncio.sleep(delay)
             replica.renew()

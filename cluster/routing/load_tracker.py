@@ -106,6 +106,16 @@ class LoadTracker:
         self._links.update(self._prefill, self._decode, incompatibilities, links)
 
     @property
+    def prefill_workers(self) -> WorkerTable:
+        """The prefill workers, and what each has to do."""
+        return self._prefill
+
+    @property
+    def decode_workers(self) -> WorkerTable:
+        """The decode workers, and what each has to do."""
+        return self._decode
+
+    @property
     def block_sizes(self) -> frozenset[int]:
         """For which a prompt's hashes may be asked for."""
         return frozenset(self._prefixes.block_sizes)

@@ -61,9 +61,10 @@ class PromptPrefix:
         return known
 
     def carried(self, block_size: int) -> PromptHashes | None:
-        """Of all full blocks, for a worker of this block size; None: nobody has asked for its hashes yet."""
-        if block_size not in self._hashes:
+        """Of all full blocks, for a worker of this block size; None: they would have to be made from the beginning."""
+        if block_size not in self._chains:
             return None
+        self.hashes(block_size)  # of an output, they go on from the prompt's
         if (known := self._carried.get(block_size)) is None:
             digests = self._chains[block_size][: len(self._token_ids) // block_size].digests
             known = self._carried[block_size] = PromptHashes(block_size, digests)

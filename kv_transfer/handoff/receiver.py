@@ -60,6 +60,11 @@ class HandoffReceiver:
         self._look_at = 0.0
 
     @property
+    def num_open(self) -> int:
+        """Handoffs whose blocks somebody may still write to."""
+        return len(self._open)
+
+    @property
     def active(self) -> bool:
         """Whether the network must be looked at often; for what stays out long it need not."""
         return any(h.peer not in self._lost and h.num_cancels <= _EAGER_CANCELS for h in self._open.values())

@@ -19,7 +19,8 @@ from kv_transfer.transports.base import Transport
 
 logger = logging.getLogger(__name__)
 
-_ASK_AGAIN_S = 1.0
+ASK_AGAIN_S = 1.0
+"""From one question that is not answered to the next."""
 
 
 @dataclass(eq=False)
@@ -125,7 +126,7 @@ class Handshakes:
         self._unanswered.add(key)
         try:
             while key in self._unanswered:
-                if time.monotonic() >= asked_at + _ASK_AGAIN_S:
+                if time.monotonic() >= asked_at + ASK_AGAIN_S:
                     asked_at = time.monotonic()
                     self._transport.send(peer, encode(Hello(key, reply=False)))
                 yield "its answer"

@@ -98,7 +98,7 @@ def test_one_worker_for_both_and_writes_of_many_layers_stand_beside_the_pair(tmp
     lengths = [
         {"prompt_tokens": tokens, "ttft_s": 0.2, "alone_ttft_s": 0.19, "second_token_s": 0.21} for tokens in (8000, 512)
     ]
-    groups = [{"layers_per_write": layers, "lengths": lengths} for layers in (32, 1)]
+    groups = [{"layers_per_group": layers, "lengths": lengths} for layers in (32, 1)]
     _write(tmp_path, "gpu_handoff_group_sizes.json", "baton", {"groups": groups})
     rows = _rows(gpu_tables.group_sizes(tmp_path))[2:]
     assert [row[:2] for row in rows] == [[f"{n} tokens", g] for n in (512, 8000) for g in ("1", "32")]

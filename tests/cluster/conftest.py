@@ -180,7 +180,7 @@ async def serve(byte_tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Awaita
 @pytest.fixture
 async def make_fleet(tiny_checkpoint, monkeypatch):
     """Start an engine; `prefill` and `decode` have the settings of each place's worker, by group if there are any."""
-    monkeypatch.setattr(supervisor, "_RESTART_DELAYS_S", (0.01,))
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS_S", (0.01,))
     started: list[ServingEngine] = []
 
     async def make(
@@ -214,9 +214,9 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
             named = [{"name": f"{role}-{prefix}{i}", "role": role, **base, **own} for i, own in enumerate(each)]
             return [partial(worker_class, WorkerConfig(**settings), fabric) for settings in named]
 
+        pools = {"prefill": places("prefill", prefill), "decode": places("decode", decode)}
         engine = ServingEngine(
-            places("prefill", prefill),
-            places("decode", decode),
+            **pools,
             max_queue=max_queue,
             limits=limits,
             silence_s=silence_s,
@@ -224,7 +224,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
         )
         started.append(engine)
         await engine.start()
-        return Fleet(engine)
+        return Fleet(engine, fabric, pools)
 
     yield make
     for engine in started:
@@ -258,4 +258,4 @@ def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
 def like_workers(monkeypatch) -> None:
     """Every worker measures the same."""
     measured = StepTimes(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
-    monkeypatch.setattr("workers.builder._measure", lambda *args, **kwargs: measured)
+    monkeypatch.setattr("workers.builder.measure_step_times", lambda *args, **kwargs: measured)

@@ -26,10 +26,11 @@ def found_blocks(worker: PrefillWorker | DecodeWorker, token_ids: list[int], gro
 def poison_free_blocks(workers: Workers) -> None:
     """What a block without users and without known content holds must never matter."""
     for worker in workers:
-        for group, kv_cache in zip(worker.cache.groups, worker._runner.kv_caches, strict=True):
+        for group, kv_cache in zip(worker.cache.groups, worker.runner.kv_caches, strict=True):
             pool = group.pool
+            known = pool.used_blocks.union(pool.stored_blocks.values())
             ids = range(kv_cache.shape[1] - pool.num_blocks, kv_cache.shape[1])  # a null block stays zero
-            kv_cache[:, [b for b in ids if not pool.num_users(b) and b not in pool._hash_of]] = torch.nan
+            kv_cache[:, [b for b in ids if b not in known]] = torch.nan
 
 
 def check_cached_blocks(cluster: LocalCluster, workers: Workers, texts: list[list[int]], rtol: float = 1e-4) -> int:
@@ -38,7 +39,7 @@ def check_cached_blocks(cluster: LocalCluster, workers: Workers, texts: list[lis
     for worker in workers:
         for text in texts:
             whole = None
-            for group, (cache, kv_cache) in enumerate(zip(worker.cache.groups, worker._runner.kv_caches, strict=True)):
+            for group, (cache, kv_cache) in enumerate(zip(worker.cache.groups, worker.runner.kv_caches, strict=True)):
                 here = cache.pool.find_each(block_hashes(text, cache.block_size))
                 places = [place for place, block in enumerate(here) if block is not None]
                 if not places:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import count
 
 import pytest
 
 from cluster.gateway.engine import ServingEngine
 from cluster.inprocess_worker import InProcessWorker
+from cluster.pools.groups import Places
+from kv_transfer.transports.local import LocalFabric
 from made_requests import engine_request
 from workers.sampling_params import SamplingParams
 
@@ -21,8 +23,10 @@ _numbers = count()
 class Fleet:
     """An engine, and the means to watch and to harm its workers."""
 
-    def __init__(self, engine: ServingEngine) -> None:
+    def __init__(self, engine: ServingEngine, fabric: LocalFabric, places: Mapping[str, Places]) -> None:
         self.engine = engine
+        self.fabric = fabric
+        self.places = places
 
     def start(self, prompt: list[int], max_tokens: int, *, timeout_s: float = PATIENCE_S, **sampling):
         params = SamplingParams(
@@ -34,7 +38,7 @@ class Fleet:
         return [token async for token in tokens_of(self.start(prompt, max_tokens, **kwargs))]
 
     def handle(self, name: str) -> InProcessWorker:
-        return next(replica.handle for replica in self.engine._pools.replicas if replica.handle.name == name)
+        return next(replica.handle for replica in self.engine.pools.replicas if replica.handle.name == name)
 
     def crash_on_submit(self, name: str) -> None:
         """The worker dies with the next request that it is sent."""
@@ -56,8 +60,8 @@ class Fleet:
                 for w in workers
             )
         )
-        assert len(self.engine._attempts) == 0
-        assert len(self.engine._queue) == 0
+        assert self.engine.num_attempts == 0
+        assert self.engine.num_queued == 0
 
 
 async def tokens_of(stream) -> AsyncIterator[int]:

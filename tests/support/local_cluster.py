@@ -11,6 +11,7 @@ from pathlib import Path
 from attention.spec import Phase
 from cache_groups import unwritten_caches
 from kv_transfer.local_connector import LocalConnector
+from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.local import Faults, LocalFabric
 from made_requests import worker_request
 from workers.decode_worker import DecodeWorker
@@ -52,7 +53,7 @@ class LocalCluster:
         max_model_len: int = 512,
         layers_per_write: int = 1,
         faults: Faults | None = None,
-        connector_class: type[LocalConnector] = LocalConnector,
+        connector_class: Callable[[LocalFabric], PushConnector] = LocalConnector,
         attention_backend: str | None = None,
         kv_cache_dtype: str = "auto",
         steps_ahead: int = 0,
@@ -110,7 +111,7 @@ class LocalCluster:
                 if peer is not own:
                     connector.connect(peer, 1.0)
 
-    def _end(self, name: str, num_blocks: int | Sequence[int], connector_class: type[LocalConnector]):
+    def _end(self, name: str, num_blocks: int | Sequence[int], connector_class: Callable[[LocalFabric], PushConnector]):
         caches = unwritten_caches(self.model, num_blocks)
         connector = connector_class(self.fabric)
         info = connector.register_kv_caches(name, caches, kv_layout(self.model.kv_cache_groups))
@@ -125,8 +126,8 @@ class LocalCluster:
         timeout_s: float = 60.0,
         prefill: int | None = None,
         decode: int | None = None,
-    ) -> None:
-        """Send one request to a pair of workers, both at once, in either order."""
+    ) -> bytes:
+        """Send one request to a pair of workers, both at once, in either order; returns its handoff's id."""
         p = list(self.prefill)[prefill if prefill is not None else self.random.randrange(len(self.prefill))]
         d = list(self.decode)[decode if decode is not None else self.random.randrange(len(self.decode))]
         handoff_id, asked = self.random.randbytes(16), (request_id, prompt, sampling)
@@ -137,6 +138,7 @@ class LocalCluster:
         self.random.shuffle(sides)
         for side in sides:
             side()
+        return handoff_id
 
     def submit_local(
         self,
@@ -171,9 +173,10 @@ class LocalCluster:
         self.random.shuffle(workers)
         for worker in workers:
             for event in worker.step():
-                self._take(event)
+                self.take(event)
 
-    def _take(self, event: WorkerEvent) -> None:
+    def take(self, event: WorkerEvent) -> None:
+        """Note what a worker has said."""
         match event:
             case TokenOutput():
                 self.tokens[event.request_id].append(event)

@@ -110,7 +110,7 @@ class Ranks:
     def assert_equal_ranks(self) -> None:
         loads = [replica.worker.load for replica in self.replicas]
         assert loads.count(loads[0]) == len(loads), loads
-        assert self.lead._agreement.num_open == 0
+        assert self.lead.num_to_agree == 0
 
     @staticmethod
     def _crashed(error: BaseException) -> None:
@@ -167,7 +167,7 @@ class LockstepCluster(LocalCluster):
             pool[side.engines[0].engine_id] = side
         for one, other in (self.sides, self.sides[::-1]):
             for connector in one.connectors:
-                connector.introduce(other.engines, 1.0)
+                connector.handshake(other.engines, 1.0)
 
     def assert_equal_ranks(self) -> None:
         """What the ranks of a worker hold is the same on all of them, and nothing is left to agree on."""

@@ -47,6 +47,7 @@ class OneGpu:
         longest_prefill: tokens of the longest prompt that is computed in one piece; those short enough are padded and
             run as CUDA graphs, as a prefill worker's are. None: none are.
         enforce_eager: use no CUDA graphs in decode.
+        batch_sizes: see `DecodeRunner`.
     """
 
     def __init__(
@@ -58,12 +59,17 @@ class OneGpu:
         max_model_len: int,
         longest_prefill: int | None = None,
         enforce_eager: bool = False,
+        batch_sizes: Sequence[int] | None = None,
     ) -> None:
         self.runner = ModelRunner(model, unwritten_caches(model, num_blocks))
         if longest_prefill is not None:
             self.runner.capture_prefill(longest_prefill)
         self.decoder = DecodeRunner[Decoding](
-            self.runner, max_num_seqs=max_num_seqs, max_model_len=max_model_len, enforce_eager=enforce_eager
+            self.runner,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+            batch_sizes=batch_sizes,
         )
 
     def prefill(self, sequence: Decoding, chunk: int | None = None) -> torch.Tensor:

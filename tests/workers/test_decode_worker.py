@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 
+from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import Faults
 from workers.errors import CapacityError, DeadlineExceededError, HandoffError, InvalidRequestError, SamplingError
 from workers.messages import DecodeReport, RequestFailed, TokenOutput
@@ -128,14 +130,16 @@ def test_no_more_sequences_than_allowed_are_running_or_expected(max_num_seqs, on
 
 
 def test_blocks_are_given_in_the_order_of_arrival(one_pair):
-    cluster, _, decode = one_pair(decode_blocks=4)
-    order = []
-    expect = decode._connector.expect
-    decode._connector.expect = lambda handoff_id, *args: order.append(handoff_id) or expect(handoff_id, *args)
-    wanted = []
-    for i, length in enumerate((60, 10, 50, 5, 60, 1)):
-        cluster.submit(f"r{i}", prompt(length, i), greedy(3))
-        wanted.append(decode._sequences[f"r{i}"].request.handoff_id)
+    order: list[bytes] = []
+
+    class Recording(LocalConnector):
+        def expect(self, handoff_id: bytes, *args) -> HandoffKey:
+            order.append(handoff_id)
+            return super().expect(handoff_id, *args)
+
+    cluster, _, _ = one_pair(decode_blocks=4, connector_class=Recording)
+    lengths = (60, 10, 50, 5, 60, 1)
+    wanted = [cluster.submit(f"r{i}", prompt(length, i), greedy(3)) for i, length in enumerate(lengths)]
     cluster.run()
     assert order == wanted, "a small one does not overtake a large one"
 
@@ -165,7 +169,7 @@ def test_an_abort_while_put_aside(one_pair):
     cluster.submit("old", prompt(30), greedy(30))
     cluster.submit("new", prompt(30, 1), greedy(30))
     run_until(cluster, lambda: decode.load.preempted == 1)
-    put_aside = next(name for name in ("old", "new") if not decode._sequences[name].tables.groups)
+    put_aside = next(name for name in ("old", "new") if name not in decode.running_requests)
     cluster.abort(put_aside)
     assert decode.load.preempted == 0
     cluster.run()
@@ -250,7 +254,7 @@ def test_a_lost_prefill_worker_does_not_touch_what_is_running(one_pair, referenc
     run_until(cluster, lambda: decode.load.running == 1)
     cluster.submit("waiting", prompt(20, 1), greedy(20))
     for event in decode.step():
-        cluster._take(event)
+        cluster.take(event)
     (lost,) = cluster.prefill
     cluster.prefill.clear()
     cluster.fabric.detach(lost)

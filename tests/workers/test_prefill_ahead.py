@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -60,19 +61,11 @@ def launched(monkeypatch) -> list[int]:
     return sizes
 
 
-def in_flight_blocks(prefill) -> set[int]:
-    prompts = [prompt for launch in prefill._launches for prompt in launch.prompts]
-    return {block for prompt in prompts for block in prefill.cache.held(prompt.progress.tables)}
-
-
 def check_ownership(prefill) -> None:
     """No block that a step in flight writes to is free, and none has two owners."""
-    owners: dict[int, object] = {}
-    held = {p for launch in prefill._launches for p in launch.prompts}
-    for owner in {*held, *prefill._prompts.values(), *prefill._handoffs.values()}:
-        for block in prefill.cache.held(owner.progress.tables):
-            assert owners.setdefault(block, owner) is owner, f"block {block} has two owners"
-    assert len(owners) == prefill.cache.num_blocks - prefill.cache.num_free
+    owned = Counter(block for table in prefill.block_tables for block in table)
+    assert not [block for block, count in owned.items() if count > 1], "a block has two owners"
+    assert len(owned) == prefill.load.total_blocks - prefill.load.free_blocks
 
 
 def test_the_next_batch_is_launched_before_a_token_is_looked_at(pair, launched):
@@ -168,11 +161,11 @@ def test_an_abort_between_launch_and_collection(decode, pair):
         cluster.submit("a", prompt(32), GREEDY)
     prefill.add(alone("b", prompt(32)))
     assert prefill.step() == []
-    blocks = in_flight_blocks(prefill)
+    blocks = prefill.blocks_in_flight
     assert len(blocks) == 2
     cluster.abort("a")
     prefill.abort("a")
-    assert blocks == in_flight_blocks(prefill)
+    assert blocks == prefill.blocks_in_flight
     check_ownership(prefill)
     assert tokens_of(prefill.step()) == ["b"]
     assert cluster.run().keys() <= {"b"}

@@ -92,7 +92,7 @@ def test_reports(one_pair, clock):
     assert isinstance(handoff_report, HandoffReport)
     # Two layer groups; the chunks end after 16, 32 and 40 tokens, each with full blocks to push.
     assert handoff_report.num_parts == 2 * 3
-    assert handoff_report.num_bytes == 3 * 3 * prefill._runner.kv_caches[0][0, 0].nbytes
+    assert handoff_report.num_bytes == 3 * 3 * prefill.runner.kv_caches[0][0, 0].nbytes
     assert handoff_report.transfer_s >= 0.0
     assert handoff_report.exposed_s >= 0.0
 
@@ -202,16 +202,14 @@ def test_source_blocks_are_not_reused_while_a_write_reads_them(one_pair, referen
         for i in range(8):
             expected[f"r{i}"] = reference_greedy(tiny_checkpoint("llama"), prompt(60, seed=i), 8)
             cluster.submit(f"r{i}", prompt(60, seed=i), GREEDY)
-        held = {}
+        (engine_id,), seen = cluster.prefill, set()
         while cluster.busy:
             cluster.step()
-            in_flight = prefill._connector._outgoing._open
-            for handoff_id, entry in prefill._handoffs.items():
-                if handoff_id in in_flight and in_flight[handoff_id].in_flight:
-                    held[handoff_id] = set(prefill.cache.held(entry.progress.tables))
-                    assert all(prefill.cache.groups[0].pool.num_users(block) for block in held[handoff_id])
+            read = cluster.fabric.source_blocks(engine_id)
+            assert read <= prefill.blocks.used_blocks
+            seen |= read
         assert {r: cluster.token_ids(r) for r in expected} == expected
-        assert held
+        assert seen
 
 
 def test_a_lost_decode_worker_ends_its_handoffs_only(one_pair):

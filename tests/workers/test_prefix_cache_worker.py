@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cached_blocks import check_cached_blocks, found_blocks, poison_free_blocks
+from cached_blocks import check_cached_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from made_requests import worker_request
@@ -62,14 +62,14 @@ def test_what_is_cached_is_not_computed_again(first, second, cached, one_pair, r
     cluster, prefill, _ = one_pair()
     assert report(prefill, first).cached_tokens == 0
     rows = []
-    forward = prefill._runner.forward
-    prefill._runner.forward = lambda batch, on_layer=None: rows.extend(batch) or forward(batch, on_layer)
+    forward = prefill.runner.forward
+    prefill.runner.forward = lambda batch, on_layer=None: rows.extend(batch) or forward(batch, on_layer)
     cluster.submit("second", second, GREEDY)
     assert cluster.run() == {"second": reference_greedy(tiny_checkpoint("llama"), second, 6)}
     ((start, length),) = [(row.start, len(row.token_ids)) for row in rows]
     assert (start, length) == (cached, len(second) - cached)
     count = blocks_for(len(second), 16)
-    assert cluster.reports["second"].num_bytes == 3 * count * prefill._runner.kv_caches[0][0, 0].nbytes, "all go over"
+    assert cluster.reports["second"].num_bytes == 3 * count * prefill.runner.kv_caches[0][0, 0].nbytes, "all go over"
     assert cluster.reports["second"].num_parts == 3 + bool(cached), "what is cached goes at once, in all layers"
     cluster.assert_all_blocks_free()
 
@@ -124,8 +124,8 @@ def test_broken_logits_take_their_blocks_with_them(one_pair, monkeypatch, refere
     """Also those that were found in the cache: else whatever is wrong there fails every prompt that begins so."""
     cluster, prefill, _ = one_pair()
     report(prefill, prompt(64))
-    (block, *_) = found_blocks(prefill, prompt(64))
-    prefill._runner.kv_caches[0][:, block] = torch.nan
+    (block, *_) = prefill.blocks.find(block_hashes(prompt(64), 16))
+    prefill.runner.kv_caches[0][:, block] = torch.nan
     prefill.add(alone("broken", prompt(70)))
     assert [type(event) for event in prefill.step()] == [RequestFailed]
     assert report(prefill, prompt(70)).cached_tokens == 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from threads import wait_for_the_end
 from workers.errors import HandoffError
 from workers.messages import CacheUpdate, Load, RequestFailed, StepOutput, TokenOutput, WorkerEvent
 from workers.worker_loop import WorkerLoop
@@ -132,15 +133,14 @@ def test_stopping_waits_for_the_step_and_ends_the_thread(running):
     running.loop.post(lambda worker: worker.todo.extend(range(1000)))
     running.tokens(1)
     running.loop.stop()
-    assert not running.loop._thread.is_alive()
+    assert "worker-w.1" not in [thread.name for thread in threading.enumerate()]
     assert running.crashes.empty()
     running.loop.stop()  # again does nothing
 
 
 def test_stopping_from_its_own_thread_does_not_wait_for_itself(running):
     running.loop.post(lambda worker: running.loop.stop())
-    running.loop._thread.join(PATIENCE_S)
-    assert not running.loop._thread.is_alive()
+    wait_for_the_end("worker-w.1", PATIENCE_S)
     assert running.crashes.empty()
 
 

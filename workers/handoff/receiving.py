@@ -54,6 +54,11 @@ class RemotePrefill:
         return len(self._wanted)
 
     @property
+    def expected(self) -> tuple[Sequence, ...]:
+        """Those whose blocks somebody may still write to, whoever still wants them."""
+        return tuple(self._expected.values())
+
+    @property
     def num_waiting_tokens(self) -> int:
         """Tokens of these."""
         return sum(len(sequence.request.prompt_token_ids) for sequence in self._wanted)

@@ -9,13 +9,14 @@ Plain integers and bytes; knows neither tensors nor requests.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 
 from workers.kv_cache.block_pool import BlockPool
 from workers.messages import CacheUpdate
 
-_MAX_HASHES_TOLD = 4096
+MAX_HASHES_TOLD = 4096
 """Of one `CacheUpdate`, stored and removed each: 64 KiB; what is left goes with the next one."""
 
 
@@ -54,6 +55,30 @@ class PrefixCache:
         """Blocks that can be found by their content."""
         return len(self._hash_of)
 
+    @property
+    def used_blocks(self) -> frozenset[int]:
+        """Blocks in use by some prompts."""
+        return frozenset(block for block, users in enumerate(self._users) if users)
+
+    @property
+    def stored_blocks(self) -> Mapping[bytes, int]:
+        """Blocks that can be found by their content, by its hash; the one stored last comes last."""
+        return MappingProxyType(self._block_of)
+
+    def num_users(self, block: int) -> int:
+        """Prompts that use a block; none of one that is not managed here."""
+        return self._users[block] if 0 <= block < len(self._users) else 0
+
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest beginning that is here."""
+        found: list[int] = []
+        for content in hashes:
+            block = self._block_of.get(content)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
     def fits(self, hashes: Sequence[bytes], count: int) -> bool:
         """Whether `allocate` would succeed."""
         if count <= self.num_free:
@@ -79,16 +104,6 @@ class PrefixCache:
         found = self.find(hashes)
         self.share(found)
         return found + self.take(count - len(found)), len(found)
-
-    def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest beginning that is here."""
-        found: list[int] = []
-        for content in hashes:
-            block = self._block_of.get(content)
-            if block is None:
-                break
-            found.append(block)
-        return found
 
     def share_cost(self, block: int) -> int:
         """How many free blocks it takes to share this one, which was found: 1 if nobody uses it, else 0."""
@@ -119,10 +134,6 @@ class PrefixCache:
             self._users[run.start : run.stop] = [1] * len(run)
             blocks.extend(run)
         return blocks
-
-    def num_users(self, block: int) -> int:
-        """How many prompts use a block; none of one that is not managed here."""
-        return self._users[block] if 0 <= block < len(self._users) else 0
 
     def store(self, block: int, content: bytes) -> None:
         """A block in use holds this content completely, and nobody writes to it any more.
@@ -181,8 +192,8 @@ class PrefixCache:
         """What can be found now and could not at the last update, and the other way round; None: nothing."""
         if not self._stored and not self._removed:
             return None
-        stored = tuple(islice(self._stored, _MAX_HASHES_TOLD))
-        removed = tuple(islice(self._removed, _MAX_HASHES_TOLD))
+        stored = tuple(islice(self._stored, MAX_HASHES_TOLD))
+        removed = tuple(islice(self._removed, MAX_HASHES_TOLD))
         for content in stored:
             del self._stored[content]
         for content in removed:

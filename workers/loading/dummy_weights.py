@@ -11,7 +11,8 @@ from workers.loading.weight_map import weight_targets
 from workers.models.causal_lm import Decoder
 
 _DEVIATION = 0.02
-_CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**24
+"""Drawn at once, about: what they take beside the weights is small."""
 
 
 def fill_randomly(decoder: Decoder, seed: int) -> None:
@@ -36,7 +37,7 @@ def _draw(place: torch.Tensor, shape: tuple[int, ...], region: Region, source: s
     """Fill `place` with a region of a random matrix, which is drawn some rows at a time, each time from a new seed."""
     num_rows, num_columns = shape
     (first, last), columns = region[0], slice(*region[1])
-    step = max(1, _CHUNK_ELEMENTS // num_columns)
+    step = max(1, CHUNK_ELEMENTS // num_columns)
     for begin in range(first // step * step, last, step):
         chunk = place.new_empty(min(step, num_rows - begin), num_columns)
         chunk.normal_(0.0, _DEVIATION, generator=generator.manual_seed(_seed(f"{source} {begin}")))

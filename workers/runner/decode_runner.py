@@ -47,6 +47,7 @@ class DecodeRunner(Generic[S]):
         max_model_len: tokens of the longest sequence.
         state_of: a sequence as the sampler sees it; None: every token is the most likely one.
         enforce_eager: capture no graphs; the same kernels run one by one, and the results are the same.
+        batch_sizes: of the ladder, ascending, up to `max_num_seqs`; None: see `ladder`.
         progress: told how far capturing is.
     """
 
@@ -58,6 +59,7 @@ class DecodeRunner(Generic[S]):
         max_model_len: int,
         state_of: Callable[[S], SamplingState] | None = None,
         enforce_eager: bool = False,
+        batch_sizes: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._model = runner.model
@@ -66,7 +68,8 @@ class DecodeRunner(Generic[S]):
         self._max_model_len = max_model_len
         self._rows = DecodeRows[S](max_num_seqs, max_model_len, runner.groups, runner.device)
         self._cu_seqlens_q = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=runner.device)
-        self._sizes = ladder(max_num_seqs) if self._model.decodes_in_graphs else None
+        sizes = ladder(max_num_seqs) if batch_sizes is None else list(batch_sizes)
+        self._sizes = sizes if self._model.decodes_in_graphs else None
         self._logits = torch.empty(
             max_num_seqs if self._sizes else 0,
             self._model.config.vocab_size,

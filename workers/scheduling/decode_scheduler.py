@@ -51,6 +51,11 @@ class DecodeBatch:
         return len(self._running)
 
     @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences that run, oldest first."""
+        return tuple(self._running)
+
+    @property
     def num_preempted(self) -> int:
         """Sequences in host memory."""
         return len(self._preempted)

@@ -107,6 +107,12 @@ class LocalPrefill:
         return len(self._prompts)
 
     @property
+    def block_tables(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks of every prompt that holds some, those that only steps in flight still write to included."""
+        prompts = {prompt for launch in self._launches for prompt in launch.prompts}.union(self._prompts.values())
+        return tuple(tuple(self._cache.held(prompt.progress.tables)) for prompt in prompts)
+
+    @property
     def num_waiting_tokens(self) -> int:
         """Tokens of admitted prompts that are still to be computed."""
         return self._scheduler.num_waiting_tokens

@@ -51,6 +51,11 @@ class RocmFlashImpl(AttentionImpl):
         self._composable_kernel = None if spec.has_sinks or spec.logits_soft_cap is not None else composable_kernel()
         self._slopes: torch.Tensor | None = None
 
+    @property
+    def has_composable_kernel(self) -> bool:
+        """Whether prompts of half precision are computed by the `flash_attn` package."""
+        return self._composable_kernel is not None
+
     def forward(
         self,
         query: torch.Tensor,

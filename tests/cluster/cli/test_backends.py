@@ -129,7 +129,7 @@ def test_measuring_keeps_what_the_choice_then_uses(
     baton: Baton, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("attention.selection.measure.candidates", lambda *_: ("CPU_ATTN", "TORCH_SDPA"))
-    monkeypatch.setattr("attention.selection.measure._ENOUGH_S", 0.0)
+    monkeypatch.setattr("attention.selection.measure.ENOUGH_S", 0.0)
     model = ("--model", str(tiny_checkpoint("mistral")), "--device", "cpu")
     code, out, err = baton(*model, "--measure")
     path = cache_dir() / "attention.json"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import WorkerLeavesError, WorkerLostError
-from cluster.gateway.observers import _EVENTS, EngineObserver, Observers
+from cluster.gateway.observers import EVENTS, EngineObserver, Observers
 from cluster.pools.groups import PoolLimits
 from fleet import prompt, tokens_of
 from workers.errors import CapacityError, DeadlineExceededError
@@ -24,7 +24,7 @@ def everything(tell) -> type[EngineObserver]:
     def method(event: str):
         return lambda self, *what: tell(self, event, what)
 
-    return type("Everything", (EngineObserver,), {event: method(event) for event in _EVENTS})
+    return type("Everything", (EngineObserver,), {event: method(event) for event in EVENTS})
 
 
 class Recorder(everything(lambda self, event, what: self.heard.append((event, what)))):
@@ -182,5 +182,5 @@ def test_what_nobody_has_defined_is_an_empty_call():
     observers.first_token("a")
     assert heard == ["a"]
     assert "first_token" in vars(observers)
-    assert not set(vars(observers)) & set(_EVENTS) - {"first_token"}
-    assert {"request_arrived", "request_failed", "worker_state_changed"} <= set(_EVENTS) <= set(BASE)
+    assert not set(vars(observers)) & set(EVENTS) - {"first_token"}
+    assert {"request_arrived", "request_failed", "worker_state_changed"} <= set(EVENTS) <= set(BASE)

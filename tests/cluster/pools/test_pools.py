@@ -40,7 +40,7 @@ class FakeWorker:
         self.role = name.split("-")[0]
         self.engine_id = f"{name}.{len([entry for entry in log if entry[:2] == ('spawn', name)])}"
         self.said: asyncio.Queue[list[StepOutput] | Exception] = asyncio.Queue()
-        self._log, self._block_size, self._error, self._unreachable = log, block_size, error, unreachable
+        self._log, self._block_size, self._error, self.unreachable = log, block_size, error, unreachable
         log.append(("spawn", name))
 
     async def start(self, progress: Callable) -> WorkerInfo:
@@ -58,7 +58,7 @@ class FakeWorker:
         self._log.append(("connect", self.engine_id, peer[0].engine_id))
 
     async def probe(self, engine_id: str) -> float:
-        if engine_id == self._unreachable:
+        if engine_id == self.unreachable:
             raise PeerError(f"{engine_id} did not answer")
         return 0.001
 
@@ -121,7 +121,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick_restarts(monkeypatch):
-    monkeypatch.setattr(supervisor, "_RESTART_DELAYS_S", (0.0,))
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS_S", (0.0,))
 
 
 async def test_everybody_of_one_pool_meets_everybody_of_the_other():
@@ -226,7 +226,7 @@ async def test_an_error_in_taking_output_costs_one_worker_not_the_service():
 
 
 async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monkeypatch):
-    monkeypatch.setattr(handshake, "_RECONCILE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(handshake, "RECONCILE_INTERVAL_S", 0.0)
     deaf = {"prefill-0": [{"unreachable": "decode-1.0"}], "decode-1": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 2, deaf)
     await stage.pools.start()
@@ -238,13 +238,13 @@ async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monke
         "it may pass, so it is no refusal"
     )
     for replica in stage.pools.replicas:
-        replica.handle._unreachable = None
+        replica.handle.unreachable = None
     await until(lambda: all(replica.unreachable_peers == {} for replica in stage.pools.replicas))
     await stage.pools.stop()
 
 
 async def test_a_start_waits_for_those_that_cannot_reach_each_other_yet(monkeypatch):
-    monkeypatch.setattr(handshake, "_RECONCILE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(handshake, "RECONCILE_INTERVAL_S", 0.0)
     deaf = {"prefill-0": [{"unreachable": "decode-0.0"}], "decode-0": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 1, deaf)
     start = asyncio.ensure_future(stage.pools.start())
@@ -252,14 +252,14 @@ async def test_a_start_waits_for_those_that_cannot_reach_each_other_yet(monkeypa
     await asyncio.sleep(0)
     assert not start.done()
     for replica in stage.pools.replicas:
-        replica.handle._unreachable = None
+        replica.handle.unreachable = None
     await asyncio.wait_for(start, PATIENCE_S)
     assert set(stage.states().values()) == {"ready"}
     await stage.pools.stop()
 
 
 async def test_a_start_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(handshake, "_START_PATIENCE_S", 0.01)
+    monkeypatch.setattr(handshake, "START_PATIENCE_S", 0.01)
     deaf = {"prefill-0": [{"unreachable": "decode-0.0"}], "decode-0": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 1, deaf)
     with pytest.raises(ConfigError, match=r"hand over to any decode worker: .* did not answer"):
@@ -279,7 +279,7 @@ async def test_a_place_that_fails_again_and_again_has_no_future():
 
 
 async def test_stopping_in_the_middle_of_a_replacement(monkeypatch):
-    monkeypatch.setattr(supervisor, "_RESTART_DELAYS_S", (1000.0,))
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS_S", (1000.0,))
     stage = Stage()
     await stage.pools.start()
     stage.replica("decode-0").handle.said.put_nowait(WorkerLostError("killed"))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from cluster.routing.arrival_rate import ArrivalRate
 from cluster.routing.load_tracker import LoadTracker
+from cluster.routing.output_lengths import OutputLengths
 from cluster.routing.prefill_times import PROMPT_LENGTHS
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import Incompatibility, NoPlacement, Placement, RoutingRequest
@@ -62,6 +64,7 @@ class Plain:
 
     def __init__(self, rng: random.Random, disaggregation: str) -> None:
         self.rng, self.max_queued_s = rng, rng.choice([math.inf, 2.0])
+        self.arrivals = ArrivalRate(lambda: 0.0)
         self.load_tracker = LoadTracker(
             disaggregation=disaggregation, max_queued_s=self.max_queued_s, clock=lambda: 0.0
         )
@@ -98,7 +101,8 @@ class Plain:
         return made
 
     def reserve(self, name: str, placement: Placement, num_tokens: int) -> None:
-        """It is under link: its prompt is still to be computed."""
+        """It is under way: its prompt is still to be computed."""
+        self.arrivals.count()
         self.load_tracker.reserve(name, placement.prefill, placement.decode, num_tokens, 1, placement.cached_tokens)
         decode, cached = self.decode[placement.decode], placement.cached_tokens
         worker = decode if placement.prefill is None else self.prefill[placement.prefill]
@@ -112,12 +116,12 @@ class Plain:
     def costs(self, num_tokens: int, max_tokens: int, known: bool, modes: str) -> dict:
         """Of everybody who can take it, by (prefill, decode) or (None, decode); `known`: caches are asked for it."""
         found = {}
-        arrivals_per_s = self.load_tracker._arrivals.per_s()
-        peak = self.load_tracker._lengths.outlook(max_tokens).peak(num_tokens)
+        arrivals_per_s = self.arrivals.per_s()
+        peak = OutputLengths().outlook(max_tokens).peak(num_tokens)
         for d, decode in self.decode.items():
             if not self.has_room(decode, num_tokens, peak):
                 continue
-            held = float(self.load_tracker._decode.workers[self.load_tracker._decode.row(d)].future[0, 1])
+            held = float(self.load_tracker.decode_workers.workers[self.load_tracker.decode_workers.row(d)].future[0, 1])
             steps_s, cached = decode.steps_s(num_tokens, max_tokens, held), decode.cached(num_tokens) * known
             compute_s, busy_s = decode.missing_s(num_tokens, cached), 0.0
             if decode.requests:
@@ -144,8 +148,8 @@ class Plain:
         traits, needed = decode.traits, num_tokens + 1
         blocks = sum(-(-(tokens + 1) // traits.block_size) for tokens in decode.requests.values())
         free = (traits.total_blocks - blocks) * traits.block_size
-        row = self.load_tracker._decode.row(traits.engine_id)
-        peaks = self.load_tracker._decode.workers[row].peak_tokens + peak
+        row = self.load_tracker.decode_workers.row(traits.engine_id)
+        peaks = self.load_tracker.decode_workers.workers[row].peak_tokens + peak
         return (
             needed <= min(traits.max_model_len, free)
             and len(decode.requests) < traits.max_num_seqs

@@ -99,9 +99,18 @@ def test_a_worker_that_is_gone_holds_nothing():
     assert placed(made).cached_tokens == 0
     stores(made, "p-0", 320)
     assert placed(made).cached_tokens == 0, "what it said last comes too late"
-    assert len(made._prefixes) == 0
     stores(made, "p-2", 160)
     assert placed(made).prefill == "p-2"
+
+
+def test_what_a_worker_says_that_is_gone_is_not_kept():
+    index, stored = PrefixIndex(), block_hashes(PROMPT[:320], 16)
+    index.add("p", 16)
+    index.update("p", stored, ())
+    assert len(index) == 20
+    index.remove("p")
+    index.update("p", stored, ())
+    assert len(index) == 0
 
 
 @pytest.mark.parametrize("prepared", [(), (16,), (7, 16)])

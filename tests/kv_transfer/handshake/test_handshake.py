@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ import torch
 from kv_transfer.connector import HandoffReceived
 from kv_transfer.errors import PeerError
 from kv_transfer.group_blocks import GroupBlocks
+from kv_transfer.handoff.messages import Hello
+from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.handshake import handshake
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.local_connector import LocalConnector
@@ -19,6 +20,7 @@ from kv_transfer.transports.base import EngineInfo, Transfer, TransferState
 from kv_transfer.transports.local import LocalFabric, LocalTransport
 
 LAYOUT = KVLayout((GroupLayout("full", tuple(range(2)), 1, 1, 1, "float32"),))
+CACHE = torch.zeros(2, 8, 2, 1, 1, 1)
 
 
 def register(connector: PushConnector, name: str) -> EngineInfo:
@@ -64,7 +66,8 @@ def test_a_path_that_carries_no_data_is_refused_from_either_side():
 
 def test_whoever_is_lost_while_being_met_is_reported_at_once():
     fabric = LocalFabric()
-    connector, silent = LocalConnector(fabric, threaded=True), LocalConnector(fabric)
+    asking, silent = Forgetful(fabric, 0), LocalConnector(fabric)
+    connector = PushConnector(asking, threaded=True)
     info, silent_info = register(connector, "a"), register(silent, "s")
     start((connector, info), (silent, silent_info))
     failures: list[PeerError] = []
@@ -76,7 +79,7 @@ def test_whoever_is_lost_while_being_met_is_reported_at_once():
 
     thread = threading.Thread(target=probe)
     thread.start()
-    while not fabric._ends[silent_info.engine_id].arrivals:
+    while not asking.num_sent:
         pass
     connector.disconnect(silent_info.engine_id)
     thread.join(30)
@@ -143,7 +146,7 @@ class Forgetful(LocalTransport):
 
 @pytest.mark.parametrize(("lost_questions", "lost_answers"), [(2, 0), (0, 2), (1, 1)])
 def test_two_meet_although_first_messages_get_lost(lost_questions, lost_answers, monkeypatch):
-    monkeypatch.setattr(handshake, "_ASK_AGAIN_S", 0.02)
+    monkeypatch.setattr(handshake, "ASK_AGAIN_S", 0.02)
     fabric = LocalFabric()
     asking, answering = Forgetful(fabric, lost_questions), Forgetful(fabric, lost_answers)
     one, other = PushConnector(asking, threaded=True), PushConnector(answering, threaded=True)
@@ -156,17 +159,15 @@ def test_two_meet_although_first_messages_get_lost(lost_questions, lost_answers,
         connector.close()
 
 
-def test_who_is_asked_again_while_it_gets_ready_answers_once(monkeypatch):
-    monkeypatch.setattr(handshake, "_ASK_AGAIN_S", 0.0)
+def test_who_is_asked_again_while_it_gets_ready_answers_once():
     fabric = LocalFabric()
     answering = Forgetful(fabric, 0)
-    one, other = PushConnector(LocalTransport(fabric), threaded=False), PushConnector(answering, threaded=False)
-    one_info, other_info = register(one, "a"), register(other, "b")
-    start((one, one_info), (other, other_info))
-    one._handshakes.start(other_info.engine_id, Future())
-    while not answering.num_sent:
-        for _ in range(5):
-            one.poll()
-        assert len(other._handshakes._handshakes) <= 1
-        other.poll()
+    asking_info, info = register(LocalConnector(fabric), "a"), answering.register("b", 2, CACHE, LAYOUT)
+    answering.add_peer(asking_info)
+    answers = handshake.Handshakes(answering, info.incarnation)
+    question = Hello(HandoffKey(b"q" * 16, asking_info.incarnation, 0), reply=False)
+    for _ in range(5):
+        answers.on_hello(asking_info.engine_id, question)
+    while answers.active:
+        answers.progress()
     assert answering.num_sent == 1

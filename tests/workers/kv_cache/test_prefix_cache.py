@@ -126,7 +126,7 @@ def test_only_blocks_in_use_are_given_back_or_stored():
 
 
 def test_updates_say_what_has_changed_and_no_more_than_a_few_thousand_at_once(monkeypatch):
-    monkeypatch.setattr(prefix_cache, "_MAX_HASHES_TOLD", 2)
+    monkeypatch.setattr(prefix_cache, "MAX_HASHES_TOLD", 2)
     cache = PrefixCache(3)
     assert cache.take_update() is None
     aa, bb, cc = hashes("aabbcc")
@@ -198,7 +198,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             assert not self.told & set(update.stored)
             assert set(update.removed) <= self.told
             self.told = (self.told | set(update.stored)) - set(update.removed)
-        assert self.told == set(self.cache._block_of)
+        assert self.told == set(self.cache.stored_blocks)
 
     @invariant()
     def nothing_is_lost(self) -> None:

@@ -43,8 +43,8 @@ class Running:
         joining.start()
         self.channel.accept(PATIENCE_S)
         joining.join()
-        replica, connector = self._replica(0)
-        self.lead = Lead(replica, connector, self.channel, 2, self.crashes.put)
+        self.lead_replica, connector = self._replica(0)
+        self.lead = Lead(self.lead_replica, connector, self.channel, 2, self.crashes.put)
         self.loop = WorkerLoop("prefill-0.1", self.lead, self.outputs.put, self.crashes.put)
         self.lead.listen(self.loop.wake)
         self.loop.start()
@@ -92,8 +92,8 @@ def test_both_ranks_take_the_same_steps_until_the_lead_ends_them(running, tiny_c
     running.loop.stop()
     running.channel.close()
     assert running.ends.get(timeout=PATIENCE_S) is None
-    assert running.replica.number == running.lead._replica.number
-    assert running.replica.digest == running.lead._replica.digest
+    assert running.replica.number == running.lead_replica.number
+    assert running.replica.digest == running.lead_replica.digest
     assert running.crashes.empty()
 
 

@@ -147,7 +147,7 @@ def test_random_weights_are_shards_of_one_model(
     tiny_checkpoint: TinyCheckpoint, size: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr("workers.loading.dummy_weights._CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("workers.loading.dummy_weights.CHUNK_ELEMENTS", 1000)
     folder = tiny_checkpoint(family)
 
     def parameters(rank: int, size: int) -> dict[str, torch.Tensor]:
