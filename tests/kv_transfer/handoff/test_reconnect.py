@@ -91,6 +91,18 @@ def test_a_handoff_over_a_broken_connection_ends_when_the_two_meet_again():
     assert pair.caches["d"][:, [4, 5]].unique().tolist() == [1.0]
 
 
+def test_who_is_reached_again_is_asked_at_once(monkeypatch):
+    pair = Pair()
+    key = pair.expect([4, 5])
+    pair.poll()
+    pair.break_()
+    monkeypatch.setattr(receiver, "_CANCEL_AGAIN_S", 3600.0)
+    pair.d.cancel(key)
+    assert pair.poll() == []
+    pair.meet()
+    assert pair.poll() == [HandoffReleased(key)]
+
+
 def test_meeting_again_fails_what_is_under_way_although_nothing_broke():
     pair = Pair()
     key = pair.expect([4, 5])
