@@ -136,9 +136,9 @@ class DecodeWorker:
         if sequence := self._sequences.pop(attempt_id, None):
             self._stop(sequence)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A prefill worker's process is gone."""
-        self._connector.disconnect(engine_id, may_write_s)
+        self._connector.disconnect(engine_id, confirmed_dead)
 
     def take_cache_update(self) -> CacheUpdate | None:
         """How the content of the kept blocks has changed since the last call; None: not at all."""

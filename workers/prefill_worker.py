@@ -119,9 +119,9 @@ class PrefillWorker:
         if prompt := self._prompts.pop(attempt_id, None):
             self._stop(prompt, "the request was cancelled")
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A decode worker's process is gone."""
-        self._connector.disconnect(engine_id, may_write_s)
+        self._connector.disconnect(engine_id, confirmed_dead)
 
     @property
     def has_work(self) -> bool:
