@@ -57,6 +57,10 @@ class InProcessWorker:
         self._host = await asyncio.shield(self._building)  # a thread cannot be cancelled: `stop` ends what it built
         return self._host.info
 
+    async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
+        """See `WorkerHandle.new_endpoint`."""
+        return (await asyncio.to_thread(self._host.new_endpoint, peer, _TIMEOUT_S),)
+
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
         await asyncio.to_thread(self._host.connect, peer, _TIMEOUT_S)
@@ -77,9 +81,9 @@ class InProcessWorker:
         """See `WorkerHandle.abort`."""
         self._host.abort(attempt_id)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `WorkerHandle.disconnect`."""
-        self._host.disconnect(engine_id, may_write_s)
+        self._host.disconnect(engine_id, confirmed_dead)
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """See `WorkerHandle.outputs`."""
@@ -94,13 +98,13 @@ class InProcessWorker:
                 raise WorkerLostError(f"{self.name} is gone: {item}") from item
             yield [item]
 
-    async def stop(self) -> float:
+    async def stop(self) -> bool:
         """See `WorkerHandle.stop`."""
         if self._building is not None:
             with contextlib.suppress(Exception):
                 host = await self._building
                 await asyncio.to_thread(host.close)
-        return 0.0
+        return True
 
     def crash(self, reason: str) -> None:
         """End the worker as if its process had died."""

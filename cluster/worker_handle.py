@@ -50,6 +50,15 @@ class WorkerHandle(Protocol):
         """
         ...
 
+    async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
+        """Begin to meet a peer, for the first time or once more: how its ranks have to know this worker's, in order.
+
+        Raises:
+            LayoutMismatchError: its KV cache is laid out differently.
+            KVTransferError: no endpoint can be made.
+        """
+        ...
+
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """Make a peer known, by all of its ranks, the lead's first.
 
@@ -79,8 +88,8 @@ class WorkerHandle(Protocol):
         """Stop an attempt at a request."""
         ...
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
-        """Tell it that a peer is lost, which may still write to its peers for so long."""
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
+        """Tell it that a peer is lost, and whether its processes are known to have ended; see `KVConnector`."""
         ...
 
     def outputs(self) -> AsyncIterator[list[StepOutput]]:
@@ -92,10 +101,10 @@ class WorkerHandle(Protocol):
         """
         ...
 
-    async def stop(self) -> float:
+    async def stop(self) -> bool:
         """End the worker; never fails.
 
         Returns:
-            How long what is left of it may still write to its peers, seconds: 0 unless it cannot be reached.
+            Whether its processes are known to have ended, so that nothing of it can write to its peers.
         """
         ...

@@ -132,8 +132,8 @@ class KVConnector(ABC):
         """Begin to meet a peer, for the first time or once more: make an endpoint for it alone.
 
         Handoffs that are under way between the two fail. Both sides call this, and then `connect` with what the other
-        side's returned: a connection that broke can only be replaced by one between new endpoints. And what can be
-        written here over an endpoint of a peer's own ends when that is closed, which `disconnect` does.
+        side's returned: so a connection that broke is replaced. And whatever a peer on another machine can write here
+        over an endpoint that was made for it ends when that is closed, which `disconnect` does.
 
         Returns:
             This engine, as that peer has to know it.

@@ -83,7 +83,7 @@ class PushConnector(KVConnector):
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """See `KVConnector.connect`."""
         self._layout.check_compatible(peer.layout, peer.engine_id)
-        self._call(lambda: self._transport.add_peer(peer), timeout_s)
+        self._call(lambda: self._connect(peer), timeout_s)
 
     def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
         """See `KVConnector.new_endpoint`."""
@@ -271,6 +271,10 @@ class PushConnector(KVConnector):
                 self._outgoing.on_cancel(sender, message)
             case Hello():
                 self._handshakes.on_hello(sender, message)
+
+    def _connect(self, peer: EngineInfo) -> None:
+        self._transport.add_peer(peer)
+        self._incoming.connected(peer.engine_id)
 
     def _new_endpoint(self, engine_id: str) -> EngineInfo:
         self._receive()  # what was said over the old connection still counts

@@ -28,7 +28,7 @@ class Disconnect:
     """A peer is lost; see `KVConnector.disconnect`."""
 
     engine_id: str
-    may_write_s: float = 0.0
+    confirmed_dead: bool = False
 
 
 Command = Submit | Abort | Disconnect
@@ -39,8 +39,8 @@ def apply_command(worker: PrefillWorker | DecodeWorker, command: Command) -> Non
     match command:
         case Abort(attempt_id):
             worker.abort(attempt_id)
-        case Disconnect(engine_id, may_write_s):
-            worker.disconnect(engine_id, may_write_s)
+        case Disconnect(engine_id, confirmed_dead):
+            worker.disconnect(engine_id, confirmed_dead)
         case Submit(request):
             worker.add(request)
 

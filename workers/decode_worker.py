@@ -15,6 +15,7 @@ from workers.errors import BatonError, DeadlineExceededError, HandoffError, Samp
 from workers.handoff.receiving import Arrival, RemotePrefill
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
+from workers.kv_cache.prefix_cache import PrefixCache
 from workers.messages import (
     CacheUpdate,
     DecodeReport,
@@ -135,9 +136,9 @@ class DecodeWorker:
         if sequence := self._sequences.pop(attempt_id, None):
             self._stop(sequence)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A prefill worker's process is gone."""
-        self._connector.disconnect(engine_id, confirmed_dead=may_write_s == 0.0)
+        self._connector.disconnect(engine_id, confirmed_dead)
 
     def take_cache_update(self) -> CacheUpdate | None:
         """How the content of the kept blocks has changed since the last call; None: not at all."""
@@ -166,8 +167,16 @@ class DecodeWorker:
         return self._runner
 
     @property
+    def blocks(self) -> PrefixCache:
+        """The blocks of its primary cache group: free, in use, or kept for what is in them."""
+        return self.cache.groups[self.cache.primary].pool
+
+    @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks, of the primary group, of each sequence that holds some: computed, expected, still written to."""
+        """The blocks of everybody who holds some, those that are computed, expected or still written to included.
+
+        Those of the primary cache group.
+        """
         in_flight = {sequence for launch in self._launches for sequence in launch.sequences}
         decoded = in_flight.union(self._batch.running, self._remote.expected)
         return (*(tuple(self.cache.held(sequence.tables)) for sequence in decoded), *self._local.block_tables)

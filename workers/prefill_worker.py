@@ -16,6 +16,7 @@ from workers.handoff.layers_per_write import LayersPerWrite
 from workers.handoff.sending import Prompt, complete_blocks, layer_pusher, push_cached
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
+from workers.kv_cache.prefix_cache import PrefixCache
 from workers.messages import (
     CacheUpdate,
     HandoffReport,
@@ -118,9 +119,9 @@ class PrefillWorker:
         if prompt := self._prompts.pop(attempt_id, None):
             self._stop(prompt, "the request was cancelled")
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A decode worker's process is gone."""
-        self._connector.disconnect(engine_id, confirmed_dead=may_write_s == 0.0)
+        self._connector.disconnect(engine_id, confirmed_dead)
 
     @property
     def has_work(self) -> bool:
@@ -138,15 +139,23 @@ class PrefillWorker:
         return self._runner
 
     @property
+    def blocks(self) -> PrefixCache:
+        """The blocks of its primary cache group: free, in use, or kept for what is in them."""
+        return self.cache.groups[self.cache.primary].pool
+
+    @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks, of the primary group, of each prompt that holds some: also handed over, or still written to."""
+        """The blocks of every prompt that holds some, those that are handed over or still written to included.
+
+        Those of the primary cache group.
+        """
         in_flight = {prompt for launch in self._launches for prompt in launch.prompts}
         prompts = in_flight.union(self._prompts.values(), self._handoffs.values())
         return tuple(tuple(self.cache.held(prompt.progress.tables)) for prompt in prompts)
 
     @property
     def blocks_in_flight(self) -> frozenset[int]:
-        """The blocks that launched steps may still write to."""
+        """The blocks of the primary cache group that launched steps may still write to."""
         prompts = [prompt for launch in self._launches for prompt in launch.prompts]
         return frozenset(block for prompt in prompts for block in self.cache.held(prompt.progress.tables))
 

@@ -133,6 +133,12 @@ class WorkerHost:
         """Stop an attempt at a request."""
         self._loop.post(lambda worker: worker.take(Abort(attempt_id)))
 
+    def new_endpoint(self, peer: Sequence[EngineInfo], timeout_s: float) -> EngineInfo:
+        """Begin to meet a peer, all of whose ranks are given, its lead first; see `KVConnector.new_endpoint`."""
+        if isinstance(self._connector, AgreedConnector):
+            return self._connector.new_endpoint_for(peer, timeout_s)
+        return self._connector.new_endpoint(peer[0], timeout_s)
+
     def connect(self, peer: Sequence[EngineInfo], timeout_s: float) -> None:
         """Meet a peer, all of whose ranks are given, its lead first; see `KVConnector.connect`."""
         handshake(self._connector, peer, timeout_s)
@@ -145,9 +151,9 @@ class WorkerHost:
         """What the way to a peer costs; see `KVConnector.link_to`."""
         return self._connector.link_to(engine_id)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A peer is lost; see `KVConnector.disconnect`."""
-        self._loop.post(lambda worker: worker.take(Disconnect(engine_id, may_write_s)))
+        self._loop.post(lambda worker: worker.take(Disconnect(engine_id, confirmed_dead)))
 
     def close(self) -> None:
         """Stop the loop, then the followers, then the connector."""

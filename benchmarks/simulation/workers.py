@@ -80,6 +80,10 @@ class SimulatedWorker:
         self._spawn(self._prefill() if self.role == "prefill" else self._decode())
         return self.hardware.described(self.name, self.role, self.engine_id)
 
+    async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
+        """See `WorkerHandle.new_endpoint`."""
+        return (self.hardware.described(self.name, self.role, self.engine_id).engine,)
+
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
 
@@ -118,7 +122,7 @@ class SimulatedWorker:
             self._memory.leave(attempt_id)
             self._news.set()
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `WorkerHandle.disconnect`."""
         for sequence in self._memory.all():
             if sequence.request.peer_engine == engine_id and not sequence.handed_over:
@@ -132,10 +136,10 @@ class SimulatedWorker:
             yield [output]
         raise WorkerLostError(f"{self.name} is gone")
 
-    async def stop(self) -> float:
+    async def stop(self) -> bool:
         """See `WorkerHandle.stop`."""
         self.kill()
-        return 0.0
+        return True
 
     def kill(self) -> None:
         """The process is gone, with everything in it."""

@@ -59,8 +59,8 @@ class Handshakes:
                 logger.warning("%s and %s cannot meet: %s", replica.engine_id, peer.engine_id, error)
                 self._tasks.spawn(self._reconcile(replica, peer))
 
-    def disconnect(self, replica: Replica, may_write_s: float) -> None:
-        """A member's worker is gone, or as good as gone: its peers drop it, and know how long it may still write."""
+    def disconnect(self, replica: Replica, confirmed_dead: bool) -> None:
+        """A member's worker is gone, or as good as gone: its peers drop it, and know whether it can still write."""
         gone = replica.engine_id
         for peer in self._roster:
             peer.unsupported_reasons.pop(gone, None)
@@ -68,7 +68,7 @@ class Handshakes:
             peer.links.pop(gone, None)
         for peer in self._roster.pool("decode" if replica.handle.role == "prefill" else "prefill"):
             if peer.info is not None and peer.state != "lost":  # one that starts may be about to meet it, in vain
-                peer.handle.disconnect(gone, may_write_s)
+                peer.handle.disconnect(gone, confirmed_dead)
 
     async def check_some_pair_works(self) -> None:
         """Refuse pools of which no two workers fit; those that only could not reach each other get time to.
@@ -107,8 +107,10 @@ class Handshakes:
 async def _handshake(one: Replica, other: Replica) -> None:
     assert one.info is not None
     assert other.info is not None
-    await one.handle.connect(other.info.engines)
-    await other.handle.connect(one.info.engines)
+    mine = await one.handle.new_endpoint(other.info.engines)  # a connection that broke is of no more use
+    theirs = await other.handle.new_endpoint(one.info.engines)
+    await one.handle.connect(theirs)
+    await other.handle.connect(mine)
     seconds = await one.handle.probe(other.engine_id)
     prefill, decode = (one, other) if one.handle.role == "prefill" else (other, one)
     link = await prefill.handle.link_to(decode.engine_id)

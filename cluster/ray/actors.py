@@ -92,6 +92,10 @@ class WorkerActor:
             self._aborted.popitem(last=False)
         self._started.abort(attempt_id)
 
+    async def new_endpoint(self, peer: Sequence[EngineInfo]) -> EngineInfo:
+        """See `WorkerHost.new_endpoint`."""
+        return await asyncio.to_thread(self._started.new_endpoint, peer, CONNECT_TIMEOUT_S)
+
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHost.connect`."""
         await asyncio.to_thread(self._started.connect, peer, CONNECT_TIMEOUT_S)
@@ -104,9 +108,9 @@ class WorkerActor:
         """See `WorkerHost.link_to`."""
         return self._started.link_to(engine_id)
 
-    async def disconnect(self, engine_id: str, may_write_s: float) -> None:
+    async def disconnect(self, engine_id: str, confirmed_dead: bool) -> None:
         """See `WorkerHost.disconnect`."""
-        self._started.disconnect(engine_id, may_write_s)
+        self._started.disconnect(engine_id, confirmed_dead)
 
     async def renew(self, num_heard: int) -> float | None:
         """Whoever reads `outputs` has heard so many items: for a lease's length from then on this worker may write.
@@ -194,6 +198,10 @@ class FollowerActor:
     async def renew(self, said_at: float) -> None:
         """The lead was heard, see `WorkerActor.renew`."""
         self._lease.renew(said_at)
+
+    async def new_endpoint(self, peer: Sequence[EngineInfo]) -> EngineInfo:
+        """See `FollowerHost.new_endpoint`."""
+        return await asyncio.to_thread(self._started.new_endpoint, peer, CONNECT_TIMEOUT_S)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `FollowerHost.connect`."""

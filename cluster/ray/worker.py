@@ -15,7 +15,6 @@ from cluster.errors import WorkerLostError
 from cluster.ray.actors import FollowerActor, WorkerActor
 from cluster.ray.placement_group import RankPlacement, RankResources
 from cluster.worker_handle import HEARTBEAT_S, LoadProgress
-from kv_transfer.lease import LEASE_S
 from kv_transfer.link_cost import LinkCost, together
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
@@ -74,6 +73,11 @@ class RayWorker:
         info: WorkerInfo = starts[0].result()
         return info
 
+    async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
+        """See `WorkerHandle.new_endpoint`."""
+        ranks = (self._lead, *self._followers)
+        return tuple(await asyncio.gather(*(self._call(rank.new_endpoint.remote(peer)) for rank in ranks)))
+
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
         await asyncio.gather(*(self._call(rank.connect.remote(peer)) for rank in (self._lead, *self._followers)))
@@ -97,9 +101,9 @@ class RayWorker:
         """See `WorkerHandle.abort`."""
         self._lead.abort.remote(attempt_id)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `WorkerHandle.disconnect`."""
-        self._lead.disconnect.remote(engine_id, may_write_s)
+        self._lead.disconnect.remote(engine_id, confirmed_dead)
 
     async def rank_pids(self) -> list[int]:
         """The followers' processes, in order of rank; the lead's is in its `WorkerInfo`."""
@@ -119,7 +123,7 @@ class RayWorker:
             raise WorkerLostError(f"{self.name} is gone: {_first_line(error)}") from error
         raise WorkerLostError(f"{self.name} ended its output")
 
-    async def stop(self) -> float:
+    async def stop(self) -> bool:
         """See `WorkerHandle.stop`."""
         ranks = (self._lead, *self._followers)
         if not self._lost and self._heard_at and time.monotonic() - self._heard_at > _SILENT_AFTER_S:
@@ -132,9 +136,7 @@ class RayWorker:
             with contextlib.suppress(Exception):
                 ray.kill(rank)
         self._placement.remove()
-        if not self._unreachable:
-            return 0.0
-        return max(0.0, self._heard_at + LEASE_S - time.monotonic())  # nobody kills it for certain; its lease ends it
+        return not self._unreachable  # who cannot be reached is not killed for certain
 
     def _hear(self) -> None:
         """Something was heard of it, so its lease may be renewed."""

@@ -17,7 +17,7 @@ from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
 from kv_transfer.transports.base import Transport
 
-_CANCEL_AGAIN_S = 1.0
+_CANCEL_AGAIN_S, _MAX_DOUBLINGS = 1.0, 4
 _LOOK_AGAIN_S = 0.02
 _EAGER_CANCELS = 5
 
@@ -93,8 +93,9 @@ class HandoffReceiver:
             self._ask_to_stop(handoff)
 
     def _ask_to_stop(self, handoff: _Incoming) -> None:
+        patience_s = _CANCEL_AGAIN_S * 2 ** min(handoff.num_cancels, _MAX_DOUBLINGS)
         handoff.num_cancels += 1
-        handoff.cancel_at = time.monotonic() + _CANCEL_AGAIN_S
+        handoff.cancel_at = time.monotonic() + patience_s
         with contextlib.suppress(PeerError):  # asked again, over another connection perhaps
             self._transport.send(handoff.peer, encode(Cancel(handoff.key)))
 
@@ -128,6 +129,12 @@ class HandoffReceiver:
         for handoff in self._of(engine_id):
             self._fail(handoff, f"the connection to prefill worker {engine_id} is made anew")
             handoff.reconnected = True
+
+    def connected(self, engine_id: str) -> None:
+        """A peer can be reached, perhaps once more: it is asked at once for what it has not confirmed."""
+        for handoff in self._of(engine_id):
+            if handoff.cancelled and handoff.drained_at is None:
+                handoff.num_cancels, handoff.cancel_at = 0, 0.0
 
     def peer_lost(self, engine_id: str, confirmed_dead: bool) -> None:
         """A prefill worker is lost: its handoffs fail now, their blocks are released when nothing of it can land."""

@@ -93,8 +93,9 @@ class Transport(ABC):
     def new_endpoint(self, engine_id: str) -> EngineInfo:
         """Make an endpoint for one peer alone, with a name of its own, and close the one that it had.
 
-        What was under way between the two ends, and the peer has to be added again, with its own new endpoint. A
-        connection that broke is never used again: an endpoint that has seen one break refuses the peer for ever.
+        What was under way between the two ends, and the peer has to be added again, with its own new endpoint. So
+        nothing is left of a connection that broke, which would refuse everything for ever, and nothing of the old one
+        arrives at the new one.
 
         Returns:
             What the peer needs to know in order to add this worker.

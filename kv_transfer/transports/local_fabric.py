@@ -137,6 +137,15 @@ class LocalFabric:
                 self._arrive(end, _Arrival(self._delay(), link, message, copy))
             return transfer
 
+    def source_blocks(self, engine_id: str) -> frozenset[int]:
+        """The blocks of this engine, of any cache group, that WRITEs on their way are still going to read."""
+        with self._lock:
+            caches = self._end(engine_id).kv_caches
+            arrivals = (arrival for end in self._ends.values() for arrival in end.arrivals)
+            copies = [arrival.copy for arrival in arrivals if arrival.copy is not None]
+            own = [copy for copy in copies if any(copy.source is cache for cache in caches)]
+            return frozenset(block for copy in own for block in copy.src)
+
     def receive(self, engine_id: str) -> list[tuple[str, bytes]]:
         """Let one round pass for this engine; what is due lands."""
         with self._lock:

@@ -27,9 +27,10 @@ def poison_free_blocks(workers: Workers) -> None:
     """What a block without users and without known content holds must never matter."""
     for worker in workers:
         for group, kv_cache in zip(worker.cache.groups, worker.runner.kv_caches, strict=True):
-            known = group.pool.used_blocks.union(group.pool.stored_blocks.values())
-            ids = range(kv_cache.shape[1] - group.pool.num_blocks, kv_cache.shape[1])  # a null block stays zero
-            kv_cache[:, [block for block in ids if block not in known]] = torch.nan
+            pool = group.pool
+            known = pool.used_blocks.union(pool.stored_blocks.values())
+            ids = range(kv_cache.shape[1] - pool.num_blocks, kv_cache.shape[1])  # a null block stays zero
+            kv_cache[:, [b for b in ids if b not in known]] = torch.nan
 
 
 def check_cached_blocks(cluster: LocalCluster, workers: Workers, texts: list[list[int]], rtol: float = 1e-4) -> int:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cached_blocks import check_cached_blocks, found_blocks, poison_free_blocks
+from cached_blocks import check_cached_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from made_requests import worker_request
@@ -124,7 +124,7 @@ def test_broken_logits_take_their_blocks_with_them(one_pair, monkeypatch, refere
     """Also those that were found in the cache: else whatever is wrong there fails every prompt that begins so."""
     cluster, prefill, _ = one_pair()
     report(prefill, prompt(64))
-    (block, *_) = found_blocks(prefill, prompt(64))
+    (block, *_) = prefill.blocks.find(block_hashes(prompt(64), 16))
     prefill.runner.kv_caches[0][:, block] = torch.nan
     prefill.add(alone("broken", prompt(70)))
     assert [type(event) for event in prefill.step()] == [RequestFailed]

@@ -53,6 +53,10 @@ class FollowerHost:
         self._follower = Follower(replica, self._connector, self._channel, self._end)
         self._follower.start()
 
+    def new_endpoint(self, peer: Sequence[EngineInfo], timeout_s: float) -> EngineInfo:
+        """Begin to meet the same rank of a peer; see `AgreedConnector.new_endpoint_for`."""
+        return self._connector.new_endpoint_for(peer, timeout_s)
+
     def connect(self, peer: Sequence[EngineInfo], timeout_s: float) -> None:
         """Meet the same rank of a peer; see `AgreedConnector.handshake`."""
         self._connector.handshake(peer, timeout_s)

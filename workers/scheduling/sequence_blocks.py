@@ -51,13 +51,12 @@ class SequenceBlocks:
     def grown(self, sequence: Sequence) -> None:
         """It has one more token. The token itself is not in the cache yet; all before it are."""
         num_computed, hashes = sequence.num_tokens - 1, sequence.content
-        if hashes is not None:
+        if num_computed % self._block_size == 0 and hashes is not None:
             known = len(hashes) * self._block_size
-            end = num_computed // self._block_size * self._block_size
-            if end > known:
-                hashes.extend(sequence.token_ids(known, end))
-                self._cache.store(sequence.tables, hashes, known, end)
-        self._cache.land(sequence.tables, num_computed)
+            hashes.extend(sequence.token_ids(known, num_computed))
+            self._cache.store(sequence.tables, hashes, known, num_computed)
+        if num_computed >= sequence.tables.release_at:
+            self._cache.land(sequence.tables, num_computed)
 
     def give_back_cached(self, sequence: Sequence) -> None:
         """Nobody wants its handoff any more: what was here before was not granted to anybody, and goes back at once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -48,13 +49,18 @@ class FakeWorker:
         if self._error is not None:
             raise self._error
         layout = KVLayout((GroupLayout("full", tuple(range(2)), self._block_size, 2, 16, "float32"),))
-        engine = EngineInfo(self.engine_id, 1, layout, (Region(0, 2, 8, 1024),), "cpu", 0, b"")
+        self._endpoints = 0
+        engine = self._engine = EngineInfo(self.engine_id, 1, layout, (Region(0, 2, 8, 1024),), "cpu", 0, b"")
         return WorkerInfo(self.name, self.role, (engine,), "cpu", "TORCH_SDPA", 100, 4, 8, StepTimes(), 0)
 
-    async def connect(self, peer: Sequence[EngineInfo]) -> None:
+    async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
         there = peer[0].layout.primary.block_size
         if there != self._block_size:
             raise LayoutMismatchError(f"block_size is {self._block_size} here and {there} there")
+        self._endpoints += 1
+        return (replace(self._engine, endpoint=f"{self.engine_id}#{self._endpoints}"),)
+
+    async def connect(self, peer: Sequence[EngineInfo]) -> None:
         self._log.append(("connect", self.engine_id, peer[0].engine_id))
 
     async def probe(self, engine_id: str) -> float:
@@ -66,7 +72,7 @@ class FakeWorker:
         self._log.append(("path", self.engine_id, engine_id))
         return LinkCost(write_s=0.002, descriptor_s=0.0, bytes_per_s=1e9)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         self._log.append(("disconnect", self.engine_id, engine_id))
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
@@ -76,9 +82,9 @@ class FakeWorker:
                 raise item
             yield item
 
-    async def stop(self) -> float:
+    async def stop(self) -> bool:
         self._log.append(("stop", self.engine_id))
-        return 0.0
+        return True
 
 
 class Stage:
@@ -240,6 +246,7 @@ async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monke
     for replica in stage.pools.replicas:
         replica.handle.unreachable = None
     await until(lambda: all(replica.unreachable_peers == {} for replica in stage.pools.replicas))
+    assert stage.replica("decode-1").handle._endpoints >= 2, "each attempt has an endpoint of its own"
     await stage.pools.stop()
 
 

@@ -131,19 +131,21 @@ def test_a_group_that_is_not_pushed_fails_both_sides_at_once(missing):
 
 
 @pytest.mark.parametrize(
-    ("layers", "first_block", "reason"),
+    ("layers", "first_block", "end", "reason"),
     [
-        (range(2), 3, "cache group 1: 4 of 6 granted blocks of all layers came"),  # begins behind the grant
-        (range(1), 2, "cache group 1: 3 of 6 granted blocks of all layers came"),  # a layer is missing
+        (range(2), 3, 5, "cache group 1: 4 of 6 granted blocks of all layers came"),  # begins behind the grant
+        (range(1), 2, 5, "cache group 1: 3 of 6 granted blocks of all layers came"),  # a layer is missing
+        (range(2), 2, 4, "the decode worker granted 3 blocks behind 2 that it has, 4 are needed"),
+        (range(2), 2, 6, "the decode worker granted 3 blocks behind 2 that it has, 6 are needed"),
     ],
 )
-def test_what_was_pushed_must_be_what_was_granted_in_each_group(layers, first_block, reason):
+def test_what_was_pushed_must_be_what_was_granted_in_each_group(layers, first_block, end, reason):
     """Or decode would wait until its deadline."""
     _, p, d = pair(TWO)
     key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, range(5)), GroupBlocks(2, [4, 5, 6])])
     p.connector.begin(HANDOFF, d.id)
     p.connector.push(HANDOFF, 0, range(3), 0, range(5), None)
-    p.connector.push(HANDOFF, 1, layers, first_block, range(5 - first_block), None)
+    p.connector.push(HANDOFF, 1, layers, first_block, range(end - first_block), None)
     p.connector.finish(HANDOFF, 7)
     events = poll(p, d)
     assert HandoffFailed(key, reason) in events

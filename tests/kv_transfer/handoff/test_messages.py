@@ -105,6 +105,17 @@ def test_a_sender_that_miscounts_does_not_complete():
     assert ledger.first_token is None, "one of two blocks is missing, whatever the sender says"
 
 
+def test_each_group_must_be_complete_whatever_the_sender_says():
+    counter = PartCounter([Wanted(2, range(2)), Wanted(1, range(3, 5))])
+    counter.count(Part(KEY, 0, 0, 0, 2, 0, 2))
+    counter.close(Final(KEY, 5, 1))
+    assert counter.first_token is None
+    counter.count(Part(KEY, 1, 2, 0, 1, 3, 2))
+    assert counter.first_token is None, "there is no third group"
+    counter.count(Part(KEY, 2, 1, 0, 1, 3, 2))
+    assert counter.first_token == 5
+
+
 LAYOUT = KVLayout((GroupLayout("full", tuple(range(4)), 16, 2, 64, "bfloat16"),))
 
 

@@ -91,6 +91,18 @@ def test_a_handoff_over_a_broken_connection_ends_when_the_two_meet_again():
     assert pair.caches["d"][:, [4, 5]].unique().tolist() == [1.0]
 
 
+def test_who_is_reached_again_is_asked_at_once(monkeypatch):
+    pair = Pair()
+    key = pair.expect([4, 5])
+    pair.poll()
+    pair.break_()
+    monkeypatch.setattr(receiver, "_CANCEL_AGAIN_S", 3600.0)
+    pair.d.cancel(key)
+    assert pair.poll() == []
+    pair.meet()
+    assert pair.poll() == [HandoffReleased(key)]
+
+
 def test_meeting_again_fails_what_is_under_way_although_nothing_broke():
     pair = Pair()
     key = pair.expect([4, 5])
@@ -159,6 +171,41 @@ def test_an_endpoint_at_one_side_alone_is_not_enough():
     key = pair.expect([4])
     pair.push([1])
     assert HandoffReceived(key, 7) in pair.poll()
+
+
+def test_a_prefill_worker_that_begins_anew_waits_for_nobody():
+    pair = Pair()
+    pair.expect([4, 5])
+    pair.p.begin(HANDOFF, pair.d_info.engine_id)
+    pair.poll()
+    pair.p.new_endpoint(pair.d_info, 1.0)
+    (aborted,) = pair.p.poll()
+    assert isinstance(aborted, HandoffAborted)
+    assert "is made anew" in aborted.reason
+
+
+def test_what_was_said_over_the_old_connection_still_counts():
+    pair = Pair()
+    key = pair.expect([4, 5])
+    pair.poll()
+    pair.push([1, 2])
+    pair.p.poll()
+    pair.d.new_endpoint(pair.p_info, 1.0)
+    assert pair.d.poll() == [HandoffReceived(key, 7)]
+
+
+def test_a_new_endpoint_at_the_other_side_is_a_new_connection():
+    pair = Pair()
+    pair.break_()
+    pair.expect([4])
+    pair.poll(1)
+    pair.p.begin(HANDOFF, pair.d_info.engine_id)
+    pair.d.new_endpoint(pair.p_info, 1.0)
+    with pytest.raises(PeerError):
+        pair.p._transport.send(pair.d_info.engine_id, b"")
+    assert pair.p.broken_peers == {pair.d_info.engine_id}
+    pair.p.connect(pair.d.new_endpoint(pair.p_info, 1.0), 1.0)
+    assert pair.p.broken_peers == frozenset()
 
 
 def test_unlike_layouts_make_no_endpoint():

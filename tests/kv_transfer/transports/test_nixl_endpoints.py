@@ -25,6 +25,7 @@ def meet(prefill, decode) -> tuple[str, str]:
     """As the gateway has two workers meet, for the first time or once more."""
     infos = prefill.info(), decode.info()
     mine, theirs = prefill.new_endpoint(infos[1]), decode.new_endpoint(infos[0])
+    assert mine.endpoint != infos[0].endpoint
     prefill.connect(theirs)
     decode.connect(mine)
     assert prefill.probe(infos[1].engine_id) < 10
@@ -53,6 +54,8 @@ def test_a_broken_connection_is_replaced_and_blocks_come_back(make_peer):
     decode.cancel(key)
     assert decode.events(1, 1.5) == [], "nobody can confirm anything"
     assert prefill.broken_peers() == {ids[1]}
+    names = {prefill.new_endpoint(decode.info()).endpoint for _ in range(3)}
+    assert len(names) == 3
     meet(prefill, decode)
     assert decode.events(1) == [HandoffReleased(key)]
     assert prefill.broken_peers() == decode.broken_peers() == frozenset()

@@ -11,8 +11,9 @@ import torch
 from attention.kv_cache import KVCacheSpec
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
+from workers.kv_cache.cache_split import CacheSplit
 from workers.kv_cache.gpu_memory import GpuMemory, measure_gpu_memory
-from workers.kv_cache.sizing import allocate_kv_caches, plan_kv_cache
+from workers.kv_cache.sizing import allocate_kv_caches, kv_layout, plan_kv_cache
 from workers.models.loader import load_model
 from workers.runner.profile_run import decode_rows, largest_batches_of, prefill_rows
 
@@ -179,3 +180,53 @@ def test_a_large_batch_that_cannot_fit_is_refused_and_the_memory_is_back(tiny_ch
     with pytest.raises(ConfigError, match="largest batch"):
         plan_kv_cache(config, [spec], 2048, too_much)
     assert plan_kv_cache(config, [spec], 2048).num_blocks > 0
+
+
+WINDOW = KVCacheSpec((1, 2, 3, 4, 5), 2, 16, 16, torch.float32, "sliding", 100)
+WHOLE = KVCacheSpec((0,), 2, 16, 16, torch.float32)
+
+
+def test_a_window_gets_what_a_full_batch_holds_and_the_rest_goes_to_what_keeps_everything():
+    config = WorkerConfig("decode-0", "decode", "m", max_num_seqs=3, kv_cache_bytes=400 * WHOLE.bytes_per_block)
+    plan = plan_kv_cache(config, [WHOLE, WINDOW], 2048)
+    windows = 3 * 8 + 1  # 100 tokens, wherever they begin, and the block that stands for those given back
+    assert plan.counts == (400 - 5 * windows, windows)
+    assert (plan.num_blocks, plan.num_tokens) == (plan.counts[0], 16 * plan.counts[0])
+    assert plan.kv_bytes == sum(n * spec.bytes_per_block for n, spec in zip(plan.counts, (WHOLE, WINDOW), strict=True))
+    assert "blocks of all cache groups: 275, 25" in str(plan)
+    caches = allocate_kv_caches(config, [WHOLE, WINDOW], 2048)
+    assert [cache.shape[:2] for cache in caches] == [(1, 275), (5, 25)]
+    assert sum(cache.nbytes for cache in caches) == plan.kv_bytes
+
+
+def test_a_window_needs_no_more_blocks_than_what_keeps_everything():
+    config = WorkerConfig("decode-0", "decode", "m", max_num_seqs=30, num_blocks=40)
+    assert plan_kv_cache(config, [WHOLE, WINDOW], 512).counts == (40, 41)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 5000, 10**6, 10**7])
+def test_the_split_takes_all_that_fits_and_no_more(num_bytes):
+    split = CacheSplit([WHOLE, WINDOW], [128, 8], 4)
+    count = split.blocks_that_fit(num_bytes)
+    assert count == 0 or split.num_bytes(count) <= num_bytes
+    assert split.num_bytes(count + 1) > num_bytes
+
+
+def test_a_model_of_windows_alone_needs_no_room_for_its_longest_sequence():
+    config = WorkerConfig("prefill-0", "prefill", "m", max_num_seqs=4, num_blocks=20, max_num_batched_tokens=64)
+    assert plan_kv_cache(config, [WINDOW], 100_000).counts == (21,)
+    with pytest.raises(ConfigError, match=r"10 blocks of 16 tokens cannot hold one sequence .* \(12 blocks\)"):
+        plan_kv_cache(dataclasses.replace(config, num_blocks=10), [WINDOW], 100_000)
+    free = dataclasses.replace(config, num_blocks=None)
+    assert plan_kv_cache(free, [WINDOW], 100_000).num_blocks == 4 * 12, "a window and a chunk, for a full batch"
+
+
+def test_the_layout_says_what_each_group_keeps():
+    layout = kv_layout([WHOLE, WINDOW], 2)
+    assert [(g.kind, g.layers, g.window) for g in layout.groups] == [
+        ("full", (0,), None),
+        ("sliding", (1, 2, 3, 4, 5), 100),
+    ]
+    assert [group.block_bytes * group.num_layers for group in layout.groups] == [
+        WHOLE.bytes_per_block, WINDOW.bytes_per_block
+    ]  # fmt: skip

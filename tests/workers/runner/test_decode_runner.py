@@ -10,11 +10,11 @@ import torch
 from attention.kv_cache import KVCacheSpec
 from attention.platform import Platform
 from cache_groups import ListedTables, unwritten_caches
-from workers.kv_cache.tables import SequenceTables
+from workers.kv_cache.tables import BlockTable, SequenceTables
 from workers.models.loader import load_model
 from workers.ops.decode_input_types import PADDING_LEN
-from workers.ops.decode_inputs import decode_inputs_torch
-from workers.ops.triton.decode_inputs import launch_decode_inputs
+from workers.ops.decode_inputs import decode_inputs_torch, decode_slots_torch
+from workers.ops.triton.decode_inputs import launch_decode_inputs, launch_decode_slots
 from workers.runner.decode_batch_state import DecodeRows
 from workers.runner.decode_graphs import DecodeGraphs, ladder, next_size
 from workers.runner.decode_runner import DecodeRunner
@@ -33,10 +33,15 @@ class Stub:
         self.blocks = blocks
         self.in_flight = 0
         self.listed = ListedTables()
+        self.given: SequenceTables | None = None
 
     @property
     def tables(self) -> SequenceTables:
-        return self.listed.over(self.blocks, BLOCK_SIZE)
+        return self.given or self.listed.over(self.blocks, BLOCK_SIZE)
+
+    @tables.setter
+    def tables(self, tables: SequenceTables) -> None:
+        self.given = tables
 
     @property
     def num_scheduled(self) -> int:
@@ -137,6 +142,46 @@ def test_the_inputs_kernel_and_its_twin_agree(num_rows, device):
         assert torch.equal(found.cpu(), wanted)
         assert found.dtype == wanted.dtype
     assert torch.equal(lens.cpu(), expected_lens)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 130])
+def test_the_slots_kernel_and_its_twin_agree(num_rows, device):
+    skip_without_triton(device)
+    generator = torch.Generator().manual_seed(num_rows)
+    lens = torch.randint(PADDING_LEN, MAX_BLOCKS * BLOCK_SIZE + 1, (num_rows,), generator=generator).int()
+    tables = torch.randint(0, 2**30, (num_rows, MAX_BLOCKS), generator=generator).int()
+    expected = decode_slots_torch(lens, tables, BLOCK_SIZE)
+    found = launch_decode_slots(lens.to(device), tables.to(device), BLOCK_SIZE)
+    assert torch.equal(found.cpu(), expected)
+    assert found.dtype == expected.dtype
+
+
+def test_rows_of_several_groups(device):
+    """Blocks of other sizes, and what lies behind a window is out of the row; a row that is taken over has no trace."""
+    specs = [
+        KVCacheSpec((0,), 1, 8, 4, torch.float32),
+        KVCacheSpec((1,), 1, 8, 2, torch.float32, "sliding", 3),
+    ]
+    rows = DecodeRows(2, 16, specs, torch.device(device))
+    whole, window = BlockTable([5, 6]), BlockTable([0, 9, 8, 7], 1)
+    sequence = Stub([1] * 7, [])
+    sequence.tables = tables = SequenceTables([whole, window])
+    tables.num_slots = 8
+    rows.arrange([sequence])
+    assert [table[0].tolist() for table in rows.block_tables] == [[5, 6, 0, 0], [0, 0, 8, 7, 0, 0, 0, 0]]
+    inputs = rows.inputs(2)
+    assert [slots.tolist() for slots in rows.slot_mappings(inputs)] == [[6 * 4 + 2, -1], [7 * 2, -1]]
+    sequence.in_flight = 2
+    whole.blocks.append(4)
+    window.blocks.append(3)
+    tables.num_slots = 10
+    rows.arrange([sequence])
+    assert [table[0].tolist() for table in rows.block_tables] == [[5, 6, 4, 0], [0, 0, 0, 7, 3, 0, 0, 0]]
+    newcomer = Stub([2] * 3, [])
+    newcomer.tables = SequenceTables([BlockTable([1]), BlockTable([11, 12])])
+    newcomer.tables.num_slots = 4
+    rows.arrange([newcomer])
+    assert rows.block_tables[1][0, :2].tolist() == [11, 12]
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 4, 7, 8, 9, 40, 256, 300, 1024])

@@ -34,6 +34,19 @@ def test_rows_are_packed_one_behind_the_other(array, device):
     assert inputs.input_ids.dtype == inputs.positions.dtype == inputs.wanted.dtype == torch.int64
 
 
+def test_each_group_has_its_tables_and_slots(device):
+    rows = [Row([5, 6], 3, [[3, 1], [7, 0, 9]]), Row([8], 0, [[2], [4]])]
+    inputs = batch_inputs(rows, [4, 2], torch.device(device))
+    whole, small = inputs.metadata
+    assert whole.block_tables.tolist() == [[3, 1], [2, 0]]
+    assert whole.slot_mapping.tolist() == [15, 4, 8]
+    assert small.block_tables.tolist() == [[7, 0, 9], [4, 0, 0]]
+    assert small.slot_mapping.tolist() == [1, 18, 8]
+    for group in inputs.metadata:
+        assert group.cu_seqlens_q.tolist() == [0, 2, 3]
+        assert group.seq_lens.tolist() == [5, 1]
+
+
 def test_logits_after_every_token_need_no_choice():
     inputs = batch_inputs([Row([5], 3, [[0]]), Row([6], 0, [[1]])], [4], torch.device("cpu"))
     assert inputs.wanted is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,59 +60,78 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 512) for _ in range(length)]
 
 
+TWO_GROUPS = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "layer_types": None}
+
+
+def unwrite(runner: ModelRunner) -> None:
+    for cache in runner.kv_caches:
+        cache.fill_(UNWRITTEN)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnGpu:
-    @pytest.fixture(params=["llama", "qwen3", "mistral"])
+    @pytest.fixture(params=["llama", "qwen3", "mistral", "two cache groups"])
     def runner(self, request, tiny_checkpoint) -> ModelRunner:
-        model = load_model(tiny_checkpoint(request.param), "float32", "cuda", BLOCK_SIZE, "TRITON_ATTN")
+        two = request.param == "two cache groups"
+        checkpoint = tiny_checkpoint("qwen2", **TWO_GROUPS) if two else tiny_checkpoint(request.param)
+        model = load_model(checkpoint, "float32", "cuda", BLOCK_SIZE, "TRITON_ATTN")
         return ModelRunner(model, [cache.fill_(UNWRITTEN) for cache in group_caches(model, 64)])
 
-    def test_graphs_and_single_kernels_agree(self, runner):
-        rows = [
-            Row(prompt(n, n), 0, [random.Random(n).sample(range(64), -(-n // BLOCK_SIZE))]) for n in (1, 32, 33, 100)
-        ]
+    @pytest.fixture
+    def row(self, runner) -> Callable[..., Row]:
+        """`row(tokens, start, blocks)`: with the same blocks in each cache group."""
+        return lambda tokens, start, blocks, **others: Row(tokens, start, [blocks] * len(runner.groups), **others)
+
+    def test_graphs_and_single_kernels_agree(self, runner, row):
+        lengths = (1, 32, 33, 100)
+        rows = [row(prompt(n, n), 0, random.Random(n).sample(range(64), -(-n // BLOCK_SIZE))) for n in lengths]
         expected = []
-        for row in rows:
-            logits = runner.forward([row]).clone()
-            expected.append((logits, runner.kv_caches[0].clone()))
-            runner.kv_caches[0].fill_(UNWRITTEN)
+        for each in rows:
+            logits = runner.forward([each]).clone()
+            expected.append((logits, [cache.clone() for cache in runner.kv_caches]))
+            unwrite(runner)
         told: list[tuple[int, int]] = []
         runner.capture_prefill(128, lambda done, total: told.append((done, total)))
         assert told == [(1, 3), (2, 3), (3, 3)]
-        assert (runner.kv_caches[0] == UNWRITTEN).all(), "capturing stores nothing"
+        assert all((cache == UNWRITTEN).all() for cache in runner.kv_caches), "capturing stores nothing"
         torch.empty(1 << 22, device="cuda").fill_(-1)  # whatever the graphs read and nobody keeps is overwritten
-        for row, (logits, cache) in zip(rows, expected, strict=True):
+        for each, (logits, caches) in zip(rows, expected, strict=True):
             layers: list[int] = []
-            torch.testing.assert_close(runner.forward([row], layers.append), logits, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(runner.kv_caches[0], cache, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(runner.forward([each], layers.append), logits, rtol=1e-4, atol=1e-4)
+            for found, cache in zip(runner.kv_caches, caches, strict=True):
+                torch.testing.assert_close(found, cache, rtol=1e-4, atol=1e-4)
             assert layers == list(range(len(runner.places)))
-            runner.kv_caches[0].fill_(UNWRITTEN)
+            unwrite(runner)
 
-    def test_a_layer_is_announced_when_its_keys_are_stored(self, runner):
+    def test_a_layer_is_announced_when_its_keys_are_stored(self, runner, row):
+        def layer_cache(layer: int) -> torch.Tensor:
+            group, index = runner.places[layer]
+            return runner.kv_caches[group][index]
+
         runner.capture_prefill(64)
-        runner.forward([Row(prompt(40), 0, [[3, 1, 2]])])
-        stored = runner.kv_caches[0].clone()
-        runner.kv_caches[0].fill_(UNWRITTEN)
+        runner.forward([row(prompt(40), 0, [3, 1, 2])])
+        stored = [layer_cache(layer).clone() for layer in range(len(runner.places))]
+        unwrite(runner)
         seen = []
 
         def on_layer(layer: int) -> None:
-            seen.append(torch.equal(runner.kv_caches[0][layer], stored[layer]))
+            seen.append(torch.equal(layer_cache(layer), stored[layer]))
             if layer + 1 < len(runner.places):
-                seen.append(bool((runner.kv_caches[0][layer + 1] == UNWRITTEN).all()))
+                seen.append(bool((layer_cache(layer + 1) == UNWRITTEN).all()))
 
-        runner.forward([Row(prompt(40), 0, [[3, 1, 2]])], on_layer)
+        runner.forward([row(prompt(40), 0, [3, 1, 2])], on_layer)
         assert len(seen) == 2 * len(runner.places) - 1
         assert all(seen)
 
-    def test_what_is_no_short_prompt_alone_runs_kernel_by_kernel(self, runner, monkeypatch):
+    def test_what_is_no_short_prompt_alone_runs_kernel_by_kernel(self, runner, row, monkeypatch):
         runner.capture_prefill(64)
         monkeypatch.setattr(PrefillGraphs, "run", lambda *_: pytest.fail("it ran as graphs"))
         for rows in (
-            [Row(prompt(65), 0, [range(5)])],
-            [Row(prompt(20), 16, [range(5)])],
-            [Row(prompt(20), 0, [range(5)], wants_logits=False)],
-            [Row(prompt(20), 0, [range(5)]), Row(prompt(20), 0, [range(5, 10)])],
+            [row(prompt(65), 0, range(5))],
+            [row(prompt(20), 16, range(5))],
+            [row(prompt(20), 0, range(5), wants_logits=False)],
+            [row(prompt(20), 0, range(5)), row(prompt(20), 0, range(5, 10))],
         ):
             runner.forward(rows)
 

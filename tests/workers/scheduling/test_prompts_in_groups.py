@@ -14,7 +14,7 @@ from workers.block_hashes import block_hashes
 from workers.kv_cache.manager import KVCacheManager
 from workers.kv_cache.tables import SequenceTables
 from workers.scheduling import prefill_step
-from workers.scheduling.prefill_scheduler import PrefillScheduler, PromptProgress
+from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
 
 GROUPS = {
     "full": [spec(4)],
@@ -36,6 +36,7 @@ class Prompt:
     cancelled: bool = False
     state: None = None
     landed: int = 0
+    pushed: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,12 +77,25 @@ class Side:
     def step(self) -> None:
         if chunks := self.scheduler.schedule():
             prompts = [self.prompts[chunk.prompt.attempt_id] for chunk in chunks]
+            for prompt, chunk in zip(prompts, chunks, strict=True):
+                self.push(prompt, chunk)
             self.cached += sum(chunk.start for chunk in chunks if chunk.prompt.num_chunks == 0)
             launch = prefill_step.launch_chunks(self.runner, self.cache, self.scheduler, chunks, prompts)
             self.flying.append((launch, self.rows))
         self.land(self.ahead if chunks and self.scheduler.can_schedule else 0)
         self.check()
         self.memory.scribble([group.pool for group in self.cache.groups])
+
+    def push(self, prompt: Prompt, chunk: Chunk) -> None:
+        """What is handed over with a chunk, and with the first one what was found."""
+        spans = [(chunk.start, chunk.end)]
+        if chunk.prompt.num_chunks == 0:
+            spans.insert(0, (0, chunk.start))
+        for i, (group, table) in enumerate(zip(self.cache.groups, chunk.prompt.tables.groups, strict=True)):
+            for start, end in spans:
+                places = group.handed_over(start, end, chunk.prompt.num_tokens)
+                assert all(place >= table.start for place in places)
+                prompt.pushed.setdefault(i, []).extend(places)
 
     def land(self, ahead: int) -> None:
         while len(self.flying) > ahead:
@@ -112,6 +126,7 @@ class Side:
         size = prompt.progress.num_tokens
         for i, (group, table) in enumerate(zip(self.cache.groups, prompt.progress.tables.groups, strict=True)):
             assert table.start == group.first_needed(size)
+            assert prompt.pushed[i] == list(range(table.start, len(table.blocks))), "each block once, in order"
             self.memory.check(i, table.blocks, prompt.numbers, table.start)
         self.give_back(prompt)
         self.ended += 1

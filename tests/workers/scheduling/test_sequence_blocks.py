@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cached_blocks import check_cached_blocks, found_blocks, poison_free_blocks
+from cached_blocks import check_cached_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from lockstep_cluster import LockstepCluster
@@ -43,7 +43,7 @@ def ask(cluster: LocalCluster, name: str, token_ids: list[int], max_tokens: int 
 def held(decode: DecodeWorker, token_ids: list[int]) -> int:
     """How many of these tokens a prompt of them would find on the worker."""
     size = decode.runner.block_size
-    return size * len(found_blocks(decode, token_ids))
+    return size * len(decode.blocks.find(block_hashes(token_ids, size)))
 
 
 @cache
@@ -126,8 +126,8 @@ def test_two_at_once_share_what_was_kept_and_grow_apart(one_pair, tiny_checkpoin
         cluster.submit(f"r{number}", text, greedy(20))
     for _ in range(12):
         cluster.step()
-    shared = found_blocks(decode, prompt(96))
-    assert [decode.cache.groups[0].pool.num_users(block) for block in shared] == [4] * 6
+    shared = decode.blocks.find(block_hashes(prompt(96), 16))
+    assert [decode.blocks.num_users(block) for block in shared] == [4] * 6
     cluster.run()
     for number, text in enumerate(texts):
         assert cluster.token_ids(f"r{number}") == expected(tiny_checkpoint("llama"), tuple(text), 20)
@@ -236,7 +236,7 @@ def test_broken_logits_take_their_blocks_with_them(one_pair, tiny_checkpoint):
     """Also those that were here before: else whatever is wrong there fails every prompt that begins so."""
     cluster, _, decode = one_pair()
     ask(cluster, "first", prompt(64))
-    (block, *_) = found_blocks(decode, prompt(64))
+    (block, *_) = decode.blocks.find(block_hashes(prompt(64), 16))
     decode.runner.kv_caches[0][:, block] = torch.nan
     ask(cluster, "broken", prompt(70))
     assert isinstance(cluster.failures["broken"], SamplingError)
@@ -257,7 +257,7 @@ def test_what_was_forgotten_while_a_handoff_shared_it_stays_forgotten(one_pair):
     cluster.submit("sharing", prompt(64) + prompt(40, seed=2), GREEDY)
     decode.step()
     assert decode.load.reserved_blocks == 3
-    (block, *_) = shared = found_blocks(decode, prompt(64))
+    (block, *_) = shared = decode.blocks.find(block_hashes(prompt(64), 16))
     decode.runner.kv_caches[0][:, block] = torch.nan
     while decode.load.running:
         for event in decode.step():
@@ -309,7 +309,7 @@ def test_all_ranks_keep_and_share_the_same(seed, steps_ahead, tiny_checkpoint):
     cluster.assert_equal_ranks()
     cluster.assert_all_blocks_free()
     (decode,) = cluster.decode.values()
-    stored, *others = [list(replica.worker.cache.groups[0].pool.stored_blocks.items()) for replica in decode.replicas]
+    stored, *others = [list(replica.worker.blocks.stored_blocks.items()) for replica in decode.replicas]
     assert stored
     assert others == [stored] * len(others)
 
