@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
 from benchmarks.report import to_json, write_json
-from cluster.routing.links import Way
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
+from kv_transfer.link_cost import LinkCost
 from workers.messages import CacheUpdate
 from workers.runner.step_times import StepTimes
 
@@ -126,7 +126,10 @@ def _load_tracker(case: Case, workers: int, rng: random.Random) -> LoadTracker:
     load_tracker = LoadTracker(disaggregation=case.disaggregation)
     prefill, decode = (dict.fromkeys((_worker(f"{role}-{i}", rng) for i in range(workers)), True) for role in "pd")
     ways = {
-        p.engine_id: {d.engine_id: Way(rng.uniform(1e-4, 1e-3), rng.choice((12e9, 50e9, 300e9))) for d in decode}
+        p.engine_id: {
+            d.engine_id: LinkCost(delay_s=rng.uniform(1e-4, 1e-3), bytes_per_s=rng.choice((12e9, 50e9, 300e9)))
+            for d in decode
+        }
         for p in prefill
     }
     load_tracker.update_pools(prefill, decode, {}, ways if case.ways else {})

@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from cluster.errors import WorkerLostError
 from cluster.pools.replica import Replica, Roster
 from cluster.pools.tasks import BackgroundTasks
-from cluster.routing.links import Way
 from kv_transfer.errors import KVTransferError, LayoutMismatchError
 from workers.errors import ConfigError
 
@@ -113,5 +113,5 @@ async def _handshake(one: Replica, other: Replica) -> None:
     prefill, decode = (one, other) if one.handle.role == "prefill" else (other, one)
     path = await prefill.handle.link_to(decode.engine_id)
     if path is not None:
-        prefill.ways[decode.engine_id] = Way(path.write_s + seconds / 2, path.bytes_per_s)
+        prefill.ways[decode.engine_id] = replace(path, delay_s=path.write_s + seconds / 2)
     logger.info("%s and %s: round trip %.1f ms", one.engine_id, other.engine_id, seconds * 1e3)

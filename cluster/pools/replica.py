@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from cluster.api import WorkerStatus
 from cluster.config.group_key import group_key
-from cluster.routing.links import Way
 from cluster.worker_handle import WorkerHandle
+from kv_transfer.link_cost import LinkCost
 from workers.messages import Load
 from workers.runner.step_times import StepTimes
 from workers.worker_host import WorkerInfo
@@ -51,7 +51,7 @@ class Replica:
     num_heard: int = 0
     unsupported_reasons: dict[str, str] = field(default_factory=dict)
     unreachable_peers: dict[str, str] = field(default_factory=dict)
-    ways: dict[str, Way] = field(default_factory=dict)
+    ways: dict[str, LinkCost] = field(default_factory=dict)
     restarts: int = 0
     ready_since: float = 0.0
     life: asyncio.Task[None] | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.pools.replica import Replica
-from cluster.routing.links import Way
 from cluster.routing.types import Incompatibility
 from cluster.routing.worker_table import WorkerTraits
+from kv_transfer.link_cost import LinkCost
 from workers.worker_host import WorkerInfo
 
 
@@ -21,7 +21,7 @@ def traits_of(replicas: Iterable[Replica]) -> dict[WorkerTraits, bool]:
     }
 
 
-def ways_of(prefill: Iterable[Replica]) -> dict[str, dict[str, Way]]:
+def ways_of(prefill: Iterable[Replica]) -> dict[str, dict[str, LinkCost]]:
     """What the ways from these prefill workers cost, by decode worker."""
     return {replica.engine_id: replica.ways for replica in prefill if replica.ways}
 

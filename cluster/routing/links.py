@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.routing.types import Incompatibilities, Incompatibility
 from cluster.routing.worker_table import WorkerTable
+from kv_transfer.link_cost import LinkCost
 
 _FIRST_SLOTS = 8
 _Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Way:
-    """From a prefill worker to a decode worker, as it was measured when the two met.
-
-    Attributes:
-        delay_s: until something small is there.
-        bytes_per_s: how fast KV cache moves, of all ranks together.
-    """
-
-    delay_s: float
-    bytes_per_s: float
 
 
 class Pairs:
@@ -62,7 +49,7 @@ class Pairs:
         prefill: WorkerTable,
         decode: WorkerTable,
         incompatibilities: Incompatibilities,
-        ways: Mapping[str, Mapping[str, Way]] | None = None,
+        ways: Mapping[str, Mapping[str, LinkCost]] | None = None,
     ) -> None:
         """What is known now.
 
@@ -109,7 +96,7 @@ class Pairs:
             if p in prefill and d in decode
         }
 
-    def _learn(self, engine_id: str, ways: Mapping[str, Way]) -> None:
+    def _learn(self, engine_id: str, ways: Mapping[str, LinkCost]) -> None:
         prefill, decode = self._slots
         for peer, way in ways.items():
             if peer in decode:

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.routing.arrival_rate import ArrivalRate
-from cluster.routing.links import Pairs, Way
+from cluster.routing.links import Pairs
 from cluster.routing.output_lengths import HORIZONS, OutputLengths
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.router import Choose, explain, place, unsupported_reasons
 from cluster.routing.types import CandidateReport, Incompatibility, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
+from kv_transfer.link_cost import LinkCost
 from workers.messages import CacheUpdate
 
 _NOTHING = np.zeros((2, len(HORIZONS)))
@@ -79,7 +80,7 @@ class LoadTracker:
         prefill: Mapping[WorkerTraits, bool],
         decode: Mapping[WorkerTraits, bool],
         incompatibilities: Mapping[tuple[str, str], Incompatibility],
-        ways: Mapping[str, Mapping[str, Way]] | None = None,
+        ways: Mapping[str, Mapping[str, LinkCost]] | None = None,
     ) -> None:
         """Who is there now, and whether it is ready; who cannot work with whom; what the ways between them cost.
 

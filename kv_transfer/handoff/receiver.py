@@ -73,6 +73,8 @@ class HandoffReceiver:
         handoff = _Incoming(key, peer, PartCounter(wanted))
         self._open[key] = handoff
         try:
+            if peer in self._transport.broken_peers:  # or each request to it would cost blocks until it is met anew
+                raise NotConnectedError(f"the connection to {peer} is broken")
             self._transport.send(peer, encode(Grant(key, tuple(blocks))))
         except NotConnectedError as error:
             self._fail(handoff, str(error))

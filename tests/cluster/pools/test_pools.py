@@ -12,7 +12,6 @@ from cluster.errors import WorkerLostError
 from cluster.pools import handshake, supervisor
 from cluster.pools.pools import WorkerPools
 from cluster.pools.router_view import ways_of
-from cluster.routing.links import Way
 from kv_transfer.errors import LayoutMismatchError, PeerError
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.link_cost import LinkCost
@@ -150,7 +149,7 @@ async def test_the_router_is_told_what_the_ways_cost():
     await stage.pools.start()
     ways = ways_of(stage.pools.pool("prefill"))
     everybody = ("decode-0.0", "decode-1.0")
-    way = Way(delay_s=0.002 + 0.001 / 2, bytes_per_s=1e9)
+    way = LinkCost(write_s=0.002, bytes_per_s=1e9, delay_s=0.002 + 0.001 / 2)
     assert ways == {f"prefill-{i}.0": dict.fromkeys(everybody, way) for i in range(2)}
     assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(ways), "prefill workers have measured them"
     stage.replica("decode-1").handle.said.put_nowait(WorkerLostError("killed"))

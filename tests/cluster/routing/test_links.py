@@ -6,9 +6,10 @@ import random
 
 import numpy as np
 
-from cluster.routing.links import Pairs, Way
+from cluster.routing.links import Pairs
 from cluster.routing.router import Incompatibility
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
+from kv_transfer.link_cost import LinkCost
 
 
 def table(*engine_ids: str) -> WorkerTable:
@@ -34,7 +35,10 @@ def seen(pairs: Pairs, prefill: WorkerTable, decode: WorkerTable) -> dict[tuple[
 def test_ways_and_bars_are_those_of_the_pair():
     prefill, decode, pairs = table("p-0", "p-1"), table("d-0", "d-1"), Pairs()
     assert not pairs.differ
-    ways = {"p-0": {"d-0": Way(0.001, 1e9)}, "p-1": {"d-0": Way(0.002, 2e9), "d-9": Way(1.0, 1.0)}}
+    ways = {
+        "p-0": {"d-0": LinkCost(delay_s=0.001, bytes_per_s=1e9)},
+        "p-1": {"d-0": LinkCost(delay_s=0.002, bytes_per_s=2e9), "d-9": LinkCost(delay_s=1.0, bytes_per_s=1.0)},
+    }
     pairs.update(prefill, decode, {("p-1", "d-1"): Incompatibility("no answer", forever=False)}, ways)
     assert pairs.differ
     assert seen(pairs, prefill, decode) == {
@@ -50,7 +54,7 @@ def test_ways_and_bars_are_those_of_the_pair():
 
 def test_a_newcomer_has_nothing_of_the_one_whose_place_it_takes():
     prefill, decode, pairs = table("p-0"), table("d-0"), Pairs()
-    pairs.update(prefill, decode, {}, {"p-0": {"d-0": Way(0.5, 1e6)}})
+    pairs.update(prefill, decode, {}, {"p-0": {"d-0": LinkCost(delay_s=0.5, bytes_per_s=1e6)}})
     for pool, gone, new in ((prefill, "p-0", "p-1"), (decode, "d-0", "d-1")):
         pool.remove(gone)
         pool.add(WorkerTraits(new, 1000, 16, 64, 8))
@@ -75,7 +79,7 @@ def test_many_come_and_go():
             pools[role].add(WorkerTraits(f"{role}-{(numbers := numbers + 1)}", 1000, 16, 64, 8))
         for p in pools["p"].engine_ids:
             for d in pools["d"].engine_ids:
-                ways.setdefault(p, {}).setdefault(d, Way(rng.random(), rng.randint(1, 9)))
+                ways.setdefault(p, {}).setdefault(d, LinkCost(delay_s=rng.random(), bytes_per_s=rng.randint(1, 9)))
         incompatibilities = {
             (p, d): Incompatibility("", rng.random() < 0.5) for p in ways for d in ways[p] if rng.random() < 0.1
         }

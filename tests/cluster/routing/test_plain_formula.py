@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster.routing.links import Way
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefill_times import PROMPT_LENGTHS
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import Incompatibility, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
+from kv_transfer.link_cost import LinkCost
 from workers.kv_cache.prefix_cache import block_hashes
 from workers.messages import CacheUpdate
 from workers.runner.step_times import StepTimes
@@ -62,7 +62,10 @@ class Plain:
             disaggregation=disaggregation, max_queued_s=self.max_queued_s, clock=lambda: 0.0
         )
         self.prefill, self.decode = (self.pool(role, rng.choice([1, 3, 30])) for role in "pd")
-        ways = {p: {d: Way(rng.uniform(0, 0.3), 10 ** rng.uniform(5, 10)) for d in self.decode} for p in self.prefill}
+        ways = {
+            p: {d: LinkCost(delay_s=rng.uniform(0, 0.3), bytes_per_s=10 ** rng.uniform(5, 10)) for d in self.decode}
+            for p in self.prefill
+        }
         self.ways = ways if rng.random() < 0.8 else {}
         unlike = [(p, d) for p in self.prefill for d in self.decode if rng.random() < 0.1]
         self.incompatibilities = (

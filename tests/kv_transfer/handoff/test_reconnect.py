@@ -161,6 +161,21 @@ def test_a_handoff_that_failed_is_cancelled_without_being_asked():
     assert {event.key for event in events if isinstance(event, HandoffReleased)} == {key, failed}
 
 
+def test_over_a_connection_that_is_known_to_be_broken_no_blocks_go_out():
+    """Only the first grant that failed may have arrived."""
+    pair = Pair()
+    pair.break_()
+    kept = pair.expect([6], b"f" * 16)
+    assert [type(event) for event in pair.poll(1)] == [HandoffFailed]
+    key = pair.expect([7])
+    failed, released = pair.poll()
+    assert isinstance(failed, HandoffFailed)
+    assert "is broken" in failed.reason
+    assert released == HandoffReleased(key)
+    pair.meet()
+    assert pair.poll() == [HandoffReleased(kept)]
+
+
 def test_an_endpoint_at_one_side_alone_is_not_enough():
     pair = Pair()
     pair.break_()

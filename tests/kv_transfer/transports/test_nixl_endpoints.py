@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -61,6 +62,22 @@ def test_a_broken_connection_is_replaced_and_blocks_come_back(make_peer):
     assert prefill.broken_peers() == decode.broken_peers() == frozenset()
     for number in range(3):
         hand_over(prefill, decode, ids, bytes([number]) * 16, (1, 2), (7, 8), number + 20)
+
+
+def test_blocks_that_are_being_sent_to_a_frozen_peer_come_back(make_peer):
+    """Nothing else ends a WRITE over TCP whose target stands still."""
+    prefill, decode, other = (make_peer(name, TCP) for name in ("prefill", "decode", "other"))
+    ids, other_ids = meet(prefill, decode), meet(prefill, other)
+    decode.expect(HANDOFF, ids[0], range(60))
+    prefill.begin(HANDOFF, ids[1])
+    time.sleep(0.1)  # the grant arrives
+    os.kill(decode.process.pid, signal.SIGSTOP)
+    prefill.push(HANDOFF, 0, 4, range(60))
+    assert prefill.events(1, 0.5) == []
+    prefill.disconnect(ids[1])
+    (aborted,) = prefill.events(1)
+    assert isinstance(aborted, HandoffAborted)
+    hand_over(prefill, other, other_ids, b"a" * 16, (1, 2), (3, 4), 5)
 
 
 def test_another_peer_notices_nothing(make_peer):
