@@ -23,7 +23,7 @@ class NixlTransfer(Transfer):
     def __init__(
         self,
         agent: Any,
-        handle: nixl_xfer_handle,
+        handle: Any,
         state: TransferState,
         on_failure: Callable[[], None],
         *,
