@@ -71,3 +71,8 @@ def test_every_rank_begins_anew_when_the_connection_of_one_is_broken():
         ends = [before + after for before, after in zip(ends, d.own_events(1), strict=True)]
     assert [{event.key for event in events if isinstance(event, HandoffReleased)} for events in ends] == [keys, keys]
     assert received(hand_over(p, d, b"c" * 16)) == [7, 7]
+    for rank in d.ranks:
+        rank.expect(b"d" * 16, p.lead, [GroupBlocks(0, [6])])
+        rank.disconnect(p.lead)
+    closed = [[type(event) for event in events] for events in d.own_events(1)]
+    assert closed == [[HandoffFailed, HandoffReleased]] * 2, "each at an endpoint of its own"
