@@ -190,7 +190,7 @@ def test_the_owner_thread_survives_what_it_does_not_expect():
     fabric = LocalFabric()
     p, d = End(fabric, "p", threaded=True), End(fabric, "d", threaded=True)
     p.meet(d)
-    p.connector._post(lambda: 1 // 0)
+    p.connector._owner.post(lambda: 1 // 0)
     d.connector._dispatch = _raise_first(d.connector._dispatch)
     fabric.send(p.id, d.id, b"the message that makes it stumble")
     key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])

@@ -74,5 +74,5 @@ def test_every_rank_begins_anew_when_the_connection_of_one_is_broken():
     for rank in d.ranks:
         rank.expect(b"d" * 16, p.lead, [GroupBlocks(0, [6])])
         rank.disconnect(p.lead)
-    closed = [[type(event) for event in events] for events in d.own_events(1)]
+    closed = [[type(event) for event in events] for events in d.own_events(3)]
     assert closed == [[HandoffFailed, HandoffReleased]] * 2, "each at an endpoint of its own"
