@@ -22,7 +22,7 @@ from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.text_generation import Generation
-from cluster.launch_report import in_words, layers_per_write, progress_lines, readable_size, worker_line
+from cluster.launch_report import group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
@@ -31,8 +31,8 @@ from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, star
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
 from workers.loading.checkpoint import resolve_checkpoint
-from workers.loading.loader import model_bytes, resolve_dtype
-from workers.models.config.model_config import ModelConfig
+from workers.models.loader import model_bytes, resolve_dtype
+from workers.models.registry import read_model
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +71,16 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     """
     path = config.model.path or str(SHIPPED_MODEL)
     folder = await asyncio.to_thread(resolve_checkpoint, path)
-    model = ModelConfig.from_file(folder)
+    model_class, model = read_model(folder)
     groups = groups_of(config)
     for group in groups:
-        model.sharded(group.settings.tensor_parallel_size)
+        model.check_divisible(group.settings.tensor_parallel_size)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
         stock = None if present is None else gpu_budget(groups, placements, present.get("GPU", 0.0))
-        dtype = resolve_dtype(config.model.dtype, model)
+        dtype = resolve_dtype(config.model.dtype, model.dtype)
         engine = ServingEngine(
             places_of(config, "prefill", placements, folder, start),
             places_of(config, "decode", placements, folder, start),
@@ -93,8 +93,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             disaggregation=config.router.disaggregation,
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
-        sizes = [layers_per_write(group, placements[group.key].device) for group in groups if group.settings.replicas]
-        report(f"loading {folder.name} into {in_words(sizes)}, {readable_size(model_bytes(model, dtype))} each")
+        sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
+        weights = readable_size(model_bytes(model_class, model, dtype))
+        report(f"loading {folder.name} into {in_words(sizes)}, {weights} each")
         if not any(group.settings.replicas for group in groups if group.role == "prefill"):
             report("there are no prefill workers: every prompt is computed on its decode worker")
         await engine.start()

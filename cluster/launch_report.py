@@ -10,7 +10,7 @@ from cluster.worker_handle import LoadProgress, StartProgress
 from workers.worker_host import WorkerInfo
 
 
-def layers_per_write(group: WorkerGroup, device: str) -> str:
+def group_size(group: WorkerGroup, device: str) -> str:
     """How many workers a group has, of how many ranks, and where."""
     size = group.settings.tensor_parallel_size
     ranks = f" of {size} ranks" if size > 1 else ""

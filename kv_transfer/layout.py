@@ -27,6 +27,7 @@ class GroupLayout:
         dtype: element type, a key of `DTYPE_BYTES`.
         window: tokens that a query sees, itself included; None: all.
         order: dimensions of one layer's block, outermost first, out of kv, slot, head and element; empty: the kind's.
+        shape: their sizes, where a backend has dimensions of its own among them; empty: those that follow.
 
     Raises:
         ValueError: an unknown kind, dtype or dimension, no layers, or sizes that are not positive.
@@ -40,6 +41,7 @@ class GroupLayout:
     dtype: str
     window: int | None = None
     order: str = ""
+    shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in _ORDERS:
@@ -53,7 +55,10 @@ class GroupLayout:
         if self.kind == "mla" and self.num_kv_heads != 1:
             raise ValueError(f"a latent is one for all heads: num_kv_heads must be 1, not {self.num_kv_heads}")
         object.__setattr__(self, "order", self.order or _ORDERS[self.kind])
-        if sorted(self.order.split(",")) != sorted(_ORDERS[self.kind].split(",")):
+        dimensions = self.order.split(",")
+        if self.shape and (len(self.shape) != len(dimensions) or min(self.shape) < 1):
+            raise ValueError(f"shape is {self.shape}, order {self.order!r}")
+        if not self.shape and sorted(dimensions) != sorted(_ORDERS[self.kind].split(",")):
             raise ValueError(f"order is {self.order!r}, a block of kind {self.kind!r} has {_ORDERS[self.kind]}")
 
     @property
@@ -64,6 +69,8 @@ class GroupLayout:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """Of one block in one layer: its dimensions in `order`. A latent has no "kv", and so no factor 2."""
+        if self.shape:
+            return self.shape
         sizes = {"kv": 2, "slot": self.block_size, "head": self.num_kv_heads, "element": self.head_size}
         return tuple(sizes[dimension] for dimension in self.order.split(","))
 

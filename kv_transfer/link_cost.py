@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +17,11 @@ class LinkCost:
         write_s: seconds that posting a WRITE keeps its thread busy, whatever it carries.
         descriptor_s: the same for each piece of memory in it.
         bytes_per_s: how fast the data moves, of all ranks together.
-        delay_s: seconds until something small is there; 0 where only the sending side was asked.
     """
 
-    write_s: float = 0.0
-    descriptor_s: float = 0.0
-    bytes_per_s: float = math.inf
-    delay_s: float = 0.0
+    write_s: float
+    descriptor_s: float
+    bytes_per_s: float
 
 
 def most_bytes_at_once(cost: LinkCost | None) -> int:
@@ -46,7 +43,6 @@ def together(paths: Sequence[LinkCost]) -> LinkCost | None:
         max(path.write_s for path in paths),
         max(path.descriptor_s for path in paths),
         len(paths) * min(path.bytes_per_s for path in paths),
-        max(path.delay_s for path in paths),
     )
 
 

@@ -143,7 +143,7 @@ class PushConnector(KVConnector):
         tail_s: float = 0.0,
     ) -> int:
         """See `KVConnector.layers_per_write`."""
-        path = self._handshakes.paths.get(peer)
+        path = self.link_to(peer)
         if path is None:
             return 1
         return layers_per_write(path, self._layout.groups[group].num_layers, layer_bytes, layer_s, slack_s, tail_s)
@@ -173,6 +173,11 @@ class PushConnector(KVConnector):
     def close(self) -> None:
         """See `KVConnector.close`."""
         self._owner.stop()
+
+    @property
+    def num_open(self) -> int:
+        """Handoffs that are not over, on either side, and grants whose request has not come."""
+        return self._outgoing.num_open + self._incoming.num_open
 
     def progress(self) -> bool:
         """One round of the owner's work: commands, messages, transfers. Whether more is expected soon."""

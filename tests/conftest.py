@@ -16,36 +16,6 @@ if not torch.cuda.is_available():  # read when a kernel is defined: before anyth
 
 TinyCheckpoint = Callable[..., Path]
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.15,  # large enough that attention matters and greedy choices are not near ties
-}
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-# family: (prefix of the transformers classes, settings on top of the common ones)
-_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama3": ("Llama", {"rope_parameters": _LLAMA3_ROPE}),
-    "mistral": ("Mistral", {"sliding_window": 24}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 32}),
-}
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -114,16 +84,18 @@ def _save_tokenizer(folder: Path, vocab_size: int) -> None:
 def _build(folder: Path, family: str, seed: int, max_shard_size: str, overrides: dict[str, Any]) -> None:
     import transformers
 
-    prefix, settings = _FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**_COMMON, **settings, **overrides})
+    from tiny_families import COMMON, FAMILIES
+
+    row = FAMILIES[family]
+    config = getattr(transformers, f"{row.config or row.prefix}Config")(**{**COMMON, **row.settings, **overrides})
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    model = getattr(transformers, f"{row.prefix}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # ones and zeros would hide a weight that is never applied
                 parameter.uniform_(0.5, 1.5, generator=generator)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.normal_(0.0, 0.3, generator=generator)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     _save_tokenizer(folder, config.vocab_size)
@@ -133,9 +105,8 @@ def _build(folder: Path, family: str, seed: int, max_shard_size: str, overrides:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     """`tiny_checkpoint(family, seed=0, max_shard_size="1GB", **config_overrides) -> Path`, built once per arguments.
 
-    Families: llama, llama3 (llama3 rope scaling), mistral (sliding window of 24), qwen2, qwen3. The folder holds
-    config.json, safetensors, generation_config.json and a byte-level tokenizer with a chat template. It is shared:
-    copy it before changing it.
+    Families are those of `tiny_families`. The folder holds config.json, safetensors, generation_config.json and a
+    byte-level tokenizer with a chat template. It is shared: copy it before changing it.
     """
     built: dict[str, Path] = {}
 

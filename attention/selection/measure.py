@@ -32,10 +32,14 @@ from attention.spec import AttentionNeeds, AttentionType, Phase
 BUDGET_S = 100.0
 """Seconds for measuring one kind of layer, if nobody says otherwise."""
 
-_MIN_REPEATS, _MAX_REPEATS, _ENOUGH_S, _TOO_SLOW_S, _FAR_BEHIND = 3, 50, 1.0, 10.0, 10
-_FIRST_CALL_S, _NEXT_SHAPE_S = 60.0, 15.0
+_MIN_REPEATS, _MAX_REPEATS, _FAR_BEHIND = 3, 50, 10
+ENOUGH_S = 1.0
+"""After so long a shape's calls are not repeated more often than the least number of times."""
+TOO_SLOW_S = 10.0
+"""A backend that takes longer for one call is out at this shape."""
+FIRST_CALL_S, _NEXT_SHAPE_S = 60.0, 15.0
 """How long a backend may take to be ready: at its first batch, where its kernels are compiled, and at another shape."""
-_HOPELESS, _HOPELESS_S = 20, 0.1
+_HOPELESS, HOPELESS_S = 20, 0.1
 """A backend so many times slower than the best is out, if a call takes that long: else it costs nothing to go on."""
 
 Report = Callable[[str], None]
@@ -115,11 +119,13 @@ class _Contest:
         for name in names:
             backend = get_backend(name)
             self._report(f"{self._phase}: checking {name}")
-            self._attempt(backend, "a small batch", _FIRST_CALL_S, functools.partial(self._admit, backend))
+            self._attempt(backend, "a small batch", FIRST_CALL_S, functools.partial(self._admit, backend))
 
     def _admit(self, backend: type[AttentionBackend]) -> None:
         if is_interpreted(backend, self._device):
             self._exclude(backend, "its kernels are interpreted here")
+        elif not backend.accepts_stored_keys():
+            self._exclude(backend, "its KV cache is none of the usual shape, in which all are measured")
         elif wrong := wrong_numbers(backend, self._needs, self._phase, self._device):
             self._exclude(backend, wrong)
         else:
@@ -148,7 +154,7 @@ class _Contest:
         best = min((run.one_call for run in runs.values()), default=0.0)
         for backend in list(self._backends):
             run = runs.get(backend.name)
-            if run is not None and run.one_call > max(_HOPELESS * best, _HOPELESS_S):
+            if run is not None and run.one_call > max(_HOPELESS * best, HOPELESS_S):
                 self._exclude(backend, f"took {run.one_call:.2g} s at {shape}, where another took {best:.2g} s")
         names = {backend.name for backend in self._backends}
         runs = {name: run for name, run in runs.items() if name in names}
@@ -161,7 +167,7 @@ class _Contest:
     def _enter(self, backend: type[AttentionBackend], batch: Batch, shape: Shape, runs: dict[str, Run]) -> None:
         """Plan and warm up one backend; into `runs` with it unless it is far too slow."""
         run = Run(backend, self._needs, self._phase, batch, self._device)
-        if run.one_call > _TOO_SLOW_S:
+        if run.one_call > TOO_SLOW_S:
             self._exclude(backend, f"took {run.one_call:.0f} s at {shape}")
         else:
             runs[backend.name] = run
@@ -194,7 +200,7 @@ def _in_turn(runs: Mapping[str, Run]) -> dict[str, float]:
     best = min((run.one_call for run in runs.values()), default=0.0)
     times: dict[str, list[float]] = {name: [] for name in runs}
     began, rounds = time.perf_counter(), 0
-    while runs and (rounds < _MIN_REPEATS or (rounds < _MAX_REPEATS and time.perf_counter() - began < _ENOUGH_S)):
+    while runs and (rounds < _MIN_REPEATS or (rounds < _MAX_REPEATS and time.perf_counter() - began < ENOUGH_S)):
         for name, run in runs.items():
             if rounds == 0 or run.one_call < _FAR_BEHIND * best:
                 times[name].append(run.seconds())

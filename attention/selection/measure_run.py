@@ -16,7 +16,7 @@ from attention.metadata import CommonAttentionMetadata, build_metadata
 from attention.platform import DeviceKind
 from attention.selection.measurements import Shape
 from attention.selection.reference import reference_attention
-from attention.spec import FP8, AttentionNeeds, Feature, Phase
+from attention.spec import AttentionNeeds, Feature, Phase
 
 _LAYERS_PER_PLAN, _PLANS = 32, 3
 _CPU_CACHE_BYTES, _MAX_CACHES = 64 << 20, 64
@@ -101,7 +101,7 @@ def draw(needs: AttentionNeeds, lens: Sequence[tuple[int, int]], device: torch.d
         for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     )
     cache_spec = KVCacheSpec(
-        num_caches, spec.num_kv_heads, spec.head_size, block_size, spec.kv_cache_dtype or needs.dtype
+        tuple(range(num_caches)), spec.num_kv_heads, spec.head_size, block_size, spec.kv_cache_dtype or needs.dtype
     )
     cache = torch.empty(cache_spec.shape(sum(needed)), dtype=cache_spec.dtype, device=device)
     for part in cache.flatten(0, 1).split(max(1, _FILL_BYTES // cache[0, 0].numel() // 4)):
@@ -135,14 +135,14 @@ def wrong_numbers(
         tokens = cache.float()[table].transpose(0, 1).flatten(1, 2)[:, : lens[i][1]]
         expected.append(reference_attention(spec, query, tokens[0], tokens[1], impl.sinks))
     error = (output.float() - torch.cat(expected)).abs().max().item()
-    tolerance = _FP8_TOLERANCE if spec.kv_cache_dtype == FP8 else _TOLERANCE[needs.dtype]
+    tolerance = _FP8_TOLERANCE if spec.fp8_cache else _TOLERANCE[needs.dtype]
     return None if error <= tolerance else f"wrong numbers: off by {error:.2g}, {tolerance:g} are allowed"
 
 
 def caches_to_rotate(needs: AttentionNeeds, shape: Shape, device: torch.device) -> int:
     """As many as are together twice as large as the device's cache."""
     spec = needs.spec
-    one = KVCacheSpec(1, spec.num_kv_heads, spec.head_size, needs.block_size, spec.kv_cache_dtype or needs.dtype)
+    one = KVCacheSpec((0,), spec.num_kv_heads, spec.head_size, needs.block_size, spec.kv_cache_dtype or needs.dtype)
     on_chip = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES
     return min(_MAX_CACHES, -(-2 * on_chip // (one.bytes_per_token * shape.context_len * shape.num_seqs)))
 

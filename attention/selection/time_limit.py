@@ -8,22 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_AGAIN_S = 1.0
-
 
 class TimeLimitError(Exception):
     """The work in a `time_limit` block took too long."""
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float, again_s: float = 1.0) -> Iterator[None]:
     """Interrupt this block after so long, by the operating system's alarm (POSIX, the main thread).
 
     A compiler that Python waits for is ended with it; a call into a library ends first. Whoever swallows the
-    exception meets it again every second. On other threads, and where there is no alarm, the block runs to its end.
+    exception meets it again every `again_s`. On other threads, and where there is no alarm, the block runs to its end.
 
     Args:
         seconds: above 0.
+        again_s: seconds.
 
     Raises:
         TimeLimitError: in the block, wherever it is then.
@@ -40,7 +39,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+        signal.setitimer(signal.ITIMER_REAL, seconds, again_s)
         try:
             yield
         finally:

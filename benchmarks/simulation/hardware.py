@@ -17,7 +17,7 @@ class Hardware:
     """What a simulated worker is made of.
 
     Attributes:
-        capability: how long things take.
+        step_times: how long things take.
         num_blocks: of its KV cache.
         block_size: tokens in a block.
         max_num_seqs: sequences at once.
@@ -32,7 +32,7 @@ class Hardware:
         steps_at_once: decode steps that are reckoned together.
     """
 
-    capability: StepTimes
+    step_times: StepTimes
     num_blocks: int = 8192
     block_size: int = 64
     max_num_seqs: int = 256
@@ -53,11 +53,11 @@ class Hardware:
 
     def prompt_s(self, num_tokens: int, cached_tokens: int) -> float:
         """A prompt of which so much is cached; as the router reckons it, see `WorkerTable.missing_seconds`."""
-        whole = self.capability.prefill_seconds(num_tokens)
+        whole = self.step_times.prefill_seconds(num_tokens)
         if not cached_tokens:
             return whole
-        rest = self.capability.prefill_seconds(num_tokens - cached_tokens)
-        return max(whole - self.capability.prefill_seconds(cached_tokens), rest)
+        rest = self.step_times.prefill_seconds(num_tokens - cached_tokens)
+        return max(whole - self.step_times.prefill_seconds(cached_tokens), rest)
 
     def bytes_per_s(self, peer: Hardware) -> float:
         """How fast KV cache moves between the two."""
@@ -82,7 +82,7 @@ class Hardware:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             num_blocks=self.num_blocks,
-            capability=self.capability,
+            step_times=self.step_times,
             pid=0,
             max_num_batched_tokens=self.chunk_tokens,
         )

@@ -27,15 +27,15 @@ from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import EngineInfo
 from workers.errors import HandoffError
 from workers.messages import (
-    DecodeRequest,
+    FinishReason,
     HandoffReport,
     Load,
     PrefillReport,
-    PrefillRequest,
     RequestFailed,
     StepOutput,
     TokenOutput,
     WorkerEvent,
+    WorkerRequest,
 )
 from workers.worker_host import WorkerInfo
 
@@ -60,10 +60,10 @@ class SimulatedWorker:
     def __init__(self, name: str, role: str, hardware: Hardware, fabric: Fabric) -> None:
         self.name, self.role = name, role
         self.engine_id = f"{name}.{next(_incarnations):016x}"
-        self._hardware = hardware
+        self.hardware = hardware
         self._fabric = fabric
         self._out: asyncio.Queue[StepOutput | None] = asyncio.Queue()
-        self._prompts: deque[PrefillRequest] = deque()
+        self._prompts: deque[WorkerRequest] = deque()
         self._memory = DecodeMemory(hardware.num_blocks, hardware.block_size)
         self._local = LocalPrompts(hardware)
         self._store = PrefixStore(hardware.num_blocks, hardware.block_size)
@@ -74,15 +74,15 @@ class SimulatedWorker:
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """See `WorkerHandle.start`."""
-        await asyncio.sleep(self._hardware.load_s)
+        await asyncio.sleep(self.hardware.load_s)
         self._alive = True
         self._fabric[self.engine_id] = self
         self._spawn(self._prefill() if self.role == "prefill" else self._decode())
-        return self._hardware.described(self.name, self.role, self.engine_id)
+        return self.hardware.described(self.name, self.role, self.engine_id)
 
     async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
         """See `WorkerHandle.new_endpoint`."""
-        return (self._hardware.described(self.name, self.role, self.engine_id).engine,)
+        return (self.hardware.described(self.name, self.role, self.engine_id).engine,)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHandle.connect`."""
@@ -95,40 +95,40 @@ class SimulatedWorker:
         """See `WorkerHandle.link_to`."""
         if (peer := self._fabric.get(engine_id)) is None:
             return None
-        return LinkCost(0.0, 0.0, self._hardware.bytes_per_s(peer._hardware))
+        return LinkCost(0.0, 0.0, self.hardware.bytes_per_s(peer.hardware))
 
-    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHandle.submit`."""
         if not self._alive:
             return
-        if isinstance(request, PrefillRequest):
+        if self.role == "prefill":
             self._prompts.append(request)
         else:
             tokens = len(request.prompt_token_ids) + 1
             left = answer_tokens(request.sampling) - request.num_output_tokens - 1
-            remaining = min(left, self._hardware.max_model_len - tokens)
+            remaining = min(left, self.hardware.max_model_len - tokens)
             sequence = Decoding(request, tokens, remaining, cached_tokens=self._store.find(request.prompt_token_ids))
-            if request.prefill_engine is None:
+            if request.peer_engine is None:
                 self._local.add(sequence)
             self._memory.enter(sequence)
         self._news.set()
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, attempt_id: str) -> None:
         """See `WorkerHandle.abort`."""
         if self.role == "prefill":
-            self._prompts = deque(prompt for prompt in self._prompts if prompt.request_id != request_id)
+            self._prompts = deque(prompt for prompt in self._prompts if prompt.attempt_id != attempt_id)
         else:
-            self._local.remove(request_id)
-            self._memory.leave(request_id)
+            self._local.remove(attempt_id)
+            self._memory.leave(attempt_id)
             self._news.set()
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `WorkerHandle.disconnect`."""
         for sequence in self._memory.all():
-            if sequence.request.prefill_engine == engine_id and not sequence.handed_over:
-                self._memory.leave(sequence.request.request_id)
+            if sequence.request.peer_engine == engine_id and not sequence.handed_over:
+                self._memory.leave(sequence.request.attempt_id)
                 self._news.set()
-                self._say(RequestFailed(sequence.request.request_id, HandoffError(f"{engine_id} is gone")))
+                self._say(_failed(sequence.request, HandoffError(f"{engine_id} is gone")))
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """See `WorkerHandle.outputs`."""
@@ -155,18 +155,18 @@ class SimulatedWorker:
         """Whether it runs."""
         return self._alive
 
-    def receive(self, request_id: str) -> None:
+    def receive(self, attempt_id: str) -> None:
         """A sequence's KV cache is whole."""
-        if sequence := self._memory.find(request_id):
+        if sequence := self._memory.find(attempt_id):
             sequence.handed_over = True
             self._store.keep(sequence.request.prompt_token_ids)
             if sequence.remaining < 1:  # its first token was the last
-                self._memory.leave(request_id)
+                self._memory.leave(attempt_id)
             self._news.set()
 
-    def lacks(self, request: PrefillRequest) -> int:
+    def lacks(self, request: WorkerRequest) -> int:
         """Tokens of a prompt that are to be moved here."""
-        sequence = self._memory.find(request.request_id)
+        sequence = self._memory.find(request.attempt_id)
         return len(request.prompt_token_ids) - (sequence.cached_tokens if sequence else 0)
 
     @property
@@ -182,33 +182,33 @@ class SimulatedWorker:
                 await self._news.wait()
             request = self._prompts[0]
             tokens, started, cached = len(request.prompt_token_ids), clock(), self._store.find(request.prompt_token_ids)
-            await asyncio.sleep(self._hardware.prompt_s(tokens, cached))
+            await asyncio.sleep(self.hardware.prompt_s(tokens, cached))
             if not self._prompts or self._prompts[0] is not request:
                 continue  # aborted meanwhile
             self._prompts.popleft()
             self._store.keep(request.prompt_token_ids)
-            ends = request.decode_engine is None or request.num_output_tokens + 1 >= answer_tokens(request.sampling)
+            ends = request.peer_engine is None or request.num_output_tokens + 1 >= answer_tokens(request.sampling)
             last = finish_reason(request.sampling) if ends else None
             compute_s = clock() - started
             self._say(
-                PrefillReport(request.request_id, 0.0, compute_s, 1, cached),
-                TokenOutput(request.request_id, 0, finish_reason=last),
+                PrefillReport(request.request_id, 0.0, compute_s, 1, cached, attempt_id=request.attempt_id),
+                _token(request, last),
             )
-            if request.decode_engine is not None:
+            if request.peer_engine is not None:
                 self._spawn(self._hand_over(request, compute_s))
 
-    async def _hand_over(self, request: PrefillRequest, compute_s: float) -> None:
+    async def _hand_over(self, request: WorkerRequest, compute_s: float) -> None:
         exposed_s, num_bytes = 0.0, 0
-        if peer := self._fabric.get(request.decode_engine or ""):
+        if peer := self._fabric.get(request.peer_engine or ""):
             lacks = peer.lacks(request)
-            exposed_s = self._hardware.exposed_s(peer._hardware, lacks, compute_s)
-            num_bytes = lacks * self._hardware.kv_bytes_per_token
+            exposed_s = self.hardware.exposed_s(peer.hardware, lacks, compute_s)
+            num_bytes = lacks * self.hardware.kv_bytes_per_token
             await asyncio.sleep(exposed_s)
-            peer.receive(request.request_id)
-        self._say(HandoffReport(request.request_id, num_bytes, 1, exposed_s, exposed_s))
+            peer.receive(request.attempt_id)
+        self._say(HandoffReport(request.request_id, num_bytes, 1, exposed_s, exposed_s, attempt_id=request.attempt_id))
 
     async def _decode(self) -> None:
-        hardware = self._hardware
+        hardware = self.hardware
         block_s = hardware.block_size * hardware.kv_bytes_per_token / hardware.host_bytes_per_s
         while True:
             batch, steps, moved = self._memory.next_batch(1 if self._local else hardware.steps_at_once)
@@ -218,7 +218,7 @@ class SimulatedWorker:
                 await self._news.wait()
                 continue
             tokens = sum(sequence.num_tokens for sequence in batch)
-            step_s = hardware.capability.decode_seconds(len(batch), tokens) if batch else 0.0
+            step_s = hardware.step_times.decode_seconds(len(batch), tokens) if batch else 0.0
             await asyncio.sleep(moved * block_s + chunk_s + steps * step_s)
             events = [event for sequence in batch for event in self._advance(sequence, steps)]
             self._say(*events, *(event for sequence in ended for event in self._begin(sequence)))
@@ -226,33 +226,33 @@ class SimulatedWorker:
     def _begin(self, sequence: Decoding) -> list[WorkerEvent]:
         """A prompt that was computed here has its first token."""
         request = sequence.request
-        if self._memory.find(request.request_id) is not sequence:
+        if self._memory.find(request.attempt_id) is not sequence:
             return []  # aborted meanwhile
         sequence.handed_over = True
         self._store.keep(request.prompt_token_ids)
         last = finish_reason(request.sampling) if sequence.remaining < 1 else None
         if last is not None:
-            self._memory.leave(request.request_id)
+            self._memory.leave(request.attempt_id)
         return [
-            PrefillReport(request.request_id, 0.0, 0.0, 1, sequence.cached_tokens),
-            TokenOutput(request.request_id, 0, finish_reason=last),
+            PrefillReport(request.request_id, 0.0, 0.0, 1, sequence.cached_tokens, attempt_id=request.attempt_id),
+            _token(request, last),
         ]
 
     def _advance(self, sequence: Decoding, steps: int) -> list[TokenOutput]:
-        name = sequence.request.request_id
-        if self._memory.find(name) is not sequence:
+        request = sequence.request
+        if self._memory.find(request.attempt_id) is not sequence:
             return []  # aborted meanwhile
         sequence.remaining -= steps
         sequence.num_tokens += steps
         over = sequence.remaining == 0
         if over:
-            self._memory.leave(name)
-        last = TokenOutput(name, 0, finish_reason=finish_reason(sequence.request.sampling) if over else None)
-        return [TokenOutput(name, 0)] * (steps - 1) + [last]
+            self._memory.leave(request.attempt_id)
+        last = _token(request, finish_reason(request.sampling) if over else None)
+        return [_token(request)] * (steps - 1) + [last]
 
     def _say(self, *events: WorkerEvent) -> None:
         load = Load(
-            self._hardware.num_blocks, self._memory.num_free, waiting=len(self._prompts), running=len(self._memory)
+            self.hardware.num_blocks, self._memory.num_free, waiting=len(self._prompts), running=len(self._memory)
         )
         self._out.put_nowait(StepOutput(self.engine_id, events, load, self._store.take_update()))
 
@@ -260,3 +260,11 @@ class SimulatedWorker:
         task = asyncio.ensure_future(coroutine)  # type: ignore[call-overload]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _token(request: WorkerRequest, reason: FinishReason | None = None) -> TokenOutput:
+    return TokenOutput(request.request_id, 0, finish_reason=reason, attempt_id=request.attempt_id)
+
+
+def _failed(request: WorkerRequest, error: Exception) -> RequestFailed:
+    return RequestFailed(request.request_id, error, attempt_id=request.attempt_id)

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         )
         last = _print_json(list(chunks)) if args.json else _print_text(chunks)
     if args.stats and last.usage is not None:
-        print(_stats(last.usage, last.finish_reason, last.report), file=sys.stderr)
+        print(stats(last.usage, last.finish_reason, last.report), file=sys.stderr)
     return 0
 
 
@@ -137,7 +137,8 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
     return asdict(entry)
 
 
-def _stats(usage: Usage, finish_reason: FinishReason | None, report: RequestReport | None) -> str:
+def stats(usage: Usage, finish_reason: FinishReason | None, report: RequestReport | None) -> str:
+    """What a request took, for people."""
     reason = finish_reason.value if finish_reason else "unknown"
     lines = [f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated, ended by {reason}"]
     if report is not None:

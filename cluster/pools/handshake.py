@@ -20,8 +20,10 @@ from workers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_RECONCILE_INTERVAL_S = 2.0
-_START_PATIENCE_S = 60.0  # a meeting that fails takes up to 30 s
+RECONCILE_INTERVAL_S = 2.0
+"""From one attempt of two that cannot reach each other to the next."""
+START_PATIENCE_S = 60.0
+"""How long a start waits until some pair has met; a meeting that fails takes up to 30 s."""
 _LOOK_INTERVAL_S = 0.05
 
 
@@ -43,7 +45,7 @@ class Handshakes:
 
     async def handshake(self, replica: Replica) -> None:
         """Make a new worker and every serving one of the other pool known to each other."""
-        replica.unsupported_reasons, replica.unreachable_peers, replica.ways = {}, {}, {}
+        replica.unsupported_reasons, replica.unreachable_peers, replica.links = {}, {}, {}
         for peer in self._roster.peers(replica):
             if not peer.serves:  # it has left while others were met
                 continue
@@ -63,7 +65,7 @@ class Handshakes:
         for peer in self._roster:
             peer.unsupported_reasons.pop(gone, None)
             peer.unreachable_peers.pop(gone, None)
-            peer.ways.pop(gone, None)
+            peer.links.pop(gone, None)
         for peer in self._roster.pool("decode" if replica.handle.role == "prefill" else "prefill"):
             if peer.info is not None and peer.state != "lost":  # one that starts may be about to meet it, in vain
                 peer.handle.disconnect(gone, confirmed_dead)
@@ -75,7 +77,7 @@ class Handshakes:
             ConfigError: with the first reason.
         """
         clock = asyncio.get_running_loop().time
-        patience_ends = clock() + _START_PATIENCE_S
+        patience_ends = clock() + START_PATIENCE_S
         pairs = len(self._roster.pool("prefill")) * len(self._roster.pool("decode"))
         while True:
             refused = [why for replica in self._roster for why in replica.unsupported_reasons.values()]
@@ -92,7 +94,7 @@ class Handshakes:
         """Introduce two workers again and again until they reach each other or one of them is gone."""
         names = (one.engine_id, other.engine_id)
         while True:
-            await asyncio.sleep(_RECONCILE_INTERVAL_S)
+            await asyncio.sleep(RECONCILE_INTERVAL_S)
             if any(self._roster.find(name) is None for name in names) or not (one.serves and other.serves):
                 return
             with contextlib.suppress(KVTransferError, WorkerLostError):
@@ -111,7 +113,7 @@ async def _handshake(one: Replica, other: Replica) -> None:
     await other.handle.connect(mine)
     seconds = await one.handle.probe(other.engine_id)
     prefill, decode = (one, other) if one.handle.role == "prefill" else (other, one)
-    path = await prefill.handle.link_to(decode.engine_id)
-    if path is not None:
-        prefill.ways[decode.engine_id] = replace(path, delay_s=path.write_s + seconds / 2)
+    link = await prefill.handle.link_to(decode.engine_id)
+    if link is not None:  # to the router its delay is posting a WRITE and half of the round trip
+        prefill.links[decode.engine_id] = replace(link, write_s=link.write_s + seconds / 2)
     logger.info("%s and %s: round trip %.1f ms", one.engine_id, other.engine_id, seconds * 1e3)

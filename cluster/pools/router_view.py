@@ -21,9 +21,9 @@ def traits_of(replicas: Iterable[Replica]) -> dict[WorkerTraits, bool]:
     }
 
 
-def ways_of(prefill: Iterable[Replica]) -> dict[str, dict[str, LinkCost]]:
-    """What the ways from these prefill workers cost, by decode worker."""
-    return {replica.engine_id: replica.ways for replica in prefill if replica.ways}
+def links_of(prefill: Iterable[Replica]) -> dict[str, dict[str, LinkCost]]:
+    """What the links from these prefill workers cost, by decode worker."""
+    return {replica.engine_id: replica.links for replica in prefill if replica.links}
 
 
 def incompatibilities_of(replicas: Iterable[Replica]) -> dict[tuple[str, str], Incompatibility]:
@@ -48,8 +48,9 @@ def _traits(info: WorkerInfo) -> WorkerTraits:
         block_size=layout.primary.block_size,
         total_blocks=info.num_blocks,
         max_num_seqs=info.max_num_seqs,
-        capability=info.capability,
+        step_times=info.step_times,
         kv_token_bytes=len(info.engines) * layout.bytes_per_token,
         num_layers=layout.num_layers,
         chunk_tokens=info.max_num_batched_tokens,
+        blocks_per_sequence=info.blocks_per_sequence,
     )

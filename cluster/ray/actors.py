@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from cluster.ray.heartbeat_log import HeartbeatLog
 from cluster.worker_handle import HEARTBEAT_S, StartProgress
@@ -17,7 +17,7 @@ from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.lockstep.channel import LeadChannel, Seat
 from workers.lockstep.follower_host import FollowerHost
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerHost, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,18 @@ class WorkerActor:
 
     Its methods are asynchronous, so that a slow one holds up no other. Ray then starts calls in order except that one
     with a large argument (a long prompt) may be overtaken while the argument travels.
+
+    Args:
+        config: the worker's.
+        make_host: called as `WorkerHost` is.
+        lease: how long the worker may write that nobody hears; None: as `Lease` has it.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self, config: WorkerConfig, make_host: Callable[..., WorkerHost] = WorkerHost, lease: Lease | None = None
+    ) -> None:
         self._config = config
+        self._make_host = make_host
         self._loop = asyncio.get_event_loop()
         self._host: WorkerHost | None = None
         self._outputs: list[StepOutput] = []
@@ -43,7 +51,7 @@ class WorkerActor:
         self._progress: dict[str, StartProgress] = {}
         self._channel: LeadChannel | None = None
         self._aborted: OrderedDict[str, None] = OrderedDict()
-        self._lease = Lease()
+        self._lease = lease or Lease()
         self._heartbeat_log = HeartbeatLog(lease_clock)
 
     async def start(self) -> WorkerInfo:
@@ -52,7 +60,7 @@ class WorkerActor:
         return self._host.info
 
     def _build(self) -> WorkerHost:
-        return WorkerHost(
+        return self._make_host(
             self._config,
             NixlConnector(lease=self._lease),
             self._emit,
@@ -72,17 +80,17 @@ class WorkerActor:
         """How far each stage of the start is that has begun."""
         return list(self._progress.values())
 
-    async def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    async def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHost.submit`. A request whose abort has overtaken it is not started."""
-        if request.request_id not in self._aborted:
+        if request.attempt_id not in self._aborted:
             self._started.submit(request)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, attempt_id: str) -> None:
         """See `WorkerHost.abort`."""
-        self._aborted[request_id] = None
+        self._aborted[attempt_id] = None
         if len(self._aborted) > _REMEMBERED_ABORTS:
             self._aborted.popitem(last=False)
-        self._started.abort(request_id)
+        self._started.abort(attempt_id)
 
     async def new_endpoint(self, peer: Sequence[EngineInfo]) -> EngineInfo:
         """See `WorkerHost.new_endpoint`."""
@@ -169,17 +177,23 @@ class WorkerActor:
 
 
 class FollowerActor:
-    """Runs a `FollowerHost`: a rank that does what the worker's lead says. Without its lead its process ends."""
+    """Runs a `FollowerHost`: a rank that does what the worker's lead says. Without its lead its process ends.
 
-    def __init__(self, config: WorkerConfig) -> None:
+    Args:
+        config: the worker's.
+        make_host: called as `FollowerHost` is.
+    """
+
+    def __init__(self, config: WorkerConfig, make_host: Callable[..., FollowerHost] = FollowerHost) -> None:
         self._config = config
+        self._make_host = make_host
         self._host: FollowerHost | None = None
         self._lease = Lease()
 
     async def start(self, seat: Seat) -> None:
         """Build the rank; returns when the lead knows of it."""
         connector = NixlConnector(lease=self._lease)
-        self._host = await asyncio.to_thread(FollowerHost, self._config, seat, connector, self._on_end)
+        self._host = await asyncio.to_thread(self._make_host, self._config, seat, connector, self._on_end)
 
     async def renew(self, said_at: float) -> None:
         """The lead was heard, see `WorkerActor.renew`."""

@@ -18,7 +18,7 @@ from cluster.worker_handle import HEARTBEAT_S, LoadProgress
 from kv_transfer.link_cost import LinkCost, together
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerInfo
 
 _PROGRESS_INTERVAL_S = 0.25
@@ -93,13 +93,13 @@ class RayWorker:
         paths = await asyncio.gather(*(self._call(rank.link_to.remote(engine_id)) for rank in ranks))
         return together([path for path in paths if path is not None])
 
-    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHandle.submit`."""
         self._lead.submit.remote(request)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, attempt_id: str) -> None:
         """See `WorkerHandle.abort`."""
-        self._lead.abort.remote(request_id)
+        self._lead.abort.remote(attempt_id)
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `WorkerHandle.disconnect`."""

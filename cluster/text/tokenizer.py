@@ -72,6 +72,11 @@ class Tokenizer:
         return cls(hf_tokenizer, _model_eos_token_ids(folder))
 
     @property
+    def vocab(self) -> dict[str, int]:
+        """The id of every token as the checkpoint spells it, the added ones included."""
+        return self._rust.get_vocab(with_added_tokens=True)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
         return bool(self._hf.chat_template)

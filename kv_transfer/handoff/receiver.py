@@ -17,7 +17,10 @@ from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
 from kv_transfer.transports.base import Transport
 
-_CANCEL_AGAIN_S, _MAX_DOUBLINGS = 1.0, 4
+CANCEL_AGAIN_S = 1.0
+"""From one `Cancel` that is not answered to the next; doubled a few times."""
+
+_MAX_DOUBLINGS = 4
 _LOOK_AGAIN_S = 0.02
 _EAGER_CANCELS = 5
 
@@ -60,6 +63,11 @@ class HandoffReceiver:
         self._look_at = 0.0
 
     @property
+    def num_open(self) -> int:
+        """Handoffs whose blocks somebody may still write to."""
+        return len(self._open)
+
+    @property
     def active(self) -> bool:
         """Whether the network must be looked at often; for what stays out long it need not."""
         return any(h.peer not in self._lost and h.num_cancels <= _EAGER_CANCELS for h in self._open.values())
@@ -90,7 +98,7 @@ class HandoffReceiver:
             self._ask_to_stop(handoff)
 
     def _ask_to_stop(self, handoff: _Incoming) -> None:
-        patience_s = _CANCEL_AGAIN_S * 2 ** min(handoff.num_cancels, _MAX_DOUBLINGS)
+        patience_s = CANCEL_AGAIN_S * 2 ** min(handoff.num_cancels, _MAX_DOUBLINGS)
         handoff.num_cancels += 1
         handoff.cancel_at = time.monotonic() + patience_s
         with contextlib.suppress(PeerError):  # asked again, over another connection perhaps
@@ -181,7 +189,7 @@ class HandoffReceiver:
     def _fail(self, handoff: _Incoming, reason: str) -> None:
         if not handoff.cancelled:
             handoff.cancelled = True
-            handoff.cancel_at = time.monotonic() + _CANCEL_AGAIN_S
+            handoff.cancel_at = time.monotonic() + CANCEL_AGAIN_S
             self._emit(HandoffFailed(handoff.key, reason))
 
     def _release(self, handoff: _Incoming) -> None:

@@ -49,6 +49,11 @@ class HandoffSender:
         self._ended: OrderedDict[bytes, HandoffKey | None] = OrderedDict()  # with the key of one that was sent whole
 
     @property
+    def num_open(self) -> int:
+        """Handoffs that are not over, and grants whose request has not come."""
+        return len(self._open) + len(self._early_grants)
+
+    @property
     def active(self) -> bool:
         """Whether the network must be looked at often."""
         return any(handoff.busy for handoff in self._open.values())

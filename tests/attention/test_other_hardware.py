@@ -17,7 +17,7 @@ from attention.backends.pallas.kernels import interpret_on_cpu
 from attention.backends.rocm import rocm_flash
 from attention.backends.rocm.aiter_fa import RocmAiterFaBackend
 from attention.backends.rocm.rocm_attn import RocmAttnBackend
-from attention.backends.rocm.rocm_flash import RocmFlashBackend
+from attention.backends.rocm.rocm_flash import RocmFlashBackend, RocmFlashImpl
 from attention.capability import Evidence
 from attention.errors import AttentionBackendError, AttentionInputError
 from attention.metadata import build_metadata
@@ -116,13 +116,13 @@ class TestComposableKernel:
         check(case, case.run(RocmFlashBackend))
 
     def test_it_is_left_out_where_it_would_answer_wrong(self) -> None:
-        def kernel_of(spec: AttentionSpec) -> object:
+        def uses_it(spec: AttentionSpec) -> bool:
             sinks = torch.zeros(4) if spec.has_sinks else None
-            return RocmFlashBackend.impl_class(spec, sinks)._composable_kernel
+            return RocmFlashImpl(spec, sinks).has_composable_kernel
 
-        assert kernel_of(SPEC) is fake_kernels.flash_attn_varlen_func
-        assert kernel_of(FEATURES["soft_cap"]) is None
-        assert kernel_of(FEATURES["sinks"]) is None
+        assert uses_it(SPEC)
+        assert not uses_it(FEATURES["soft_cap"])
+        assert not uses_it(FEATURES["sinks"])
 
     def test_a_machine_without_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "flash_attn", None)
@@ -339,7 +339,7 @@ class TestSelection:
     )
     def test_their_rows_say_that_they_never_ran_there(self, name: str, kind: DeviceKind) -> None:
         devices = get_backend(name).capabilities.devices
-        assert [(device.kind, device.evidence) for device in devices] == [(kind, Evidence.ADAPTER)]
+        assert [(device.kind, device.ran_on, device.has_kernels) for device in devices] == [(kind, (), True)]
 
     def test_only_decoders_but_for_rocm_attn(self) -> None:
         encoder = replace(MODEL, attn_type=AttentionType.ENCODER_ONLY)

@@ -143,7 +143,10 @@ def answer(byte_tokenizer: Tokenizer) -> Callable[..., list[Step]]:
         ids = byte_tokenizer.encode(text)
         if finish is FinishReason.STOP:
             ids.append(EOS)
-        tokens = [TokenOutput("r", i, finish_reason=finish if n == len(ids) else None) for n, i in enumerate(ids, 1)]
+        tokens = [
+            TokenOutput("r", i, finish_reason=finish if n == len(ids) else None, attempt_id="r")
+            for n, i in enumerate(ids, 1)
+        ]
         chunks = [TokenChunk(tuple(tokens[at : at + chunk])) for at in range(0, len(tokens), chunk)]
         return list(chunks)
 
@@ -177,7 +180,7 @@ async def serve(byte_tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Awaita
 @pytest.fixture
 async def make_fleet(tiny_checkpoint, monkeypatch):
     """Start an engine; `prefill` and `decode` have the settings of each place's worker, by group if there are any."""
-    monkeypatch.setattr(supervisor, "_RESTART_DELAYS_S", (0.01,))
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS_S", (0.01,))
     started: list[ServingEngine] = []
 
     async def make(
@@ -211,9 +214,9 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
             named = [{"name": f"{role}-{prefix}{i}", "role": role, **base, **own} for i, own in enumerate(each)]
             return [partial(worker_class, WorkerConfig(**settings), fabric) for settings in named]
 
+        pools = {"prefill": places("prefill", prefill), "decode": places("decode", decode)}
         engine = ServingEngine(
-            places("prefill", prefill),
-            places("decode", decode),
+            **pools,
             max_queue=max_queue,
             limits=limits,
             silence_s=silence_s,
@@ -221,7 +224,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
         )
         started.append(engine)
         await engine.start()
-        return Fleet(engine)
+        return Fleet(engine, fabric, pools)
 
     yield make
     for engine in started:
@@ -255,4 +258,4 @@ def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
 def like_workers(monkeypatch) -> None:
     """Every worker measures the same."""
     measured = StepTimes(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
-    monkeypatch.setattr("workers.builder._measure", lambda *args, **kwargs: measured)
+    monkeypatch.setattr("workers.builder.measure_step_times", lambda *args, **kwargs: measured)

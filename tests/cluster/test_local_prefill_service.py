@@ -8,7 +8,7 @@ import random
 import pytest
 
 from cluster.api import RequestReport, Usage
-from cluster.cli.generate import _stats
+from cluster.cli.generate import stats
 from cluster.client.client import AsyncBatonClient, BatonClient, Connection
 from cluster.config.load import load_config
 from cluster.launch import launch
@@ -73,9 +73,9 @@ async def test_answers_equal_transformers(disaggregation, tiny_checkpoint, refer
 
 def test_the_command_line_says_who_computed_the_prompt():
     usage = Usage(10, 4)
-    alone = _stats(usage, FinishReason.LENGTH, RequestReport("", "decode-0.1", ttft_s=0.1))
+    alone = stats(usage, FinishReason.LENGTH, RequestReport("", "decode-0.1", ttft_s=0.1))
     assert "workers decode-0.1 alone, attempts 1" in alone
     assert "handoff" not in alone
-    pair = _stats(usage, FinishReason.LENGTH, RequestReport("prefill-0.1", "decode-0.1", kv_bytes=2**20))
+    pair = stats(usage, FinishReason.LENGTH, RequestReport("prefill-0.1", "decode-0.1", kv_bytes=2**20))
     assert "workers prefill-0.1 → decode-0.1, attempts 1" in pair
     assert "handoff 1.00 MiB" in pair

@@ -105,7 +105,7 @@ class Mixed:
         return found[0]
 
     def kill(self, engine_id: str) -> None:
-        replica = self.service.engine._pools.find(engine_id)
+        replica = self.service.engine.pools.find(engine_id)
         assert replica is not None
         assert replica.info is not None
         assert replica.info.pid != os.getpid()

@@ -57,7 +57,7 @@ class Running:
         )
 
     def pid(self, engine_id: str) -> int:
-        replica = self.service.engine._pools.find(engine_id)
+        replica = self.service.engine.pools.find(engine_id)
         assert replica is not None
         assert replica.info is not None
         assert replica.info.pid != os.getpid()
@@ -189,8 +189,8 @@ async def test_a_killed_worker(role, running, reference_greedy):
 
 async def test_every_answer_has_the_report_of_its_handoff(running, monkeypatch):
     """Also short ones, whose last token may overtake the prefill worker's report, on a busy machine by much."""
-    for module in ("cluster.gateway.engine", "cluster.gateway.request"):
-        monkeypatch.setattr(f"{module}._REPORT_PATIENCE_S", PATIENCE_S)
+    for module in ("cluster.gateway.attempts", "cluster.gateway.request"):
+        monkeypatch.setattr(f"{module}.REPORT_PATIENCE_S", PATIENCE_S)
     pool = prompts(40, seed=6, longest=30)
     answers = await asyncio.gather(*(running.generate(prompt, 2) for prompt in pool))
     assert all(report.kv_bytes > 0 for _, report in answers)

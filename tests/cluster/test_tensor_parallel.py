@@ -107,7 +107,7 @@ async def test_cancelled_requests_give_their_blocks_back(running):
 
 
 async def test_a_killed_rank_ends_its_group_which_is_replaced(running, reference_greedy):
-    replica = running.service.engine._pools.pool("decode")[0]
+    replica = running.service.engine.pools.pool("decode")[0]
     handle, before = replica.handle, replica.engine_id
     assert isinstance(handle, RayWorker)
     assert replica.info is not None

@@ -8,7 +8,7 @@ import torch
 from batch_invariance import DECODE_SIZES, decode_attention, fused_ops, prefill_attention, rows_agree
 from one_gpu import Decoding, OneGpu
 from shapes import MEDIUM
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -40,8 +40,7 @@ def test_prefill_attention_does_not_feel_large_chunks(length):
 def test_decode_in_batches_of_one_size_is_batch_invariant(tiny_checkpoint):
     """A ladder with one rung: what a sequence gets does not depend on how many there are."""
     model = load_model(tiny_checkpoint("llama", **MEDIUM), "bfloat16", "cuda", backend_name="TRITON_ATTN")
-    one = OneGpu(model, num_blocks=1024, max_num_seqs=64, max_model_len=512, enforce_eager=True)
-    one.decoder._sizes = [64]
+    one = OneGpu(model, num_blocks=1024, max_num_seqs=64, max_model_len=512, enforce_eager=True, batch_sizes=[64])
     made = [Decoding([(7 * i + j) % 4000 + 3 for j in range(60)], list(range(8 * i, 8 * i + 8))) for i in range(64)]
     for sequence in made:
         one.prefill(sequence)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import count
 
 import pytest
 
-from cluster.api import EngineRequest
 from cluster.gateway.engine import ServingEngine
 from cluster.inprocess_worker import InProcessWorker
+from cluster.pools.groups import Places
+from kv_transfer.transports.local import LocalFabric
+from made_requests import engine_request
 from workers.sampling_params import SamplingParams
 
 PATIENCE_S = 60.0
@@ -21,20 +23,22 @@ _numbers = count()
 class Fleet:
     """An engine, and the means to watch and to harm its workers."""
 
-    def __init__(self, engine: ServingEngine) -> None:
+    def __init__(self, engine: ServingEngine, fabric: LocalFabric, places: Mapping[str, Places]) -> None:
         self.engine = engine
+        self.fabric = fabric
+        self.places = places
 
     def start(self, prompt: list[int], max_tokens: int, *, timeout_s: float = PATIENCE_S, **sampling):
         params = SamplingParams(
             **{"temperature": 0.0, "seed": 0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
         )
-        return self.engine.generate(EngineRequest(f"client-{next(_numbers)}", tuple(prompt), params, timeout_s))
+        return self.engine.generate(engine_request(f"client-{next(_numbers)}", prompt, params, timeout_s))
 
     async def run(self, prompt: list[int], max_tokens: int, **kwargs) -> list[int]:
         return [token async for token in tokens_of(self.start(prompt, max_tokens, **kwargs))]
 
     def handle(self, name: str) -> InProcessWorker:
-        return next(replica.handle for replica in self.engine._pools.replicas if replica.handle.name == name)
+        return next(replica.handle for replica in self.engine.pools.replicas if replica.handle.name == name)
 
     def crash_on_submit(self, name: str) -> None:
         """The worker dies with the next request that it is sent."""
@@ -56,8 +60,8 @@ class Fleet:
                 for w in workers
             )
         )
-        assert self.engine._attempts == {}
-        assert len(self.engine._queue) == 0
+        assert self.engine.num_attempts == 0
+        assert self.engine.num_queued == 0
 
 
 async def tokens_of(stream) -> AsyncIterator[int]:

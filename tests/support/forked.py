@@ -9,5 +9,5 @@ import multiprocessing
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["torch", "workers.loading.loader", "workers.parallel.group", "kv_transfer.nixl_connector"]
+    ["torch", "workers.models.loader", "workers.parallel.group", "kv_transfer.nixl_connector"]
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cache_groups import unwritten_caches
 from kv_transfer.connector import ConnectorEvent
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.base import EngineInfo
@@ -25,8 +26,8 @@ from workers.kv_cache.sizing import kv_layout
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
 from workers.lockstep.replica import Replica, StepClock
-from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
-from workers.models.causal_lm import Decoder
+from workers.messages import Load, WorkerEvent, WorkerRequest
+from workers.models.causal_lm import CausalLM
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 
@@ -52,33 +53,29 @@ class Ranks:
     """One worker of several ranks, with the interface of a worker of one."""
 
     def __init__(
-        self, name: str, size: int, model: Decoder, num_blocks: int, fabric: LocalFabric, make: MakeWorker, seed: int
+        self, name: str, size: int, model: CausalLM, num_blocks: int, fabric: LocalFabric, make: MakeWorker, seed: int
     ) -> None:
         self.random = random.Random(seed)
         self.connectors = [AgreedConnector(LocalConnector(fabric), rank) for rank in range(size)]
         self.engines: list[EngineInfo] = []
         self.replicas: list[Replica] = []
         for connector in self.connectors:
-            cache = model.kv_cache_spec.allocate(num_blocks, model.device)
-            cache.fill_(float("nan"))
-            layout = kv_layout(model.kv_cache_spec, size)
-            self.engines.append(connector.register_kv_caches(name, [cache], layout))
+            caches = unwritten_caches(model, num_blocks)
+            layout = kv_layout(model.kv_cache_groups, size)
+            self.engines.append(connector.register_kv_caches(name, caches, layout))
             clock = StepClock()
-            self.replicas.append(Replica(make(ModelRunner(model, cache), connector, clock), connector, clock))
+            self.replicas.append(Replica(make(ModelRunner(model, caches), connector, clock), connector, clock))
         self.channel = DirectChannel(self.replicas[1:])
         self.lead = Lead(self.replicas[0], self.connectors[0], self.channel, size, self._crashed)
         self.lead.listen(lambda: None)
         self.connectors[0].set_listener(lambda: None)  # the lead's own rank reports late, too
         self.unreported: list[list[ConnectorEvent]] = [[] for _ in range(size)]
 
-    def add(self, request: PrefillRequest) -> None:
+    def add(self, request: WorkerRequest) -> None:
         self._take(Submit(request))
 
-    def reserve(self, request: DecodeRequest) -> None:
-        self._take(Submit(request))
-
-    def abort(self, request_id: str) -> None:
-        self._take(Abort(request_id))
+    def abort(self, attempt_id: str) -> None:
+        self._take(Abort(attempt_id))
 
     def disconnect(self, engine_id: str) -> None:
         self._take(Disconnect(engine_id))
@@ -113,7 +110,7 @@ class Ranks:
     def assert_equal_ranks(self) -> None:
         loads = [replica.worker.load for replica in self.replicas]
         assert loads.count(loads[0]) == len(loads), loads
-        assert self.lead._agreement.num_open == 0
+        assert self.lead.num_to_agree == 0
 
     @staticmethod
     def _crashed(error: BaseException) -> None:
@@ -170,7 +167,7 @@ class LockstepCluster(LocalCluster):
             pool[side.engines[0].engine_id] = side
         for one, other in (self.sides, self.sides[::-1]):
             for connector in one.connectors:
-                connector.introduce(other.engines, 1.0)
+                connector.handshake(other.engines, 1.0)
 
     def assert_equal_ranks(self) -> None:
         """What the ranks of a worker hold is the same on all of them, and nothing is left to agree on."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from cache_groups import ListedTables, unwritten_caches
 from workers.kv_cache.block_pool import blocks_for
-from workers.models.causal_lm import Decoder
+from workers.kv_cache.tables import SequenceTables
+from workers.models.causal_lm import CausalLM
 from workers.runner.decode_runner import DecodeRunner
 from workers.runner.model_runner import ModelRunner, Row
 
@@ -19,6 +21,11 @@ class Decoding:
 
     tokens: list[int]
     blocks: list[int]
+    listed: ListedTables = field(default_factory=ListedTables)
+
+    @property
+    def tables(self) -> SequenceTables:
+        return self.listed.over(self.blocks, 1)
 
     @property
     def num_scheduled(self) -> int:
@@ -40,25 +47,29 @@ class OneGpu:
         longest_prefill: tokens of the longest prompt that is computed in one piece; those short enough are padded and
             run as CUDA graphs, as a prefill worker's are. None: none are.
         enforce_eager: use no CUDA graphs in decode.
+        batch_sizes: see `DecodeRunner`.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        model: CausalLM,
         *,
         num_blocks: int,
         max_num_seqs: int,
         max_model_len: int,
         longest_prefill: int | None = None,
         enforce_eager: bool = False,
+        batch_sizes: Sequence[int] | None = None,
     ) -> None:
-        cache = model.kv_cache_spec.allocate(num_blocks, model.device)
-        cache.fill_(float("nan"))
-        self.runner = ModelRunner(model, cache)
+        self.runner = ModelRunner(model, unwritten_caches(model, num_blocks))
         if longest_prefill is not None:
             self.runner.capture_prefill(longest_prefill)
         self.decoder = DecodeRunner[Decoding](
-            self.runner, max_num_seqs=max_num_seqs, max_model_len=max_model_len, enforce_eager=enforce_eager
+            self.runner,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+            batch_sizes=batch_sizes,
         )
 
     def prefill(self, sequence: Decoding, chunk: int | None = None) -> torch.Tensor:
@@ -68,7 +79,7 @@ class OneGpu:
         logits = torch.empty(0)
         for start in range(0, end, step):
             disconnect = sequence.tokens[start : min(start + step, end)]
-            logits = self.runner.forward([Row(disconnect, start, sequence.blocks, wants_logits=start + step >= end)])
+            logits = self.runner.forward([Row(disconnect, start, [sequence.blocks], wants_logits=start + step >= end)])
         return logits[0].clone()
 
     def decode(self, batch: Sequence[Decoding]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from kv_transfer.transports.local import Faults
 from workers.decode_worker import DecodeWorker
 from workers.errors import DeadlineExceededError, SamplingError
 from workers.messages import FinishReason, RequestFailed, TokenOutput
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.decode_runner import DecodeRunner
 from workers.sampling_params import SamplingParams
 
@@ -67,12 +68,9 @@ def run_until(cluster, condition, max_steps: int = 5000) -> None:
 
 def check_ownership(decode: DecodeWorker) -> None:
     """Every block that a step in flight writes to, or that anybody was promised, has one owner and is not free."""
-    owners: dict[int, object] = {}
-    in_flight = [sequence for launch in decode._launches for sequence in launch.sequences]
-    for sequence in {*in_flight, *decode._remote._expected.values(), *decode._batch._running}:
-        for block in sequence.blocks:
-            assert owners.setdefault(block, sequence) is sequence, f"block {block} has two owners"
-    assert len(owners) == decode._blocks.num_blocks - decode._blocks.num_free
+    owned = Counter(block for table in decode.block_tables for block in table)
+    assert not [block for block, count in owned.items() if count > 1], "a block has two owners"
+    assert len(owned) == decode.load.total_blocks - decode.load.free_blocks
 
 
 def test_the_next_step_is_launched_before_a_token_is_looked_at(pair, launched):
@@ -174,9 +172,8 @@ def test_every_block_has_one_owner_under_random_ends(seed, pair, tiny_checkpoint
             cluster.step()
             check_ownership(decode)
             preempted += decode.load.preempted
-            running = [s.request.request_id for s in decode._batch._running]
-            if running and rng.random() < 0.05:
-                cancelled.add(rng.choice(running))
+            if decode.running_requests and rng.random() < 0.05:
+                cancelled.add(rng.choice(decode.running_requests))
                 cluster.abort(rng.choice(sorted(cancelled)))
                 check_ownership(decode)
     while cluster.busy:
@@ -215,13 +212,13 @@ def test_whatever_rows_ask_for_the_next_step_is_in_flight(pair, tiny_checkpoint,
         expected |= alone.run()
         expected_logprobs[name] = [(o.logprob, o.top_logprobs) for o in alone.tokens[name]]
     cluster.submit("greedy", prompt(20), greedy(30))
-    run_until(cluster, lambda: decode._launches)
+    run_until(cluster, lambda: decode.num_in_flight)
     for i, (name, sampling) in enumerate(params.items()):
         cluster.submit(name, prompt(12, i), sampling)
     depths = set()
     while cluster.busy:
         cluster.step()
-        depths.add(len(decode._launches) if decode.load.running else 1)
+        depths.add(decode.num_in_flight if decode.load.running else 1)
     assert depths == {1}, "no step is looked at before the next is launched"
     assert {name: cluster.token_ids(name) for name in expected} == expected
     for name, logprobs in expected_logprobs.items():
@@ -251,13 +248,13 @@ def test_marks_of_who_makes_room_come_back_with_it(pair):
 
 
 def test_broken_logits_fail_a_row_whose_next_step_is_in_flight(pair, monkeypatch, tiny_checkpoint, reference_greedy):
-    forward = Decoder.forward
+    forward = CausalLM.forward
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
-        return hidden.masked_fill((positions == 25)[:, None], float("nan")) if metadata.decode_only else hidden
+        return hidden.masked_fill((positions == 25)[:, None], float("nan")) if metadata[0].decode_only else hidden
 
-    monkeypatch.setattr(Decoder, "forward", broken)
+    monkeypatch.setattr(CausalLM, "forward", broken)
     cluster, _ = pair()
     cluster.submit("broken", prompt(23), greedy(8))
     cluster.submit("sound", prompt(30, 1), greedy(8))

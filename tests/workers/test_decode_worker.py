@@ -7,10 +7,12 @@ import random
 import pytest
 import torch
 
+from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import Faults
 from workers.errors import CapacityError, DeadlineExceededError, HandoffError, InvalidRequestError, SamplingError
 from workers.messages import DecodeReport, RequestFailed, TokenOutput
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.sampling_params import SamplingParams
 
 
@@ -128,14 +130,16 @@ def test_no_more_sequences_than_allowed_are_running_or_expected(max_num_seqs, on
 
 
 def test_blocks_are_given_in_the_order_of_arrival(one_pair):
-    cluster, _, decode = one_pair(decode_blocks=4)
-    order = []
-    expect = decode._connector.expect
-    decode._connector.expect = lambda handoff_id, *args: order.append(handoff_id) or expect(handoff_id, *args)
-    wanted = []
-    for i, length in enumerate((60, 10, 50, 5, 60, 1)):
-        cluster.submit(f"r{i}", prompt(length, i), greedy(3))
-        wanted.append(decode._sequences[f"r{i}"].request.handoff_id)
+    order: list[bytes] = []
+
+    class Recording(LocalConnector):
+        def expect(self, handoff_id: bytes, *args) -> HandoffKey:
+            order.append(handoff_id)
+            return super().expect(handoff_id, *args)
+
+    cluster, _, _ = one_pair(decode_blocks=4, connector_class=Recording)
+    lengths = (60, 10, 50, 5, 60, 1)
+    wanted = [cluster.submit(f"r{i}", prompt(length, i), greedy(3)) for i, length in enumerate(lengths)]
     cluster.run()
     assert order == wanted, "a small one does not overtake a large one"
 
@@ -165,7 +169,7 @@ def test_an_abort_while_put_aside(one_pair):
     cluster.submit("old", prompt(30), greedy(30))
     cluster.submit("new", prompt(30, 1), greedy(30))
     run_until(cluster, lambda: decode.load.preempted == 1)
-    put_aside = next(name for name in ("old", "new") if not decode._sequences[name].blocks)
+    put_aside = next(name for name in ("old", "new") if name not in decode.running_requests)
     cluster.abort(put_aside)
     assert decode.load.preempted == 0
     cluster.run()
@@ -218,20 +222,20 @@ def test_reports(one_pair, clock, steps_ahead):
         events += decode.step()
         clock.now += 1.0
     assert [type(event) for event in events] == [DecodeReport, TokenOutput, TokenOutput, TokenOutput]
-    assert events[0] == DecodeReport("r", first_decode_s=steps_ahead), (
+    assert events[0] == DecodeReport("r", first_decode_s=steps_ahead, attempt_id="r"), (
         "the first step came with the cache; what is launched ahead is looked at one step, one second, later"
     )
     assert [event.finish_reason is not None for event in events[1:]] == [False, False, True]
 
 
 def test_broken_logits_fail_one_sequence_alone(one_pair, monkeypatch, reference_greedy, tiny_checkpoint):
-    forward = Decoder.forward
+    forward = CausalLM.forward
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
-        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata.decode_only else hidden
+        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata[0].decode_only else hidden
 
-    monkeypatch.setattr(Decoder, "forward", broken)
+    monkeypatch.setattr(CausalLM, "forward", broken)
     cluster, _, _ = one_pair()
     for name, length in (("a", 40), ("broken", 23), ("c", 30)):
         cluster.submit(name, prompt(length), greedy(8))
@@ -250,7 +254,7 @@ def test_a_lost_prefill_worker_does_not_touch_what_is_running(one_pair, referenc
     run_until(cluster, lambda: decode.load.running == 1)
     cluster.submit("waiting", prompt(20, 1), greedy(20))
     for event in decode.step():
-        cluster._take(event)
+        cluster.take(event)
     (lost,) = cluster.prefill
     cluster.prefill.clear()
     cluster.fabric.detach(lost)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
-from kv_transfer.connector import ConnectorEvent, HandoffReceived
-from kv_transfer.local_connector import LocalConnector
-from kv_transfer.transports.local import Faults
+from kv_transfer.handoff.messages import Final, Grant, Part, decode, encode
+from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.layout import KVLayout
+from kv_transfer.push_connector import PushConnector
+from kv_transfer.transports.base import EngineInfo
+from kv_transfer.transports.local import Faults, LocalFabric, LocalTransport
 from workers.errors import DeadlineExceededError, HandoffError
 from workers.sampling_params import SamplingParams
 
@@ -22,17 +26,39 @@ def prompts(count: int, seed: int, longest: int = 70) -> list[list[int]]:
     return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-class ImpatientConnector(LocalConnector):
-    """A broken connector: takes the last message for the whole handoff, as if transfers kept their order."""
+class ImpatientTransport(LocalTransport):
+    """A broken transport: takes the last message for the whole handoff, as if transfers kept their order."""
 
-    def poll(self) -> list[ConnectorEvent]:
-        events = super().poll()
-        for handoff in list(self._incoming._open.values()):
-            final = handoff.ledger._final
-            if final is not None:
-                del self._incoming._open[handoff.key]
-                events.append(HandoffReceived(handoff.key, final.first_token))
-        return events
+    def __init__(self, fabric: LocalFabric) -> None:
+        super().__init__(fabric)
+        self.granted: dict[HandoffKey, Grant] = {}
+
+    def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+        self.num_layers = layout.num_layers
+        return super().register(engine_id, incarnation, kv_cache, layout)
+
+    def send(self, peer: str, message: bytes) -> None:
+        super().send(peer, message)
+        if isinstance(grant := decode(message), Grant):
+            self.granted[grant.key] = grant
+
+    def receive(self) -> list[tuple[str, bytes]]:
+        messages: list[tuple[str, bytes]] = []
+        for sender, data in super().receive():
+            if isinstance(final := decode(data), Final):
+                messages += [(sender, encode(part)) for part in self.all_parts(final)]
+            messages.append((sender, data))
+        return messages
+
+    def all_parts(self, final: Final) -> list[Part]:
+        grant = self.granted[final.key]
+        rectangle = (0, self.num_layers, grant.first_block, len(grant.block_ids))
+        return [Part(final.key, index, *rectangle) for index in range(final.num_parts)]
+
+
+class ImpatientConnector(PushConnector):
+    def __init__(self, fabric: LocalFabric) -> None:
+        super().__init__(ImpatientTransport(fabric), drain_s=0.0, threaded=False)
 
 
 def test_a_decode_that_does_not_wait_is_caught(tiny_checkpoint, local_cluster, reference_greedy):

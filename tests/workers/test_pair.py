@@ -62,7 +62,7 @@ def test_block_sizes_and_chunks(block_size, budget, layers_per_write, tiny_check
     for i, prompt in enumerate(prompts(4, seed=3, longest=130)):
         blocks = -(-len(prompt) // block_size)
         model = cluster.model.config
-        layer_bytes = 2 * block_size * model.num_kv_heads * model.head_size * 4
+        layer_bytes = 2 * block_size * model.attention[0].num_kv_heads * model.attention[0].head_size * 4
         assert cluster.reports[f"r{i}"].num_bytes == blocks * layer_bytes * model.num_layers
     cluster.assert_all_blocks_free()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
 
 from kv_transfer.transports.local import Faults
+from made_requests import worker_request
 from workers.errors import DeadlineExceededError, HandoffError, SamplingError
-from workers.messages import PrefillReport, PrefillRequest, RequestFailed, TokenOutput
+from workers.messages import PrefillReport, RequestFailed, TokenOutput, WorkerRequest
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
 
@@ -21,8 +23,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 512) for _ in range(length)]
 
 
-def alone(request_id: str, token_ids: list[int], sampling: SamplingParams = GREEDY) -> PrefillRequest:
-    return PrefillRequest(request_id, request_id.encode().ljust(16, b"."), tuple(token_ids), sampling, None, 60.0)
+def alone(request_id: str, token_ids: list[int], sampling: SamplingParams = GREEDY) -> WorkerRequest:
+    return worker_request(request_id, token_ids, sampling)
 
 
 def tokens_of(events) -> list[str]:
@@ -59,18 +61,11 @@ def launched(monkeypatch) -> list[int]:
     return sizes
 
 
-def in_flight_blocks(prefill) -> set[int]:
-    return {block for launch in prefill._launches for p in launch.prompts for block in p.progress.blocks}
-
-
 def check_ownership(prefill) -> None:
     """No block that a step in flight writes to is free, and none has two owners."""
-    owners: dict[int, object] = {}
-    held = {p for launch in prefill._launches for p in launch.prompts}
-    for owner in {*held, *prefill._prompts.values(), *prefill._handoffs.values()}:
-        for block in owner.progress.blocks:
-            assert owners.setdefault(block, owner) is owner, f"block {block} has two owners"
-    assert len(owners) == prefill._blocks.num_blocks - prefill._blocks.num_free
+    owned = Counter(block for table in prefill.block_tables for block in table)
+    assert not [block for block, count in owned.items() if count > 1], "a block has two owners"
+    assert len(owned) == prefill.load.total_blocks - prefill.load.free_blocks
 
 
 def test_the_next_batch_is_launched_before_a_token_is_looked_at(pair, launched):
@@ -166,11 +161,11 @@ def test_an_abort_between_launch_and_collection(decode, pair):
         cluster.submit("a", prompt(32), GREEDY)
     prefill.add(alone("b", prompt(32)))
     assert prefill.step() == []
-    blocks = in_flight_blocks(prefill)
+    blocks = prefill.blocks_in_flight
     assert len(blocks) == 2
     cluster.abort("a")
     prefill.abort("a")
-    assert blocks == in_flight_blocks(prefill)
+    assert blocks == prefill.blocks_in_flight
     check_ownership(prefill)
     assert tokens_of(prefill.step()) == ["b"]
     assert cluster.run().keys() <= {"b"}

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from workers.errors import CheckpointError
-from workers.models.config.reader import read_json
+from workers.loading.config_reader import read_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

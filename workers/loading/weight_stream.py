@@ -2,77 +2,33 @@
 
 Each thread reads pieces of a few MiB into two buffers in turn. On a GPU the buffers are pinned and the copies run on a
 stream of the thread's own, so that a buffer is filled while the other is on its way; a dtype is converted on the
-device. Beside the model itself nothing larger than the buffers is ever in memory. Of a tensor that is loaded in part no
-other part is read: some columns of a matrix are read row by row.
+device, what is to be arranged otherwise is copied into a view of the parameter there, and what is quantised becomes
+numbers there. Beside the model itself nothing larger than the buffers (and a piece's numbers) is ever in memory. Of a
+tensor that is loaded in part no other part is read: some columns of a matrix are read row by row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from workers.errors import CheckpointError
-from workers.loading.checkpoint import Region, StoredTensor, whole
-
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes that weights may be stored in, as safetensors writes them."""
+from workers.loading.checkpoint import StoredTensor
+from workers.loading.pieces import Piece, Placement, pieces_of
+from workers.loading.runs import Runs, region_shape
 
 PIECE_BYTES = 8 * 2**20
 """At most so much is read at a time: long enough for the bus, short enough for the threads to end together."""
 
 _GPU_THREADS = 8
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A stored tensor, of a dtype in `FLOATS`, and where it goes.
-
-    Attributes:
-        stored: the tensor.
-        target: contiguous, of the region's shape, or of that shape with more dimensions before it: then it is repeated.
-        region: what is read of the tensor, whole but for its first two dimensions; None: all.
-    """
-
-    stored: StoredTensor
-    target: torch.Tensor
-    region: Region | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what is read."""
-        return tuple(end - begin for begin, end in self.region or whole(self.stored.shape))
-
-    @property
-    def nbytes(self) -> int:
-        """How much is read."""
-        return math.prod(self.shape) * FLOATS[self.stored.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """`num_runs` runs of `run_bytes` bytes in a file, each beginning `stride` bytes after the one before."""
-
-    stored: StoredTensor
-    offset: int
-    num_runs: int
-    run_bytes: int
-    stride: int
-    target: torch.Tensor
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.num_runs * self.run_bytes
 
 
 def load_tensors(
@@ -95,10 +51,10 @@ def load_tensors(
     Raises:
         CheckpointError: a file cannot be read; names file and tensor.
     """
-    pieces = deque(piece for placement in placements for piece in _pieces(placement, piece_bytes))
+    pieces = deque(piece for placement in placements for piece in pieces_of(placement, piece_bytes))
     if not pieces:
         return
-    largest = max(piece.nbytes for piece in pieces)
+    largest = max(piece.buffer_bytes for piece in pieces)
     num_threads = min(len(pieces), num_threads or _num_threads(device))
     lock = threading.Lock()
 
@@ -123,33 +79,12 @@ def _num_threads(device: torch.device) -> int:
     return min(_GPU_THREADS, os.cpu_count() or 1) if device.type == "cuda" else 1
 
 
-def _pieces(placement: Placement, piece_bytes: int) -> Iterator[_Piece]:
-    """What is read of a tensor, cut into elements where all of them follow each other, else into rows.
-
-    What is repeated stays whole.
-    """
-    if not placement.nbytes:
-        return
-    stored, target, shape = placement.stored, placement.target, placement.shape
-    itemsize, whole_rows = FLOATS[stored.dtype].itemsize, shape[1:] == stored.shape[1:]
-    strides = [math.prod(stored.shape[i + 1 :]) * itemsize for i in range(len(shape))]
-    begins = (begin for begin, _ in placement.region or whole(stored.shape))
-    offset = stored.offset + sum(begin * stride for begin, stride in zip(begins, strides, strict=True))
-    unit, stride = (itemsize, itemsize) if whole_rows else (shape[1] * strides[1], strides[0])
-    count, repeated = placement.nbytes // unit, target.shape != shape
-    step = count if repeated else max(1, piece_bytes // unit)
-    for begin in range(0, count, step):
-        number = min(step, count - begin)
-        num_runs, run_bytes = (1, number * unit) if whole_rows else (number, unit)
-        length = unit // itemsize
-        part = target if repeated else target.view(-1)[begin * length : (begin + number) * length]
-        yield _Piece(stored, offset + begin * stride, num_runs, run_bytes, stride, part, shape)
-
-
 def _open_all(stack: contextlib.ExitStack, placements: Sequence[Placement]) -> dict[Path, int]:
     """A descriptor for each file, closed with the stack; threads read from it at offsets of their own."""
     descriptors = {}
-    for file in dict.fromkeys(placement.stored.file for placement in placements):
+    stored = [placement.stored for placement in placements]
+    stored += [placement.scales.stored for placement in placements if placement.scales is not None]
+    for file in dict.fromkeys(tensor.file for tensor in stored):
         try:
             descriptors[file] = os.open(file, os.O_RDONLY)
         except OSError as error:
@@ -170,20 +105,26 @@ class _Lane:
             self._stream.wait_stream(started_after)
         self._buffers = itertools.cycle([_Buffer(size, self._stream) for _ in range(2)])
 
-    def move(self, descriptor: int, piece: _Piece) -> None:
+    def move(self, descriptors: dict[Path, int], piece: Piece) -> None:
         """Read a piece and send it on its way."""
         buffer = next(self._buffers)
         buffer.wait()
-        staged = buffer.memory[: piece.nbytes]
-        _read(descriptor, staged, piece)
-        source = staged.view(FLOATS[piece.stored.dtype])
-        if source.numel() != piece.target.numel():
-            source = source.view(piece.shape)
+        values = _read(descriptors, buffer.memory, piece.values, piece.dtype)
+        scales = None
+        if piece.scales is not None and piece.scale_dtype is not None:
+            scales = _read(descriptors, buffer.memory[piece.scales_begin :], piece.scales, piece.scale_dtype)
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            if source.dtype != piece.target.dtype or source.numel() != piece.target.numel():
-                source = source.to(self._device, non_blocking=True)  # as it is: converted there, not here
-            piece.target.copy_(source, non_blocking=True)
+            self._put(piece, values, scales)
             buffer.mark()
+
+    def _put(self, piece: Piece, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+        target = piece.target
+        if scales is not None and piece.storage is not None:
+            values, scales = (part.to(self._device, non_blocking=True) for part in (values, scales))
+            values = piece.storage.dequantize(values, scales, piece.region, target.dtype)
+        elif values.dtype != target.dtype or values.shape != target.shape or not target.is_contiguous():
+            values = values.to(self._device, non_blocking=True)  # as it is: converted or spread there, not here
+        target.copy_(values, non_blocking=True)
 
     def finish(self) -> None:
         """Wait for what is on its way."""
@@ -208,7 +149,7 @@ class _Buffer:
             self._copied.record(self._stream)
 
 
-def _drain(pieces: deque[_Piece], descriptors: dict[Path, int], lane: _Lane, tell: Callable[[int], None]) -> None:
+def _drain(pieces: deque[Piece], descriptors: dict[Path, int], lane: _Lane, tell: Callable[[int], None]) -> None:
     """A thread's work: pieces until there are no more, or until a thread has failed."""
     try:
         with torch.inference_mode():
@@ -217,8 +158,8 @@ def _drain(pieces: deque[_Piece], descriptors: dict[Path, int], lane: _Lane, tel
                     piece = pieces.popleft()
                 except IndexError:
                     break
-                lane.move(descriptors[piece.stored.file], piece)
-                tell(piece.nbytes)
+                lane.move(descriptors, piece)
+                tell(piece.values.nbytes)
     except BaseException:
         pieces.clear()
         raise
@@ -226,23 +167,26 @@ def _drain(pieces: deque[_Piece], descriptors: dict[Path, int], lane: _Lane, tel
         lane.finish()
 
 
-def _read(descriptor: int, into: torch.Tensor, piece: _Piece) -> None:
-    memory, size = memoryview(into.numpy().data), piece.run_bytes
-    for run in range(piece.num_runs):
-        _read_run(descriptor, memory[run * size : (run + 1) * size], piece.offset + run * piece.stride, piece)
+def _read(descriptors: dict[Path, int], buffer: torch.Tensor, runs: Runs, dtype: torch.dtype) -> torch.Tensor:
+    """The runs one behind the other at the buffer's beginning, as a tensor of the region's shape."""
+    staged, size = buffer[: runs.nbytes], runs.run_bytes
+    memory, descriptor = memoryview(staged.numpy().data), descriptors[runs.stored.file]
+    for i, offset in enumerate(runs.offsets()):
+        _read_run(descriptor, memory[i * size : (i + 1) * size], offset, runs.stored)
+    return staged.view(dtype).view(region_shape(runs.region))
 
 
-def _read_run(descriptor: int, memory: memoryview, offset: int, piece: _Piece) -> None:
+def _read_run(descriptor: int, memory: memoryview, offset: int, stored: StoredTensor) -> None:
     done = 0
-    while done < piece.run_bytes:
+    while done < len(memory):
         try:
             count = os.preadv(descriptor, [memory[done:]], offset + done)
         except OSError as error:
-            raise _unreadable(piece, error.strerror) from error
+            raise _unreadable(stored, error.strerror) from error
         if count == 0:
-            raise _unreadable(piece, "the file ends before it does")
+            raise _unreadable(stored, "the file ends before it does")
         done += count
 
 
-def _unreadable(piece: _Piece, reason: str | None) -> CheckpointError:
-    return CheckpointError(f"{piece.stored.file}: tensor {piece.stored.name} cannot be read: {reason}")
+def _unreadable(stored: StoredTensor, reason: str | None) -> CheckpointError:
+    return CheckpointError(f"{stored.file}: tensor {stored.name} cannot be read: {reason}")

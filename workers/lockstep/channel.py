@@ -70,6 +70,11 @@ class LeadChannel:
         self._reports: dict[int, Connection] = {}
         self._closing = False
 
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Both of every follower that has come."""
+        return (*self._inputs.values(), *self._reports.values())
+
     def accept(self, timeout_s: float) -> dict[int, Any]:
         """Wait for all followers; what each said first, by rank.
 
@@ -121,7 +126,7 @@ class LeadChannel:
         self._closing = True
         self._server.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-        for connection in (*self._inputs.values(), *self._reports.values()):
+        for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.send_bytes(_END)
         for connection in self._inputs.values():

@@ -63,7 +63,7 @@ class AgreedConnector(KVConnector):
                 self.cancel(event.key)
             self._due.append(event)
 
-    def introduce(self, peers: Sequence[EngineInfo], timeout_s: float) -> None:
+    def handshake(self, peers: Sequence[EngineInfo], timeout_s: float) -> None:
         """Meet the same rank of a peer, whose ranks are all given, its lead first; see `KVConnector.connect`.
 
         Raises:
@@ -95,8 +95,8 @@ class AgreedConnector(KVConnector):
         return frozenset(lead for lead, own in list(self._peers.items()) if own in broken)
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
-        """Meet a peer of one rank; see `introduce`."""
-        self.introduce([peer], timeout_s)
+        """Meet a peer of one rank; see `handshake`."""
+        self.handshake([peer], timeout_s)
 
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """See `KVConnector.probe`: the same rank of the peer."""

@@ -58,8 +58,8 @@ class FollowerHost:
         return self._connector.new_endpoint_for(peer, timeout_s)
 
     def connect(self, peer: Sequence[EngineInfo], timeout_s: float) -> None:
-        """Meet the same rank of a peer; see `AgreedConnector.introduce`."""
-        self._connector.introduce(peer, timeout_s)
+        """Meet the same rank of a peer; see `AgreedConnector.handshake`."""
+        self._connector.handshake(peer, timeout_s)
 
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """Prove the path to the same rank of a peer; see `KVConnector.probe`."""

@@ -77,6 +77,11 @@ class Lead:
         """The load now."""
         return self._replica.worker.load
 
+    @property
+    def num_to_agree(self) -> int:
+        """What some ranks have reported, and not all."""
+        return self._agreement.num_open
+
     def step(self) -> list[WorkerEvent]:
         """Take a step on every rank.
 

@@ -1,8 +1,11 @@
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3, which differ by the fields of `ModelConfig`."""
+"""What all families of decoder-only models have in common: embedding, layers, norm, output matrix, a paged cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -10,116 +13,155 @@ from torch import nn
 
 from attention.backend import AttentionBackend, AttentionMetadata, KVScales
 from attention.forward_context import ForwardContext, forward_context
-from attention.kv_cache import KVCacheSpec
+from attention.kv_cache import layer_places
 from attention.layers.attention import Attention
+from attention.layers.chunked_local_attention import ChunkedLocalAttention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec
-from workers.layers.linear import Linear, RMSNorm, empty_parameter
+from workers.errors import ConfigError
+from workers.layers.context import LayerContext
+from workers.layers.linear import Linear
+from workers.layers.linear_methods.base import empty_parameter
+from workers.layers.linear_methods.choice import linear_method_for
+from workers.layers.lm_head import LMHead, vocab_share
+from workers.layers.moe.experts import GroupedLinear
+from workers.layers.norm import HeadNorm, RMSNorm
+from workers.layers.residual import Norm, ResidualStream
+from workers.layers.rotation import HeadShape, Rotation, make_rotation
+from workers.layers.self_attention import LayerBatch
+from workers.models.cache_groups import cache_groups
+from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.model_config import ModelConfig
-from workers.models.llama import DecoderLayer
-from workers.models.lm_head import LMHead
-from workers.models.rotary import make_rotation
+from workers.models.weight_map import WeightMap
 from workers.ops.cache_write import CacheWrite
 from workers.parallel.group import SINGLE, TensorParallelGroup
 
 
-def attention_spec(
-    config: ModelConfig, sliding_window: int | None, kv_cache_dtype: torch.dtype | None = None
-) -> AttentionSpec:
-    """What the layers of `config` with that window ask of an attention backend."""
-    return AttentionSpec(
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_size,
-        config.head_size**-0.5,
-        sliding_window,
-        kv_cache_dtype=kv_cache_dtype,
-    )
+def attention_specs(
+    config: ModelConfig, kv_cache_dtype: torch.dtype | None = None, num_ranks: int = 1
+) -> list[AttentionSpec]:
+    """Every kind of attention layer that each of `num_ranks` ranks has, once."""
+    return list(dict.fromkeys(layer.sharded(num_ranks).spec(kv_cache_dtype) for layer in config.attention))
 
 
-def attention_specs(config: ModelConfig, kv_cache_dtype: torch.dtype | None = None) -> Sequence[AttentionSpec]:
-    """Every kind of attention layer in `config`, once."""
-    return [attention_spec(config, window, kv_cache_dtype) for window in dict.fromkeys(config.sliding_windows)]
+class CausalLM(nn.Module, ABC):
+    """A model, or one rank's shard of it; a family says how its layers are made and where its weights are.
 
-
-class Decoder(nn.Module):
-    """The model, or one rank's shard of it.
-
-    Its parameters are uninitialised until a loader fills them and calls `pack`. Ranks run the same batches in the same
-    order; what `forward`, `project` and `compute_logits` return is the same bit for bit on all of them.
+    Its parameters are uninitialised until a loader fills them and calls `process_weights`. Ranks run the same batches
+    in the same order; what `forward`, `project` and `compute_logits` return is the same bit for bit on all of them.
 
     Attributes:
         config: the architecture of the whole model.
-        shard: what this rank computes of every layer.
+        context: what its modules have in common.
+        max_model_len: context window, tokens.
+        kv_cache_groups: the caches that `forward` expects, of this rank's heads.
 
     Args:
         config: the architecture of the whole model.
-        backend: how its layers attend.
+        backends: how each kind of its layers attends.
         block_size: tokens in a KV block.
         dtype: of weights and activations.
         device: where it runs.
         kv_cache_dtype: what keys and values are stored as; None: `dtype`. The scales of an FP8 cache are 1 until
             `set_kv_scales`: never found by looking, because two workers that share a cache must use the same.
         group: the ranks that share the model.
+        max_model_len: tokens of the longest sequence that is served; None: what the model was made for.
 
     Raises:
-        ConfigError: the group's size does not divide the model.
+        ConfigError: the group's size does not divide the model, or the block size not the chunks that its layers
+            attend within.
+        AttentionBackendError: a backend whose KV cache does not lie in blocks.
     """
+
+    config_class: ClassVar[type[ModelConfig]]
+    """What the family reads of a config.json."""
 
     def __init__(
         self,
         config: ModelConfig,
-        backend: type[AttentionBackend],
+        backends: Mapping[AttentionSpec, type[AttentionBackend]],
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
         kv_cache_dtype: torch.dtype | None = None,
         group: TensorParallelGroup = SINGLE,
+        max_model_len: int | None = None,
     ) -> None:
         super().__init__()
+        config.check_divisible(group.size)
         self.config = config
-        self.shard = shard = config.sharded(group.size)
-        self.group = group
-        self.backend = backend
+        self.context = LayerContext(dtype, device, group, linear_method_for(device))
         self.block_size = block_size
-        self.dtype = dtype
-        self.device = device
         self.kv_cache_dtype = kv_cache_dtype
-        self._rotation = make_rotation(shard, dtype, device)
-        num_rows = config.vocab_share(group.size) * group.size
+        self.max_model_len = config.context_length(max_model_len)
+        self._rotations: dict[tuple[Any, HeadShape], Rotation] = {}
+        num_rows = vocab_share(config.vocab_size, group.size) * group.size
         self.embed_tokens = empty_parameter(num_rows, config.hidden_size, dtype=dtype, device=device)
-        self._attention = {
-            f"layers.{i}": Attention(
-                attention_spec(shard, window, kv_cache_dtype), backend, f"layers.{i}", kv_scales=KVScales()
-            )
-            for i, window in enumerate(config.sliding_windows)
-        }
-        self._builders = [
-            (
-                backend.builder_class(spec, dtype, block_size, device),
-                [name for name, attention in self._attention.items() if attention.spec == spec],
-            )
-            for spec in attention_specs(shard, kv_cache_dtype)
+        self._attention = [
+            self._make_attention(layer.sharded(group.size), backends, f"layers.{i}")
+            for i, layer in enumerate(config.attention)
         ]
-        self._layer_index = {name: i for i, name in enumerate(self._attention)}
+        self._builders = _builders(self._attention, dtype, block_size, device)
+        self._layer_index = {attention.name: i for i, attention in enumerate(self._attention)}
+        kinds = [(attention.spec, attention.backend) for attention in self._attention]
+        self.kv_cache_groups = cache_groups(kinds, block_size, kv_cache_dtype or dtype)
+        self._places = dict(zip(self._layer_index, layer_places(self.kv_cache_groups), strict=True))
         self._in_order = [
-            DecoderLayer(shard, attention, self._rotation, dtype, device, group)
-            for attention in self._attention.values()
+            self.make_layer(i, attention, self._rotation(config.attention[i].sharded(group.size)))
+            for i, attention in enumerate(self._attention)
         ]
         self.layers = nn.ModuleList(self._in_order)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, device=device)
-        self._norms_behind = [*(layer.input_norm for layer in self._in_order[1:]), self.norm]
-        self.lm_head = LMHead(config, self.embed_tokens, dtype, device, group)
+        self.norm = self.make_norm()
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size, tied, self.context)
+
+    @abstractmethod
+    def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
+        """Layer `index`: called with a `ResidualStream` and a `LayerBatch`, it changes the stream.
+
+        Args:
+            index: from 0.
+            attention: of this rank's heads; the layer calls it.
+            rotation: of the same heads.
+        """
+
+    @classmethod
+    @abstractmethod
+    def map_weights(cls, config: ModelConfig, weights: WeightMap) -> None:
+        """Enter every tensor that a checkpoint of this model must hold."""
+
+    def make_norm(self) -> Norm:
+        """What is behind the last layer."""
+        return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.context)
 
     @property
-    def kv_cache_spec(self) -> KVCacheSpec:
-        """The KV cache that `forward` expects: of this rank's heads."""
-        shard, dtype = self.shard, self.kv_cache_dtype or self.dtype
-        return KVCacheSpec(shard.num_layers, shard.num_kv_heads, shard.head_size, self.block_size, dtype)
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self.context.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.context.device
+
+    @property
+    def group(self) -> TensorParallelGroup:
+        """The ranks that share the model."""
+        return self.context.group
+
+    @property
+    def backend_names(self) -> str:
+        """The attention backends of its layers, each once."""
+        return "; ".join(dict.fromkeys(attention.backend.name for attention in self._attention))
 
     def set_kv_scales(self, layer: int, scales: KVScales) -> None:
         """Use these scales for a layer's FP8 cache, as its checkpoint says; before anything is in the cache."""
-        self._in_order[layer].attention.impl.kv_scales = scales
+        self._attention[layer].impl.kv_scales = scales
+
+    @property
+    def kv_scales(self) -> list[KVScales]:
+        """Those of each layer's cache."""
+        return [attention.impl.kv_scales for attention in self._attention]
 
     @property
     def decodes_in_graphs(self) -> bool:
@@ -135,18 +177,18 @@ class Decoder(nn.Module):
         """
         return self.kv_cache_dtype != FP8 and all(builder.graph_safe_prefill for builder, _ in self._builders)
 
-    def pack(self) -> None:
-        """Bring the weights into the order that the device's kernels read fastest; after this none can be loaded."""
+    def process_weights(self) -> None:
+        """Bring the weights into the form that the device's kernels read; once, after this none can be loaded."""
         for module in self.modules():
-            if isinstance(module, Linear | LMHead):
-                module.pack()
+            if isinstance(module, Linear | LMHead | RMSNorm | HeadNorm | GroupedLinear):
+                module.process_weights()
 
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: CommonAttentionMetadata,
+        kv_caches: Sequence[torch.Tensor],
+        metadata: Sequence[CommonAttentionMetadata],
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Run one batch through the model.
@@ -154,48 +196,26 @@ class Decoder(nn.Module):
         Args:
             input_ids: (T,) int64.
             positions: (T,) int64, of each token in its sequence.
-            kv_cache: (L, num_blocks, 2, block_size, Hkv, D), of this rank's heads; this batch's keys and values are
-                written to it.
-            metadata: the batch.
+            kv_caches: one for each of `kv_cache_groups`; this batch's keys and values are written to it.
+            metadata: the batch, for each cache group.
             on_layer: called with a layer's index as soon as the layer's keys and values are in the cache (on a GPU:
                 as soon as the kernels that put them there are queued), before the rest of the layer runs.
 
         Returns:
             (T, hidden_size), normalised, for `compute_logits`.
         """
-        prepared = self._rotation.prepare(positions)
-        hidden = F.embedding(input_ids, self.embed_tokens)
-        normed: torch.Tensor = self._in_order[0].input_norm(hidden)
-        caches = self._cache_writes(kv_cache, metadata)
-        with forward_context(self._context(kv_cache, metadata, on_layer)):
-            for layer, cache, next_norm in zip(self._in_order, caches, self._norms_behind, strict=True):
-                hidden, normed = layer(hidden, normed, prepared, cache, next_norm)
-        return normed
-
-    def _cache_writes(self, kv_cache: torch.Tensor, common: CommonAttentionMetadata) -> Sequence[CacheWrite | None]:
-        """For each layer, where its rotation stores keys and values; None where attention does.
-
-        In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache.
-        """
-        if not (self._rotation.can_store and common.decode_only):
-            return (None,) * len(self._in_order)
-        return [
-            CacheWrite(cache, common.slot_mapping, layer.attention.impl.kv_scales)
-            for cache, layer in zip(kv_cache.unbind(0), self._in_order, strict=True)
-        ]
-
-    def _context(
-        self, kv_cache: torch.Tensor, common: CommonAttentionMetadata, on_layer: Callable[[int], None] | None
-    ) -> ForwardContext:
-        metadata: dict[str, AttentionMetadata] = {}
-        for builder, names in self._builders:
-            metadata.update(dict.fromkeys(names, builder.build(common)))
-        return ForwardContext(
-            layers=self._attention,
-            metadata=metadata,
-            kv_caches=dict(zip(self._attention, kv_cache.unbind(0), strict=True)),
-            save_layer=None if on_layer is None else lambda name: on_layer(self._layer_index[name]),
+        of_layers = [kv_cache.unbind(0) for kv_cache in kv_caches]
+        caches = {name: of_layers[group][index] for name, (group, index) in self._places.items()}
+        batch = LayerBatch(
+            positions,
+            {rotation: rotation.prepare(positions) for rotation in self._rotations.values()},
+            self._cache_writes(caches, metadata),
         )
+        stream = ResidualStream(self._embed(input_ids))
+        with forward_context(self._forward_context(caches, metadata, on_layer)):
+            for layer in self._in_order:
+                layer(stream, batch)
+        return stream.normalized(self.norm)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, hidden_size) from `forward` to (N, vocab_size) float32."""
@@ -209,4 +229,86 @@ class Decoder(nn.Module):
             out: where to write, of the result's shape and dtype, contiguous. None: a new tensor.
         """
         logits: torch.Tensor = self.lm_head(hidden, out)
+        scale, cap = self.config.logits_scale, self.config.logits_soft_cap
+        if scale != 1.0:
+            logits.mul_(scale)
+        if cap is not None:
+            logits.div_(cap).tanh_().mul_(cap)
         return logits
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = F.embedding(input_ids, self.embed_tokens)
+        scale = self.config.embedding_scale
+        if scale == 1.0:
+            return hidden
+        return hidden.mul_(_rounded(scale, self.dtype) if self.config.rounds_embedding_scale else scale)
+
+    def _make_attention(
+        self, config: AttentionConfig, backends: Mapping[AttentionSpec, type[AttentionBackend]], name: str
+    ) -> Attention:
+        spec = config.spec(self.kv_cache_dtype)
+        sinks = torch.empty(config.num_heads, device=self.device) if config.has_sinks else None
+        if config.chunk_size is None:
+            return Attention(spec, backends[spec], name, sinks, kv_scales=KVScales())
+        if config.chunk_size % self.block_size:
+            raise ConfigError(
+                f"block_size is {self.block_size}, and does not divide the model's attention chunks of "
+                f"{config.chunk_size} tokens"
+            )
+        return ChunkedLocalAttention(spec, backends[spec], name, config.chunk_size, sinks, KVScales())
+
+    def _rotation(self, config: AttentionConfig) -> Rotation:
+        """One for all layers whose heads are alike and rotated alike: what it prepares serves all of them."""
+        heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_size)
+        key = (config.rope, heads)
+        if key not in self._rotations:
+            self._rotations[key] = make_rotation(config.rope, heads, self.max_model_len, self.dtype, self.device)
+        return self._rotations[key]
+
+    def _cache_writes(
+        self, caches: Mapping[str, torch.Tensor], common: Sequence[CommonAttentionMetadata]
+    ) -> Mapping[str, CacheWrite]:
+        """Where rotations store keys and values, by layer; none where attention does.
+
+        In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache. A
+        backend whose cache is another than the kernel writes stores them itself.
+        """
+        if not (common[0].decode_only and all(rotation.can_store for rotation in self._rotations.values())):
+            return {}
+        return {
+            attention.name: CacheWrite(
+                caches[attention.name], common[self._places[attention.name][0]].slot_mapping, attention.impl.kv_scales
+            )
+            for attention in self._attention
+            if attention.backend.accepts_stored_keys()
+        }
+
+    def _forward_context(
+        self,
+        caches: Mapping[str, torch.Tensor],
+        common: Sequence[CommonAttentionMetadata],
+        on_layer: Callable[[int], None] | None,
+    ) -> ForwardContext:
+        metadata: dict[str, AttentionMetadata] = {}
+        for builder, names in self._builders:
+            group, _ = self._places[names[0]]
+            metadata.update(dict.fromkeys(names, builder.build(common[group])))
+        return ForwardContext(
+            layers={attention.name: attention for attention in self._attention},
+            metadata=metadata,
+            kv_caches=caches,
+            save_layer=None if on_layer is None else lambda name: on_layer(self._layer_index[name]),
+        )
+
+
+def _builders(layers: list[Attention], dtype: torch.dtype, block_size: int, device: torch.device) -> list[Any]:
+    """A builder for each kind of layer, and the names of its layers."""
+    kinds: dict[tuple[AttentionSpec, type[AttentionBackend]], list[str]] = {}
+    for layer in layers:
+        kinds.setdefault((layer.spec, layer.backend), []).append(layer.name)
+    return [(backend.builder_class(spec, dtype, block_size, device), names) for (spec, backend), names in kinds.items()]
+
+
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()

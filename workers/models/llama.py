@@ -1,79 +1,167 @@
-"""One layer of the decoder: attention and MLP around a residual stream."""
+"""Llama 2 and 3 (arXiv:2302.13971, arXiv:2407.21783), and what families like it share."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
-import torch
 from torch import nn
 
 from attention.layers.attention import Attention
-from workers.layers.linear import GatedMLP, Linear, RMSNorm, RowParallelLinear
+from workers.layers.context import LayerContext
+from workers.layers.gated_mlp import GatedMLP
+from workers.layers.norm import HeadNorm, RMSNorm, WideNorm
+from workers.layers.residual import ResidualStream
+from workers.layers.rotation import Rotation
+from workers.layers.self_attention import LayerBatch, SelfAttention
+from workers.loading.config_reader import ConfigReader
+from workers.models.causal_lm import CausalLM
+from workers.models.config.heads import FULL, read_attention, refuse_other_layer_types
 from workers.models.config.model_config import ModelConfig
-from workers.models.rotary import Rotation
-from workers.ops.cache_write import CacheWrite
-from workers.parallel.group import TensorParallelGroup
+from workers.models.weight_map import WeightMap
 
 
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream.
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """A model of Llama's layers.
 
-    Args:
-        config: what this rank computes, see `ModelConfig.sharded`.
-        attention: its heads'.
-        rotation: what all layers share.
-        dtype: of the weights.
-        device: where they are.
-        group: the ranks that share the layer.
+    Attributes:
+        qkv_bias: whether the query, key and value projections have a bias.
+        o_bias: whether the attention's output projection has one.
+        mlp_bias: whether the MLP's projections have one.
+        qk_norm: whether each head of queries and keys is normalised before it is rotated.
+        residual_scale: multiplies what attention and MLP add to the residual stream.
+        fused_qkv: whether checkpoints hold queries', keys' and values' projections as one tensor.
+        fused_gate_up: whether they hold the MLP's gate and up as one.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        attention: Attention,
-        rotation: Rotation,
-        dtype: torch.dtype,
-        device: torch.device,
-        group: TensorParallelGroup,
-    ) -> None:
-        super().__init__()
-        self.attention = attention
-        self._rotation = rotation
-        self._head_size = config.head_size
-        rotated = config.num_heads + config.num_kv_heads
-        eps = config.rms_norm_eps
-        self.input_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype, device=device)
-        qkv_size = (rotated + config.num_kv_heads) * config.head_size
-        self.qkv_proj = Linear(config.hidden_size, qkv_size, config.qkv_bias, dtype, device)
-        self.qk_norm = (
-            RMSNorm(rotated, config.head_size, eps=eps, dtype=dtype, device=device) if config.qk_norm else None
-        )
-        self.o_proj = RowParallelLinear(
-            config.num_heads * config.head_size, config.hidden_size, config.o_bias, dtype, device, group
-        )
-        self.post_attention_norm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, device, group)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    residual_scale: float = 1.0
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
 
-    def forward(
-        self, hidden: torch.Tensor, normed: torch.Tensor, prepared: Any, cache: CacheWrite | None, next_norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's step of the residual stream; inside a `forward_context`.
+    @classmethod
+    def read(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> Self:
+        """See `ModelConfig.read`."""
+        refuse_other_layer_types(read, FULL)
+        biased = read.flag("attention_bias", False)
+        return cls(
+            **cls.read_common(read, generation_config),
+            attention=read_attention(read, num_kv_heads=read.positive_int("num_attention_heads")),
+            qkv_bias=biased,
+            o_bias=biased,
+            mlp_bias=read.flag("mlp_bias", False),
+        )
+
+
+def make_self_attention(
+    config: LlamaConfig,
+    attention: Attention,
+    rotation: Rotation,
+    context: LayerContext,
+    wide_norm: WideNorm | None = None,
+) -> SelfAttention:
+    """The attention of a layer, with its projections."""
+    spec = attention.spec
+    num_rotated = spec.num_heads + spec.num_kv_heads
+    return SelfAttention(
+        config.hidden_size,
+        attention,
+        rotation,
+        context,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        qk_norm=HeadNorm(num_rotated, spec.head_size, config.norm_eps, context) if config.qk_norm else None,
+        wide_norm=wide_norm,
+    )
+
+
+def make_mlp(config: LlamaConfig, context: LayerContext) -> GatedMLP:
+    """The MLP of a layer, or one rank's share of it."""
+    return GatedMLP(
+        config.hidden_size,
+        config.intermediate_size // context.group.size,
+        context,
+        bias=config.mlp_bias,
+        activation=config.activation,
+    )
+
+
+class LlamaLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, attention: Attention, rotation: Rotation, context: LayerContext) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
+        self.self_attention = make_self_attention(config, attention, rotation, context)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
+        self.mlp = make_mlp(config, context)
+        self._residual_scale = config.residual_scale
+
+    def forward(self, stream: ResidualStream, batch: LayerBatch) -> None:
+        """See `CausalLM.make_layer`."""
+        attended = self.self_attention(stream.normalized(self.input_norm), batch)
+        stream.add_product(self.self_attention.o_proj, attended, self._residual_scale)
+        inner = self.mlp.inner(stream.normalized(self.post_attention_norm))
+        stream.add_product(self.mlp.down_proj, inner, self._residual_scale)
+
+
+class LlamaForCausalLM(CausalLM):
+    """Llama, and what differs from it by the fields of `LlamaConfig`."""
+
+    config_class: ClassVar[type[ModelConfig]] = LlamaConfig
+    config: LlamaConfig
+    norms: ClassVar[Mapping[str, str]] = {
+        "input_layernorm": "input_norm",
+        "post_attention_layernorm": "post_attention_norm",
+    }
+    """Of a layer: their names in checkpoints, and those of the modules."""
+
+    def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
+        """See `CausalLM.make_layer`."""
+        return LlamaLayer(self.config, attention, rotation, self.context)
+
+    @classmethod
+    def map_weights(cls, config: ModelConfig, weights: WeightMap) -> None:
+        """See `CausalLM.map_weights`."""
+        assert isinstance(config, LlamaConfig)
+        hidden = config.hidden_size
+        weights.outside_layers(config)
+        for i, attention in enumerate(config.attention):
+            theirs, ours = f"model.layers.{i}", f"layers.{i}"
+            for name, norm in cls.norms.items():
+                weights.vector(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight", hidden)
+            ours_attention, theirs_attention = f"{ours}.self_attention", f"{theirs}.self_attn"
+            weights.attention(
+                theirs_attention,
+                ours_attention,
+                attention,
+                hidden,
+                qkv_bias=config.qkv_bias,
+                o_bias=config.o_bias,
+                fused=config.fused_qkv,
+            )
+            if config.qk_norm:
+                weights.head_norms(theirs_attention, ours_attention, attention)
+            cls.map_mlp(config, weights, i, theirs, ours)
+
+    @classmethod
+    def map_mlp(cls, config: ModelConfig, weights: WeightMap, index: int, theirs: str, ours: str) -> None:
+        """Enter the tensors of a layer's MLP.
 
         Args:
-            hidden: (T, hidden_size), the residual stream; may be overwritten.
-            normed: the same behind `input_norm`.
-            prepared: what the rotation made of the batch's positions.
-            cache: where the rotation stores keys and values; None where attention does.
-            next_norm: the norm behind this layer, which is taken along with the addition before it.
-
-        Returns:
-            The residual stream, and the same behind `next_norm`.
+            config: of the whole model.
+            weights: where they are entered.
+            index: of the layer.
+            theirs: what the layer is called in a checkpoint.
+            ours: what it is called in the model.
         """
-        attended = self._attend(normed, prepared, cache)
-        hidden, normed = self.o_proj.add_and_norm(hidden, attended, self.post_attention_norm)
-        return self.mlp.add_and_norm(hidden, normed, next_norm)
-
-    def _attend(self, normed: torch.Tensor, prepared: Any, cache: CacheWrite | None) -> torch.Tensor:
-        qkv = self.qkv_proj(normed).view(normed.shape[0], -1, self._head_size)
-        attended: torch.Tensor = self.attention(*self._rotation.apply(qkv, prepared, self.qk_norm, cache))
-        return attended.flatten(1)
+        assert isinstance(config, LlamaConfig)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        weights.gated_mlp(
+            f"{theirs}.mlp", f"{ours}.mlp", hidden, inner, bias=config.mlp_bias, fused=config.fused_gate_up
+        )

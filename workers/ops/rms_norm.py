@@ -15,7 +15,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 
     Args:
         x: (..., H), at most two dimensions before H unless contiguous; the elements of a row contiguous.
-        weight: (H,), of x's dtype.
+        weight: (H,), of x's dtype, or float32.
         eps: added to the mean square.
         out: where to write, of x's shape and dtype, and contiguous; may be `x`. None: a new tensor.
 
@@ -42,7 +42,7 @@ def add_rms_norm(
     Args:
         x: (..., H), as for `rms_norm`; not changed unless it is `out`.
         residual: of x's shape and dtype, contiguous; changed in place.
-        weight: (H,), of x's dtype.
+        weight: (H,), of x's dtype, or float32.
         eps: added to the mean square.
         out: as for `rms_norm`; not `residual`.
 
@@ -62,7 +62,10 @@ def add_rms_norm(
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """`rms_norm` in plain torch."""
-    result = F.rms_norm(x, weight.shape, weight, eps)
+    if weight.dtype == x.dtype:
+        result = F.rms_norm(x, weight.shape, weight, eps)
+    else:
+        result = F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
     return result if out is None else out.copy_(result)
 
 
@@ -74,10 +77,11 @@ def add_rms_norm_torch(
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> None:
-    if weight.dim() != 1 or x.dim() == 0 or x.shape[-1] != weight.shape[0] or weight.dtype != x.dtype:
+    fits = weight.dim() == 1 and x.dim() > 0 and x.shape[-1] == weight.shape[0]
+    if not fits or weight.dtype not in (x.dtype, torch.float32):
         raise ValueError(
             f"weight of {weight.dtype} {tuple(weight.shape)} for rows of {x.dtype} {tuple(x.shape)}: "
-            "needs the dtype and the last dimension of the rows"
+            "needs the last dimension of the rows, and their dtype or float32"
         )
     if out is not None:
         _check_written("out", out, x)

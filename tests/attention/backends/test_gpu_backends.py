@@ -5,6 +5,7 @@ Whether the answers are right is for the conformance suite on a GPU; what runs o
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from attention.backend import AttentionMetadata
-from attention.backends.flash_attn import calls, key_slots, page_tables, paged_views, versions
+from attention.backends.flash_attn import calls, key_slots, page_tables, paged_views
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.versions import FlashAttnVersion, choose_provider, force_flash_attn_version
 from attention.backends.flashinfer import choice
@@ -395,7 +396,7 @@ LIBRARIES: dict[str, tuple[Callable[[Call], torch.Tensor | None], SimpleNamespac
         calls.flash_attn_3,
         SimpleNamespace(flash_attn_varlen_func=fa3_varlen, flash_attn_with_kvcache=fa3_kvcache),
     ),
-    "vLLM": (versions._VLLM_3, SimpleNamespace(flash_attn_varlen_func=vllm_varlen)),
+    "vLLM": (functools.partial(calls.vllm_flash_attn, 3), SimpleNamespace(flash_attn_varlen_func=vllm_varlen)),
     "FA2": (calls.flash_attn_2, SimpleNamespace(flash_attn_varlen_func=fa2_varlen)),
 }
 

@@ -33,7 +33,7 @@ def test_window_and_alibi_count_distances_to_the_context(way: str, case: Case, m
     triton = "TRITON" in way.upper()
     if triton and not uses_triton(torch.empty(0)):
         pytest.skip("needs TRITON_INTERPRET=1")
-    for module in ("ops.paged_attention", "ops.merge_attn_states", "backends.tree_attn"):
+    for module in ("ops.paged_attention", "ops.merge_attn_states", "backends.tree_attn.backend"):
         monkeypatch.setattr(f"attention.{module}.uses_triton", lambda _tensor: triton)
     backend = get_backend(way.split()[0])
     inputs = draw(case, "cpu")

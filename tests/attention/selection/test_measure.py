@@ -46,7 +46,7 @@ Compete = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def _few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attention.selection.measure._ENOUGH_S", 0.0)
+    monkeypatch.setattr("attention.selection.measure.ENOUGH_S", 0.0)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_backend_that_fails_on_one_shape_only_is_not_ranked(compete: Compete) 
 
 
 def test_a_backend_that_is_far_too_slow_is_out(compete: Compete, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attention.selection.measure._TOO_SLOW_S", 0.0)
+    monkeypatch.setattr("attention.selection.measure.TOO_SLOW_S", 0.0)
     compete()
     record = measure(Platform.of(CPU), CPU, NEEDS, SHAPES)
     assert record.measurements == ()
@@ -169,7 +169,7 @@ def test_a_backend_that_takes_long_to_be_ready_is_interrupted(
             raise RuntimeError("the compiler failed") from error  # as libraries do
         return output
 
-    monkeypatch.setattr("attention.selection.measure._FIRST_CALL_S", 0.5)
+    monkeypatch.setattr("attention.selection.measure.FIRST_CALL_S", 0.5)
     compete(broken(compile_for_long))
     record = measure(Platform.of(CPU), CPU, NEEDS, SHAPES)
     assert [(out.backend, out.phase, out.out_of_time) for out in record.excluded] == [
@@ -194,7 +194,7 @@ def test_what_the_budget_leaves_no_time_for_is_said(compete: Compete) -> None:
 def test_a_backend_that_is_many_times_slower_than_another_is_out(
     compete: Compete, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attention.selection.measure._HOPELESS_S", 0.02)
+    monkeypatch.setattr("attention.selection.measure.HOPELESS_S", 0.02)
 
     def slow(output: torch.Tensor) -> torch.Tensor:
         time.sleep(0.1)

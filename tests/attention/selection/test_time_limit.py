@@ -25,8 +25,7 @@ def test_work_that_computes_is_interrupted() -> None:
         compute()
 
 
-def test_who_swallows_the_interruption_is_interrupted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attention.selection.time_limit._AGAIN_S", 0.05)
+def test_who_swallows_the_interruption_is_interrupted_again() -> None:
     swallowed = []
 
     def stubborn() -> None:
@@ -36,7 +35,7 @@ def test_who_swallows_the_interruption_is_interrupted_again(monkeypatch: pytest.
             swallowed.append(error)
         time.sleep(60)
 
-    with pytest.raises(TimeLimitError), time_limit(0.05):
+    with pytest.raises(TimeLimitError), time_limit(0.05, again_s=0.05):
         stubborn()
     assert len(swallowed) == 1
 

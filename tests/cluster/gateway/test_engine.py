@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster.api import EngineRequest
 from cluster.errors import QueueFullError, WorkerLostError
 from cluster.inprocess_worker import InProcessWorker
 from fleet import prompt, tokens_of
 from kv_transfer.transports.local import Faults
+from made_requests import engine_request
 from random_clients import serve_random_clients
 from workers.errors import BatonError, CapacityError, ConfigError, DeadlineExceededError, HandoffError
-from workers.messages import StepOutput
+from workers.messages import StepOutput, TokenOutput
 from workers.sampling_params import SamplingParams
 
 
@@ -93,7 +93,7 @@ async def test_what_never_fits_is_refused(make_fleet):
 @pytest.mark.usefixtures("like_workers")
 async def test_the_explanation_follows_the_load(make_fleet):
     fleet = await make_fleet(1, 2, max_num_seqs=1)
-    request = EngineRequest("r", tuple(prompt(20)), SamplingParams(max_tokens=200, seed=0, ignore_eos=True), 60.0)
+    request = engine_request("r", prompt(20), SamplingParams(max_tokens=200, seed=0, ignore_eos=True))
 
     def where() -> list[tuple[str, bool, str]]:
         reports = fleet.engine.explain(request)
@@ -140,7 +140,7 @@ async def test_the_deadline_passes_in_the_queue(make_fleet):
     await anext(aiter(holder))
     with pytest.raises(DeadlineExceededError):
         await fleet.run(prompt(20), 4, timeout_s=0.2)
-    assert len(fleet.engine._queue) == 0
+    assert fleet.engine.num_queued == 0
     await holder.aclose()
     await fleet.until_idle()
 
@@ -211,7 +211,7 @@ async def test_a_prefill_worker_lost_after_the_first_token_is_made_up_for(make_f
     stream = fleet.start(prompt(40), 20)
     first = (await anext(aiter(stream))).tokens
     assert len(first) == 1, "the rest of its cache never arrives"
-    fleet.handle("prefill-0")._fabric.faults = Faults()
+    fleet.fabric.faults = Faults()
     fleet.handle("prefill-0").crash("killed by the test")
     assert [first[0].token_id] + [token async for token in tokens_of(stream)] == expected(prompt(40), 20)
     assert (await stream.report()).attempts == 2
@@ -231,27 +231,26 @@ async def test_handoffs_that_always_fail_end_in_an_error_never_in_a_wrong_text(m
 
 
 class LateToSpeak(InProcessWorker):
-    """What prefill workers say is held back until the test says so."""
+    """What prefill workers say is held back until the test says so, and what decode workers have said is counted."""
 
     may_speak: asyncio.Event
+    num_decoded: int
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         async for batch in super().outputs():
             if self.role == "prefill":
                 await self.may_speak.wait()
             yield batch
+            tokens = [event for output in batch for event in output.events if isinstance(event, TokenOutput)]
+            LateToSpeak.num_decoded += len(tokens) if self.role == "decode" else 0
 
 
 async def test_a_decoded_token_that_overtakes_the_first_is_put_in_order(make_fleet, expected):
-    LateToSpeak.may_speak = asyncio.Event()
+    LateToSpeak.may_speak, LateToSpeak.num_decoded = asyncio.Event(), 0
     fleet = await make_fleet(worker_class=LateToSpeak)
     answer = asyncio.create_task(fleet.run(prompt(30), 12))
     await asyncio.sleep(0)
-
-    def decoded(_) -> bool:
-        return any(len(attempt._held) == 11 for attempt in fleet.engine._attempts.values())
-
-    await fleet.until(decoded)
+    await fleet.until(lambda _: LateToSpeak.num_decoded == 11)
     assert not answer.done()
     LateToSpeak.may_speak.set()
     assert await answer == expected(prompt(30), 12)
@@ -259,7 +258,7 @@ async def test_a_decoded_token_that_overtakes_the_first_is_put_in_order(make_fle
 
 
 async def test_a_decode_worker_lost_before_the_first_token_is_made_up_for(make_fleet, expected):
-    LateToSpeak.may_speak = asyncio.Event()
+    LateToSpeak.may_speak, LateToSpeak.num_decoded = asyncio.Event(), 0
     fleet = await make_fleet(worker_class=LateToSpeak)
     (lost,) = [worker.engine_id for worker in fleet.engine.workers() if worker.role == "decode"]
     fleet.crash_on_submit("decode-0")

@@ -53,10 +53,10 @@ async def test_like_workers_work_together_and_unlike_ones_say_why_not(mixed, exp
         for report in [await request.report() for request in requests]
     }
     assert pairs <= {("small", "small"), ("large", "large")}
-    replica = next(m for m in mixed.engine._pools.replicas if m.handle.name == "prefill-small-0")
+    replica = next(m for m in mixed.engine.pools.replicas if m.handle.name == "prefill-small-0")
     barred = [*replica.unsupported_reasons.values()] + [
         why
-        for m in mixed.engine._pools.replicas
+        for m in mixed.engine.pools.replicas
         for peer, why in m.unsupported_reasons.items()
         if peer == replica.engine_id
     ]
@@ -142,10 +142,9 @@ async def test_a_start_fails_only_if_no_pair_fits(make_fleet):
 
 async def test_workers_for_which_no_gpu_is_left_are_refused(make_fleet, tiny_checkpoint):
     fleet = await make_fleet(1, 1)
-    places = {group.key: group.places for group in fleet.engine._pools._scaling._groups.values()}
     engine = ServingEngine(
-        places["prefill"],
-        list(places["decode"]) * 4,
+        fleet.places["prefill"],
+        fleet.places["decode"] * 4,
         max_queue=8,
         limits={"decode": PoolLimits(1)},
         gpus=GpuBudget(1.0, {"prefill": Share(1, 0.3333), "decode": Share(1, 0.3333)}),

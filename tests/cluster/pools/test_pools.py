@@ -11,7 +11,7 @@ import pytest
 from cluster.errors import WorkerLostError
 from cluster.pools import handshake, supervisor
 from cluster.pools.pools import WorkerPools
-from cluster.pools.router_view import ways_of
+from cluster.pools.router_view import links_of
 from kv_transfer.errors import LayoutMismatchError, PeerError
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.link_cost import LinkCost
@@ -41,7 +41,7 @@ class FakeWorker:
         self.role = name.split("-")[0]
         self.engine_id = f"{name}.{len([entry for entry in log if entry[:2] == ('spawn', name)])}"
         self.said: asyncio.Queue[list[StepOutput] | Exception] = asyncio.Queue()
-        self._log, self._block_size, self._error, self._unreachable = log, block_size, error, unreachable
+        self._log, self._block_size, self._error, self.unreachable = log, block_size, error, unreachable
         log.append(("spawn", name))
 
     async def start(self, progress: Callable) -> WorkerInfo:
@@ -49,7 +49,7 @@ class FakeWorker:
         if self._error is not None:
             raise self._error
         layout = KVLayout((GroupLayout("full", tuple(range(2)), self._block_size, 2, 16, "float32"),))
-        self._endpoints = 0
+        self.endpoints = 0
         engine = self._engine = EngineInfo(self.engine_id, 1, layout, (Region(0, 2, 8, 1024),), "cpu", 0, b"")
         return WorkerInfo(self.name, self.role, (engine,), "cpu", "TORCH_SDPA", 100, 4, 8, StepTimes(), 0)
 
@@ -57,14 +57,14 @@ class FakeWorker:
         there = peer[0].layout.primary.block_size
         if there != self._block_size:
             raise LayoutMismatchError(f"block_size is {self._block_size} here and {there} there")
-        self._endpoints += 1
-        return (replace(self._engine, endpoint=f"{self.engine_id}#{self._endpoints}"),)
+        self.endpoints += 1
+        return (replace(self._engine, endpoint=f"{self.engine_id}#{self.endpoints}"),)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         self._log.append(("connect", self.engine_id, peer[0].engine_id))
 
     async def probe(self, engine_id: str) -> float:
-        if engine_id == self._unreachable:
+        if engine_id == self.unreachable:
             raise PeerError(f"{engine_id} did not answer")
         return 0.001
 
@@ -127,7 +127,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(autouse=True)
 def _quick_restarts(monkeypatch):
-    monkeypatch.setattr(supervisor, "_RESTART_DELAYS_S", (0.0,))
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS_S", (0.0,))
 
 
 async def test_everybody_of_one_pool_meets_everybody_of_the_other():
@@ -147,14 +147,14 @@ async def test_everybody_of_one_pool_meets_everybody_of_the_other():
 async def test_the_router_is_told_what_the_ways_cost():
     stage = Stage(2, 2)
     await stage.pools.start()
-    ways = ways_of(stage.pools.pool("prefill"))
+    links = links_of(stage.pools.pool("prefill"))
     everybody = ("decode-0.0", "decode-1.0")
-    way = LinkCost(write_s=0.002, bytes_per_s=1e9, delay_s=0.002 + 0.001 / 2)
-    assert ways == {f"prefill-{i}.0": dict.fromkeys(everybody, way) for i in range(2)}
-    assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(ways), "prefill workers have measured them"
+    link = LinkCost(0.002 + 0.001 / 2, 0.0, 1e9)
+    assert links == {f"prefill-{i}.0": dict.fromkeys(everybody, link) for i in range(2)}
+    assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(links), "prefill workers have measured them"
     stage.replica("decode-1").handle.said.put_nowait(WorkerLostError("killed"))
     await until(lambda: stage.states().get("decode-1.1") == "ready")
-    assert set(ways_of(stage.pools.pool("prefill"))["prefill-0.0"]) == {"decode-0.0", "decode-1.1"}
+    assert set(links_of(stage.pools.pool("prefill"))["prefill-0.0"]) == {"decode-0.0", "decode-1.1"}
     await stage.pools.stop()
 
 
@@ -232,7 +232,7 @@ async def test_an_error_in_taking_output_costs_one_worker_not_the_service():
 
 
 async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monkeypatch):
-    monkeypatch.setattr(handshake, "_RECONCILE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(handshake, "RECONCILE_INTERVAL_S", 0.0)
     deaf = {"prefill-0": [{"unreachable": "decode-1.0"}], "decode-1": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 2, deaf)
     await stage.pools.start()
@@ -244,14 +244,14 @@ async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monke
         "it may pass, so it is no refusal"
     )
     for replica in stage.pools.replicas:
-        replica.handle._unreachable = None
+        replica.handle.unreachable = None
     await until(lambda: all(replica.unreachable_peers == {} for replica in stage.pools.replicas))
-    assert stage.replica("decode-1").handle._endpoints >= 2, "each attempt has an endpoint of its own"
+    assert stage.replica("decode-1").handle.endpoints >= 2, "each attempt has an endpoint of its own"
     await stage.pools.stop()
 
 
 async def test_a_start_waits_for_those_that_cannot_reach_each_other_yet(monkeypatch):
-    monkeypatch.setattr(handshake, "_RECONCILE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(handshake, "RECONCILE_INTERVAL_S", 0.0)
     deaf = {"prefill-0": [{"unreachable": "decode-0.0"}], "decode-0": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 1, deaf)
     start = asyncio.ensure_future(stage.pools.start())
@@ -259,14 +259,14 @@ async def test_a_start_waits_for_those_that_cannot_reach_each_other_yet(monkeypa
     await asyncio.sleep(0)
     assert not start.done()
     for replica in stage.pools.replicas:
-        replica.handle._unreachable = None
+        replica.handle.unreachable = None
     await asyncio.wait_for(start, PATIENCE_S)
     assert set(stage.states().values()) == {"ready"}
     await stage.pools.stop()
 
 
 async def test_a_start_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(handshake, "_START_PATIENCE_S", 0.01)
+    monkeypatch.setattr(handshake, "START_PATIENCE_S", 0.01)
     deaf = {"prefill-0": [{"unreachable": "decode-0.0"}], "decode-0": [{"unreachable": "prefill-0.0"}]}
     stage = Stage(1, 1, deaf)
     with pytest.raises(ConfigError, match=r"hand over to any decode worker: .* did not answer"):
@@ -286,7 +286,7 @@ async def test_a_place_that_fails_again_and_again_has_no_future():
 
 
 async def test_stopping_in_the_middle_of_a_replacement(monkeypatch):
-    monkeypatch.setattr(supervisor, "_RESTART_DELAYS_S", (1000.0,))
+    monkeypatch.setattr(supervisor, "RESTART_DELAYS_S", (1000.0,))
     stage = Stage()
     await stage.pools.start()
     stage.replica("decode-0").handle.said.put_nowait(WorkerLostError("killed"))

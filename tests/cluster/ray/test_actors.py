@@ -11,67 +11,83 @@ import pytest
 
 from cluster.ray.actors import WorkerActor
 from cluster.worker_handle import StartProgress
+from kv_transfer.lease import Lease
+from made_requests import worker_request
 from workers.config import WorkerConfig
-from workers.messages import Load, PrefillRequest, StepOutput
-from workers.sampling_params import SamplingParams
+from workers.messages import Load, StepOutput, WorkerRequest
 
 ROOT = Path(__file__).parents[2]
 
 
 class RecordingHost:
+    """Writes down what it is told, and says what the test wants."""
+
+    info = None
+
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
 
-    def submit(self, request: PrefillRequest) -> None:
-        self.calls.append(("submit", request.request_id))
+    def build(self, config, connector, emit, on_crash, progress, capture_progress, channel) -> RecordingHost:
+        self.emit, self.on_crash = emit, on_crash
+        self.progress, self.capture_progress = progress, capture_progress
+        return self
+
+    def submit(self, request: WorkerRequest) -> None:
+        self.calls.append(("submit", request.attempt_id))
 
     def abort(self, request_id: str) -> None:
         self.calls.append(("abort", request_id))
 
 
 @pytest.fixture
-async def actor() -> WorkerActor:
-    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere"))
-    actor._host = RecordingHost()
+def host() -> RecordingHost:
+    return RecordingHost()
+
+
+@pytest.fixture
+async def actor(host) -> WorkerActor:
+    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere"), host.build)
+    await actor.start()
     return actor
 
 
-def request(request_id: str) -> PrefillRequest:
-    return PrefillRequest(request_id, b"h" * 16, (5,), SamplingParams(seed=0), None, 1.0)
+def request(request_id: str) -> WorkerRequest:
+    return worker_request(request_id, (5,))
 
 
 def output(free: int) -> StepOutput:
     return StepOutput("prefill-0.1", (), Load(8, free))
 
 
-async def test_a_request_whose_abort_came_first_is_not_started(actor):
+async def test_a_request_whose_abort_came_first_is_not_started(actor, host):
     await actor.abort("a")
     await actor.submit(request("a"))
     await actor.submit(request("b"))
     await actor.abort("b")
-    assert actor._host.calls == [("abort", "a"), ("submit", "b"), ("abort", "b")]
+    assert host.calls == [("abort", "a"), ("submit", "b"), ("abort", "b")]
 
 
-async def test_aborts_are_not_remembered_for_ever(actor):
+async def test_aborts_are_not_remembered_for_ever(actor, host):
     for number in range(10_000):
         await actor.abort(str(number))
-    assert len(actor._aborted) < 5_000
+    await actor.submit(request("5000"))
+    assert ("submit", "5000") in host.calls
     await actor.submit(request("9999"))
-    assert ("submit", "9999") not in actor._host.calls
+    assert ("submit", "9999") not in host.calls
 
 
-async def test_outputs_gather_while_nobody_asks(actor):
+async def test_outputs_gather_while_nobody_asks(actor, host):
     stream = actor.outputs()
     for free in (1, 2, 3):
-        await asyncio.to_thread(actor._emit, output(free))
+        await asyncio.to_thread(host.emit, output(free))
     assert await anext(stream) == [output(1), output(2), output(3)]
-    await asyncio.to_thread(actor._emit, output(4))
+    await asyncio.to_thread(host.emit, output(4))
     assert await anext(stream) == [output(4)]
 
 
-async def test_a_crash_ends_the_stream_after_what_was_said_before(actor):
-    await asyncio.to_thread(actor._emit, output(1))
-    await asyncio.to_thread(actor._on_crash, ValueError("out of memory"))
+async def test_a_crash_ends_the_stream_after_what_was_said_before(actor, host):
+    await asyncio.to_thread(host.emit, output(1))
+    await asyncio.to_thread(host.on_crash, ValueError("out of memory"))
     stream = actor.outputs()
     assert await anext(stream) == [output(1)]
     with pytest.raises(RuntimeError, match="prefill-0 crashed: ValueError: out of memory"):
@@ -84,14 +100,11 @@ async def test_nothing_can_be_asked_before_the_start():
         await actor.submit(request("a"))
 
 
-async def test_how_far_a_start_is_is_told_by_stage(actor):
+async def test_how_far_a_start_is_is_told_by_stage(actor, host):
     assert await actor.progress() == []
-    for progress in (
-        StartProgress("weights", 1, 9),
-        StartProgress("weights", 9, 9),
-        StartProgress("graphs", 2, 36),
-    ):
-        actor._on_progress(progress)
+    host.progress(1, 9)
+    host.progress(9, 9)
+    host.capture_progress(2, 36)
     assert await actor.progress() == [StartProgress("weights", 9, 9), StartProgress("graphs", 2, 36)]
 
 
@@ -114,12 +127,21 @@ async def test_a_worker_with_other_ranks_does_not_start_without_seats():
 
 def test_a_follower_without_its_lead_ends_its_process():
     program = """
+import asyncio
 from cluster.ray.actors import FollowerActor
 from workers.config import WorkerConfig
-actor = FollowerActor(WorkerConfig("prefill-0", "prefill", "nowhere"))
-actor._on_end(None)
+from workers.lockstep.channel import Seat
+
+async def end_of_follower():
+    ends = []
+    actor = FollowerActor(WorkerConfig("prefill-0", "prefill", "nowhere"), lambda *args: ends.append(args[-1]))
+    await actor.start(Seat(1, 2, "nowhere", "nowhere", b""))
+    return ends[0]
+
+end = asyncio.run(end_of_follower())
+end(None)
 print("in good order it stays", flush=True)
-actor._on_end(EOFError("the lead is gone"))
+end(EOFError("the lead is gone"))
 print("not reached", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
@@ -128,7 +150,9 @@ print("not reached", flush=True)
     assert "a rank of prefill-0 ends: the lead is gone" in done.stderr
 
 
-async def test_what_is_heard_renews_the_right_to_write(actor, monkeypatch):
+async def test_what_is_heard_renews_the_right_to_write(monkeypatch):
+    lease = Lease()
+    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere"), lease=lease)
     monkeypatch.setattr("cluster.ray.actors.HEARTBEAT_S", 0.01)
     assert await actor.renew(0) is None, "nothing has been said yet"
     stream = actor.outputs()
@@ -140,7 +164,7 @@ async def test_what_is_heard_renews_the_right_to_write(actor, monkeypatch):
     last = await actor.renew(101)
     assert last is not None
     assert last > first
-    assert actor._lease.holds()
+    assert lease.holds()
 
 
 def test_a_worker_that_nobody_hears_ends_its_process():
@@ -151,8 +175,7 @@ from kv_transfer.lease import Lease
 from workers.config import WorkerConfig
 
 async def run():
-    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere"))
-    actor._lease = Lease(1.5)
+    actor = WorkerActor(WorkerConfig("prefill-0", "prefill", "nowhere"), lease=Lease(1.5))
     heard = 0
     async for _ in actor.outputs():
         heard += 1
@@ -168,9 +191,9 @@ asyncio.run(run())
     assert "prefill-0 ends: nobody has heard of it for long" in done.stderr
 
 
-async def test_a_worker_with_nothing_to_say_says_that(actor, monkeypatch):
+async def test_a_worker_with_nothing_to_say_says_that(actor, host, monkeypatch):
     monkeypatch.setattr("cluster.ray.actors.HEARTBEAT_S", 0.01)
     stream = actor.outputs()
     assert [await anext(stream) for _ in range(3)] == [[], [], []]
-    await asyncio.to_thread(actor._emit, output(1))
+    await asyncio.to_thread(host.emit, output(1))
     assert [output(1)] in [await anext(stream) for _ in range(3)]

@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.router import Incompatibility, NoPlacement, Placement, RoutingRequest
-from cluster.routing.worker_table import WorkerTraits
+from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from workers.kv_cache.block_pool import blocks_for
 from workers.runner.step_times import StepTimes
 
@@ -140,15 +140,14 @@ class BookKeeping(RuleBasedStateMachine):
         for t in self.pools["decode"]:
             mine = [r for r in self.placed.values() if r["d"] == t.engine_id]
             used = sum(blocks_for(r["now"] + 1, t.block_size) for r in mine)
-            self.check("_decode", t, used, len(mine), 0.0)
+            self.check(self.load_tracker.decode_workers, t, used, len(mine), 0.0)
         for t in self.pools["prefill"]:
             mine = [r for r in self.placed.values() if r["p"] == t.engine_id and r["first"]]
             used = sum(blocks_for(r["first"] + 1, t.block_size) for r in mine)
-            queued = sum(self.load_tracker._prefill.prefill_seconds_of(t.engine_id, r["first"]) for r in mine)
-            self.check("_prefill", t, used, len(mine), queued)
+            queued = sum(self.load_tracker.prefill_workers.prefill_seconds_of(t.engine_id, r["first"]) for r in mine)
+            self.check(self.load_tracker.prefill_workers, t, used, len(mine), queued)
 
-    def check(self, table: str, t: WorkerTraits, used: int, running: int, queued_s: float) -> None:
-        pool = getattr(self.load_tracker, table)
+    def check(self, pool: WorkerTable, t: WorkerTraits, used: int, running: int, queued_s: float) -> None:
         row = pool.row(t.engine_id)
         worker = pool.workers[row]
         assert (worker.traits, worker.free_blocks, worker.running) == (t, t.total_blocks - used, running)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cluster.text.tokenizer import Tokenizer
 
@@ -117,15 +118,38 @@ def saved_tokenizer(tmp_path: Path) -> SaveTokenizer:
 
 
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every tokenizer, saved."""
+    return {kind: save(tmp_path_factory.mktemp(kind), build()) for kind, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="session")
+def loaded(folders: dict[str, Path]) -> dict[str, Tokenizer]:
     """Every tokenizer, loaded."""
-    return {kind: Tokenizer.load(save(tmp_path_factory.mktemp(kind), build())) for kind, build in BUILDERS.items()}
+    return {kind: Tokenizer.load(folder) for kind, folder in folders.items()}
 
 
 @pytest.fixture(scope="session", params=list(BUILDERS))
-def any_tokenizer(request: pytest.FixtureRequest, loaded: dict[str, Tokenizer]) -> Tokenizer:
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of tokenizer in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def any_tokenizer(kind: str, loaded: dict[str, Tokenizer]) -> Tokenizer:
     """Each tokenizer in turn."""
-    return loaded[request.param]
+    return loaded[kind]
+
+
+@pytest.fixture(scope="session")
+def any_reference(kind: str, folders: dict[str, Path]) -> PreTrainedTokenizerBase:
+    """The same tokenizer as transformers loads it."""
+    return AutoTokenizer.from_pretrained(str(folders[kind]))
+
+
+@pytest.fixture(scope="session")
+def byte_level_reference(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(folders["byte_level"]))
 
 
 @pytest.fixture(scope="session")

@@ -109,16 +109,16 @@ def test_release_waits_for_what_is_in_flight():
     pair.p.begin(HANDOFF, pair.id("d"))
     pair.p.push(HANDOFF, 0, range(3), 0, (1, 2), None)
     pair.p.poll()
-    writing = pair.p._outgoing._open[HANDOFF]
     for _ in range(100):
         pair.p.poll()
-        if writing.in_flight:
+        if pair.fabric.source_blocks(pair.id("p")):
             break
         pair.d.poll()
-    assert writing.in_flight
+    else:
+        pytest.fail("never written")
     pair.d.cancel(key)
     for _ in range(200):
-        in_flight = bool(writing.in_flight)
+        in_flight = bool(pair.fabric.source_blocks(pair.id("p")))
         pair.p.poll()
         events = pair.d.poll()
         if events:

@@ -13,6 +13,7 @@ from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReceived
 pytestmark = pytest.mark.nixl
 
 TCP = {"UCX_TLS": "tcp"}
+ELSEWHERE = {**TCP, "NIXL_PEER_HOST": "another"}
 HANDOFF = b"h" * 16
 
 
@@ -110,8 +111,7 @@ def test_within_a_machine_blocks_stay_out_until_the_process_is_gone(make_peer):
 
 def test_from_another_machine_nothing_lands_at_a_closed_endpoint(make_peer):
     """No clock and nobody's word is needed, although the peer lives and writes on."""
-    prefill, decode = make_peer("prefill", TCP), make_peer("decode", TCP)
-    prefill.pretend("another")
+    prefill, decode = make_peer("prefill", ELSEWHERE), make_peer("decode", TCP)
     ids = meet(prefill, decode)
     decode.fill(range(64), 3)
     prefill.fill((1, 2), 6)
@@ -133,8 +133,7 @@ def test_from_another_machine_nothing_lands_at_a_closed_endpoint(make_peer):
 
 
 def test_from_another_machine_blocks_behind_the_shared_endpoint_stay_out_until_its_end_is_confirmed(make_peer):
-    prefill, decode = make_peer("prefill", TCP), make_peer("decode", TCP)
-    prefill.pretend("another")
+    prefill, decode = make_peer("prefill", ELSEWHERE), make_peer("decode", TCP)
     ids = prefill.info().engine_id, decode.info().engine_id
     prefill.connect(decode.info())
     decode.connect(prefill.info())

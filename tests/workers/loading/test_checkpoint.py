@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from workers.errors import CheckpointError, ConfigError
 from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 
 TinyCheckpoint = Callable[..., Path]
 PROMPT = list(range(5, 40))

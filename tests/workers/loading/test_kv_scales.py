@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from attention.backend import KVScales
 from ranks import lone_rank
 from workers.errors import CheckpointError, ConfigError
-from workers.loading.loader import load_model
+from workers.models.loader import load_model
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -34,16 +34,24 @@ def with_tensors(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Callable[[d
 
 def scales_of(folder: Path, kv_cache_dtype: str = "fp8") -> list[KVScales]:
     model = load_model(folder, kv_cache_dtype=kv_cache_dtype)
-    return [layer.attention.impl.kv_scales for layer in model.layers]
+    return model.kv_scales
 
 
 def test_without_any_they_are_one_and_stay_so(tiny_checkpoint: TinyCheckpoint, paged_run) -> None:
     model = load_model(tiny_checkpoint("llama"), kv_cache_dtype="fp8")
     paged_run(model, num_sequences=1, max_tokens=64).step({0: list(range(5, 40))})
-    assert [layer.attention.impl.kv_scales for layer in model.layers] == [KVScales()] * 3
+    assert model.kv_scales == [KVScales()] * 3
 
 
-@pytest.mark.parametrize("spelling", ["self_attn.{}_scale", "self_attn.{}_proj.{}_scale", "self_attn.attn.{}_scale"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "self_attn.{}_scale",
+        "self_attn.{}_proj.{}_scale",
+        "self_attn.qkv_proj.{}_scale",
+        "self_attn.attn.{}_scale",
+    ],
+)
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_checkpoints_own(with_tensors: Callable[..., Path], spelling: str, shape: tuple[int, ...]) -> None:
     values = {(0, "k"): 0.5, (0, "v"): 0.25, (2, "k"): 2.0, (2, "v"): 4.0}
@@ -62,7 +70,7 @@ def test_every_rank_has_the_checkpoints_own(with_tensors: Callable[..., Path]) -
     folder = with_tensors({f"model.layers.1.self_attn.{kind}_scale": torch.tensor(value) for kind, value in values})
     for rank in range(2):
         model = load_model(folder, kv_cache_dtype="fp8", group=lone_rank(rank, 2))
-        scales = [layer.attention.impl.kv_scales for layer in model.layers]
+        scales = model.kv_scales
         assert scales == [KVScales(), KVScales(0.5, 2.0), KVScales()]
 
 
@@ -74,7 +82,7 @@ def test_a_checkpoint_whose_cache_alone_is_quantized_loads(with_tensors: Callabl
     quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     assert scales_of(folder)[0] == KVScales(0.5, 2.0)
-    assert load_model(folder).kv_cache_spec.dtype == torch.float32
+    assert load_model(folder).kv_cache_groups[0].dtype == torch.float32
 
 
 def test_they_change_what_is_stored_and_hardly_what_is_attended(with_tensors: Callable[..., Path], paged_run) -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from workers.errors import CheckpointError
 from workers.loading.checkpoint import Region, StoredTensor, stored_tensors
-from workers.loading.loader import load_model, model_bytes
-from workers.loading.weight_stream import Placement, load_tensors
+from workers.loading.pieces import Placement
+from workers.loading.weight_stream import load_tensors
+from workers.models.loader import load_model, model_bytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TENSORS = {
@@ -124,8 +125,8 @@ def test_a_file_that_shrinks_meanwhile_is_named_with_the_tensor(folder: Path, de
 def test_the_bytes_of_a_model_are_known_before_it_is_loaded(tiny_checkpoint: Callable[..., Path]) -> None:
     model = load_model(tiny_checkpoint("llama"), dtype="float32", load_format="dummy")
     weights = sum(stored.nbytes for stored in stored_tensors(tiny_checkpoint("llama")))
-    assert model_bytes(model.config, torch.float32) == weights
-    assert model_bytes(model.config, torch.bfloat16) * 2 == weights
+    assert model_bytes(type(model), model.config, torch.float32) == weights
+    assert model_bytes(type(model), model.config, torch.bfloat16) * 2 == weights
 
 
 @pytest.mark.gpu

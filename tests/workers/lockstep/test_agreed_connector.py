@@ -30,9 +30,9 @@ def meet(one: Ranks, other: Ranks) -> None:
     mine = [rank.new_endpoint_for(other.engines, 1.0) for rank in one.ranks]
     theirs = [rank.new_endpoint_for(one.engines, 1.0) for rank in other.ranks]
     for rank in one.ranks:
-        rank.introduce(theirs, 1.0)
+        rank.handshake(theirs, 1.0)
     for rank in other.ranks:
-        rank.introduce(mine, 1.0)
+        rank.handshake(mine, 1.0)
 
 
 def hand_over(p: Ranks, d: Ranks, handoff_id: bytes) -> list[list]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from threads import wait_for_the_end
 from workers.lockstep.channel import FollowerChannel, LeadChannel
 from workers.parallel.errors import TensorParallelError
 
@@ -69,7 +70,7 @@ def test_a_follower_that_goes_is_noticed(handshake):
 
 
 def test_a_lead_that_goes_is_noticed_by_all_even_while_they_do_something_else(handshake):
-    for connection in (*handshake.lead._inputs.values(), *handshake.lead._reports.values()):
+    for connection in handshake.lead.connections:
         with socket.socket(fileno=os.dup(connection.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)  # as when its process ends
     assert {handshake.leadless.get(timeout=PATIENCE_S) for _ in range(2)} == {1, 2}
@@ -81,8 +82,7 @@ def test_an_end_in_good_order_is_no_loss(handshake):
     handshake.lead.close()
     for follower in handshake.followers.values():
         assert follower.receive() is None
-        follower._watcher.join(PATIENCE_S)
-        assert not follower._watcher.is_alive()
+    wait_for_the_end("lead-watcher", PATIENCE_S)
     assert handshake.leadless.empty()
     assert handshake.lost.empty()
 

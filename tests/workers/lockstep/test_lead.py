@@ -137,7 +137,7 @@ def test_another_number_of_ranks_is_refused_with_both(tiny_checkpoint):
     for one, other in ((two, four), (four, two)):
         for connector in one.sides[0].connectors:
             with pytest.raises(LayoutMismatchError, match=r"tp_size is \d here and \d there"):
-                connector.introduce(other.sides[1].engines, 1.0)
+                connector.handshake(other.sides[1].engines, 1.0)
 
 
 def test_ranks_that_are_not_equal_are_noticed_at_the_next_step(tiny_checkpoint):
@@ -146,26 +146,29 @@ def test_ranks_that_are_not_equal_are_noticed_at_the_next_step(tiny_checkpoint):
     cluster.submit("r", [5] * 20, greedy(50))
     while len(cluster.token_ids("r")) < 3:
         cluster.step()
-    state = decode.replicas[1].worker._sequences["r"].state
-    state.output_token_ids[-1] = (state.output_token_ids[-1] + 1) % 512
-    decode.replicas[1].digest ^= 1
+    decode.replicas[1].worker.abort("r")
+    decode.lead.step()
     with pytest.raises(TensorParallelError, match="no longer equal"):
-        decode.step()
+        decode.lead.step()
 
 
 def test_a_digest_tells_outcomes_apart():
     load = Load(8, 4, running=1)
-    token = TokenOutput("a", 7)
+    token = TokenOutput("a", 7, attempt_id="a")
     outcomes = [
         (load, []),
         (load, [token]),
-        (load, [TokenOutput("a", 8)]),
-        (load, [TokenOutput("b", 7)]),
-        (load, [token, TokenOutput("b", 7)]),
-        (load, [TokenOutput("b", 7), token]),
-        (load, [RequestFailed("a", ValueError())]),
+        (load, [TokenOutput("a", 8, attempt_id="a")]),
+        (load, [TokenOutput("b", 7, attempt_id="b")]),
+        (load, [token, TokenOutput("b", 7, attempt_id="b")]),
+        (load, [TokenOutput("b", 7, attempt_id="b"), token]),
+        (load, [RequestFailed("a", ValueError(), attempt_id="a")]),
         (Load(8, 3, running=1), [token]),
     ]
     assert len({digest_of(*outcome) for outcome in outcomes}) == len(outcomes)
-    assert digest_of(load, [PrefillReport("a", 0.1, 0.2, 1)]) == digest_of(load, [PrefillReport("a", 0.3, 0.4, 1)])
-    assert digest_of(load, [DecodeReport("a", 0.1)]) == digest_of(load, [DecodeReport("a", 0.2)])
+    assert digest_of(load, [PrefillReport("a", 0.1, 0.2, 1, attempt_id="a")]) == digest_of(
+        load, [PrefillReport("a", 0.3, 0.4, 1, attempt_id="a")]
+    )
+    assert digest_of(load, [DecodeReport("a", 0.1, attempt_id="a")]) == digest_of(
+        load, [DecodeReport("a", 0.2, attempt_id="a")]
+    )

@@ -17,7 +17,7 @@ from attention.backend import KVScales
 from workers.ops.cache_write import CacheWrite
 from workers.ops.qk_norm_rope import cos_sin_table, qk_norm_rope_, qk_norm_rope_torch_
 from workers.ops.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
-from workers.ops.rope_config import Llama3Scaling, RopeConfig
+from workers.ops.rope_config import Llama3Scaling, RopeConfig, YarnScaling
 from workers.ops.rotary_frequencies import Rotary
 from workers.ops.silu_and_mul import silu_and_mul, silu_and_mul_torch
 from workers.sampling.ops.greedy import greedy_sample, greedy_sample_torch
@@ -82,6 +82,20 @@ def test_rms_norm_rounds_once(dtype: torch.dtype) -> None:
     x, weight = randn(32, 512, dtype=dtype), randn(512, dtype=dtype, seed=1)
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * weight.double()
     assert_close_in_ulps(rms_norm(x, weight, EPS), exact, ulps=0.51)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_multiply_by_a_float32_weight_before_they_round(kernels: SimpleNamespace, dtype: torch.dtype) -> None:
+    x, residual, weight = randn(6, 256, dtype=dtype), randn(6, 256, dtype=dtype, seed=2), 1 + randn(256, seed=1) / 500
+    assert not torch.equal(weight, weight.to(dtype).float())
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS) * weight.double()
+    assert_close_in_ulps(rms_norm(x, weight, EPS), exact, ulps=0.51)
+    expected = rms_norm_torch(x, weight, EPS)
+    out = torch.full_like(x, NAN)
+    kernels.rms_norm(x, weight, EPS, out)
+    assert_close_in_ulps(out, expected)
+    kernels.rms_norm(x, weight, EPS, out, residual)
+    assert_close_in_ulps(out, rms_norm_torch(residual, weight, EPS))
 
 
 def test_rms_norm_kernel_reads_a_strided_view_and_leaves_the_rest(kernels: SimpleNamespace) -> None:
@@ -176,6 +190,16 @@ def test_rope_kernel_equals_its_twin(
     assert torch.equal(qkv[:, num_q_heads + num_kv_heads :], values)
 
 
+@pytest.mark.parametrize("rope", [LLAMA3, RopeConfig(10000.0, None, 0.5), RopeConfig(10000.0, interleaved=True)])
+def test_rope_kernel_normalises_by_a_float32_weight(kernels: SimpleNamespace, rope: RopeConfig) -> None:
+    qkv, _, _ = rope_inputs(4, 2, 32, torch.bfloat16)
+    weight, table = 1 + randn(6, 32, seed=1) / 500, table_of(rope, 32)
+    expected = qkv.clone()
+    qk_norm_rope_torch_(expected, 4, 2, POSITIONS, table, weight, EPS, None, rope.interleaved)
+    kernels.rope(qkv, 4, 2, POSITIONS, table, weight, EPS, None, rope.interleaved)
+    assert_close_in_ulps(qkv, expected)
+
+
 @pytest.mark.parametrize("rope", [RopeConfig(10000.0), LLAMA3])
 def test_rope_agrees_with_the_rotary_of_the_model(rope: RopeConfig) -> None:
     qkv, _, norm_weight = rope_inputs(4, 2, 32, torch.float32)
@@ -204,6 +228,83 @@ def test_rope_kernel_reads_a_table_of_the_models_dtype(kernels: SimpleNamespace)
     qk_norm_rope_torch_(expected, 4, 2, POSITIONS, table)
     kernels.rope(qkv, 4, 2, POSITIONS, table, None, EPS, None)
     assert_close_in_ulps(qkv, expected)
+
+
+PARTS = [
+    RopeConfig(10000.0, None, 0.5, interleaved=False),
+    RopeConfig(10000.0, YarnScaling(4.0, 64), 0.75, interleaved=False),
+    RopeConfig(10000.0, None, 1.0, interleaved=True),
+    RopeConfig(10000.0, YarnScaling(4.0, 64), 0.75, interleaved=True),
+    None,
+]
+
+
+def table_of(rope: RopeConfig | None, head_size: int) -> torch.Tensor | None:
+    return None if rope is None else cos_sin_table(rope, head_size, 512, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rope", PARTS)
+def test_rope_kernel_rotates_parts_and_pairs_as_its_twin(
+    kernels: SimpleNamespace, rope: RopeConfig | None, normed: bool, dtype: torch.dtype
+) -> None:
+    qkv, _, norm_weight = rope_inputs(5, 2, 80, dtype)
+    weight, table = norm_weight if normed else None, table_of(rope, 80)
+    interleaved = rope is not None and rope.interleaved
+    expected, before = qkv.clone(), qkv.clone()
+    qk_norm_rope_torch_(expected, 5, 2, POSITIONS, table, weight, EPS, None, interleaved)
+    kernels.rope(qkv, 5, 2, POSITIONS, table, weight, EPS, None, interleaved)
+    assert_close_in_ulps(qkv, expected)
+    assert torch.equal(qkv[:, 7:], before[:, 7:])
+    rotated = 0 if rope is None else rope.rotary_dim(80)
+    assert torch.equal(qkv[:, :7, rotated:], before[:, :7, rotated:]) != (normed and rotated < 80)
+
+
+@pytest.mark.parametrize("rope", PARTS)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_kernel_stores_parts_and_pairs(kernels: SimpleNamespace, rope: RopeConfig | None, normed: bool) -> None:
+    qkv, _, norm_weight = rope_inputs(4, 2, 48, torch.bfloat16)
+    kv_cache = torch.zeros(8, 2, 16, 2, 48, device=DEVICE).bfloat16()
+    weight, interleaved = norm_weight if normed else None, rope is not None and rope.interleaved
+    cache = CacheWrite(kv_cache, SLOTS)
+    kernels.rope(qkv, 4, 2, POSITIONS, table_of(rope, 48), weight, EPS, cache, interleaved)
+    for token, slot in enumerate(SLOTS.tolist()):
+        if slot >= 0:
+            block, offset = divmod(slot, 16)
+            assert torch.equal(kv_cache[block, 0, offset], qkv[token, 4:6])
+            assert torch.equal(kv_cache[block, 1, offset], qkv[token, 6:])
+    assert int((kv_cache != 0).any(-1).any(-1).any(1).sum()) == 4
+
+
+@pytest.mark.parametrize("rope", PARTS)
+def test_rope_kernel_stores_parts_and_pairs_in_fp8(kernels: SimpleNamespace, rope: RopeConfig | None) -> None:
+    qkv, _, _ = rope_inputs(4, 2, 48, torch.float32)
+    interleaved, scales = rope is not None and rope.interleaved, KVScales(0.7, 0.21)
+    caches = [torch.zeros(8, 2, 16, 2, 48, device=DEVICE).to(FP8) for _ in range(2)]
+    table = table_of(rope, 48)
+    twin, kernel = (CacheWrite(cache, SLOTS, scales) for cache in caches)
+    qk_norm_rope_torch_(qkv.clone(), 4, 2, POSITIONS, table, None, EPS, twin, interleaved)
+    kernels.rope(qkv, 4, 2, POSITIONS, table, None, EPS, kernel, interleaved)
+    wanted, stored = (cache.float() for cache in caches)
+    assert (wanted != 0).any(dim=(-1, -2)).sum() == 8
+    assert (stored != wanted)[wanted != 0].float().mean() < 0.05  # see above
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pairs_and_parts_of_heads_against_float64(kernels: SimpleNamespace, interleaved: bool) -> None:
+    rope = RopeConfig(10000.0, YarnScaling(4.0, 64), 0.5, interleaved)
+    qkv, _, weight = rope_inputs(3, 1, 32, torch.float32)
+    exact = qkv[:, :4].double()
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPS) * weight.double()
+    table = cos_sin_table(rope, 32, 512, DEVICE)[POSITIONS].double().unsqueeze(1)
+    for pair in range(8):
+        one, other = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 8)
+        cosine, sine = table[..., pair], table[..., pair + 8]
+        a, b = exact[..., one].clone(), exact[..., other].clone()
+        exact[..., one], exact[..., other] = a * cosine - b * sine, b * cosine + a * sine
+    kernels.rope(qkv, 3, 1, POSITIONS, cos_sin_table(rope, 32, 512, DEVICE), weight, EPS, None, interleaved)
+    torch.testing.assert_close(qkv[:, :4].double(), exact, rtol=1e-5, atol=1e-6)
 
 
 SLOTS = torch.tensor([5, -1, 0, 63, 17, -1], device=DEVICE)
@@ -387,7 +488,8 @@ _QKV, _TABLE, _TWO = torch.zeros(2, 4, 8), torch.zeros(9, 8), torch.zeros(2, dty
         (lambda: greedy_sample(_X, out=_TWO.int()), "out of torch.int32"),
         (lambda: qk_norm_rope_(_QKV, 3, 1, _TWO, _TABLE), r"3 \+ 2 \* 1 heads"),
         (lambda: qk_norm_rope_(_QKV, 2, 1, _TWO.int(), _TABLE), "positions of torch.int32"),
-        (lambda: qk_norm_rope_(_QKV, 2, 1, _TWO, _TABLE[:, :4]), "table"),
+        (lambda: qk_norm_rope_(_QKV, 2, 1, _TWO, _TABLE[:, :3]), "table"),
+        (lambda: qk_norm_rope_(_QKV, 2, 1, _TWO, torch.zeros(9, 10)), "table of cosines and sines of shape .9, 10."),
         (lambda: qk_norm_rope_(_QKV, 2, 1, _TWO, _TABLE, torch.ones(8)), "norm weight"),
         (lambda: qk_norm_rope_(_QKV, 2, 1, _TWO, _TABLE, cache=_cache((3, 2, 4, 2, 8), 2)), "KV cache of shape"),
         (lambda: qk_norm_rope_(_QKV, 2, 1, _TWO, _TABLE, cache=_cache((3, 2, 4, 1, 8), 3)), "slot_mapping of"),

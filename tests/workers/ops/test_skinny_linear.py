@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from workers.layers.linear import GatedMLP, Linear, RMSNorm
-from workers.models.lm_head import LMHead
+from workers.layers.context import LayerContext
+from workers.layers.gated_mlp import GatedMLP
+from workers.layers.linear import Linear
+from workers.layers.linear_methods.choice import linear_method_for
+from workers.layers.lm_head import LMHead
+from workers.layers.norm import RMSNorm
+from workers.layers.residual import ResidualStream
 from workers.ops.skinny_linear import (
     skinny_gated_linear,
     skinny_gated_linear_torch,
@@ -216,17 +220,22 @@ def test_every_measured_tile_multiplies(shape: tuple[int, int, bool]) -> None:
 def test_layers_of_a_model_run_it_for_few_rows(bias: bool, dtype: torch.dtype) -> None:
     """Every row of few is the same as that row of many, to rounding, and the same whatever is beside it."""
     hidden, inner = 4096, 14336
-    mlp = GatedMLP(hidden, inner, False, dtype, DEVICE, SINGLE)
-    linear = Linear(hidden, 6144, bias, dtype, DEVICE)
-    norm = RMSNorm(hidden, eps=1e-5, dtype=dtype, device=DEVICE)
+    context = LayerContext(dtype, DEVICE, SINGLE, linear_method_for(DEVICE))
+    mlp = GatedMLP(hidden, inner, context)
+    linear = Linear(hidden, 6144, bias, context)
+    norm = RMSNorm(hidden, 1e-5, context)
     for seed, parameter in enumerate([*mlp.parameters(), *linear.parameters(), *norm.parameters()]):
         parameter.normal_(0.0, 0.02, generator=torch.Generator(DEVICE).manual_seed(seed))
     assert skinny_tile(4, 6144, hidden, dtype, DEVICE) is not None
     assert skinny_tile(4, 2 * inner, hidden, dtype, DEVICE, gated=True) is not None
     x, residual = randn(64, hidden, dtype=dtype, seed=90), randn(64, hidden, dtype=dtype, seed=91)
-    many = (linear(x), *mlp.add_and_norm(residual.clone(), x, norm))
-    few = (linear(x[:13]), *mlp.add_and_norm(residual[:13].clone(), x[:13], norm))
-    one = (linear(x[:1]), *mlp.add_and_norm(residual[:1].clone(), x[:1], norm))
+
+    def results(count: int) -> tuple[torch.Tensor, ...]:
+        stream = ResidualStream(residual[:count].clone())
+        stream.add_product(mlp.down_proj, mlp.inner(x[:count]))
+        return linear(x[:count]), stream.value, stream.normalized(norm)
+
+    many, few, one = results(64), results(13), results(1)
     for a, b, c in zip(many, few, one, strict=True):
         error = (b.float() - a[:13].float()).square().mean().sqrt()
         assert error < 0.01 * a.float().std()
@@ -235,12 +244,10 @@ def test_layers_of_a_model_run_it_for_few_rows(bias: bool, dtype: torch.dtype) -
 
 @needs_hopper
 def test_logits_of_few_rows() -> None:
-    config = SimpleNamespace(
-        vocab_size=128256, hidden_size=4096, tie_word_embeddings=True, vocab_share=lambda size: 128256 // size
-    )
+    context = LayerContext(torch.bfloat16, DEVICE, SINGLE, linear_method_for(DEVICE))
     rows, hidden = (randn(n, 4096, dtype=torch.bfloat16, seed=n) for n in (1024, 5))
     embeddings, out = rows.repeat(126, 1)[:128256], torch.empty(5, 128256, dtype=torch.bfloat16, device=DEVICE)
-    head = LMHead(config, embeddings, torch.bfloat16, DEVICE, SINGLE)
+    head = LMHead(128256, 4096, embeddings, context)
     assert head(hidden, out) is out
     assert torch.equal(out, head(hidden))
     assert_rounded_once(out, (hidden.double() @ rows.double().t()).repeat(1, 126)[:, :128256], 4096)

@@ -13,23 +13,34 @@ from safetensors.torch import load_file
 from rank_work import ModelRun, run_model, run_models
 from ranks import lone_rank, run_ranks
 from workers.errors import ConfigError
-from workers.loading.loader import load_model, model_bytes
-from workers.models.config.model_config import ModelConfig
+from workers.models.loader import load_model, model_bytes
+from workers.models.registry import read_model
 from workers.parallel.group import SINGLE
 
 TinyCheckpoint = Callable[..., Path]
 Jobs = dict[str, tuple[Path, dict[str, Any]]]
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("cohere2", {}),
+    "cohere2-untied-biased": ("cohere2", {"tie_word_embeddings": False, "attention_bias": True}),
+    "glm4": ("glm4", {}),
+    "granite-biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "gpt_oss": ("gpt_oss", {}),
     "llama": ("llama", {}),
     "llama-uneven": ("llama", {"vocab_size": 517}),
     "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama4-interleaved": ("llama4", {"interleave_moe_layer_step": 2}),
     "mistral": ("mistral", {}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {}),
+    "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied-uneven": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 517}),
+    "qwen2_moe-some-dense": ("qwen2_moe", {"decoder_sparse_step": 2}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied-biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {}),
 }
 EXTRA = ("dummy", "bfloat16", "fp8 cache")
 SIZES = [2, 4]
@@ -117,10 +128,10 @@ def test_a_rank_holds_its_shard(tiny_checkpoint: TinyCheckpoint, size: int, monk
         for kind in ("weight", "bias"):
             query = rows(stored[f"{attention}.q_proj.{kind}"], rank, size)
             kv = [stored[f"{attention}.{name}_proj.{kind}"].chunk(2)[rank * 2 // size] for name in "kv"]
-            assert torch.equal(own[f"layers.1.qkv_proj.{kind}"], torch.cat([query, *kv]))
+            assert torch.equal(own[f"layers.1.self_attention.qkv_proj.{kind}"], torch.cat([query, *kv]))
         gate_up = [rows(stored[f"{prefix}.mlp.{name}_proj.weight"], rank, size) for name in ("gate", "up")]
         assert torch.equal(own["layers.1.mlp.gate_up_proj.weight"], torch.cat(gate_up))
-        for theirs, ours in (("self_attn.o_proj", "o_proj"), ("mlp.down_proj", "mlp.down_proj")):
+        for theirs, ours in (("self_attn.o_proj", "self_attention.o_proj"), ("mlp.down_proj", "mlp.down_proj")):
             columns = stored[f"{prefix}.{theirs}.weight"].chunk(size, dim=1)[rank]
             assert torch.equal(own[f"layers.1.{ours}.weight"], columns)
         head = rows(stored["lm_head.weight"], rank, size)
@@ -136,18 +147,18 @@ def test_a_rank_tells_of_the_bytes_that_it_reads(tiny_checkpoint: TinyCheckpoint
         model = load_model(folder, progress=lambda *call, calls=calls: calls.append(call), group=group)
         assert [done for done, _ in calls] == sorted(done for done, _ in calls)
         assert calls[-1] == (calls[-1][1],) * 2
-        assert calls[-1][1] == model_bytes(model.config, torch.float32, group)
+        assert calls[-1][1] == model_bytes(type(model), model.config, torch.float32, group)
         totals.append(calls[-1][1])
-    assert max(totals) < 0.6 * model_bytes(model.config, torch.float32)
+    assert max(totals) < 0.6 * model_bytes(type(model), model.config, torch.float32)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
 def test_random_weights_are_shards_of_one_model(
     tiny_checkpoint: TinyCheckpoint, size: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr("workers.loading.dummy_weights._CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr("workers.models.random_weights.CHUNK_ELEMENTS", 1000)
     folder = tiny_checkpoint(family)
 
     def parameters(rank: int, size: int) -> dict[str, torch.Tensor]:
@@ -156,14 +167,16 @@ def test_random_weights_are_shards_of_one_model(
 
     whole, shards = parameters(0, 1), [parameters(rank, size) for rank in range(size)]
     assert float(whole["lm_head.weight"].std()) == pytest.approx(0.02, rel=0.05)
-    for name in ("lm_head.weight", "layers.2.o_proj.weight", "layers.2.mlp.down_proj.weight"):
+    for name in ("lm_head.weight", "layers.2.self_attention.o_proj.weight", "layers.2.mlp.down_proj.weight"):
         joined = torch.cat([shard[name] for shard in shards], dim=0 if name.startswith("lm_head") else 1)
         assert torch.equal(joined, whole[name]), name
-    queries = torch.cat([shard["layers.0.qkv_proj.weight"][: 64 // size] for shard in shards])
-    assert torch.equal(queries, whole["layers.0.qkv_proj.weight"][:64])
+    queries = torch.cat([shard["layers.0.self_attention.qkv_proj.weight"][: 64 // size] for shard in shards])
+    assert torch.equal(queries, whole["layers.0.self_attention.qkv_proj.weight"][:64])
     gates = torch.cat([shard["layers.0.mlp.gate_up_proj.weight"][: 96 // size] for shard in shards])
     assert torch.equal(gates, whole["layers.0.mlp.gate_up_proj.weight"][:96])
-    assert not torch.equal(whole["layers.0.o_proj.weight"], whole["layers.1.o_proj.weight"])
+    assert not torch.equal(
+        whole["layers.0.self_attention.o_proj.weight"], whole["layers.1.self_attention.o_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,4 +198,4 @@ def test_a_size_that_does_not_divide_the_model_is_refused(
     with pytest.raises(ConfigError, match=message):
         load_model(folder, group=lone_rank(0, size))
     with pytest.raises(ConfigError, match=message):
-        ModelConfig.from_file(folder).sharded(size)
+        read_model(folder)[1].check_divisible(size)

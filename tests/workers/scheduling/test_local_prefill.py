@@ -11,7 +11,7 @@ from kv_transfer.transports.local import Faults
 from workers.decode_worker import DecodeWorker
 from workers.errors import CapacityError, DeadlineExceededError, InvalidRequestError, SamplingError
 from workers.messages import DecodeReport, FinishReason, PrefillReport, RequestFailed, TokenOutput
-from workers.models.causal_lm import Decoder
+from workers.models.causal_lm import CausalLM
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
 
@@ -54,9 +54,7 @@ def run_until(cluster, condition, max_steps: int = 5000) -> None:
 
 def check_owners(decode: DecodeWorker) -> None:
     """No block that is computed, decoded, promised or still written to is free."""
-    held = {block for sequence in decode._sequences.values() for block in sequence.blocks}
-    held |= {block for launch in decode._launches for sequence in launch.sequences for block in sequence.blocks}
-    held |= {block for launch in decode._local._launches for p in launch.prompts for block in p.progress.blocks}
+    held = {block for table in decode.block_tables for block in table}
     assert decode.load.free_blocks <= decode.load.total_blocks - len(held)
 
 
@@ -135,7 +133,7 @@ def test_those_that_decode_have_a_token_in_every_step(worker, steps_ahead):
         events = decode.step()
         said.append([event.request_id for event in events if isinstance(event, TokenOutput)])
         for event in events:
-            cluster._take(event)
+            cluster.take(event)
     assert len(said) == 13 + steps_ahead, "13 chunks of 16 tokens"
     assert all("decodes" in names for names in said)
     cluster.run()
@@ -235,7 +233,7 @@ def test_no_more_sequences_than_allowed_are_computed_expected_or_running(max_num
     most = 0
     while cluster.busy:
         cluster.step()
-        most = max(most, decode.load.running + decode.load.reserved_blocks + decode._local.num_admitted)
+        most = max(most, decode.load.running + decode.load.reserved_blocks + decode.num_computing)
     assert most == max_num_seqs
     assert all(len(cluster.token_ids(f"r{i}")) == 6 for i in range(8))
 
@@ -306,7 +304,7 @@ def test_who_makes_room_loses_no_token(worker, tiny_checkpoint, reference_greedy
 
 
 def test_broken_logits_fail_one_prompt_alone_and_are_not_kept(worker, monkeypatch):
-    forward = Decoder.forward
+    forward = CausalLM.forward
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
@@ -314,7 +312,7 @@ def test_broken_logits_fail_one_prompt_alone_and_are_not_kept(worker, monkeypatc
 
     cluster, decode = worker()
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "forward", broken)
+        patch.setattr(CausalLM, "forward", broken)
         cluster.submit_local("broken", prompt(50), greedy(4))
         cluster.submit_local("fine", prompt(30, 1), greedy(4))
         cluster.run()
@@ -337,7 +335,7 @@ def test_prompts_that_begin_alike_are_computed_once(worker, tiny_checkpoint, ref
         cluster.submit_local(f"r{i}", token_ids, greedy(6))
         while decode.has_work:
             for event in decode.step():
-                cluster._take(event)
+                cluster.take(event)
                 reports += [event] if isinstance(event, PrefillReport) else []
         assert cluster.token_ids(f"r{i}") == reference_greedy(tiny_checkpoint("llama"), token_ids, 6)
     assert [report.cached_tokens for report in reports] == [0, 64]
@@ -350,14 +348,17 @@ def test_a_mixed_load_with_aborts_leaves_nothing_and_every_answer_is_right(worke
     )
     rng = random.Random(5)
     asked = {f"r{i}": (prompt(rng.randint(1, 90), i % 7), rng.randint(1, 30)) for i in range(40)}
-    pending, aborted = list(asked), set()
+    pending, aborted, under_way = list(asked), set(), []
     while pending or cluster.busy:
         if pending and rng.random() < 0.4:
             name = pending.pop()
             submit = cluster.submit_local if rng.random() < 0.5 else cluster.submit
             submit(name, asked[name][0], greedy(asked[name][1]))
-        if rng.random() < 0.06 and decode._sequences:
-            aborted.add(name := rng.choice(list(decode._sequences)))
+            under_way.append(name)
+        under_way = [name for name in under_way if len(cluster.token_ids(name)) < asked[name][1]]
+        if rng.random() < 0.06 and under_way:
+            aborted.add(name := rng.choice(under_way))
+            under_way.remove(name)
             cluster.abort(name)
         cluster.step()
         check_owners(decode)

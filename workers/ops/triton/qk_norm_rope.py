@@ -25,10 +25,26 @@ _FP8_MAX = tl.constexpr(FP8_MAX)
 
 
 @triton.jit
-def _store_half(ptrs: tl.tensor, values: tl.tensor, scale: tl.tensor, mask: tl.tensor, IS_FP8: tl.constexpr) -> None:
-    """Write half heads, already rounded to the model's dtype, to the cache; to an FP8 cache divided by `scale`."""
-    if IS_FP8:
-        scaled = tl.math.div_rn(values.to(tl.float32), tl.broadcast_to(scale[:, None], values.shape))
+def _load_pairs(
+    rows: tl.tensor, mask: tl.tensor, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, INTERLEAVED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The first and the second dimensions of the pairs of heads that begin at `rows` (H, 1), each (H, HALF_PADDED)."""
+    if INTERLEAVED:  # contiguous loads, and a thread has both of a pair
+        column = tl.arange(0, 2 * HALF_PADDED)[None, :]
+        both = tl.load(rows + column, mask=mask & (column < 2 * HALF), other=0.0)
+        first, second = tl.split(tl.reshape(both, (both.shape[0], HALF_PADDED, 2)))
+    else:
+        column = tl.arange(0, HALF_PADDED)[None, :]
+        first = tl.load(rows + column, mask=mask & (column < HALF), other=0.0)
+        second = tl.load(rows + column + HALF, mask=mask & (column < HALF), other=0.0)
+    return first, second
+
+
+@triton.jit
+def _store(ptrs: tl.tensor, values: tl.tensor, scale: tl.tensor | None, mask: tl.tensor) -> None:
+    """Write values, already rounded to the model's dtype; to an FP8 cache divided by `scale`."""
+    if scale is not None:
+        scaled = tl.math.div_rn(values.to(tl.float32), tl.broadcast_to(scale, values.shape))
         clamped = tl.clamp(scaled, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(ptrs, clamped.to(ptrs.dtype.element_ty), mask=mask)
     else:
@@ -36,10 +52,32 @@ def _store_half(ptrs: tl.tensor, values: tl.tensor, scale: tl.tensor, mask: tl.t
 
 
 @triton.jit
+def _store_pairs(
+    rows: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    scale: tl.tensor | None,
+    mask: tl.tensor,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+) -> None:
+    """Write what `_load_pairs` loads."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF_PADDED)[None, :]
+        both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * HALF_PADDED))
+        _store(rows + column, both, scale, mask & (column < 2 * HALF))
+    else:
+        column = tl.arange(0, HALF_PADDED)[None, :]
+        _store(rows + column, first, scale, mask & (column < HALF))
+        _store(rows + column + HALF, second, scale, mask & (column < HALF))
+
+
+@triton.jit
 def qk_norm_rope_kernel(
     qkv_ptr: tl.tensor,
     positions_ptr: tl.tensor,
-    cos_sin_ptr: tl.tensor,
+    cos_sin_ptr: tl.tensor | None,
     weight_ptr: tl.tensor | None,
     cache_ptr: tl.tensor | None,
     slots_ptr: tl.tensor | None,
@@ -56,14 +94,22 @@ def qk_norm_rope_kernel(
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    HALF: tl.constexpr,
     HALF_PADDED: tl.constexpr,
+    REST_PADDED: tl.constexpr,
+    ANGLES: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program: `HEADS` heads of one token, as first and second halves. Value heads come only with a cache."""
-    HALF: tl.constexpr = D // 2
+    """One program: `HEADS` heads of one token, as pairs of dimensions. Value heads come only with a cache.
+
+    `HALF` pairs are held, of which the first `ANGLES` turn: all of them where halves are rotated, and beside them the
+    rest of a head that is rotated in part. Of interleaved pairs all are held, and the last turn by nothing.
+    """
+    REST: tl.constexpr = D - 2 * HALF
     ROTATED: tl.constexpr = NUM_Q_HEADS + NUM_KV_HEADS
     NUM_HEADS: tl.constexpr = ROTATED if cache_ptr is None else ROTATED + NUM_KV_HEADS
     TILES: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
@@ -73,42 +119,57 @@ def qk_norm_rope_kernel(
     token = (tl.program_id(0) // TILES).to(tl.int64)
     first_head = tl.program_id(0) % TILES * HEADS
     head = first_head + tl.arange(0, HEADS)
-    column = tl.arange(0, HALF_PADDED)
-    in_head = (column < HALF)[None, :]
     rotated = (head < ROTATED)[:, None]
+    mask = (head < NUM_HEADS)[:, None]
 
-    ptrs = qkv_ptr + token * stride_token + head[:, None] * stride_head + column[None, :]
-    mask = (head < NUM_HEADS)[:, None] & in_head
-    first = tl.load(ptrs, mask=mask, other=0.0)
-    second = tl.load(ptrs + HALF, mask=mask, other=0.0)
-    angle_ptrs = cos_sin_ptr + tl.load(positions_ptr + token) * stride_position + column
-    cosines = tl.load(angle_ptrs, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-    sines = tl.load(angle_ptrs + HALF, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-
+    rows = qkv_ptr + token * stride_token + head[:, None] * stride_head
+    first, second = _load_pairs(rows, mask, HALF, HALF_PADDED, INTERLEAVED)
     a = first.to(tl.float32)
     b = second.to(tl.float32)
+    if REST:
+        rest_column = 2 * HALF + tl.arange(0, REST_PADDED)[None, :]
+        rest = tl.load(rows + rest_column, mask=mask & (rest_column < D), other=0.0)
+
     if weight_ptr is not None:
-        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
-        weight_ptrs = weight_ptr + head[:, None] * D + column[None, :]
-        a *= scale * tl.load(weight_ptrs, mask=rotated & in_head, other=0.0).to(tl.float32)
-        b *= scale * tl.load(weight_ptrs + HALF, mask=rotated & in_head, other=0.0).to(tl.float32)
-    first = tl.where(rotated, (a * cosines - b * sines).to(first.dtype), first)
-    second = tl.where(rotated, (b * cosines + a * sines).to(second.dtype), second)
-    tl.store(ptrs, first, mask=rotated & in_head)
-    tl.store(ptrs + HALF, second, mask=rotated & in_head)
+        squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)
+        if REST:
+            r = rest.to(tl.float32)
+            squares += tl.sum(r * r, axis=1)
+        scale = tl.rsqrt(squares / D + eps)[:, None]
+        weight_rows = weight_ptr + head[:, None] * D
+        first_weight, second_weight = _load_pairs(weight_rows, rotated, HALF, HALF_PADDED, INTERLEAVED)
+        a *= scale * first_weight.to(tl.float32)
+        b *= scale * second_weight.to(tl.float32)
+        if REST:
+            rest_weight = tl.load(weight_rows + rest_column, mask=rotated & (rest_column < D), other=0.0)
+            rest = tl.where(rotated, (r * scale * rest_weight.to(tl.float32)).to(rest.dtype), rest)
+            tl.store(rows + rest_column, rest, mask=rotated & (rest_column < D))
+    if cos_sin_ptr is not None:
+        pair = tl.arange(0, HALF_PADDED)
+        angle_ptrs = cos_sin_ptr + tl.load(positions_ptr + token) * stride_position + pair
+        cosines = tl.load(angle_ptrs, mask=pair < ANGLES, other=1.0).to(tl.float32)[None, :]
+        sines = tl.load(angle_ptrs + ANGLES, mask=pair < ANGLES, other=0.0).to(tl.float32)[None, :]
+        turned = a * cosines - b * sines
+        b = b * cosines + a * sines
+        a = turned
+    if cos_sin_ptr is not None or weight_ptr is not None:
+        first = tl.where(rotated, a.to(first.dtype), first)
+        second = tl.where(rotated, b.to(second.dtype), second)
+        _store_pairs(rows, first, second, None, rotated, HALF, HALF_PADDED, INTERLEAVED)
 
     if cache_ptr is not None and first_head + HEADS > NUM_Q_HEADS:
         slot = tl.load(slots_ptr + token)
         if slot >= 0:
             is_value = (head >= ROTATED).to(tl.int32)
             kv_head = head - NUM_Q_HEADS - is_value * NUM_KV_HEADS
-            rows = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_offset
-            rows += is_value * stride_kv + kv_head * stride_kv_head
-            cache_ptrs = cache_ptr + rows[:, None] + column[None, :]
-            kv_scale = tl.where(is_value != 0, v_scale, k_scale)
+            offsets = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_offset
+            offsets += is_value * stride_kv + kv_head * stride_kv_head
+            cache_rows = cache_ptr + offsets[:, None]
+            kv_scale = tl.where(is_value != 0, v_scale, k_scale)[:, None] if IS_FP8 else None
             mask &= (head >= NUM_Q_HEADS)[:, None]
-            _store_half(cache_ptrs, first, kv_scale, mask, IS_FP8)
-            _store_half(cache_ptrs + HALF, second, kv_scale, mask, IS_FP8)
+            _store_pairs(cache_rows, first, second, kv_scale, mask, HALF, HALF_PADDED, INTERLEAVED)
+            if REST:
+                _store(cache_rows + rest_column, rest, kv_scale, mask & (rest_column < D))
 
 
 def launch_qk_norm_rope(
@@ -116,10 +177,11 @@ def launch_qk_norm_rope(
     num_q_heads: int,
     num_kv_heads: int,
     positions: torch.Tensor,
-    cos_sin: torch.Tensor,
+    cos_sin: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     eps: float,
     cache: CacheWrite | None,
+    interleaved: bool = False,
 ) -> None:
     """Normalise, rotate and store; see `workers.ops.qk_norm_rope` for the arguments."""
     num_tokens, _, head_size = qkv.shape
@@ -127,7 +189,9 @@ def launch_qk_norm_rope(
         return
     num_heads = num_q_heads + num_kv_heads * (1 if cache is None else 2)
     num_programs = num_tokens * triton.cdiv(num_heads, _HEADS)
-    half = triton.next_power_of_2(head_size // 2)
+    angles = head_size // 2 if cos_sin is None else cos_sin.shape[1] // 2
+    half = head_size // 2 if interleaved else angles
+    half_padded = triton.next_power_of_2(half)
     scales = (1.0, 1.0) if cache is None else (cache.scales.k, cache.scales.v)
     with on_device(qkv):
         qk_norm_rope_kernel[(num_programs,)](
@@ -141,16 +205,20 @@ def launch_qk_norm_rope(
             *scales,
             qkv.stride(0),
             qkv.stride(1),
-            cos_sin.stride(0),
+            0 if cos_sin is None else cos_sin.stride(0),
             *((0, 0, 0, 0) if cache is None else cache.kv_cache.stride()[:4]),
             NUM_Q_HEADS=num_q_heads,
             NUM_KV_HEADS=num_kv_heads,
             D=head_size,
-            HALF_PADDED=half,
+            HALF=half,
+            HALF_PADDED=half_padded,
+            REST_PADDED=triton.next_power_of_2(head_size - 2 * half),
+            ANGLES=angles,
+            INTERLEAVED=interleaved,
             BLOCK_SIZE=1 if cache is None else cache.kv_cache.shape[2],
             HEADS=_HEADS,
             IS_FP8=cache is not None and cache.kv_cache.dtype == FP8,
-            num_warps=num_warps(_HEADS * half),
+            num_warps=num_warps(_HEADS * half_padded),
             **dependent_launch(qkv.device, num_programs),
         )
 

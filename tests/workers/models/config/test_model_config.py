@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from workers.errors import CheckpointError
+from workers.errors import CheckpointError, ConfigError
 from workers.models.config.model_config import ModelConfig
+from workers.models.registry import parse_model, read_model
 from workers.ops.rope_config import Llama3Scaling
 
 LLAMA: dict[str, Any] = {
@@ -39,30 +40,38 @@ KV_ONLY = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_
 QWEN = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 
+def read_config(*config: Any, **options: Any) -> Any:
+    return parse_model(*config, **options)[1]
+
+
+def windows(config: ModelConfig) -> tuple[int | None, ...]:
+    return tuple(layer.sliding_window for layer in config.attention)
+
+
 def test_llama() -> None:
-    config = ModelConfig.from_dict(LLAMA)
+    config = read_config(LLAMA)
     assert config.family == "llama"
-    assert (config.head_size, config.num_kv_heads, config.dtype) == (16, 2, "bfloat16")
-    assert config.rope.theta == 500000.0
-    assert config.rope.scaling is None
-    assert config.sliding_windows == (None, None, None)
+    assert (config.attention[0].head_size, config.attention[0].num_kv_heads, config.dtype) == (16, 2, "bfloat16")
+    assert config.attention[0].rope.theta == 500000.0
+    assert config.attention[0].rope.scaling is None
+    assert windows(config) == (None, None, None)
     flags = (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, config.tie_word_embeddings)
     assert not any(flags)
     assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
 
 
 def test_biases_follow_the_family() -> None:
-    biased = ModelConfig.from_dict({**LLAMA, "attention_bias": True, "mlp_bias": True})
+    biased = read_config({**LLAMA, "attention_bias": True, "mlp_bias": True})
     assert biased.qkv_bias
     assert biased.o_bias
     assert biased.mlp_bias
-    qwen2 = ModelConfig.from_dict(QWEN)
+    qwen2 = read_config(QWEN)
     assert qwen2.qkv_bias
     assert not qwen2.o_bias
-    qwen3 = ModelConfig.from_dict({**LLAMA, "architectures": ["Qwen3ForCausalLM"]})
+    qwen3 = read_config({**LLAMA, "architectures": ["Qwen3ForCausalLM"]})
     assert qwen3.qk_norm
     assert not qwen3.qkv_bias
-    assert qwen3.head_size == 128
+    assert qwen3.attention[0].head_size == 128
 
 
 @pytest.mark.parametrize(
@@ -74,34 +83,54 @@ def test_biases_follow_the_family() -> None:
     ],
 )
 def test_both_spellings_of_rope(rope: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict({**LLAMA, **rope})
-    assert config.rope.theta == 500000.0
-    assert config.rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    config = read_config({**LLAMA, **rope})
+    assert config.attention[0].rope.theta == 500000.0
+    assert config.attention[0].rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "unasked", "most"),
+    [
+        ({}, 2048, 2048),
+        ({"rope_type": "linear", "factor": 4.0}, 2048, 8192),
+        ({"rope_type": "dynamic", "factor": 2.0}, 2048, 4096),
+        ({"rope_type": "yarn", "factor": 4.0}, 8192, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048, 2048),
+        ({"rope_type": "llama3", **SCALING}, 2048, 2048),
+    ],
+)
+def test_how_far_scaled_positions_reach(scaling: dict[str, Any], unasked: int, most: int) -> None:
+    config = read_config({**LLAMA, "rope_scaling": scaling})
+    assert config.context_length() == unasked
+    assert config.context_length(most) == most
+    assert config.context_length(100) == 100
+    with pytest.raises(ConfigError, match=f"max_model_len is {most + 1}, the model has {most} positions"):
+        config.context_length(most + 1)
 
 
 def test_sliding_windows() -> None:
     mistral = {**LLAMA, "architectures": ["MistralForCausalLM"]}
-    assert ModelConfig.from_dict({**mistral, "sliding_window": 7}).sliding_windows == (7, 7, 7)
-    assert ModelConfig.from_dict({**mistral, "sliding_window": None}).sliding_windows == (None, None, None)
-    assert ModelConfig.from_dict(mistral).sliding_windows == (4096, 4096, 4096)
+    assert windows(read_config({**mistral, "sliding_window": 7})) == (7, 7, 7)
+    assert windows(read_config({**mistral, "sliding_window": None})) == (None, None, None)
+    assert windows(read_config(mistral)) == (4096, 4096, 4096)
     windowed = {**QWEN, "sliding_window": 9, "max_window_layers": 2}
-    assert ModelConfig.from_dict(windowed).sliding_windows == (None, None, None)
+    assert windows(read_config(windowed)) == (None, None, None)
     windowed["use_sliding_window"] = True
-    assert ModelConfig.from_dict(windowed).sliding_windows == (None, None, 9)
+    assert windows(read_config(windowed)) == (None, None, 9)
     windowed["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
-    assert ModelConfig.from_dict(windowed).sliding_windows == (9, None, None)
+    assert windows(read_config(windowed)) == (9, None, None)
 
 
 def test_end_of_sequence_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": [2, 7]}))
-    assert ModelConfig.from_file(tmp_path).eos_token_ids == (2, 7)
+    assert read_model(tmp_path)[1].eos_token_ids == (2, 7)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2]}))
-    assert ModelConfig.from_file(tmp_path).eos_token_ids == (2, 7, 9)
-    assert ModelConfig.from_dict({**LLAMA, "eos_token_id": None}).eos_token_ids == ()
+    assert read_model(tmp_path)[1].eos_token_ids == (2, 7, 9)
+    assert read_config({**LLAMA, "eos_token_id": None}).eos_token_ids == ()
 
 
 def test_the_family_comes_from_model_type_where_no_architecture_is_stated() -> None:
-    assert ModelConfig.from_dict({**LLAMA, "architectures": None, "model_type": "mistral"}).family == "mistral"
+    assert read_config({**LLAMA, "architectures": None, "model_type": "mistral"}).family == "mistral"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +142,7 @@ def test_the_family_comes_from_model_type_where_no_architecture_is_stated() -> N
         ),
         ({"architectures": None, "model_type": "gpt2"}, "model_type: 'gpt2' is not supported"),
         ({"architectures": "LlamaForCausalLM"}, "architectures: must be a list"),
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act: activation 'relu' is none of silu"),
         ({"vocab_size": None}, "vocab_size: is missing"),
         ({"vocab_size": "512"}, "vocab_size: must be an integer, not '512'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: must be at least 1"),
@@ -154,17 +183,13 @@ def test_the_family_comes_from_model_type_where_no_architecture_is_stated() -> N
             "a scale a tensor",
         ),
         ({"quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}}, "'NVFP4' is not"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type: 'yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type: 'linear' is not supported"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per kind of layer"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: is missing"),
-        ({"rope_scaling": "llama3"}, "rope_scaling: must be an object"),
+        ({"rope_scaling": {"rope_type": "axial"}}, "rope_scaling.rope_type: 'axial' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_key(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
-        ModelConfig.from_dict({**LLAMA, **change}, source="/models/x/config.json")
+        read_config({**LLAMA, **change}, source="/models/x/config.json")
     assert str(error.value).startswith("/models/x/config.json: ")
 
 
@@ -179,26 +204,25 @@ def test_what_cannot_be_run_is_refused_by_key(change: dict[str, Any], message: s
     ],
 )
 def test_the_cache_alone_may_be_quantized(quantization: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict({**LLAMA, "quantization_config": quantization})
-    assert config == ModelConfig.from_dict(LLAMA)
+    config = read_config({**LLAMA, "quantization_config": quantization})
+    assert config == read_config(LLAMA)
 
 
 @pytest.mark.parametrize(("size", "heads", "kv_heads"), [(1, 8, 4), (2, 4, 2), (4, 2, 1), (8, 1, 1)])
 def test_a_ranks_share(size: int, heads: int, kv_heads: int) -> None:
-    whole = ModelConfig.from_dict({**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 517})
-    shard = whole.sharded(size)
-    assert (shard.num_heads, shard.num_kv_heads, shard.intermediate_size) == (heads, kv_heads, 96 // size)
-    same = ("hidden_size", "head_size", "vocab_size", "num_layers", "qk_norm", "rope")
-    assert all(getattr(shard, name) == getattr(whole, name) for name in same)
+    whole = read_config({**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 517})
+    shard = whole.attention[0].sharded(size)
+    assert (shard.num_heads, shard.num_kv_heads) == (heads, kv_heads)
+    assert replace(shard, num_heads=8, num_kv_heads=4) == whole.attention[0]
     assert 517 <= whole.vocab_share(size) * size < 517 + size
 
 
 def test_layer_types_must_fit() -> None:
     windowed = {**QWEN, "use_sliding_window": True, "sliding_window": 9}
     with pytest.raises(CheckpointError, match="layer_types: must be a list of 3"):
-        ModelConfig.from_dict({**windowed, "layer_types": ["full_attention"]})
+        read_config({**windowed, "layer_types": ["full_attention"]})
     with pytest.raises(CheckpointError, match="'chunked_attention' is not supported"):
-        ModelConfig.from_dict({**windowed, "layer_types": ["chunked_attention"] * 3})
+        read_config({**windowed, "layer_types": ["chunked_attention"] * 3})
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "is missing"), ("{", "cannot be read"), ("[]", "JSON object")])
@@ -206,13 +230,14 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: str | None, messag
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message) as error:
-        ModelConfig.from_file(tmp_path)
+        read_model(tmp_path)[1]
     assert str(tmp_path / "config.json") in str(error.value)
 
 
 def test_most_of_a_layer_comes_after_its_keys_and_values() -> None:
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8, "head_size": 128}
-    layer = replace(ModelConfig.from_dict(LLAMA), **shape)
+    shape = {"hidden_size": 4096, "intermediate_size": 14336}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    layer = read_config({**LLAMA, **shape, **heads})
     projections = 4096 * (4096 + 2 * 1024), 4096 * 4096 + 3 * 4096 * 14336
     assert layer.share_after_attention(0) == projections[1] / sum(projections)
     assert 0.7 < layer.share_after_attention(8192) < layer.share_after_attention(512) < 0.9

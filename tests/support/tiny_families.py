@@ -1,0 +1,198 @@
+"""Families of models as tiny random checkpoints, and what varies within each: a row a family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,  # large enough that attention matters and greedy choices are not near ties
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "truncate": False}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + i / 8 for i in range(6)],
+    "long_factor": [1.5 + i for i in range(6)],
+}
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A family.
+
+    Attributes:
+        prefix: of its classes in transformers.
+        settings: of its config, on top of `COMMON`.
+        variations: further settings, by name, that every test of all families runs with, too.
+        config: the prefix of its config's class; None: `prefix`.
+    """
+
+    prefix: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    variations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: str | None = None
+
+
+FAMILIES: dict[str, TinyFamily] = {
+    "cohere2": TinyFamily(
+        "Cohere2",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 24,
+            "logit_scale": 0.25,
+        },
+        {"untied-biased": {"tie_word_embeddings": False, "attention_bias": True}},
+    ),
+    "glm": TinyFamily(
+        "Glm", variations={"whole-unbiased": {"attention_bias": False, "partial_rotary_factor": 1.0, "head_dim": 32}}
+    ),
+    "glm4": TinyFamily("Glm4", variations={"tied-unbiased": {"tie_word_embeddings": True, "attention_bias": False}}),
+    "gpt_oss": TinyFamily(
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "rope_parameters": {**_YARN, "rope_theta": 150000.0},
+        },
+        {
+            "unbiased": {"attention_bias": False, "swiglu_limit": 2.0, "swiglu_alpha": 1.2},
+            "upside-down": {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+        },
+    ),
+    "granite": TinyFamily(
+        "Granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.125,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+        {"tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}},
+    ),
+    "llama": TinyFamily(
+        "Llama",
+        variations={
+            "tied": {"tie_word_embeddings": True},
+            "biased-mha": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+            "wide-heads": {"head_dim": 40, "vocab_size": 517},
+        },
+    ),
+    "llama3": TinyFamily("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama4": TinyFamily(
+        "Llama4",
+        {
+            "num_local_experts": 4,
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 128,
+            "attention_chunk_size": 32,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+        },
+        {
+            "interleaved": {
+                "interleave_moe_layer_step": 2,
+                "use_qk_norm": False,
+                "num_experts_per_tok": 2,
+                "no_rope_layers": [0, 1, 1, 0],
+            },
+            "untuned": {"moe_layers": [0], "attn_temperature_tuning": False, "attention_bias": True},
+            "llama3-rope": {"rope_parameters": _LLAMA3_ROPE},
+        },
+        config="Llama4Text",
+    ),
+    "mistral": TinyFamily("Mistral", {"sliding_window": 24}, {"no-window": {"sliding_window": None}}),
+    "mixtral": TinyFamily(
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"window": {"sliding_window": 20, "num_experts_per_tok": 1}},
+    ),
+    "olmo2": TinyFamily("Olmo2", variations={"biased-mha": {"attention_bias": True, "num_key_value_heads": 4}}),
+    "phi3": TinyFamily(
+        "Phi3",
+        variations={
+            "window": {"sliding_window": 24, "num_key_value_heads": 4},
+            "tied-longrope": {
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+                "rope_parameters": _LONGROPE,
+                "original_max_position_embeddings": 2048,  # all that is served: its short set is for every length
+            },
+        },
+    ),
+    "qwen2": TinyFamily(
+        "Qwen2",
+        variations={
+            "tied": {"tie_word_embeddings": True},
+            "window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        },
+    ),
+    "qwen2_moe": TinyFamily(
+        "Qwen2Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+        {
+            "window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "qkv_bias": False},
+            "some-dense": {"decoder_sparse_step": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
+        },
+    ),
+    "qwen3": TinyFamily(
+        "Qwen3",
+        {"head_dim": 32},
+        {
+            "tied-biased": {"tie_word_embeddings": True, "attention_bias": True},
+            "window": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
+        },
+    ),
+    "qwen3_moe": TinyFamily(
+        "Qwen3Moe",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        {
+            "some-dense": {"mlp_only_layers": [1], "norm_topk_prob": False, "attention_bias": True},
+            "window": {"use_sliding_window": True, "sliding_window": 20},
+        },
+    ),
+    "smollm3": TinyFamily(
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1]},
+        {
+            "window": {"use_sliding_window": True, "sliding_window": 20},
+            "untied-biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+        },
+    ),
+}
+
+
+def variations() -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Every family as it is and with each of its variations: (family, overrides) by name."""
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for name, family in FAMILIES.items():
+        found[name] = (name, {})
+        found.update({f"{name}-{suffix}": (name, overrides) for suffix, overrides in family.variations.items()})
+    return found

@@ -1,0 +1,306 @@
+"""The grouped product by every way that this machine has, and its kernels, against float64.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from workers.layers.activation import GatedActivation
+from workers.layers.moe.grouped_linear import grouped_linear, usable_ways
+from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
+from workers.layers.moe.token_groups import TokenGroups, group_tokens, group_tokens_torch
+from workers.layers.moe.ways import WAYS, way_for
+from workers.layers.moe.weighted_sum import weighted_sum, weighted_sum_torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = [
+    GatedActivation("silu"),
+    GatedActivation("gelu"),
+    GatedActivation("gelu_tanh"),
+    GatedActivation("clamped_swiglu", 1.702, 2.0),
+]
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> SimpleNamespace:
+    """The launch functions, of kernels that the interpreter runs where there is no GPU."""
+    with mock.patch.dict(os.environ, {} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"}):
+        language = pytest.importorskip("triton.language")
+        from workers.ops.triton import grouped_linear, grouped_tiles, token_groups, weighted_sum
+    for function in (language.sum, grouped_linear.grouped_linear_kernel, token_groups.tile_map_kernel):
+        if DEVICE.type == "cpu" and type(function).__name__ != "InterpretedFunction":
+            pytest.skip("Triton was imported to compile: needs TRITON_INTERPRET=1 or a CUDA device")
+    return SimpleNamespace(
+        product=grouped_linear.launch_grouped_linear,
+        tile=grouped_tiles.GroupedTile(16, 32, 16, bundle=2, num_stages=2, num_warps=2),
+        groups=token_groups.launch_group_tokens,
+        tile_map=token_groups.launch_tile_map,
+        most_tiles=token_groups.most_tiles,
+        sum=weighted_sum.launch_weighted_sum,
+    )
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def some_ids(num_tokens: int, num_experts: int, top_k: int, seed: int = 0) -> torch.Tensor:
+    """Experts of tokens, those of small numbers more often, and the last never."""
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.arange(num_experts - 1, 0, -1).double().expand(num_tokens, -1)
+    return torch.multinomial(chances, top_k, generator=generator).to(DEVICE)
+
+
+def exact(
+    x: torch.Tensor, weight: PlainWeight, ids: torch.Tensor, activation: GatedActivation | None = None
+) -> torch.Tensor:
+    """(T * k, M) float64, in the order of the pairs."""
+    rows = x.double().repeat_interleave(ids.shape[1], dim=0)
+    experts = ids.reshape(-1)
+    product = torch.einsum("nk,nmk->nm", rows, weight.weight.double()[experts])
+    if weight.bias is not None:
+        product += weight.bias.double()[experts]
+    if activation is None:
+        return product
+    gate, up = product.chunk(2, dim=-1)
+    if activation.kind == "clamped_swiglu":
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    if activation.kind == "silu":
+        return gate * torch.sigmoid(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh" if "tanh" in activation.kind else "none") * up
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> None:
+    """Float32 sums err by some units of the largest; the interpreter rounds to bfloat16 towards zero."""
+    unit = torch.finfo(actual.dtype).eps * (1.0 if DEVICE.type == "cpu" else 0.51) * roundings
+    allowed = unit * (expected.abs() + (roundings - 1) * expected.abs().max())
+    allowed += 100 * torch.finfo(torch.float32).eps * (1.0 + expected.abs().max())
+    assert not actual.isnan().any()
+    assert ((actual.double() - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (5, 3, 2), (300, 9, 4), (1500, 5, 1)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pairs_are_sorted_by_expert(
+    kernels: SimpleNamespace, num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype
+) -> None:
+    ids = some_ids(num_tokens, num_experts, top_k).to(dtype)
+    by_hand = [[n for n, e in enumerate(ids.reshape(-1).tolist()) if e == expert] for expert in range(num_experts)]
+    ends = [sum(map(len, by_hand[:e])) for e in range(num_experts + 1)]
+    made = [group_tokens(ids, num_experts), group_tokens_torch(ids, num_experts)]
+    made.append(TokenGroups(*kernels.groups(ids, num_experts), top_k))
+    in_order = [n for expert in by_hand for n in expert]
+    for groups in made:
+        assert groups.pairs.tolist() == in_order
+        assert groups.offsets.tolist() == ends
+        assert groups.tokens.tolist() == [n // top_k for n in in_order]
+        assert (groups.pairs.dtype, groups.offsets.dtype) == (torch.int32, torch.int32)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (40, 3, 2), (90, 40, 4)])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_tiles_hold_every_pair_once(
+    kernels: SimpleNamespace, num_tokens: int, num_experts: int, top_k: int, rows: int
+) -> None:
+    groups = group_tokens(some_ids(num_tokens, num_experts, top_k), num_experts)
+    offsets = groups.offsets.tolist()
+    wanted = [
+        (expert, row) for expert in range(num_experts) for row in range(offsets[expert], offsets[expert + 1], rows)
+    ]
+    experts, first_rows = kernels.tile_map(groups.offsets, groups.num_pairs, rows)
+    assert len(wanted) <= len(experts) == kernels.most_tiles(groups.num_pairs, num_experts, rows)
+    assert list(zip(experts.tolist(), first_rows.tolist(), strict=True))[: len(wanted)] == wanted
+    assert set(experts.tolist()[len(wanted) :]) <= {num_experts}
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_inputs", "num_outputs", "dtype"),
+    [(1, 16, 32, torch.float32), (30, 33, 40, torch.float32), *[(9, 40, 20, dtype) for dtype in DTYPES]],
+)
+def test_kernel_gathers_multiplies_and_spreads(
+    kernels: SimpleNamespace, num_tokens: int, num_inputs: int, num_outputs: int, dtype: torch.dtype
+) -> None:
+    ids = some_ids(num_tokens, 4, 2)
+    x = randn(num_tokens, num_inputs, dtype=dtype)
+    weight = PlainWeight(randn(4, num_outputs, num_inputs, dtype=dtype, seed=1), randn(4, num_outputs, dtype=dtype))
+    groups, expected = group_tokens(ids, 4), exact(x, weight, ids)
+    pairs = x.repeat_interleave(2, dim=0)
+    for source, pairs_per_row, spread in ((x, 2, False), (pairs, 1, True), (pairs[groups.pairs.long()], 0, True)):
+        out = torch.full((2 * num_tokens, num_outputs), NAN, dtype=dtype, device=DEVICE)
+        kernels.product(
+            out,
+            source,
+            weight.weight,
+            groups.pairs,
+            groups.offsets,
+            bias=weight.bias,
+            pairs_per_row=pairs_per_row,
+            spread=spread,
+            tile=kernels.tile,
+        )
+        assert_close(out, expected if spread else expected[groups.pairs.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
+def test_kernel_applies_the_activation_before_rounding(
+    kernels: SimpleNamespace, activation: GatedActivation, dtype: torch.dtype
+) -> None:
+    ids, x = some_ids(8, 3, 2), randn(8, 32, dtype=dtype)
+    weight = PlainWeight(randn(3, 2 * 24, 32, dtype=dtype, seed=1) / 4, randn(3, 48, dtype=dtype, seed=2))
+    groups = group_tokens(ids, 3)
+    out = torch.full((16, 24), NAN, dtype=dtype, device=DEVICE)
+    kernels.product(
+        out,
+        x,
+        weight.weight,
+        groups.pairs,
+        groups.offsets,
+        bias=weight.bias,
+        pairs_per_row=2,
+        spread=True,
+        activation=(activation.kind, activation.alpha, activation.limit),
+        tile=kernels.tile,
+    )
+    assert_close(out, exact(x, weight, ids, activation))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 150])
+def test_kernel_with_the_tables_tiles(kernels: SimpleNamespace, num_tokens: int) -> None:
+    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    ids, x = some_ids(num_tokens, 3, 2), randn(num_tokens, 96, dtype=dtype)
+    weight = PlainWeight(randn(3, 144, 96, dtype=dtype, seed=1))
+    groups = group_tokens(ids, 3)
+    out = torch.full((num_tokens * 2, 144), NAN, dtype=dtype, device=DEVICE)
+    kernels.product(out, x, weight.weight, groups.pairs, groups.offsets, pairs_per_row=2, spread=True)
+    assert_close(out, exact(x, weight, ids))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 31])
+def test_every_way_is_the_product(num_tokens: int, activation: GatedActivation | None, dtype: torch.dtype) -> None:
+    ids, x = some_ids(num_tokens, 8, 3), randn(num_tokens, 64, dtype=dtype)
+    weight = PlainWeight(randn(8, 48, 64, dtype=dtype, seed=1) / 4, randn(8, 48, dtype=dtype, seed=2))
+    groups, expected = group_tokens(ids, 8), exact(x, weight, ids, activation)
+    pairs = x.repeat_interleave(3, dim=0)
+    sources = {"tokens": x, "pairs": pairs, "sorted": pairs[groups.pairs.long()]}
+    for way in usable_ways(weight):
+        for rows, source in sources.items():
+            spread = grouped_linear(source, weight, groups, rows=rows, out_rows="pairs", activation=activation, way=way)
+            assert_close(spread, expected, roundings=3)
+            in_order = grouped_linear(source, weight, groups, rows=rows, activation=activation, way=way)
+            assert torch.equal(in_order, spread[groups.pairs.long()])
+
+
+class CountingWeight(GroupedWeight):
+    """Whole numbers with a scale for each expert, as a format that stays quantised would be."""
+
+    def __init__(self, numbers: torch.Tensor, scales: torch.Tensor) -> None:
+        self.numbers, self.scales, self.used = numbers, scales, []
+        self.shape, self.dtype, self.device = tuple(numbers.shape), torch.float32, numbers.device
+
+    shape = dtype = device = None  # type: ignore[assignment]  # instance attributes in place of the properties
+
+    def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        self.used.append(expert)
+        return x @ (self.numbers[expert].float() * self.scales[expert]).t()
+
+
+def test_a_format_needs_no_more_than_its_own_product() -> None:
+    numbers = torch.randint(-7, 8, (5, 12, 16), dtype=torch.int8, device=DEVICE)
+    weight = CountingWeight(numbers, torch.rand(5, device=DEVICE))
+    ids, x = torch.tensor([[4, 1], [1, 2]], device=DEVICE), randn(2, 16)
+    assert usable_ways(weight) == ("loop",)
+    out = grouped_linear(x, weight, group_tokens(ids, 5), rows="tokens", out_rows="pairs")
+    plain = PlainWeight((numbers.float() * weight.scales[:, None, None]).contiguous())
+    assert_close(out, exact(x, plain, ids))
+    assert weight.used == [1, 2, 4], "nothing is computed for experts without tokens"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("with_added", [False, True])
+def test_weighted_sum(kernels: SimpleNamespace, dtype: torch.dtype, weighted: bool, with_added: bool) -> None:
+    rows = randn(7 * 3, 50, dtype=dtype)
+    weights = randn(7, 3, seed=1) if weighted else None
+    added = randn(7, 50, dtype=dtype, seed=2) if with_added else None
+    expected = rows.double().view(7, 3, 50)
+    expected = (expected if weights is None else expected * weights.double()[..., None]).sum(dim=1)
+    expected = expected if added is None else expected + added.double()
+    out = torch.full((7, 50), NAN, dtype=dtype, device=DEVICE)
+    kernels.sum(out, rows, 3, weights, added)
+    for result in (out, weighted_sum(rows, 3, weights, added), weighted_sum_torch(rows, 3, weights, added)):
+        assert_close(result, expected)
+
+
+def test_the_table_names_ways_in_order_of_tokens() -> None:
+    for ways in WAYS.values():
+        assert [begin for begin, _ in ways] == sorted({begin for begin, _ in ways})
+        assert ways[0][0] <= 1
+        assert all(preferred[-1] == "loop" for _, preferred in ways)
+
+
+def test_the_first_preferred_way_that_is_usable_is_taken() -> None:
+    table = {"cuda": ((1, ("triton", "loop")), (64, ("torch", "triton", "loop")))}
+    with mock.patch("workers.layers.moe.ways.WAYS", table):
+        cuda = torch.device("cuda")
+        assert way_for(63, ("triton", "torch", "loop"), cuda) == "triton"
+        assert way_for(64, ("triton", "torch", "loop"), cuda) == "torch"
+        assert way_for(64, ("triton", "loop"), cuda) == "triton"
+        assert way_for(64, ("loop",), cuda) == "loop"
+        assert way_for(64, ("triton", "loop"), torch.device("xpu")) == "loop"
+
+
+def test_a_way_that_cannot_compute_it_is_refused() -> None:
+    weight = PlainWeight(randn(2, 8, 8).cpu())
+    with pytest.raises(ValueError, match="on cpu cannot be computed by triton"):
+        grouped_linear(randn(2, 8).cpu(), weight, group_tokens(torch.tensor([[0], [1]]), 2), way="triton")
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight of shape \(2, 3, 4\) with strides"):
+        PlainWeight(randn(2, 4, 3).mT)
+    with pytest.raises(ValueError, match=r"bias of torch.float32 \(2, 4\)"):
+        PlainWeight(randn(2, 3, 4), randn(2, 4))
+    with pytest.raises(ValueError, match="pairs of 3 experts for the weights of 2"):
+        grouped_linear(randn(1, 4), PlainWeight(randn(2, 3, 4)), group_tokens(torch.zeros(1, 1).long(), 3))
+    with pytest.raises(ValueError, match="3 outputs: a gated activation"):
+        grouped_linear(
+            randn(1, 4),
+            PlainWeight(randn(2, 3, 4)),
+            group_tokens(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), 2),
+            activation=ACTIVATIONS[0],
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("way", ["triton", "torch"])
+def test_a_cuda_graph_replays_any_routing(way: str) -> None:
+    weight = PlainWeight(randn(8, 128, 64, dtype=torch.bfloat16, seed=1))
+    x, ids = randn(32, 64, dtype=torch.bfloat16), some_ids(32, 8, 2)
+
+    def run() -> torch.Tensor:
+        return grouped_linear(x, weight, group_tokens(ids, 8), rows="tokens", out_rows="pairs", way=way)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in range(1, 4):
+        ids.copy_(some_ids(32, 8, 2, seed))
+        x.copy_(randn(32, 64, dtype=torch.bfloat16, seed=seed))
+        graph.replay()
+        assert_close(out, exact(x, weight, ids))

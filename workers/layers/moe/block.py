@@ -1,0 +1,108 @@
+"""Router, experts and shared experts of one layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from workers.layers.moe.experts import Experts
+from workers.layers.moe.routing import RouterConfig, route
+
+
+class Router(nn.Module):
+    """The linear map that scores experts, whole on every rank, and the choice by its scores.
+
+    Args:
+        config: the family's router.
+        hidden_size: H.
+        dtype: of its weight and of activations.
+        device: where it is.
+        bias: whether the map has one (gpt-oss).
+        corrected: whether there is an `e_score_correction_bias`, which is kept in float32 (DeepSeek-V3).
+        in_float32: whether the map is computed in float32 whatever the dtype (DeepSeek).
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        bias: bool = False,
+        corrected: bool = False,
+        in_float32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._in_float32 = in_float32
+        self.weight = _empty((config.num_experts, hidden_size), torch.float32 if in_float32 else dtype, device)
+        self.bias = _empty((config.num_experts,), self.weight.dtype, device) if bias else None
+        self.e_score_correction_bias = _empty((config.num_experts,), torch.float32, device) if corrected else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, H) to (T, k) int64 ids of experts and (T, k) float32 weights."""
+        logits = F.linear(x.float() if self._in_float32 else x, self.weight, self.bias)
+        return route(logits, self.config, self.e_score_correction_bias)
+
+
+class PartialMLP(Protocol):
+    """An MLP that the ranks of a group share out among them."""
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H) to (T, H): this rank's summand."""
+        ...
+
+
+class SharedExpert(nn.Module):
+    """What every token goes through beside its experts, optionally times `sigmoid(gate(x))` (Qwen2-MoE).
+
+    Args:
+        mlp: a module.
+        hidden_size: H.
+        gated: whether there is a gate.
+        dtype: of the gate's weight.
+        device: where it is.
+    """
+
+    def __init__(
+        self, mlp: PartialMLP, hidden_size: int, gated: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.gate_weight = _empty((1, hidden_size), dtype, device) if gated else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H) to (T, H); a partial sum stays one, because the gate is the same on every rank."""
+        out = self.mlp.partial(x)
+        return out if self.gate_weight is None else torch.sigmoid(F.linear(x, self.gate_weight)) * out
+
+
+class MoEBlock(nn.Module):
+    """A layer's MLP as a mixture of experts.
+
+    Args:
+        router: which experts.
+        experts: what they compute.
+        shared_expert: what all tokens go through; None: nothing.
+    """
+
+    def __init__(self, router: Router, experts: Experts, shared_expert: SharedExpert | None = None) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared_expert = shared_expert
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H) to (T, H): on one of several ranks its partial sum, which the caller reduces."""
+        ids, weights = self.router(x)
+        shared = None if self.shared_expert is None else self.shared_expert(x)
+        out: torch.Tensor = self.experts(x, ids, weights, weighs_input=self.router.config.weighs_input, added=shared)
+        return out
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

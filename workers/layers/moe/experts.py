@@ -1,0 +1,192 @@
+"""The experts of one layer: two grouped products with a gated activation between, and the sum over a token's experts.
+
+A product belongs to a method (after vLLM's `FusedMoEMethodBase`), which makes the parameters that a loader fills and
+turns them into what the grouped product reads: a format that stays quantised in memory is a method of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from workers.layers.activation import GatedActivation
+from workers.layers.moe.grouped_linear import grouped_linear
+from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
+from workers.layers.moe.token_groups import group_tokens
+from workers.layers.moe.weighted_sum import weighted_sum
+
+
+class GroupedLinearMethod(Protocol):
+    """How one projection of all experts keeps its weights."""
+
+    def create_weights(
+        self, module: nn.Module, shape: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Register what a loader fills, uninitialised, as parameters of `module`.
+
+        Args:
+            module: the projection.
+            shape: (E, M, K).
+            bias: whether each expert has one.
+            dtype: of activations.
+            device: where they are.
+        """
+
+    def process_weights(self, module: nn.Module) -> None:
+        """Bring the parameters, which are filled now, into the form that is multiplied with."""
+
+    def weight(self, module: nn.Module, with_bias: bool) -> GroupedWeight:
+        """What is multiplied with; it reads the parameters and copies nothing."""
+
+
+class PlainGroupedLinear:
+    """Weights in the dtype of the activations: `weight`, (E, M, K), and `bias`, (E, M)."""
+
+    def create_weights(
+        self, module: nn.Module, shape: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Register `weight`, and `bias` where there is one."""
+        module.register_parameter("weight", _empty(shape, dtype, device))
+        module.register_parameter("bias", _empty(shape[:2], dtype, device) if bias else None)
+
+    def process_weights(self, module: nn.Module) -> None:
+        """Nothing: they are multiplied with as they are."""
+
+    def weight(self, module: nn.Module, with_bias: bool) -> GroupedWeight:
+        """The parameters."""
+        weight, bias = module.get_parameter("weight"), module._parameters["bias"]
+        return PlainWeight(weight.detach(), None if bias is None or not with_bias else bias.detach())
+
+
+PLAIN = PlainGroupedLinear()
+
+
+class GroupedLinear(nn.Module):
+    """One projection of all experts.
+
+    Args:
+        shape: (E, M, K).
+        bias: whether each expert has one.
+        dtype: of activations.
+        device: where it is.
+        method: how it keeps its weights.
+        adds_bias: whether this rank adds the bias, which every rank has.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        method: GroupedLinearMethod = PLAIN,
+        adds_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self._method, self._adds_bias = method, adds_bias
+        self._processed: GroupedWeight | None = None
+        method.create_weights(self, shape, bias, dtype, device)
+
+    def process_weights(self) -> None:
+        """Call after loading; after this no weights can be loaded."""
+        self._method.process_weights(self)
+        self._processed = self._method.weight(self, self._adds_bias)
+
+    def all_experts(self) -> GroupedWeight:
+        """What `grouped_linear` multiplies with."""
+        return self._processed or self._method.weight(self, self._adds_bias)
+
+
+class Experts(nn.Module):
+    """All experts of a layer; of several ranks each computes with its share of every expert's inner dimension.
+
+    `gate_up_proj.weight` is (E, 2 * I, H), gate above up, and `down_proj.weight` (E, H, I). A checkpoint that keeps
+    gate and up interleaved, or matrices the other way around (gpt-oss, Llama-4), is rearranged while it is loaded
+    (`workers.loading.expert_weights`).
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I, this rank's share.
+        activation: between the products.
+        dtype: of activations.
+        device: where they are.
+        bias: whether both projections have one (gpt-oss).
+        rank: of the ranks that share the layer: rank 0 alone adds the second bias, because their results are summed.
+        method: how the weights are kept.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: GatedActivation,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        bias: bool = False,
+        rank: int = 0,
+        method: GroupedLinearMethod = PLAIN,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.activation = activation
+        inner, outer = (num_experts, 2 * intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size)
+        self.gate_up_proj = GroupedLinear(inner, bias, dtype, device, method)
+        self.down_proj = GroupedLinear(outer, bias, dtype, device, method, adds_bias=rank == 0)
+
+    def process_weights(self) -> None:
+        """Call after loading; after this no weights can be loaded."""
+        self.gate_up_proj.process_weights()
+        self.down_proj.process_weights()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        weighs_input: bool = False,
+        added: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Each token through its experts.
+
+        Args:
+            x: (T, H), the elements of a row contiguous.
+            ids: (T, k) integers, the tokens' experts.
+            weights: (T, k) float32.
+            weighs_input: whether a weight multiplies what its expert reads, not what it writes (Llama-4).
+            added: (T, H), added to the sum before it is rounded: this rank's share of what shared experts computed.
+
+        Returns:
+            (T, H): on one of several ranks its partial sum, which the caller reduces.
+
+        Raises:
+            ValueError: arguments that do not fit each other.
+        """
+        top_k = ids.shape[-1]
+        if ids.shape != (x.shape[0], top_k) or weights.shape != ids.shape:
+            raise ValueError(
+                f"ids of shape {tuple(ids.shape)} and weights of {tuple(weights.shape)} for {x.shape[0]} tokens"
+            )
+        if x.shape[0] == 0:
+            return torch.empty_like(x)
+        groups = group_tokens(ids, self.num_experts)
+        if weighs_input:
+            x = (x[:, None] * weights.to(x.dtype)[..., None]).flatten(0, 1)
+        inner = grouped_linear(
+            x,
+            self.gate_up_proj.all_experts(),
+            groups,
+            rows="pairs" if weighs_input else "tokens",
+            activation=self.activation,
+        )
+        outer = grouped_linear(inner, self.down_proj.all_experts(), groups, out_rows="pairs")
+        return weighted_sum(outer, top_k, None if weighs_input else weights, added)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,52 @@
+"""Random weights for a shape without a checkpoint (`load_format` dummy), the same model on any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from workers.loading.checkpoint import Region
+from workers.models.causal_lm import CausalLM
+from workers.models.weight_map import WeightMap
+
+_DEVIATION = 0.02
+CHUNK_ELEMENTS = 2**24
+"""Drawn at once, about: what they take beside the weights is small."""
+
+
+def fill_randomly(model: CausalLM, weights: WeightMap, seed: int) -> None:
+    """Draw weights from a normal distribution of deviation 0.02; norms multiply by one, biases are zeros.
+
+    A number depends on the seed, the tensor's name and the place in the whole tensor (and on the dtype and the kind of
+    device), so that ranks hold shards of one model.
+    """
+    generator = torch.Generator(device=model.device)
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    for name, targets in weights.targets.items():
+        for target in targets:
+            place = target.place(parameters[target.parameter])
+            if "norm" in name:
+                norm = modules[target.parameter.rpartition(".")[0]]
+                place.fill_(0.0 if getattr(norm, "plus_one", False) else 1.0)
+            elif len(target.shape) == 1 or name.endswith("bias"):
+                place.zero_()
+            else:
+                _draw(place, target.viewed, target.region, f"{seed} {name}", generator)
+
+
+def _draw(place: torch.Tensor, shape: tuple[int, ...], region: Region, source: str, generator: torch.Generator) -> None:
+    """Fill `place` with a region of a random tensor, which is drawn some rows at a time, each time from a new seed."""
+    num_rows, *row_shape = shape
+    (first, last), within = region[0], tuple(slice(*bounds) for bounds in region[1:])
+    step = max(1, CHUNK_ELEMENTS // math.prod(row_shape))
+    for begin in range(first // step * step, last, step):
+        chunk = place.new_empty(min(step, num_rows - begin), *row_shape)
+        chunk.normal_(0.0, _DEVIATION, generator=generator.manual_seed(_seed(f"{source} {begin}")))
+        top, bottom = max(begin, first), min(begin + step, last)
+        place[top - first : bottom - first] = chunk[(slice(top - begin, bottom - begin), *within)]
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
