@@ -11,12 +11,12 @@ _MIN_POST_BYTES, _MAX_POST_BYTES = 4 << 20, 64 << 20
 
 @dataclass(frozen=True)
 class LinkCost:
-    """Measured on the way from this worker to a peer.
+    """Measured on the way from one worker to another when the two met.
 
     Attributes:
         write_s: seconds that posting a WRITE keeps its thread busy, whatever it carries.
         descriptor_s: the same for each piece of memory in it.
-        bytes_per_s: how fast the data moves.
+        bytes_per_s: how fast the data moves, of all ranks together.
     """
 
     write_s: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kv_transfer.lease import Lease, end_process, lease_guard
+from kv_transfer.process import ProcessId
 from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.nixl import NixlTransport
 
@@ -15,14 +16,20 @@ class NixlConnector(PushConnector):
     Args:
         drain_s: see `PushConnector`.
         lease: asked before every use of NIXL; None: nobody else decides about this worker's memory.
-        on_lapse: called when it is over; must not return.
+        on_lapse: called when it is over.
+        process: see `NixlTransport`.
     """
 
     def __init__(
-        self, *, drain_s: float = 1.0, lease: Lease | None = None, on_lapse: Callable[[], None] = end_process
+        self,
+        *,
+        drain_s: float = 1.0,
+        lease: Lease | None = None,
+        on_lapse: Callable[[], None] = end_process,
+        process: ProcessId | None = None,
     ) -> None:
         guard = lease_guard(lease, on_lapse) if lease is not None else _nothing
-        super().__init__(NixlTransport(guard=guard), drain_s=drain_s)
+        super().__init__(NixlTransport(guard=guard, process=process), drain_s=drain_s)
 
 
 def _nothing() -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
 
 import torch
 
 from kv_transfer.connector import ConnectorEvent, KVConnector, ReadyEvent
-from kv_transfer.errors import KVTransferError, PeerError, ProtocolError
+from kv_transfer.errors import PeerError, ProtocolError
 from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Hello, Part, decode
 from kv_transfer.handoff.receiver import HandoffReceiver
@@ -25,23 +22,11 @@ from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.handshake.handshake import Handshakes
 from kv_transfer.layout import KVLayout
 from kv_transfer.link_cost import LinkCost, layers_per_write
+from kv_transfer.owner_thread import OwnerThread
 from kv_transfer.region import regions_of
 from kv_transfer.transports.base import EngineInfo, Transport
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-_ACTIVE_POLL_S = 0.0002
-_IDLE_POLL_S = 0.005
-_IDLE_AFTER_S = 0.02
-
-
-def _nothing() -> None:
-    """The command to do nothing but look."""
-
-
-def _end() -> None:
-    """The command to end the owner thread; recognised by identity."""
 
 
 class PushConnector(KVConnector):
@@ -60,10 +45,9 @@ class PushConnector(KVConnector):
         self._transport = transport
         self._drain_s = drain_s
         self._threaded = threaded
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._owner = OwnerThread(self.progress, transport.close, threaded=threaded)
         self._events: deque[ConnectorEvent] = deque()
         self._wake: Callable[[], None] = lambda: None
-        self._thread: threading.Thread | None = None
         self._generation = 0
 
     def register_kv_caches(self, name: str, kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> EngineInfo:
@@ -75,20 +59,18 @@ class PushConnector(KVConnector):
         self._incoming = HandoffReceiver(self._transport, layout, self._drain_s, self._emit)
         self._handshakes = Handshakes(self._transport, self._incarnation)
         self._outgoing = HandoffSender(self._transport, layout, self._emit, self._handshakes.paths.get)
-        if self._threaded:
-            self._thread = threading.Thread(target=self._run, name=f"kv-connector-{name}", daemon=True)
-            self._thread.start()
-        return self._call(lambda: self._transport.register(engine_id, self._incarnation, kv_caches, layout))
+        self._owner.start(f"kv-connector-{name}")
+        return self._owner.call(lambda: self._transport.register(engine_id, self._incarnation, kv_caches, layout))
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """See `KVConnector.connect`."""
         self._layout.check_compatible(peer.layout, peer.engine_id)
-        self._call(lambda: self._connect(peer), timeout_s)
+        self._owner.call(lambda: self._connect(peer), timeout_s)
 
     def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
         """See `KVConnector.new_endpoint`."""
         self._layout.check_compatible(peer.layout, peer.engine_id)
-        return self._call(lambda: self._new_endpoint(peer.engine_id), timeout_s)
+        return self._owner.call(lambda: self._new_endpoint(peer.engine_id), timeout_s)
 
     @property
     def broken_peers(self) -> frozenset[str]:
@@ -98,14 +80,14 @@ class PushConnector(KVConnector):
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """See `KVConnector.probe`."""
         result: Future[float] = Future()
-        self._post(lambda: self._handshakes.start(engine_id, result))
+        self._owner.post(lambda: self._handshakes.start(engine_id, result))
         give_up_at = time.monotonic() + timeout_s
         while not self._threaded and not result.done() and time.monotonic() < give_up_at:
             self.progress()
         try:
             return result.result(max(0.0, give_up_at - time.monotonic()))
         except TimeoutError as error:
-            waited_for = self._call(lambda: self._handshakes.give_up(result))
+            waited_for = self._owner.call(lambda: self._handshakes.give_up(result))
             if result.done():
                 return result.result()
             raise PeerError(
@@ -118,7 +100,7 @@ class PushConnector(KVConnector):
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `KVConnector.disconnect`."""
-        self._post(lambda: self._peer_lost(engine_id, bool(confirmed_dead)))
+        self._owner.post(lambda: self._peer_lost(engine_id, bool(confirmed_dead)))
 
     def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """See `KVConnector.expect`."""
@@ -127,16 +109,16 @@ class PushConnector(KVConnector):
         self._generation += 1
         key = HandoffKey(handoff_id, self._incarnation, self._generation)
         granted = tuple(blocks)
-        self._post(lambda: self._incoming.expect(key, prefill_engine, granted))
+        self._owner.post(lambda: self._incoming.expect(key, prefill_engine, granted))
         return key
 
     def cancel(self, key: HandoffKey) -> None:
         """See `KVConnector.cancel`."""
-        self._post(lambda: self._incoming.cancel(key))
+        self._owner.post(lambda: self._incoming.cancel(key))
 
     def begin(self, handoff_id: bytes, decode_engine: str) -> None:
         """See `KVConnector.begin`."""
-        self._post(lambda: self._outgoing.begin(handoff_id, decode_engine))
+        self._owner.post(lambda: self._outgoing.begin(handoff_id, decode_engine))
 
     def push(
         self,
@@ -149,7 +131,7 @@ class PushConnector(KVConnector):
     ) -> None:
         """See `KVConnector.push`."""
         blocks = tuple(src_blocks)
-        self._post(lambda: self._outgoing.push(handoff_id, group, layers, first_block, blocks, ready))
+        self._owner.post(lambda: self._outgoing.push(handoff_id, group, layers, first_block, blocks, ready))
 
     def layers_per_write(
         self,
@@ -169,11 +151,11 @@ class PushConnector(KVConnector):
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""
         finished_at = time.monotonic()
-        self._post(lambda: self._outgoing.finish(handoff_id, first_token, finished_at))
+        self._owner.post(lambda: self._outgoing.finish(handoff_id, first_token, finished_at))
 
     def abort(self, handoff_id: bytes, reason: str) -> None:
         """See `KVConnector.abort`."""
-        self._post(lambda: self._outgoing.abort(handoff_id, reason))
+        self._owner.post(lambda: self._outgoing.abort(handoff_id, reason))
 
     def poll(self) -> list[ConnectorEvent]:
         """See `KVConnector.poll`."""
@@ -190,12 +172,7 @@ class PushConnector(KVConnector):
 
     def close(self) -> None:
         """See `KVConnector.close`."""
-        if self._thread is not None:
-            self._commands.put(_end)
-            self._thread.join(timeout=5)
-            self._thread = None
-        else:
-            self._transport.close()
+        self._owner.stop()
 
     @property
     def num_open(self) -> int:
@@ -204,53 +181,16 @@ class PushConnector(KVConnector):
 
     def progress(self) -> bool:
         """One round of the owner's work: commands, messages, transfers. Whether more is expected soon."""
-        for _ in range(self._commands.qsize()):
-            command = self._commands.get_nowait()
-            if command is _end:
-                self._commands.put(_end)  # for the thread's loop to see
-                break
-            self._attempt(command)
+        self._owner.run_commands()
         self._receive()
         self._outgoing.progress()
         self._incoming.progress()
         self._handshakes.progress()
         return self._outgoing.active or self._incoming.active or self._handshakes.active
 
-    def _run(self) -> None:
-        """The owner thread: look often while something is under way, seldom when nothing is."""
-        command = self._commands.get()  # the registration: before it there is nothing to poll
-        last_active = 0.0
-        failing = False
-        while command is not _end:
-            self._attempt(command)
-            try:
-                active = self.progress()
-                failing = False
-            except Exception:
-                if not failing:  # a broken network would fail at every look
-                    logger.exception("the KV connector goes on after an unexpected error")
-                active, failing = False, True
-            now = time.monotonic()
-            last_active = now if active else last_active
-            patience = _ACTIVE_POLL_S if now - last_active < _IDLE_AFTER_S else _IDLE_POLL_S
-            try:
-                command = self._commands.get(timeout=patience)
-            except queue.Empty:
-                command = _nothing
-        self._transport.close()
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Run a command or take a message; on the owner thread one that fails does not take others with it."""
-        try:
-            action()
-        except Exception:
-            if not self._threaded:
-                raise
-            logger.exception("the KV connector goes on after an unexpected error")
-
     def _receive(self) -> None:
         for sender, data in self._transport.receive():
-            self._attempt(partial(self._dispatch, sender, data))
+            self._owner.attempt(partial(self._dispatch, sender, data))
 
     def _dispatch(self, sender: str, data: bytes) -> None:
         try:
@@ -294,26 +234,3 @@ class PushConnector(KVConnector):
     def _emit(self, event: ConnectorEvent) -> None:
         self._events.append(event)
         self._wake()
-
-    def _post(self, command: Callable[[], None]) -> None:
-        self._commands.put(command)
-
-    def _call(self, command: Callable[[], T], timeout_s: float = 60.0) -> T:
-        """Run a command where the transport lives, and wait for what it returns or raises."""
-        if not self._threaded:
-            return command()
-        if self._thread is None:
-            raise KVTransferError("the KV connector is not running")
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(command())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(run)
-        try:
-            return future.result(timeout_s)
-        except TimeoutError as error:
-            raise KVTransferError(f"the KV connector did not answer within {timeout_s:g} s") from error

@@ -13,7 +13,7 @@ from kv_transfer.handshake.bandwidth_probe import probe_bandwidth
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import Transfer, TransferState
 from kv_transfer.transports.nixl import NixlTransport
-from kv_transfer.transports.nixl_endpoint import NixlTransfer
+from kv_transfer.transports.nixl_transfer import NixlTransfer
 
 S = TypeVar("S")
 

@@ -17,7 +17,10 @@ from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
 from kv_transfer.transports.base import Transport
 
-_CANCEL_AGAIN_S, _MAX_DOUBLINGS = 1.0, 4
+CANCEL_AGAIN_S = 1.0
+"""From one `Cancel` that is not answered to the next; doubled a few times."""
+
+_MAX_DOUBLINGS = 4
 _LOOK_AGAIN_S = 0.02
 _EAGER_CANCELS = 5
 
@@ -78,6 +81,8 @@ class HandoffReceiver:
         handoff = _Incoming(key, peer, PartCounter(wanted))
         self._open[key] = handoff
         try:
+            if peer in self._transport.broken_peers:  # or each request to it would cost blocks until it is met anew
+                raise NotConnectedError(f"the connection to {peer} is broken")
             self._transport.send(peer, encode(Grant(key, tuple(blocks))))
         except NotConnectedError as error:
             self._fail(handoff, str(error))
@@ -93,7 +98,7 @@ class HandoffReceiver:
             self._ask_to_stop(handoff)
 
     def _ask_to_stop(self, handoff: _Incoming) -> None:
-        patience_s = _CANCEL_AGAIN_S * 2 ** min(handoff.num_cancels, _MAX_DOUBLINGS)
+        patience_s = CANCEL_AGAIN_S * 2 ** min(handoff.num_cancels, _MAX_DOUBLINGS)
         handoff.num_cancels += 1
         handoff.cancel_at = time.monotonic() + patience_s
         with contextlib.suppress(PeerError):  # asked again, over another connection perhaps
@@ -184,7 +189,7 @@ class HandoffReceiver:
     def _fail(self, handoff: _Incoming, reason: str) -> None:
         if not handoff.cancelled:
             handoff.cancelled = True
-            handoff.cancel_at = time.monotonic() + _CANCEL_AGAIN_S
+            handoff.cancel_at = time.monotonic() + CANCEL_AGAIN_S
             self._emit(HandoffFailed(handoff.key, reason))
 
     def _release(self, handoff: _Incoming) -> None:

@@ -86,6 +86,14 @@ class LocalFabric:
             self._broken |= {frozenset(pair) for pair in pairs}
             self._drop(lambda arrival: frozenset(arrival.link) in self._broken, lambda arrival: False)
 
+    def lose(self, wanted: Callable[[bytes], bool]) -> int:
+        """Take messages off their way; returns how many."""
+        with self._lock:
+            before = sum(len(end.arrivals) for end in self._ends.values())
+            for end in self._ends.values():
+                end.arrivals = [a for a in end.arrivals if a.message is None or not wanted(a.message)]
+            return before - sum(len(end.arrivals) for end in self._ends.values())
+
     def is_broken(self, own: str, peer: str) -> bool:
         """Whether nothing goes from one endpoint to the other any more."""
         with self._lock:
@@ -160,16 +168,6 @@ class LocalFabric:
                 if arrival.copy is not None:
                     arrival.copy.run()
             return [(_engine(arrival.link[0]), arrival.message) for arrival in due if arrival.message is not None]
-
-    def source_blocks(self, engine_id: str) -> frozenset[int]:
-        """The blocks of this engine, of all cache groups, that WRITEs on their way are still going to read."""
-        with self._lock:
-            caches = self._end(engine_id).kv_caches
-            arrivals = (arrival for end in self._ends.values() for arrival in end.arrivals)
-            copies = [arrival.copy for arrival in arrivals if arrival.copy is not None]
-            return frozenset(
-                block for copy in copies if any(copy.source is cache for cache in caches) for block in copy.src
-            )
 
     def _arrive(self, end: _End, arrival: _Arrival) -> None:
         end.arrivals.append(arrival)

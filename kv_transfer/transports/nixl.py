@@ -35,12 +35,19 @@ class NixlTransport(Transport):
     Args:
         count_descriptors: have every transfer say how many descriptors it became.
         guard: called before every use of NIXL, see `kv_transfer.lease.lease_guard`.
+        process: as which it is known to peers; None: the calling one.
     """
 
-    def __init__(self, *, count_descriptors: bool = False, guard: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        *,
+        count_descriptors: bool = False,
+        guard: Callable[[], None] = lambda: None,
+        process: ProcessId | None = None,
+    ) -> None:
         self._count_descriptors = count_descriptors
         self._guard = guard
-        self._process = ProcessId.own()
+        self._process = process or ProcessId.own()
         self._memory: list[torch.Tensor] = []
         self._info: EngineInfo | None = None
         self._shared: NixlEndpoint | None = None

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from kv_transfer.errors import LeaseExpiredError, NotConnectedError, PeerError
-from kv_transfer.transports.base import PROBE_PIECE_BYTES, PROBE_PIECES, EngineInfo, Transfer, TransferState
+from kv_transfer.transports.base import PROBE_PIECE_BYTES, PROBE_PIECES, EngineInfo
+from kv_transfer.transports.nixl_transfer import STATES, NixlTransfer
 
 try:
-    from nixl._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle, nixl_xfer_handle
+    from nixl._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle
 except ModuleNotFoundError:
     # The package `nixl` only picks one of nixl_cu13 and nixl_cu12; the first is what Baton depends on.
-    from nixl_cu13._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle, nixl_xfer_handle
+    from nixl_cu13._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle
 
 _LOCAL_SIDE = "NIXL_INIT_AGENT"
-_STATES = {"DONE": TransferState.DONE, "PROC": TransferState.IN_FLIGHT, "ERR": TransferState.FAILED}
 _Indices = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
@@ -125,7 +125,7 @@ class NixlEndpoint:
         side = self._peers.pop(engine_id, None)
         if side is not None:
             side.release()
-            with _suppressing():
+            with contextlib.suppress(Exception):
                 self._agent.remove_remote_agent(side.info.endpoint)
 
     def blocks(
@@ -173,7 +173,7 @@ class NixlEndpoint:
         agent = self._agent
         try:
             handle = agent.make_prepped_xfer(operation, own, own_indices, other, other_indices, message)
-            state = _STATES[agent.transfer(handle)]
+            state = STATES[agent.transfer(handle)]
         except LeaseExpiredError:
             raise
         except Exception as error:
@@ -207,76 +207,17 @@ class NixlEndpoint:
             transfer.abandon()
         for side in self._peers.values():
             side.release()
-            with _suppressing():
+            with contextlib.suppress(Exception):
                 self._agent.remove_remote_agent(side.info.endpoint)
         self._own.release()
         for registration in self._registrations:
-            with _suppressing():
+            with contextlib.suppress(Exception):
                 self._agent.deregister_memory(registration)
         # The agent ends with the last reference to it, and its sockets with the agent.
         del self._agent, self._own, self._peers, self._registrations
-
-
-def _suppressing() -> contextlib.AbstractContextManager[None]:
-    return contextlib.suppress(Exception)
 
 
 def _indices(layers: range, blocks: Sequence[int], num_blocks: int) -> _Indices:
     """Descriptor numbers of these blocks in these layers, layer-major."""
     starts = np.arange(layers.start, layers.stop, dtype=np.int32)[:, None] * num_blocks
     return (starts + np.asarray(blocks, dtype=np.int32)[None, :]).reshape(-1)
-
-
-class NixlTransfer(Transfer):
-    """A transfer of NIXL's.
-
-    Attributes:
-        num_descriptors: that it became, once it has ended; 0 when nobody counts.
-    """
-
-    def __init__(
-        self,
-        agent: Any,
-        handle: nixl_xfer_handle,
-        state: TransferState,
-        on_failure: Callable[[], None],
-        *,
-        count_descriptors: bool,
-    ) -> None:
-        self.num_descriptors = 0
-        self._agent: Any = agent
-        self._handle: Any = handle
-        self._state = state
-        self._count = count_descriptors
-        self._on_failure = on_failure
-        if state is not TransferState.IN_FLIGHT:
-            self._release()
-
-    def state(self) -> TransferState:
-        """See `Transfer.state`."""
-        if self._state is TransferState.IN_FLIGHT:
-            try:
-                self._state = _STATES[self._agent.check_xfer_state(self._handle)]
-            except LeaseExpiredError:
-                raise
-            except Exception:  # nixlRemoteDisconnectError and its like: the peer is gone, so the transfer has ended
-                self._state = TransferState.FAILED
-            if self._state is TransferState.FAILED:
-                self._on_failure()
-            if self._state is not TransferState.IN_FLIGHT:
-                self._release()
-        return self._state
-
-    def abandon(self) -> None:
-        """Its endpoint is being closed: it has failed, if it has not ended before."""
-        if self._state is TransferState.IN_FLIGHT:
-            self._state = TransferState.FAILED
-            self._release()
-
-    def _release(self) -> None:
-        if self._count:
-            with _suppressing():
-                self.num_descriptors = int(self._agent.get_xfer_telemetry(self._handle).descCount)
-        with _suppressing():
-            self._handle.release()
-        self._agent = self._handle = None

@@ -18,9 +18,11 @@ from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.lease import Lease, lease_clock
 from kv_transfer.nixl_connector import NixlConnector
+from kv_transfer.process import ProcessId
 
 LAYOUT = KVLayout((GroupLayout("full", tuple(range(4)), 16, 2, 16, "float32"),))
 NUM_BLOCKS = 64
+HOST = "NIXL_PEER_HOST"
 
 
 class PeerCommands:
@@ -29,17 +31,14 @@ class PeerCommands:
     def __init__(self, name: str, device: str) -> None:
         self.cache = torch.rand(4, NUM_BLOCKS, 2, 16, 2, 16).to(device)
         self.lease = Lease(duration_s=1.0)
-        self.connector = NixlConnector(drain_s=0.2, lease=self.lease)
+        process = ProcessId.own()
+        if HOST in os.environ:  # to be on another machine, as far as others and this worker know
+            process = replace(process, host=os.environ[HOST])
+        self.connector = NixlConnector(drain_s=0.2, lease=self.lease, process=process)
         self.engine = self.connector.register_kv_caches(name, [self.cache], LAYOUT)
 
     def info(self):
         return self.engine
-
-    def pretend(self, host):
-        """To be on another machine, as far as others and this worker know."""
-        transport = self.connector._transport
-        transport._process = replace(transport._process, host=host)
-        self.engine = transport._info = replace(self.engine, process=transport._process)
 
     def new_endpoint(self, peer):
         return self.connector.new_endpoint(peer, 10.0)

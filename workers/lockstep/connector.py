@@ -91,7 +91,8 @@ class AgreedConnector(KVConnector):
     @property
     def broken_peers(self) -> frozenset[str]:
         """See `KVConnector.broken_peers`: those of this rank, by their leads' engine ids."""
-        return frozenset(lead for lead, own in self._peers.items() if own in self._own.broken_peers)
+        broken = self._own.broken_peers
+        return frozenset(lead for lead, own in list(self._peers.items()) if own in broken)
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """Meet a peer of one rank; see `handshake`."""

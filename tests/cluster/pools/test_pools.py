@@ -49,7 +49,7 @@ class FakeWorker:
         if self._error is not None:
             raise self._error
         layout = KVLayout((GroupLayout("full", tuple(range(2)), self._block_size, 2, 16, "float32"),))
-        self._endpoints = 0
+        self.endpoints = 0
         engine = self._engine = EngineInfo(self.engine_id, 1, layout, (Region(0, 2, 8, 1024),), "cpu", 0, b"")
         return WorkerInfo(self.name, self.role, (engine,), "cpu", "TORCH_SDPA", 100, 4, 8, StepTimes(), 0)
 
@@ -57,8 +57,8 @@ class FakeWorker:
         there = peer[0].layout.primary.block_size
         if there != self._block_size:
             raise LayoutMismatchError(f"block_size is {self._block_size} here and {there} there")
-        self._endpoints += 1
-        return (replace(self._engine, endpoint=f"{self.engine_id}#{self._endpoints}"),)
+        self.endpoints += 1
+        return (replace(self._engine, endpoint=f"{self.engine_id}#{self.endpoints}"),)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         self._log.append(("connect", self.engine_id, peer[0].engine_id))
@@ -246,7 +246,7 @@ async def test_two_that_cannot_reach_each_other_are_no_pair_until_they_can(monke
     for replica in stage.pools.replicas:
         replica.handle.unreachable = None
     await until(lambda: all(replica.unreachable_peers == {} for replica in stage.pools.replicas))
-    assert stage.replica("decode-1").handle._endpoints >= 2, "each attempt has an endpoint of its own"
+    assert stage.replica("decode-1").handle.endpoints >= 2, "each attempt has an endpoint of its own"
     await stage.pools.stop()
 
 

@@ -21,6 +21,7 @@ HANDOFF = b"h" * 16
 
 class End:
     def __init__(self, fabric: LocalFabric, name: str) -> None:
+        self.fabric = fabric
         self.cache = torch.zeros(LAYERS, NUM_BLOCKS, 2, 1, 1, 1)
         self.connector = LocalConnector(fabric)
         self.info = self.connector.register_kv_caches(name, [self.cache], LAYOUT)
@@ -95,7 +96,7 @@ def test_what_is_confirmed_first_is_not_taken_back():
 def test_what_was_posted_before_a_peers_end_lands_before_its_blocks_come_back(seed):
     p, d, key = granted(faults=Faults(seed=seed, max_delay=25))
     p.push([1, 2])
-    while not p.connector._outgoing._open[HANDOFF].in_flight:
+    while not p.fabric.source_blocks(p.id):
         poll(p, d, rounds=1)
     p.connector.close()
     d.connector.disconnect(p.id, confirmed_dead=True)
@@ -119,7 +120,7 @@ def test_an_endpoint_of_a_peers_own_is_closed_with_it_and_nothing_lands_any_more
 def test_within_a_machine_a_closed_endpoint_stops_no_write():
     p, d, key = granted(private=True, direct=True, faults=Faults(seed=3, max_delay=30))
     p.push([1, 2])
-    while not p.connector._outgoing._open[HANDOFF].in_flight:
+    while not p.fabric.source_blocks(p.id):
         poll(p, d, rounds=1)
     d.connector.disconnect(p.id)
     assert HandoffReleased(key) not in poll(d)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.transports.base import TransferState
 from kv_transfer.transports.nixl import NixlTransport
-from kv_transfer.transports.nixl_endpoint import NixlTransfer
+from kv_transfer.transports.nixl_transfer import NixlTransfer
 
 pytestmark = pytest.mark.nixl
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -12,6 +13,7 @@ from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReceived
 pytestmark = pytest.mark.nixl
 
 TCP = {"UCX_TLS": "tcp"}
+ELSEWHERE = {**TCP, "NIXL_PEER_HOST": "another"}
 HANDOFF = b"h" * 16
 
 
@@ -63,6 +65,22 @@ def test_a_broken_connection_is_replaced_and_blocks_come_back(make_peer):
         hand_over(prefill, decode, ids, bytes([number]) * 16, (1, 2), (7, 8), number + 20)
 
 
+def test_blocks_that_are_being_sent_to_a_frozen_peer_come_back(make_peer):
+    """Nothing else ends a WRITE over TCP whose target stands still."""
+    prefill, decode, other = (make_peer(name, TCP) for name in ("prefill", "decode", "other"))
+    ids, other_ids = meet(prefill, decode), meet(prefill, other)
+    decode.expect(HANDOFF, ids[0], range(60))
+    prefill.begin(HANDOFF, ids[1])
+    time.sleep(0.1)  # the grant arrives
+    os.kill(decode.process.pid, signal.SIGSTOP)
+    prefill.push(HANDOFF, 0, 4, range(60))
+    assert prefill.events(1, 0.5) == []
+    prefill.disconnect(ids[1])
+    (aborted,) = prefill.events(1)
+    assert isinstance(aborted, HandoffAborted)
+    hand_over(prefill, other, other_ids, b"a" * 16, (1, 2), (3, 4), 5)
+
+
 def test_another_peer_notices_nothing(make_peer):
     prefill, other, decode = (make_peer(name, TCP) for name in ("prefill", "other", "decode"))
     ids, other_ids = meet(prefill, decode), meet(other, decode)
@@ -93,8 +111,7 @@ def test_within_a_machine_blocks_stay_out_until_the_process_is_gone(make_peer):
 
 def test_from_another_machine_nothing_lands_at_a_closed_endpoint(make_peer):
     """No clock and nobody's word is needed, although the peer lives and writes on."""
-    prefill, decode = make_peer("prefill", TCP), make_peer("decode", TCP)
-    prefill.pretend("another")
+    prefill, decode = make_peer("prefill", ELSEWHERE), make_peer("decode", TCP)
     ids = meet(prefill, decode)
     decode.fill(range(64), 3)
     prefill.fill((1, 2), 6)
@@ -116,8 +133,7 @@ def test_from_another_machine_nothing_lands_at_a_closed_endpoint(make_peer):
 
 
 def test_from_another_machine_blocks_behind_the_shared_endpoint_stay_out_until_its_end_is_confirmed(make_peer):
-    prefill, decode = make_peer("prefill", TCP), make_peer("decode", TCP)
-    prefill.pretend("another")
+    prefill, decode = make_peer("prefill", ELSEWHERE), make_peer("decode", TCP)
     ids = prefill.info().engine_id, decode.info().engine_id
     prefill.connect(decode.info())
     decode.connect(prefill.info())
