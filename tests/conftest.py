@@ -87,7 +87,7 @@ def _build(folder: Path, family: str, seed: int, max_shard_size: str, overrides:
     from tiny_families import COMMON, FAMILIES
 
     row = FAMILIES[family]
-    config = getattr(transformers, f"{row.prefix}Config")(**{**COMMON, **row.settings, **overrides})
+    config = getattr(transformers, f"{row.config or row.prefix}Config")(**{**COMMON, **row.settings, **overrides})
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{row.prefix}ForCausalLM")(config)

@@ -38,14 +38,43 @@ class TinyFamily:
         prefix: of its classes in transformers.
         settings: of its config, on top of `COMMON`.
         variations: further settings, by name, that every test of all families runs with, too.
+        config: prefix of its config's class, where that is another.
     """
 
     prefix: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     variations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: str | None = None
 
 
 FAMILIES: dict[str, TinyFamily] = {
+    "gemma2": TinyFamily(
+        "Gemma2",
+        {"sliding_window": 20, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0},
+        {
+            "untied-biased": {
+                "tie_word_embeddings": False,
+                "attention_bias": True,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+            },
+            "layer-types": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        },
+    ),
+    "gemma3": TinyFamily(
+        "Gemma3",
+        {"sliding_window": 20, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
+        {
+            "scaled": {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                },
+            },
+            "capped-biased": {"final_logit_softcapping": 10.0, "attention_bias": True, "tie_word_embeddings": False},
+        },
+        config="Gemma3Text",
+    ),
     "llama": TinyFamily(
         "Llama",
         variations={

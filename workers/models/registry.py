@@ -28,6 +28,9 @@ class Family:
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "Gemma2ForCausalLM": Family("gemma2", "gemma2"),
+    "Gemma3ForCausalLM": Family("gemma3_text", "gemma3"),
+    "Gemma3ForConditionalGeneration": Family("gemma3", "gemma3"),
     "LlamaForCausalLM": Family("llama", "llama"),
     "MistralForCausalLM": Family("mistral", "mistral"),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),

@@ -21,6 +21,8 @@ TinyCheckpoint = Callable[..., Path]
 Jobs = dict[str, tuple[Path, dict[str, Any]]]
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {}),
     "llama": ("llama", {}),
     "llama-uneven": ("llama", {"vocab_size": 517}),
     "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
