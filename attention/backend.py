@@ -140,8 +140,34 @@ class AttentionBackend(ABC):
 
     @staticmethod
     def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
-        """One layer's cache: a block is contiguous, its keys before its values."""
+        """One layer's cache as the implementation indexes it, blocks first.
+
+        Asked when memory is allocated; what is not of this shape must be stored by the backend itself.
+        """
         return (num_blocks, 2, block_size, num_kv_heads, head_size)
+
+    @staticmethod
+    def get_kv_cache_stride_order() -> tuple[int, ...] | None:
+        """The dimensions of that shape as they lie in memory, outermost first; None: as they are.
+
+        Blocks come first here, too, so that each is one piece of memory, which is what travels to another worker.
+        """
+        return None
+
+    @classmethod
+    def accepts_stored_keys(cls) -> bool:
+        """Whether a batch's keys and values may be in the cache already when a layer is given none, put there by
+        another kernel just as `attention.kv_cache.reshape_and_cache` does.
+
+        A backend that stores anything else, in a cache of the usual shape, says no.
+        """
+        usual = AttentionBackend.get_kv_cache_shape(3, 80, 7, 176)
+        order = cls.get_kv_cache_stride_order()
+        return (
+            not cls.capabilities.mla
+            and cls.get_kv_cache_shape(3, 80, 7, 176) == usual
+            and order in (None, tuple(range(len(usual))))
+        )
 
     @classmethod
     def refuse(cls, platform: Platform, needs: AttentionNeeds) -> list[str]:

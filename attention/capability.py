@@ -9,17 +9,21 @@ from enum import StrEnum
 import torch
 
 from attention.platform import PACKAGES, DeviceKind, Platform
-from attention.spec import AttentionNeeds, AttentionType, Feature, Phase
+from attention.spec import FP8, AttentionNeeds, AttentionType, Feature, Phase
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 
 
-class Evidence(StrEnum):
-    """How a row of the table is known to be true."""
+HOPPER = "SM 9.0"
+X86 = "x86_64"
 
-    RAN = "ran on this hardware"
-    ADAPTER = "adapter to the real library; never run on this hardware"
+
+class Evidence(StrEnum):
+    """How it is known that a backend runs on a platform."""
+
+    RAN = "ran on this architecture"
+    ADAPTER = "adapter to the real library; never run on this architecture"
     INTERFACE = "row, interface and selection only; its kernels are not part of Baton yet"
 
 
@@ -58,7 +62,9 @@ class DeviceSupport:
         archs: prefixes of accepted architectures; empty: all.
         packages: libraries that must be installed.
         any_of: libraries of which one must be installed.
-        evidence: how it is known to run there.
+        ran_on: architectures, as `Platform.architecture` names them, on which Baton's tests have run it. What else the
+            row covers is what the kernels' documentation says.
+        has_kernels: whether its kernels are part of Baton yet.
     """
 
     kind: DeviceKind
@@ -67,7 +73,14 @@ class DeviceSupport:
     archs: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
-    evidence: Evidence = Evidence.RAN
+    ran_on: tuple[str, ...] = ()
+    has_kernels: bool = True
+
+    def evidence(self, platform: Platform) -> Evidence:
+        """How it is known to run on a platform that is not refused."""
+        if not self.has_kernels:
+            return Evidence.INTERFACE
+        return Evidence.RAN if platform.architecture in self.ran_on else Evidence.ADAPTER
 
     def refuse(self, platform: Platform) -> list[str]:
         """Why a platform of this family will not do; empty when it will."""
@@ -130,7 +143,7 @@ class Capabilities:
         """How it is known to run on such a platform; None where it does not."""
         for support in self.devices:
             if support.kind is platform.kind and not support.refuse(platform):
-                return support.evidence
+                return support.evidence(platform)
         return None
 
     def _refuse_platform(self, platform: Platform, dtype: torch.dtype) -> list[str]:
@@ -141,9 +154,8 @@ class Capabilities:
         # Of several that refuse for as many reasons, the one that asks least.
         nearest = min(family, key=lambda support: (len(support.refuse(platform)), support.low or (0, 0)))
         reasons = nearest.refuse(platform)
-        if dtype is torch.bfloat16 and platform.capability is not None and platform.capability < (8, 0):
-            reasons = [*reasons, f"bfloat16 needs SM 8.0 or newer, this is {platform.sm}"]
-        return reasons
+        lack = platform.lacks(dtype)
+        return reasons if lack is None else [*reasons, lack]
 
     def _refuse_needs(self, needs: AttentionNeeds) -> list[str]:
         spec = needs.spec
@@ -160,7 +172,7 @@ class Capabilities:
             reasons.append(f"attention type {spec.attn_type} is none of {', '.join(self.attention_types)}")
         if needs.phase is not None and needs.phase not in self.phases:
             reasons.append(f"made for {' and '.join(self.phases)}, not for {needs.phase}")
-        if spec.kv_cache_dtype not in (None, needs.dtype) and Feature.FP8_KV not in spec.features:
+        if spec.attn_type.cached and spec.kv_cache_dtype not in (None, needs.dtype, FP8):
             reasons.append(f"a KV cache of {_short(spec.kv_cache_dtype)} beside {_short(needs.dtype)} is not known")
         for feature in sorted(needs.all_features - self.features):
             reasons.append(self.refused.get(feature, f"{feature} is not supported"))

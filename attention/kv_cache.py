@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from attention.backend import AttentionBackend, KVScales
+from attention.cache_layout import CacheLayout, layout_of
+from attention.errors import AttentionInputError
 from attention.fp8 import quantize
 from attention.spec import FP8
 
@@ -22,6 +26,7 @@ class KVCacheSpec:
         block_size: tokens in a block.
         dtype: of keys and values.
         mla: whether a token has one latent of `head_size` (`MLASpec.latent_size`) in place of keys and values.
+        backend: whose shape and order in memory it has; None: that of most.
 
     Raises:
         ValueError: MLA with more than one key/value head.
@@ -33,6 +38,7 @@ class KVCacheSpec:
     block_size: int
     dtype: torch.dtype
     mla: bool = False
+    backend: type[AttentionBackend] | None = None
 
     def __post_init__(self) -> None:
         if self.mla and self.num_kv_heads != 1:
@@ -41,13 +47,21 @@ class KVCacheSpec:
     @property
     def bytes_per_token(self) -> int:
         """Keys and values (or the latent) of one token, all layers together."""
-        parts = 1 if self.mla else 2
-        return self.num_layers * parts * self.num_kv_heads * self.head_size * self.dtype.itemsize
+        return self.bytes_per_block // self.block_size
 
     @property
     def bytes_per_block(self) -> int:
         """Keys and values (or the latents) of one block, all layers together."""
-        return self.block_size * self.bytes_per_token
+        return self.num_layers * math.prod(self.layout.block_shape) * self.dtype.itemsize
+
+    @cached_property
+    def layout(self) -> CacheLayout:
+        """Of each layer.
+
+        Raises:
+            AttentionBackendError: see `layout_of`.
+        """
+        return layout_of(self._owner, self.block_size, self.num_kv_heads, self.head_size)
 
     def blocks_that_fit(self, num_bytes: int) -> int:
         """How many blocks `num_bytes` hold, 0 when not even one."""
@@ -55,20 +69,44 @@ class KVCacheSpec:
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
         """(L, num_blocks, 2, block_size, Hkv, D), with MLA (L, num_blocks, block_size, D); a backend's, L times."""
-        if self.mla:
-            return (self.num_layers, *latent_cache_shape(num_blocks, self.block_size, self.head_size))
-        layer = AttentionBackend.get_kv_cache_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_size)
+        layer = self._owner.get_kv_cache_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_size)
         return (self.num_layers, *layer)
 
     def allocate(self, num_blocks: int, device: torch.device | str) -> torch.Tensor:
-        """One zeroed, contiguous tensor of `shape(num_blocks)`; layer i's cache is its view `[i]`.
+        """One zeroed tensor of `shape(num_blocks)`, one piece of memory in the order of `layout`.
+
+        Layer i's cache is its view `[i]`.
 
         Raises:
             ValueError: `num_blocks` is not positive.
         """
         if num_blocks < 1:
             raise ValueError(f"a KV cache needs at least one block, not {num_blocks}")
-        return torch.zeros(self.shape(num_blocks), dtype=self.dtype, device=device)
+        stored = (self.num_layers, num_blocks, *self.layout.block_shape)
+        where = {dim: place for place, dim in enumerate(self.layout.stride_order)}
+        indexed = [1 + where[dim] for dim in range(len(where))]
+        return torch.zeros(stored, dtype=self.dtype, device=device).permute(0, *indexed)
+
+    @property
+    def _owner(self) -> type[AttentionBackend]:
+        return self.backend or (_Latents if self.mla else AttentionBackend)
+
+
+def as_stored(kv_cache: torch.Tensor) -> torch.Tensor:
+    """A cache of `KVCacheSpec.allocate` with its dimensions as they lie in memory: contiguous, a view."""
+    strides = kv_cache.stride()
+    stored = kv_cache.permute(sorted(range(kv_cache.ndim), key=lambda dim: -strides[dim]))
+    assert stored.is_contiguous()
+    return stored
+
+
+class _Latents(AttentionBackend):
+    """The usual cache of latents."""
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
+        """See `latent_cache_shape`."""
+        return latent_cache_shape(num_blocks, block_size, head_size)
 
 
 def latent_cache_shape(num_blocks: int, block_size: int, latent_size: int) -> tuple[int, int, int]:
@@ -80,7 +118,7 @@ def key_rows(slots: torch.Tensor, block_size: int) -> torch.Tensor:
     """Where the keys of `slots` lie in a layer's cache seen as rows of one token each; values lie `block_size` later.
 
     A block is `block_size` rows of keys and then as many of values, so slot `b * block_size + i` has its key in row
-    `2 * b * block_size + i`.
+    `2 * b * block_size + i`. Negative slots, which are nobody's, have negative rows.
 
     Args:
         slots: int64, any shape, `block * block_size + offset`.
@@ -95,14 +133,52 @@ def token_rows(kv_cache: torch.Tensor) -> torch.Tensor:
     return kv_cache.view(num_blocks * two * block_size, num_kv_heads * head_size)
 
 
+def check_slots(slot_mapping: torch.Tensor, num_tokens: int) -> None:
+    """Refuse slots that do not fit the tokens, or that are too narrow to find them in a large cache.
+
+    Raises:
+        AttentionInputError: anything but contiguous int64, one for each token.
+    """
+    shape = tuple(slot_mapping.shape)
+    if slot_mapping.dtype != torch.int64 or shape != (num_tokens,) or not slot_mapping.is_contiguous():
+        raise AttentionInputError(
+            f"slots of {str(slot_mapping.dtype).removeprefix('torch.')} {shape} with strides {slot_mapping.stride()}: "
+            f"needs contiguous int64 ({num_tokens},)"
+        )
+
+
+def put_rows(cache: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy each of `values` to its row of a cache; a negative row skips its value. Waits for no device.
+
+    Args:
+        cache: (N, W), written.
+        rows: (T,) int64, those that are not negative all different.
+        values: (T, W), of the cache's dtype.
+    """
+    if rows.shape[0] == 0:
+        return
+    skipped = rows < 0
+    if rows.device.type == "cpu":
+        if skipped.any():
+            rows, values = rows[~skipped], values[~skipped]
+        cache.index_copy_(0, rows, values)
+        return
+    # What is skipped repeats the first that is not, or the cache's own first row where there is none.
+    first = skipped.to(torch.int8).argmin(0, keepdim=True)
+    row = rows.index_select(0, first)
+    value = torch.where(row[:, None] < 0, cache[:1], values.index_select(0, first))
+    cache.index_copy_(0, torch.where(skipped, row.clamp(min=0), rows), torch.where(skipped[:, None], value, values))
+
+
 def store_rows(
     key: torch.Tensor,
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     rows: torch.Tensor,
     scales: KVScales = KVScales(),  # noqa: B008 (frozen)
+    may_skip: bool = True,
 ) -> None:
-    """Write keys to the given `key_rows` and values beside them.
+    """Write keys to the given `key_rows` and values beside them; a negative row skips its token.
 
     Args:
         key: (T, Hkv, D).
@@ -110,6 +186,7 @@ def store_rows(
         kv_cache: one layer's cache, written.
         rows: (2, T) int64, rows of the keys, then of the values.
         scales: of an FP8 cache.
+        may_skip: whether a row may be negative; where it is known that none is, nobody looks.
     """
     cache = token_rows(kv_cache)
     if cache.dtype == FP8:  # copied as bytes: indexing knows no FP8
@@ -118,8 +195,11 @@ def store_rows(
             quantize(key, scales.k).view(torch.uint8),
             quantize(value, scales.v).view(torch.uint8),
         )
-    cache.index_copy_(0, rows[0], key.flatten(1))
-    cache.index_copy_(0, rows[1], value.flatten(1))
+    for half, tokens in zip(rows, (key, value), strict=True):
+        if may_skip:
+            put_rows(cache, half, tokens.flatten(1))
+        else:
+            cache.index_copy_(0, half, tokens.flatten(1))
 
 
 def reshape_and_cache(
@@ -129,15 +209,19 @@ def reshape_and_cache(
     slot_mapping: torch.Tensor,
     scales: KVScales = KVScales(),  # noqa: B008 (frozen)
 ) -> None:
-    """Write each token's key and value into its slot.
+    """Write each token's key and value into its slot; the twin of the Triton kernel, for any device.
 
     Args:
         key: (T, Hkv, D).
         value: (T, Hkv, D).
         kv_cache: one layer's cache, written.
-        slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+        slot_mapping: (T,) int64, `block * block_size + offset`, all different; a negative one skips its token.
         scales: of an FP8 cache.
+
+    Raises:
+        AttentionInputError: slots of another dtype or shape.
     """
+    check_slots(slot_mapping, key.shape[0])
     block_size = kv_cache.shape[2]
     keys = key_rows(slot_mapping, block_size)
     store_rows(key, value, kv_cache, torch.stack((keys, keys + block_size)), scales)
@@ -152,11 +236,15 @@ def concat_and_cache_mla(
         kv_c: (T, kv_lora_rank), normalised.
         k_pe: (T, qk_rope_head_dim), rotated.
         kv_cache: one layer's cache, (num_blocks, block_size, kv_lora_rank + qk_rope_head_dim), written.
-        slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+        slot_mapping: (T,) int64, `block * block_size + offset`, all different; a negative one skips its token.
         scale: of an FP8 cache.
+
+    Raises:
+        AttentionInputError: slots of another dtype or shape.
     """
+    check_slots(slot_mapping, kv_c.shape[0])
     rows = kv_cache.view(-1, kv_cache.shape[-1])
     latent = torch.cat((kv_c, k_pe), dim=-1)
     if rows.dtype == FP8:  # copied as bytes: indexing knows no FP8
         rows, latent = rows.view(torch.uint8), quantize(latent, scale).view(torch.uint8)
-    rows.index_copy_(0, slot_mapping, latent)
+    put_rows(rows, slot_mapping, latent)

@@ -26,7 +26,8 @@ class CommonAttentionMetadata:
         seq_lens: (B,) int32, keys of each sequence, this batch's tokens included.
         block_tables: (B, max_blocks) int32, the blocks of each sequence in order; padded with 0. (B, 0) where nothing
             is cached.
-        slot_mapping: (Tk,) int64, `block * block_size + offset` where each new key and value is stored.
+        slot_mapping: (Tk,) int64, `block * block_size + offset` where each new key and value is stored; a negative one
+            stores nothing (the padding rows of a captured graph, say). Keys are read by way of the block tables alone.
         query_lens: the lengths behind `cu_seqlens_q`, as Python ints.
         context_lens: `seq_lens` as Python ints.
         tree_mask: (n, n) bool: every sequence brings exactly n queries, the nodes of one draft tree; node i sees all of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -51,7 +52,7 @@ class Platform:
         kind: the family.
         name: what people call it.
         capability: CUDA's compute capability, such as (9, 0); None elsewhere.
-        arch: the architecture's own name where it has one ("gfx942").
+        arch: the architecture's own name where it has one ("gfx942", "x86_64").
         packages: installed kernel libraries, name to version.
         triton_interpreter: whether Triton kernels are interpreted on the CPU instead of compiled.
         simulated: whether this is a description: all libraries that exist for the family count as installed.
@@ -70,8 +71,19 @@ class Platform:
         """The compute capability as NVIDIA writes it, "SM 9.0"; None elsewhere."""
         return f"SM {self.capability[0]}.{self.capability[1]}" if self.capability else None
 
+    @property
+    def architecture(self) -> str | None:
+        """What kernels are compiled for: "SM 9.0", "gfx942", "x86_64"; None where it is not told apart."""
+        return self.sm or self.arch
+
+    def lacks(self, dtype: torch.dtype) -> str | None:
+        """Why no kernel computes in that dtype there; None where some do."""
+        if dtype is torch.bfloat16 and self.capability is not None and self.capability < (8, 0):
+            return f"bfloat16 needs SM 8.0 or newer, this is {self.sm}"
+        return None
+
     def __str__(self) -> str:
-        detail = self.sm or self.arch
+        detail = None if self.kind is DeviceKind.CPU else self.architecture
         return f"{self.name} ({detail})" if detail else self.name
 
     @classmethod
@@ -85,7 +97,8 @@ class Platform:
         packages = installed_packages()
         if device.type == "cpu":
             interpreted = "triton" in packages and _triton_interpreted()
-            return cls(DeviceKind.CPU, "CPU", packages=packages, triton_interpreter=interpreted)
+            arch = platform.machine()
+            return cls(DeviceKind.CPU, "CPU", arch=arch, packages=packages, triton_interpreter=interpreted)
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             if torch.version.hip is not None:
@@ -162,7 +175,7 @@ SIMULATED: Mapping[str, Platform] = MappingProxyType(
             packages={"triton": "any", "intel_extension_for_pytorch": "any"},
             simulated=True,
         ),
-        "cpu": Platform(DeviceKind.CPU, "CPU", simulated=True),
+        "cpu": Platform(DeviceKind.CPU, "CPU", arch="x86_64", simulated=True),
     }
 )
 """Platforms by the name that `baton backends --simulate` takes."""

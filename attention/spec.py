@@ -92,7 +92,8 @@ class AttentionSpec:
         alibi_slopes: a slope for each query head; None has no such bias (arXiv:2108.12409).
         has_sinks: whether every query head has one learned logit more in its softmax, of a token without value
             (arXiv:2309.17453, as gpt-oss does).
-        kv_cache_dtype: what keys and values are stored as; None: as they come. `FP8` scales them.
+        kv_cache_dtype: what keys and values are stored as; None: as they come. `FP8` scales them. Without meaning where
+            nothing is cached, so that a model can give all of its layers the same.
         mla: set for a layer of multi-head latent attention.
     """
 
@@ -114,6 +115,11 @@ class AttentionSpec:
         return self.attn_type is AttentionType.DECODER
 
     @property
+    def fp8_cache(self) -> bool:
+        """Whether keys and values are quantised: where nothing is cached, an encoder's never are."""
+        return self.kv_cache_dtype == FP8 and self.attn_type.cached
+
+    @property
     def features(self) -> frozenset[Feature]:
         """What this layer needs that not every backend can do."""
         asked = {
@@ -123,7 +129,7 @@ class AttentionSpec:
             Feature.ALIBI: self.alibi_slopes is not None,
             Feature.SOFT_CAP: self.logits_soft_cap is not None,
             Feature.SINKS: self.has_sinks,
-            Feature.FP8_KV: self.kv_cache_dtype == FP8,
+            Feature.FP8_KV: self.fp8_cache,
         }
         return frozenset(feature for feature, needed in asked.items() if needed)
 

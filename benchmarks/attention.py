@@ -256,7 +256,8 @@ def _all_backends(platform: Platform) -> list[str]:
     return [
         name
         for name in BACKENDS
-        if name not in _NOT_ATTENTION and get_backend(name).capabilities.evidence(platform) is Evidence.RAN
+        if name not in _NOT_ATTENTION
+        and get_backend(name).capabilities.evidence(platform) in (Evidence.RAN, Evidence.ADAPTER)
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from attention.capability import DeviceSupport, Evidence, Sizes
+from attention.capability import DeviceSupport, Sizes
 from attention.errors import AttentionBackendError
 from attention.platform import PACKAGES, SIMULATED, DeviceKind, Platform
 from attention.selection.registry import BACKENDS, get_backend
@@ -17,7 +17,6 @@ from attention.selection.selector import select_backend
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, MLASpec, Phase
 from benchmarks.markdown import provenance, read_result, table
 
-_EVIDENCE = {Evidence.RAN: "ran", Evidence.ADAPTER: "never ran", Evidence.INTERFACE: "no kernels yet"}
 _FAMILIES = {
     DeviceKind.CPU: "CPU",
     DeviceKind.CUDA: "CUDA",
@@ -104,7 +103,7 @@ def choices(_: Path) -> str:
     """What is chosen on every simulated platform, for prefill and for decode where they differ."""
     rows = []
     for key, platform in SIMULATED.items():
-        dtype = torch.float16 if platform.capability is not None and platform.capability < (8, 0) else torch.bfloat16
+        dtype = torch.float16 if platform.lacks(torch.bfloat16) else torch.bfloat16
         dtype_name = str(dtype).removeprefix("torch.")
         rows.append((f"`{key}`", str(platform), dtype_name, *(_chosen(platform, s, dtype) for s in SITUATIONS)))
     header = ("`--simulate`", "platform", "dtype", *(situation.title for situation in SITUATIONS))
@@ -153,11 +152,13 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
 
 
 def _device(support: DeviceSupport) -> str:
-    """Such as "CUDA SM 9.0+ with triton: ran"."""
+    """Such as "CUDA SM 8.0+ with triton: ran on SM 9.0"."""
     libraries = [PACKAGES[package][1] for package in support.packages]
     libraries += [" or ".join(PACKAGES[package][1] for package in support.any_of)] if support.any_of else []
     name = _FAMILIES[support.kind] + str(support).removeprefix(support.kind)
-    return f"{name}{' with ' if libraries else ''}{', '.join(libraries)}: {_EVIDENCE[support.evidence]}"
+    ran = f"ran on {', '.join(support.ran_on)}" if support.ran_on else "never ran"
+    evidence = ran if support.has_kernels else "no kernels yet"
+    return f"{name}{' with ' if libraries else ''}{', '.join(libraries)}: {evidence}"
 
 
 def _sizes(sizes: Sizes) -> str:

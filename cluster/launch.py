@@ -80,7 +80,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
         stock = None if present is None else gpu_budget(groups, placements, present.get("GPU", 0.0))
-        dtype = resolve_dtype(config.model.dtype, model)
+        dtype = resolve_dtype(config.model.dtype, model.dtype)
         engine = ServingEngine(
             places_of(config, "prefill", placements, folder, start),
             places_of(config, "decode", placements, folder, start),

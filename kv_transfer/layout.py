@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from kv_transfer.errors import LayoutMismatchError
@@ -23,6 +24,7 @@ class KVLayout:
         dtype: element type, a key of `DTYPE_BYTES`.
         order: dimensions of one layer's block, outermost first.
         tp_size: tensor-parallel ranks that share the heads.
+        block_shape: their sizes; None: those that follow from the others.
     """
 
     kind: str
@@ -33,11 +35,15 @@ class KVLayout:
     dtype: str
     order: str = "kv,slot,head,element"
     tp_size: int = 1
+    block_shape: tuple[int, ...] | None = None
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in one layer."""
-        return 2 * self.block_size * self.num_kv_heads * self.head_size * DTYPE_BYTES[self.dtype]
+        if self.block_shape is not None:
+            return math.prod(self.block_shape) * DTYPE_BYTES[self.dtype]
+        parts = 1 if self.kind == "mla" else 2
+        return parts * self.block_size * self.num_kv_heads * self.head_size * DTYPE_BYTES[self.dtype]
 
     def differences(self, other: KVLayout) -> list[str]:
         """Each field in which the two differ, in words."""

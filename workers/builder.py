@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from attention.kv_cache import as_stored
 from attention.spec import Phase
 from kv_transfer.connector import KVConnector
 from kv_transfer.transports.base import EngineInfo
@@ -124,7 +125,7 @@ def build_worker(
         worker.layers_per_write.capability = capability
     return BuiltWorker(
         worker,
-        connector.register_kv_caches(config.name, runner.kv_cache, kv_layout(spec, group.size)),
+        connector.register_kv_caches(config.name, as_stored(runner.kv_cache), kv_layout(spec, group.size)),
         torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         model.backend_names,
         max_model_len,

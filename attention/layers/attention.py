@@ -8,7 +8,7 @@ from torch import nn
 from attention.backend import AttentionBackend, AttentionMetadata, KVScales
 from attention.forward_context import ForwardContext, current_context
 from attention.fp8 import calibrate
-from attention.spec import FP8, AttentionSpec
+from attention.spec import AttentionSpec
 from attention.unified_attention import unified_attention
 
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         self.impl = backend.impl_class(spec, self.sinks)
         if kv_scales is not None:
             self.impl.kv_scales = kv_scales
-        self._needs_scales = spec.kv_cache_dtype == FP8 and kv_scales is None
+        self._needs_scales = spec.fp8_cache and kv_scales is None
 
     def forward(
         self,

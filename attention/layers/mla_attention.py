@@ -6,11 +6,10 @@ import torch
 from torch import nn
 
 from attention.backend import AttentionBackend, AttentionMetadata, KVScales
-from attention.backends.mla.base import MLABackend
 from attention.errors import AttentionBackendError
 from attention.forward_context import ForwardContext, current_context
 from attention.fp8 import calibrate
-from attention.spec import FP8, AttentionSpec
+from attention.spec import AttentionSpec
 from attention.unified_attention import unified_attention
 
 
@@ -41,7 +40,7 @@ class MLAAttention(nn.Module):
         kv_scales: KVScales | None = None,
     ) -> None:
         super().__init__()
-        if not issubclass(backend, MLABackend):
+        if not backend.capabilities.mla:
             raise AttentionBackendError(f"{backend.name} is not made for latent attention")
         self.spec = spec
         self.backend = backend
@@ -50,7 +49,7 @@ class MLAAttention(nn.Module):
         self.impl = backend.impl_class(spec, self.kv_b_proj)
         if kv_scales is not None:
             self.impl.kv_scales = kv_scales
-        self._needs_scales = spec.kv_cache_dtype == FP8 and kv_scales is None
+        self._needs_scales = spec.fp8_cache and kv_scales is None
 
     def forward(
         self,
@@ -72,7 +71,8 @@ class MLAAttention(nn.Module):
         """
         if torch.compiler.is_compiling():
             if output is None:
-                output = query.new_empty(query.shape[0], self.spec.num_heads, self.impl.mla.v_head_dim)
+                assert self.spec.mla is not None
+                output = query.new_empty(query.shape[0], self.spec.num_heads, self.spec.mla.v_head_dim)
             unified_attention(query, kv_c, k_pe, output, self.name)
             return output
         return self.attend(current_context(), query, kv_c, k_pe, output)

@@ -59,8 +59,11 @@ class PagedAttention:
             key: (T, Hkv, D).
             value: (T, Hkv, D).
             kv_cache: written.
-            slot_mapping: (T,) int64, `block * block_size + offset`, all different.
+            slot_mapping: (T,) int64, `block * block_size + offset`, all different; a negative one skips its token.
             scales: of an FP8 cache.
+
+        Raises:
+            AttentionInputError: arguments that do not fit each other.
         """
         if uses_triton(kv_cache):
             from attention.ops.triton.reshape_and_cache import reshape_and_cache

@@ -124,6 +124,8 @@ class _Contest:
     def _admit(self, backend: type[AttentionBackend]) -> None:
         if is_interpreted(backend, self._device):
             self._exclude(backend, "its kernels are interpreted here")
+        elif not backend.accepts_stored_keys():
+            self._exclude(backend, "its KV cache is none of the usual shape, in which all are measured")
         elif wrong := wrong_numbers(backend, self._needs, self._phase, self._device):
             self._exclude(backend, wrong)
         else:

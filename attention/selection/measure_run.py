@@ -16,7 +16,7 @@ from attention.metadata import CommonAttentionMetadata, build_metadata
 from attention.platform import DeviceKind
 from attention.selection.measurements import Shape
 from attention.selection.reference import reference_attention
-from attention.spec import FP8, AttentionNeeds, Feature, Phase
+from attention.spec import AttentionNeeds, Feature, Phase
 
 _LAYERS_PER_PLAN, _PLANS = 32, 3
 _CPU_CACHE_BYTES, _MAX_CACHES = 64 << 20, 64
@@ -135,7 +135,7 @@ def wrong_numbers(
         tokens = cache.float()[table].transpose(0, 1).flatten(1, 2)[:, : lens[i][1]]
         expected.append(reference_attention(spec, query, tokens[0], tokens[1], impl.sinks))
     error = (output.float() - torch.cat(expected)).abs().max().item()
-    tolerance = _FP8_TOLERANCE if spec.kv_cache_dtype == FP8 else _TOLERANCE[needs.dtype]
+    tolerance = _FP8_TOLERANCE if spec.fp8_cache else _TOLERANCE[needs.dtype]
     return None if error <= tolerance else f"wrong numbers: off by {error:.2g}, {tolerance:g} are allowed"
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 from attention.backend import AttentionBackend
 from attention.capability import Evidence
 from attention.errors import AttentionBackendError
 from attention.platform import Platform
+from attention.selection.forced import Forced
 from attention.selection.priority import candidates
 from attention.selection.registry import get_backend
 from attention.spec import AttentionNeeds, Phase
 
 logger = logging.getLogger(__name__)
 
-_FORCED: ContextVar[Mapping[Phase | None, str] | None] = ContextVar("forced_attn_backend", default=None)
+_FORCED = Forced[tuple[Phase | None, str]]()
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Selection:
 
 @contextmanager
 def force_attn_backend(name: str, phase: Phase | None = None) -> Iterator[None]:
-    """Make `select_backend` take this backend or fail, whatever the configuration says.
+    """Make `select_backend` take this backend or fail, whatever the configuration says, on every thread of the process.
+
+    The block that was entered last wins: one for both phases over all before it, one for a phase over those for it and
+    for both. Other processes, those of Ray's actors among them, are not reached: they are configured.
 
     Args:
         name: the backend's.
@@ -61,11 +64,13 @@ def force_attn_backend(name: str, phase: Phase | None = None) -> Iterator[None]:
         AttentionBackendError: no such backend.
     """
     get_backend(name)
-    token = _FORCED.set({**(_FORCED.get() or {}), phase: name} if phase else {None: name})
-    try:
+    with _FORCED.force((phase, name)):
         yield
-    finally:
-        _FORCED.reset(token)
+
+
+def forced_backend(phase: Phase | None) -> str | None:
+    """The name that code forces for such batches; None: none."""
+    return next((name for kind, name in reversed(_FORCED.values()) if kind in (phase, None)), None)
 
 
 def select_backend(
@@ -86,8 +91,7 @@ def select_backend(
         AttentionBackendError: an unknown name, a forced backend that refuses, or none that is usable; with reasons.
     """
     kinds = [needs] if isinstance(needs, AttentionNeeds) else list(needs)
-    forced = _FORCED.get() or {}
-    in_code = forced.get(kinds[0].phase) or forced.get(None)
+    in_code = forced_backend(kinds[0].phase)
     name = in_code or configured
     if name is not None:
         reasons = unsupported_reasons(name, platform, kinds)

@@ -12,11 +12,12 @@ import torch
 
 from attention.errors import AttentionBackendError
 from attention.platform import SIMULATED, Platform
+from attention.selection.by_kind import select_by_kind
 from attention.selection.measure import BUDGET_S, measure
 from attention.selection.measurements import FILE_NAME, load_ranking, save_record
 from attention.selection.priority import candidates
 from attention.selection.registry import BACKENDS, get_backend
-from attention.selection.selector import select_backend, unsupported_reasons
+from attention.selection.selector import unsupported_reasons
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, Phase
 from cluster.cli.backends_report import Choice, Question, Report, Row, as_json, print_report
 from cluster.config.load import cache_dir, load_config
@@ -32,8 +33,9 @@ _EPILOG = """\
 A backend is taken from BATON_ATTENTION_BACKEND or {prefill,decode}.attention_backend; else it is the one that was
 measured to be the fastest here (--measure); else the first that can run the model, in an order made for the device.
 
-evidence: "ran" means that Baton's tests have run on an H200 (SM 9.0) or on a CPU; what other devices of the family do
-is taken from the kernels' own documentation. (+2) means two more reasons, which --explain shows.
+evidence: "ran" means that Baton's tests have run on this very architecture (SM 9.0, x86_64); what it does on others of
+the family is taken from the kernels' own documentation, and it "never ran" there. (+2) means two more reasons, which
+--explain shows.
 
 examples:
   baton backends --model ~/models/llama --measure
@@ -51,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--model", metavar="DIR|HUB_ID", help="model to run; default: 32 query and 8 KV heads of 128")
     parser.add_argument(
-        "--dtype", default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} or auto: the model's own, else bfloat16"
+        "--dtype",
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(DTYPES)} or auto: the model's own, else bfloat16, or float16 on a GPU without it",
     )
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens per KV block (%(default)s)")
     parser.add_argument(
@@ -78,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(report), indent=2))
     else:
         print_report(report, explain=args.explain)
-    return 0 if all(choice.backend for choice in report.choices.values()) else 1
+    return 0 if all(choice.backends for choice in report.choices.values()) else 1
 
 
 def _device(args: argparse.Namespace) -> torch.device | None:
@@ -101,12 +106,10 @@ def _question(args: argparse.Namespace, platform: Platform) -> Question:
         raise ConfigError(f"--block-size is {args.block_size}, it must be at least 1")
     if args.model is not None:
         _, config = read_model(resolve_checkpoint(args.model))
-        name, layers, dtype = args.model, attention_specs(config), resolve_dtype(args.dtype, config)
-    elif args.dtype in ("auto", *DTYPES):
-        name, layers = _DEFAULT_NAME, [_DEFAULT_LAYER]
-        dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+        name, layers, stored = args.model, attention_specs(config), config.dtype
     else:
-        raise ConfigError(f"dtype {args.dtype!r} is none of auto, {', '.join(DTYPES)}")
+        name, layers, stored = _DEFAULT_NAME, [_DEFAULT_LAYER], "bfloat16"
+    dtype = resolve_dtype(args.dtype, stored, platform)
     if args.kv_cache_dtype == "fp8":
         layers = [replace(layer, kv_cache_dtype=FP8) for layer in layers]
     return Question(platform, name, layers, dtype, args.block_size)
@@ -150,10 +153,15 @@ def _choose(question: Question, phase: Phase, configured: str | None, path: Path
         get_backend(configured)  # a name that does not exist is a mistake, and no reason against the model
     needs = _needs(question, phase)
     try:
-        selection = select_backend(question.platform, needs, configured, load_ranking(path, question.platform, needs))
+        chosen = select_by_kind(
+            question.platform, needs, configured, lambda kinds: load_ranking(path, question.platform, kinds)
+        ).values()
     except AttentionBackendError as error:
-        return Choice(None, "all refuse" if configured is None else str(error))
-    return Choice(selection.backend.name, selection.because)
+        return Choice((), "all refuse" if configured is None else str(error))
+    names, reasons = (
+        dict.fromkeys(getattr(selection, what) for selection in chosen) for what in ("backend", "because")
+    )
+    return Choice(tuple(backend.name for backend in names), "; ".join(reasons))
 
 
 def _rows(question: Question) -> list[Row]:

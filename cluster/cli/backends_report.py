@@ -36,10 +36,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome for one phase: a backend and how it was chosen, or None and why there is none."""
+    """The outcome for one phase.
 
-    backend: str | None
+    Attributes:
+        backends: by name, one for each kind of layer, each once; empty: there is none.
+        because: how they were chosen, or why there is none.
+    """
+
+    backends: tuple[str, ...]
     because: str
+
+    def __str__(self) -> str:
+        return "; ".join(self.backends) or "none"
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def print_report(report: Report, *, explain: bool) -> None:
     console = Console()
     console.print(_header(report.question), markup=False, highlight=False)
     for phase, choice in report.choices.items():
-        chosen = f"[bold green]{choice.backend}[/]" if choice.backend else "[bold red]none[/]"
+        chosen = f"[bold {'green' if choice.backends else 'red'}]{choice}[/]"
         console.print(f"{phase:<8}{chosen} ({escape(choice.because)})", highlight=False)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     for column in ("backend", "prefill", "decode", "evidence"):
@@ -101,7 +109,10 @@ def as_json(report: Report) -> dict[str, Any]:
             "kv_cache_dtype": _short(first.kv_cache_dtype or question.dtype),
             "block_size": question.block_size,
         },
-        "chosen": {phase: {"backend": c.backend, "because": c.because} for phase, c in report.choices.items()},
+        "chosen": {
+            phase: {"backend": str(c) if c.backends else None, "because": c.because}
+            for phase, c in report.choices.items()
+        },
         "backends": [
             {
                 "name": row.name,
@@ -128,7 +139,7 @@ def _header(question: Question) -> str:
 
 
 def _cell(row: Row, phase: Phase, choice: Choice) -> str:
-    if row.name == choice.backend:
+    if row.name in choice.backends:
         return "[bold green]chosen[/]"
     return "[red]no[/]" if row.unsupported_reasons[phase] else "yes"
 

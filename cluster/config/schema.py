@@ -20,7 +20,11 @@ class ModelConfig:
         None, "checkpoint: a local folder or a Hugging Face hub id; default: the one that comes with Baton"
     )
     served_name: str | None = _setting(None, "the name clients know it by; default: the last part of the path")
-    dtype: str = _setting("auto", "auto takes the checkpoint's own", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = _setting(
+        "auto",
+        "auto takes the checkpoint's own, or float16 on a GPU without bfloat16",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     max_model_len: int | None = _setting(None, "tokens of prompt and answer together; default: the model's own", low=1)
     load_format: str = _setting("auto", "dummy gives random weights", choices=("auto", "dummy"))
 

@@ -11,6 +11,7 @@ import torch
 from attention.capability import DeviceSupport, Evidence
 from attention.errors import AttentionBackendError
 from attention.platform import PACKAGES, SIMULATED, DeviceKind, Platform, installed_packages
+from attention.selection.registry import BACKENDS, get_backend
 
 
 def test_this_machines_cpu() -> None:
@@ -97,5 +98,23 @@ class TestDeviceSupport:
         assert either.refuse(bare) == ["none of flash-attn, flash-attn-3 is installed"]
         assert DeviceSupport(DeviceKind.CUDA, any_of=("flash_attn", "triton")).refuse(bare) == []
 
-    def test_it_is_evidence_by_default(self) -> None:
-        assert DeviceSupport(DeviceKind.CPU).evidence is Evidence.RAN
+    def test_what_ran_on_one_architecture_did_not_run_on_the_others(self) -> None:
+        support = DeviceSupport(DeviceKind.CUDA, low=(8, 0), ran_on=("SM 9.0",))
+        found = {name: support.evidence(Platform.simulate(name)) for name in ("sm80", "sm89", "sm90", "sm100")}
+        assert found == {name: Evidence.RAN if name == "sm90" else Evidence.ADAPTER for name in found}
+        assert DeviceSupport(DeviceKind.CUDA).evidence(Platform.simulate("sm90")) is Evidence.ADAPTER
+        to_come = DeviceSupport(DeviceKind.CUDA, has_kernels=False)
+        assert to_come.evidence(Platform.simulate("sm90")) is Evidence.INTERFACE
+
+    def test_processors_are_told_apart(self) -> None:
+        arm = Platform(DeviceKind.CPU, "CPU", arch="aarch64")
+        for name in ("CPU_ATTN", "TORCH_SDPA", "CPU_MLA"):
+            assert get_backend(name).capabilities.evidence(Platform.simulate("cpu")) is Evidence.RAN
+            assert get_backend(name).capabilities.evidence(arm) is Evidence.ADAPTER
+
+    @pytest.mark.parametrize("name", BACKENDS)
+    def test_nothing_ran_where_no_test_ran(self, name: str) -> None:
+        where = {
+            key for key, there in SIMULATED.items() if get_backend(name).capabilities.evidence(there) is Evidence.RAN
+        }
+        assert where <= {"sm90", "cpu"}

@@ -48,13 +48,15 @@ class KVCachePlan:
 def kv_layout(spec: KVCacheSpec, tp_size: int = 1) -> KVLayout:
     """The cache of one of `tp_size` ranks as two workers compare it when they meet."""
     return KVLayout(
-        kind="mha",
+        kind="mla" if spec.mla else "mha",
         num_layers=spec.num_layers,
         block_size=spec.block_size,
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         dtype=str(spec.dtype).removeprefix("torch."),
+        order=",".join(spec.layout.dims),
         tp_size=tp_size,
+        block_shape=spec.layout.block_shape,
     )
 
 

@@ -43,11 +43,13 @@ class ConfigReader:
     What is absent and has no default where it is read is taken from `defaults`, unless it is one of `STATED`.
 
     Attributes:
+        values: the object.
+        asked: keys that were read.
         source: the file, named in errors.
         prefix: put before keys in errors, for objects inside objects.
 
     Args:
-        values: the object.
+        values: see above.
         source: see above.
         prefix: see above.
         defaults: of keys that are absent; asked once, when the first is needed.
@@ -60,13 +62,14 @@ class ConfigReader:
         prefix: str = "",
         defaults: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        self._values = values
+        self.values = values
+        self.asked: set[str] = set()
         self._defaults = defaults
         self.source = source
         self.prefix = prefix
 
     def __contains__(self, key: str) -> bool:
-        return key in self._values
+        return key in self.values
 
     def error(self, key: str, problem: str) -> CheckpointError:
         """An error that names the file and the key."""
@@ -74,11 +77,12 @@ class ConfigReader:
 
     def get(self, key: str) -> Any:
         """The value as it is, None when absent."""
-        return self._values.get(key)
+        return self._stated(key)
 
     def get_or_default(self, key: str) -> Any:
         """The value as it is, or what `defaults` has, where the key is absent; a null stays one."""
-        return self._values[key] if key in self._values else self._default(key)
+        self.asked.add(key)
+        return self.values[key] if key in self.values else self._default(key)
 
     def inside(self, key: str, shared: Iterable[str] = ()) -> ConfigReader:
         """The object at `key`, such as that of the text model in a multi-modal one's.
@@ -99,7 +103,7 @@ class ConfigReader:
 
     def optional_int(self, key: str) -> int | None:
         """An integer, or None when absent."""
-        value = self._values.get(key)
+        value = self._stated(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise self.error(key, f"must be an integer, not {value!r}")
         return value
@@ -125,7 +129,7 @@ class ConfigReader:
 
     def positive_float(self, key: str, default: float | None = None) -> float:
         """A number above 0; without a default it must be there."""
-        value = self._values.get(key)
+        value = self._stated(key)
         if value is None:
             return self._present(key, default)
         if not _is_finite(value) or value <= 0:
@@ -141,7 +145,7 @@ class ConfigReader:
 
     def non_negative_float(self, key: str, default: float | None = None) -> float:
         """A number of at least 0; without a default it must be there."""
-        value = self._values.get(key)
+        value = self._stated(key)
         if value is None:
             return self._present(key, default)
         if not _is_finite(value) or value < 0:
@@ -150,7 +154,7 @@ class ConfigReader:
 
     def positive_float_list(self, key: str) -> tuple[float, ...]:
         """A list of numbers above 0, which must be there."""
-        values = self._values.get(key)
+        values = self._stated(key)
         if values is None:
             raise self.error(key, "is missing")
         if not isinstance(values, list) or not all(_is_finite(value) and value > 0 for value in values):
@@ -159,7 +163,7 @@ class ConfigReader:
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false."""
-        value = self._values.get(key)
+        value = self._stated(key)
         if value is None:
             return bool(self._present(key, default))
         if not isinstance(value, bool):
@@ -168,13 +172,17 @@ class ConfigReader:
 
     def int_list(self, key: str) -> list[int]:
         """An integer or a list of integers, as a list; empty when absent."""
-        value = self._values.get(key)
+        value = self._stated(key)
         if value is None:
             return []
         items = value if isinstance(value, list) else [value]
         if any(not isinstance(item, int) or isinstance(item, bool) for item in items):
             raise self.error(key, f"must be an integer or a list of integers, not {value!r}")
         return items
+
+    def _stated(self, key: str) -> Any:
+        self.asked.add(key)
+        return self.values.get(key)
 
     def _present(self, key: str, value: _Number | None) -> _Number:
         if value is None:

@@ -1,8 +1,8 @@
-"""The attention backend of a model that is being loaded, by what its worker will do."""
+"""The attention backends of a model that is being loaded, by its kinds of layers and by what its worker will do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,43 +10,51 @@ import torch
 
 from attention.backend import AttentionBackend
 from attention.backends.common.per_phase import backend_by_phase
+from attention.cache_layout import shared_layout
 from attention.errors import AttentionBackendError
 from attention.platform import Platform
+from attention.selection.by_kind import select_by_kind
 from attention.selection.measurements import load_ranking
-from attention.selection.selector import log_selection, select_backend
-from attention.spec import AttentionNeeds, Feature, Phase
+from attention.selection.selector import Selection, log_selection
+from attention.spec import AttentionNeeds, AttentionSpec, Feature, Phase
 from workers.errors import ConfigError
 
+Backends = Mapping[AttentionSpec, type[AttentionBackend]]
+"""How each kind of layer attends."""
 
-def choose_backend(
+
+def choose_backends(
     kinds: Sequence[AttentionNeeds],
     device: torch.device,
     *,
     name: str | None = None,
     measurements: Path | None = None,
     local_prefill: bool = False,
-) -> type[AttentionBackend]:
-    """The backend for layers of these kinds; see `select_backend` for what decides.
+) -> Backends:
+    """A backend for each of these kinds of layers; see `select_backend` for what decides.
+
+    They share a cache: where the best for each would lay it out in different ways, it is one that can do all.
 
     Args:
-        kinds: every kind of layer that the model has, all with the same phase.
+        kinds: every kind of layer that the model has, all with the same phase and block size.
         device: where the model will run.
         name: the one that is configured, for all that the worker does.
         measurements: where `baton backends --measure` keeps its result.
         local_prefill: a decode worker computes prompts, too: each phase gets the backend that is best for it.
 
     Raises:
-        ConfigError: none can run this model here, or the two of a worker that does both cannot share a cache.
+        ConfigError: none can run a kind here, or those of a worker that does both phases cannot share a cache.
     """
     platform, phase = Platform.of(device), kinds[0].phase
+    phases = tuple(Phase) if phase is Phase.DECODE and local_prefill else (phase,)
     try:
-        if phase is Phase.DECODE and local_prefill:
-            prefill, decode = (
-                _choose([_with_phase(kind, each) for kind in kinds], platform, name, measurements)
-                for each in (Phase.PREFILL, Phase.DECODE)
-            )
-            return backend_by_phase(prefill, decode, kinds)
-        return _choose([_with_phase(kind, phase) for kind in kinds], platform, name, measurements)
+        chosen = [_choose([_with_phase(kind, each) for kind in kinds], platform, name, measurements) for each in phases]
+        if len(chosen) == 1:
+            return chosen[0]
+        prefill, decode = chosen
+        both = {kind.spec: backend_by_phase(prefill[kind.spec], decode[kind.spec], [kind]) for kind in kinds}
+        shared_layout(both, kinds[0].block_size)
+        return both
     except AttentionBackendError as error:
         raise ConfigError(str(error)) from error
 
@@ -59,8 +67,20 @@ def _with_phase(kind: AttentionNeeds, phase: Phase | None) -> AttentionNeeds:
 
 def _choose(
     needs: Sequence[AttentionNeeds], platform: Platform, name: str | None, measurements: Path | None
-) -> type[AttentionBackend]:
-    fastest = load_ranking(measurements, platform, needs) if measurements is not None else ()
-    selection = select_backend(platform, needs, name, fastest)
-    log_selection(selection, str(needs[0].phase or "the model"))
-    return selection.backend
+) -> Backends:
+    def fastest(kinds: Sequence[AttentionNeeds]) -> Sequence[str]:
+        return load_ranking(measurements, platform, kinds) if measurements is not None else ()
+
+    selections = select_by_kind(platform, needs, name, fastest)
+    where = str(needs[0].phase or "the model")
+    if len({selection.backend for selection in selections.values()}) == 1:
+        log_selection(next(iter(selections.values())), where)
+        return _backends(selections)
+    for spec, selection in selections.items():
+        window = spec.sliding_window
+        log_selection(selection, f"{where}, layers {f'with a window of {window}' if window else 'without a window'}")
+    return _backends(selections)
+
+
+def _backends(selections: Mapping[AttentionSpec, Selection]) -> Backends:
+    return {spec: selection.backend for spec, selection in selections.items()}

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from attention.backend import AttentionBackend, AttentionMetadata, KVScales
+from attention.cache_layout import shared_layout
 from attention.forward_context import ForwardContext, forward_context
 from attention.kv_cache import KVCacheSpec
 from attention.layers.attention import Attention
@@ -64,6 +65,7 @@ class CausalLM(nn.Module, ABC):
 
     Raises:
         ConfigError: the group's size does not divide the model.
+        AttentionBackendError: the backends lay out a KV cache in different ways, and the layers share one.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -83,6 +85,7 @@ class CausalLM(nn.Module, ABC):
         super().__init__()
         config.check_divisible(group.size)
         self.config = config
+        self._cache_owner = shared_layout(backends, block_size)
         self.context = LayerContext(dtype, device, group, linear_method_for(device))
         self.block_size = block_size
         self.kv_cache_dtype = kv_cache_dtype
@@ -142,13 +145,21 @@ class CausalLM(nn.Module, ABC):
     @property
     def backend_names(self) -> str:
         """The attention backends of its layers, each once."""
-        return ", ".join(dict.fromkeys(attention.backend.name for attention in self._attention))
+        return "; ".join(dict.fromkeys(attention.backend.name for attention in self._attention))
 
     @property
     def kv_cache_spec(self) -> KVCacheSpec:
         """The KV cache that `forward` expects: of this rank's heads."""
         spec, dtype = self._attention[0].spec, self.kv_cache_dtype or self.dtype
-        return KVCacheSpec(len(self._attention), spec.num_kv_heads, spec.head_size, self.block_size, dtype)
+        return KVCacheSpec(
+            len(self._attention),
+            spec.num_kv_heads,
+            spec.head_size,
+            self.block_size,
+            dtype,
+            mla=spec.mla is not None,
+            backend=self._cache_owner,
+        )
 
     def set_kv_scales(self, layer: int, scales: KVScales) -> None:
         """Use these scales for a layer's FP8 cache, as its checkpoint says; before anything is in the cache."""
@@ -192,8 +203,7 @@ class CausalLM(nn.Module, ABC):
         Args:
             input_ids: (T,) int64.
             positions: (T,) int64, of each token in its sequence.
-            kv_cache: (L, num_blocks, 2, block_size, Hkv, D), of this rank's heads; this batch's keys and values are
-                written to it.
+            kv_cache: of `kv_cache_spec`; this batch's keys and values are written to it.
             metadata: the batch.
             on_layer: called with a layer's index as soon as the layer's keys and values are in the cache (on a GPU:
                 as soon as the kernels that put them there are queued), before the rest of the layer runs.
@@ -259,13 +269,15 @@ class CausalLM(nn.Module, ABC):
     ) -> Mapping[str, CacheWrite]:
         """Where rotations store keys and values, by layer; none where attention does.
 
-        In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache.
+        In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache. A
+        backend whose cache is another than the kernel writes stores them itself.
         """
         if not (common.decode_only and all(rotation.can_store for rotation in self._rotations.values())):
             return {}
         return {
             attention.name: CacheWrite(caches[attention.name], common.slot_mapping, attention.impl.kv_scales)
             for attention in self._attention
+            if attention.backend.accepts_stored_keys()
         }
 
     def _forward_context(

@@ -17,7 +17,7 @@ from workers.layers.rotation import Rotation
 from workers.layers.self_attention import LayerBatch, SelfAttention
 from workers.loading.config_reader import ConfigReader
 from workers.models.causal_lm import CausalLM
-from workers.models.config.heads import read_attention
+from workers.models.config.heads import FULL, read_attention, refuse_other_layer_types
 from workers.models.config.model_config import ModelConfig
 from workers.models.weight_map import WeightMap
 
@@ -41,6 +41,7 @@ class LlamaConfig(ModelConfig):
     @classmethod
     def read(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> Self:
         """See `ModelConfig.read`."""
+        refuse_other_layer_types(read, FULL)
         biased = read.flag("attention_bias", False)
         return cls(
             **cls.read_common(read, generation_config),

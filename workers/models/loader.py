@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from attention.platform import Platform
 from attention.spec import FP8, AttentionNeeds, Phase
 from workers.errors import CheckpointError, ConfigError
 from workers.loading.checkpoint import StoredTensor, resolve_checkpoint, stored_tensors, weight_files
@@ -14,13 +16,15 @@ from workers.loading.kv_scales import Place, kv_scale_place, read_kv_scales
 from workers.loading.pieces import Placement
 from workers.loading.placements import placement
 from workers.loading.weight_stream import load_tensors
-from workers.models.attention_backend import choose_backend
+from workers.models.attention_backend import choose_backends
 from workers.models.causal_lm import CausalLM, attention_specs
 from workers.models.config.model_config import DTYPES, ModelConfig
 from workers.models.random_weights import fill_randomly
 from workers.models.registry import read_model
 from workers.models.weight_map import WeightMap
 from workers.parallel.group import SINGLE, TensorParallelGroup
+
+logger = logging.getLogger(__name__)
 
 LOAD_FORMATS = ("auto", "dummy")
 KV_CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": FP8}
@@ -29,17 +33,26 @@ Progress = Callable[[int, int], None]
 """Called with the bytes of weights that this rank has read so far, and those that it will read in all."""
 
 
-def resolve_dtype(dtype: str, config: ModelConfig) -> torch.dtype:
-    """The dtype to run in: `auto` is the checkpoint's own.
+def resolve_dtype(dtype: str, stored: str, platform: Platform | None = None) -> torch.dtype:
+    """The dtype to run in: `auto` is the checkpoint's own; where the device has no bfloat16, float16 with a warning.
+
+    Args:
+        dtype: auto, float32, bfloat16 or float16; what is named is taken, whether a device has it or not.
+        stored: the checkpoint's own, `ModelConfig.dtype`.
+        platform: where the model will run; None: not known yet.
 
     Raises:
-        ConfigError: not auto, float32, bfloat16 or float16.
+        ConfigError: none of those.
     """
-    name = config.dtype if dtype == "auto" else dtype
+    name = stored if dtype == "auto" else dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
     resolved: torch.dtype = getattr(torch, name)
-    return resolved
+    lack = platform.lacks(resolved) if dtype == "auto" and platform is not None else None
+    if lack is None:
+        return resolved
+    logger.warning("the checkpoint is %s, and %s: running it in float16", name, lack)
+    return torch.float16
 
 
 def load_model(
@@ -62,7 +75,7 @@ def load_model(
 
     Args:
         model: a checkpoint folder or a hub id.
-        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
+        dtype: see `resolve_dtype`.
         device: where it will run.
         block_size: tokens in a KV block.
         backend_name: the attention backend; None chooses the best usable one.
@@ -87,16 +100,15 @@ def load_model(
         raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r} is none of {', '.join(KV_CACHE_DTYPES)}")
     folder = resolve_checkpoint(str(model))
     model_class, config = read_model(folder)
-    resolved, device = resolve_dtype(dtype, config), torch.device(device)
+    device = torch.device(device)
+    resolved = resolve_dtype(dtype, config.dtype, Platform.of(device))
     cache_dtype = KV_CACHE_DTYPES[kv_cache_dtype]
     specs = attention_specs(config, cache_dtype, group.size)
     kinds = [AttentionNeeds(spec, resolved, block_size, phase) for spec in specs]
-    backend = choose_backend(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
+    backends = choose_backends(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
     weights = weight_map(model_class, config, group)
     try:
-        loaded = model_class(
-            config, dict.fromkeys(specs, backend), block_size, resolved, device, cache_dtype, group, max_model_len
-        )
+        loaded = model_class(config, backends, block_size, resolved, device, cache_dtype, group, max_model_len)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(

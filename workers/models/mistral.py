@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from workers.loading.config_reader import ConfigReader
-from workers.models.config.heads import read_attention
+from workers.models.config.heads import FULL, SLIDING, read_attention, refuse_other_layer_types
 from workers.models.llama import LlamaConfig, LlamaForCausalLM
 
 
@@ -19,6 +19,7 @@ class MistralConfig(LlamaConfig):
     def read(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> Self:
         """See `ModelConfig.read`."""
         window = read.optional_positive_int("sliding_window") if "sliding_window" in read else 4096
+        refuse_other_layer_types(read, FULL if window is None else SLIDING)
         windows = (window,) * read.positive_int("num_hidden_layers")
         return cls(**cls.read_common(read, generation_config), attention=read_attention(read, windows))
 

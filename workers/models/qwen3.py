@@ -19,6 +19,7 @@ class Qwen3Config(LlamaConfig):
     @classmethod
     def read(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> Self:
         """See `ModelConfig.read`."""
+        read.get("use_qk_norm"), read.get("qk_layernorm")  # the family has it, whatever is said
         biased = read.flag("attention_bias", False)
         return cls(
             **cls.read_common(read, generation_config),

@@ -11,6 +11,7 @@ from typing import Any
 
 from workers.loading.config_reader import ConfigReader, read_json
 from workers.models.causal_lm import CausalLM
+from workers.models.config.attention_keys import refuse_other_attention
 from workers.models.config.model_config import ModelConfig
 
 
@@ -70,7 +71,9 @@ def parse_model(
     model_type = ARCHITECTURES[architecture].model_type
     found = model_class(architecture)
     read = ConfigReader({**config, "model_type": model_type}, source, defaults=lambda: _defaults(model_type))
-    return found, found.config_class.read(read, generation_config)
+    model = found.config_class.read(read, generation_config)
+    refuse_other_attention(read)
+    return found, model
 
 
 def _architecture(read: ConfigReader) -> str:

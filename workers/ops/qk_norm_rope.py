@@ -83,7 +83,7 @@ def qk_norm_rope_torch_(
     cache: CacheWrite | None = None,
     interleaved: bool = False,
 ) -> None:
-    """`qk_norm_rope_` in plain torch; with `cache` it waits for the device."""
+    """`qk_norm_rope_` in plain torch."""
     query_key = qkv[:, : num_q_heads + num_kv_heads]
     heads = query_key.to(torch.float32, copy=True)
     if norm_weight is not None:
@@ -93,9 +93,8 @@ def qk_norm_rope_torch_(
     if cos_sin is not None or norm_weight is not None:
         query_key.copy_(heads)
     if cache is not None:
-        stored = cache.slot_mapping >= 0
         key, value = qkv[:, num_q_heads:].split(num_kv_heads, dim=1)
-        reshape_and_cache(key[stored], value[stored], cache.kv_cache, cache.slot_mapping[stored], cache.scales)
+        reshape_and_cache(key, value, cache.kv_cache, cache.slot_mapping, cache.scales)
 
 
 def _rotate_(heads: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> None:

@@ -19,13 +19,13 @@ class ModelRunner:
 
     Args:
         model: the decoder.
-        kv_cache: (num_layers, num_blocks, 2, block_size, Hkv, D).
+        kv_cache: of the model's `kv_cache_spec`, (num_layers, num_blocks, ...).
     """
 
     def __init__(self, model: CausalLM, kv_cache: torch.Tensor) -> None:
         self.model = model
         self.kv_cache = kv_cache
-        self.block_size = kv_cache.shape[3]
+        self.block_size = model.block_size
         self.num_layers = kv_cache.shape[0]
         self.device = kv_cache.device
         self._prefill_graphs: PrefillGraphs | None = None
@@ -71,7 +71,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def read_blocks(self, blocks: Sequence[int]) -> torch.Tensor:
-        """Copy blocks of all layers to host memory: (num_layers, len(blocks), 2, block_size, Hkv, D), FP8 as bytes.
+        """Copy blocks of all layers to host memory: (num_layers, len(blocks), ...), FP8 as bytes.
 
         Comes after everything queued on the device, and is done on return: from then on the blocks may be given to
         somebody who writes to them from elsewhere.

@@ -87,6 +87,18 @@ def put(output: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor) -
         output.index_copy_(0, rows, values.to(output.dtype))
 
 
+def token_slots(common: CommonAttentionMetadata, block_size: int) -> torch.Tensor:
+    """Where the batch's own tokens lie in the cache, by their block tables: (T,) int64, found on the device."""
+    device, lens = common.seq_lens.device, common.cu_seqlens_q.diff()
+    owners = torch.repeat_interleave(
+        torch.arange(common.num_seqs, device=device), lens.long(), output_size=sum(common.query_lens)
+    )
+    ends = common.cu_seqlens_q[1:].long()[owners]
+    positions = torch.arange(len(owners), device=device) - ends + common.seq_lens.long()[owners]
+    blocks = common.block_tables[owners, positions // block_size].long()
+    return blocks * block_size + positions % block_size
+
+
 def gather_kv(kv_cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of these slots, copied out of the cache: each (S, Hkv, D), of the cache's dtype."""
     _, _, block_size, heads, head_size = kv_cache.shape

@@ -6,6 +6,7 @@ so that a prompt's plan never touches what a captured decode step reads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from attention.cache_layout import CacheLayout, layout_of
 from attention.errors import AttentionBackendError
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import Platform
@@ -56,13 +58,18 @@ class PhaseBuilder(AttentionMetadataBuilder):
 
 
 class PhaseImpl(AttentionImpl):
-    """One layer's attention, in two ways."""
+    """One layer's attention, in two ways.
+
+    Args:
+        spec: the layer.
+        weight: what the implementations of its kind of layer take beside it: sinks, or `kv_b_proj` of latent attention.
+    """
 
     halves: ClassVar[Halves]
 
-    def __init__(self, spec: AttentionSpec, sinks: torch.Tensor | None = None) -> None:
-        super().__init__(spec, sinks)
-        self._impls = {phase: half.impl_class(spec, sinks) for phase, half in self.halves.items()}
+    def __init__(self, spec: AttentionSpec, weight: torch.Tensor | None = None) -> None:
+        super().__init__(spec, None if spec.mla is not None else weight)
+        self._impls = {phase: half.impl_class(spec, weight) for phase, half in self.halves.items()}
 
     def forward(
         self,
@@ -92,6 +99,11 @@ class PhaseBackend(AttentionBackend):
         asked = [half for phase, half in cls.halves.items() if needs.phase in (phase, None)]
         return list(dict.fromkeys(reason for half in asked for reason in half.refuse(platform, needs)))
 
+    @classmethod
+    def accepts_stored_keys(cls) -> bool:
+        """Whether both do."""
+        return all(half.accepts_stored_keys() for half in cls.halves.values())
+
 
 def backend_by_phase(
     prefill: type[AttentionBackend], decode: type[AttentionBackend], needs: Sequence[AttentionNeeds]
@@ -107,12 +119,21 @@ def backend_by_phase(
         AttentionBackendError: the two lay a KV cache out in different ways.
     """
     for kind in needs:
-        one, other = _cache_shape(prefill, kind), _cache_shape(decode, kind)
+        one, other = _layout(prefill, kind), _layout(decode, kind)
         if one != other:
             raise AttentionBackendError(
                 f"{prefill.name} for prefill and {decode.name} for decode cannot share a KV cache: a block of a layer "
-                f"is {one[1:]} for one and {other[1:]} for the other"
+                f"is {one} for one and {other} for the other"
             )
+    return _both(prefill, decode)
+
+
+def _layout(backend: type[AttentionBackend], kind: AttentionNeeds) -> CacheLayout:
+    return layout_of(backend, kind.block_size, kind.spec.num_kv_heads, kind.spec.head_size)
+
+
+@functools.cache
+def _both(prefill: type[AttentionBackend], decode: type[AttentionBackend]) -> type[AttentionBackend]:
     both = {Phase.PREFILL: prefill, Phase.DECODE: decode}
 
     class Builder(PhaseBuilder):
@@ -128,9 +149,6 @@ def backend_by_phase(
         builder_class = Builder
         capabilities = decode.capabilities
         get_kv_cache_shape = staticmethod(decode.get_kv_cache_shape)
+        get_kv_cache_stride_order = staticmethod(decode.get_kv_cache_stride_order)
 
     return Backend
-
-
-def _cache_shape(backend: type[AttentionBackend], kind: AttentionNeeds) -> tuple[int, ...]:
-    return backend.get_kv_cache_shape(1, kind.block_size, kind.spec.num_kv_heads, kind.spec.head_size)

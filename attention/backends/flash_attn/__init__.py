@@ -17,7 +17,7 @@ from attention.backend import (
     AttentionMetadataBuilder,
     refuse_masks,
 )
-from attention.backends.common.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.versions import (
     FlashAttnVersion,
@@ -26,12 +26,12 @@ from attention.backends.flash_attn.versions import (
     force_flash_attn_version,
     refuse_providers,
 )
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, HOPPER, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import DeviceKind, Platform
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 __all__ = ["FlashAttnBackend", "FlashAttnImpl", "FlashAttnMetadata", "FlashAttnVersion", "force_flash_attn_version"]
 
@@ -67,13 +67,13 @@ class FlashAttnMetadataBuilder(AttentionMetadataBuilder):
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)
         self.provider = choose_provider(Platform.of(device), spec)
-        reads = spec.kv_cache_dtype != FP8
+        reads = not spec.fp8_cache
         self._page_size = self.provider.page_size(block_size, spec.head_size) if reads else None
 
     def build(self, common: CommonAttentionMetadata) -> FlashAttnMetadata:
         """See `AttentionMetadataBuilder.build`; never waits for the device."""
         refuse_masks(common, FlashAttnBackend.capabilities.features, FlashAttnBackend.name)
-        fp8 = self.spec.kv_cache_dtype == FP8
+        fp8 = self.spec.fp8_cache
         decoder = self.spec.attn_type is AttentionType.DECODER
         fresh = not self.spec.attn_type.cached or (decoder and not fp8 and common.query_lens == common.context_lens)
         if fresh:
@@ -119,7 +119,7 @@ class FlashAttnImpl(AttentionImpl):
         if query.shape[0] == 0:
             return output
         keys, values = self._keys(query, key, value, kv_cache, metadata)
-        fp8 = self.spec.kv_cache_dtype == FP8
+        fp8 = self.spec.fp8_cache
         native_sinks = Feature.SINKS in metadata.provider.native
         call = Call(
             query=query,
@@ -160,7 +160,7 @@ class FlashAttnImpl(AttentionImpl):
             raise AttentionInputError("keys and values are neither given nor in a cache")
         if metadata.page_tables is not None:
             return paged_views(kv_cache, metadata.page_size)
-        slots = metadata.common.slot_mapping if metadata.slots is None else metadata.slots
+        slots = token_slots(metadata.common, kv_cache.shape[2]) if metadata.slots is None else metadata.slots
         keys, values = gather_kv(kv_cache, slots)
         return keys.to(query.dtype), values.to(query.dtype)
 
@@ -178,10 +178,7 @@ class FlashAttnBackend(AttentionBackend):
     metadata_class = FlashAttnMetadata
     builder_class = FlashAttnMetadataBuilder
     capabilities = Capabilities(
-        devices=(
-            DeviceSupport(DeviceKind.CUDA, low=(9, 0), high=(10, 0), evidence=Evidence.RAN),
-            DeviceSupport(DeviceKind.CUDA, low=(8, 0), evidence=Evidence.ADAPTER),
-        ),
+        devices=(DeviceSupport(DeviceKind.CUDA, low=(8, 0), ran_on=(HOPPER,)),),
         dtypes=HALVES,
         head_sizes=Sizes(8, 256, 8),
         features=frozenset(Feature) - {Feature.TREE_MASK, Feature.CUSTOM_MASK, Feature.CASCADE},

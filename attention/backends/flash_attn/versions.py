@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -13,6 +12,7 @@ from attention.backends.flash_attn import calls
 from attention.backends.flash_attn.calls import Kernel
 from attention.errors import AttentionBackendError
 from attention.platform import PACKAGES, Platform
+from attention.selection.forced import Forced
 from attention.spec import AttentionSpec, Feature
 
 _SMALL_PAGE = 32
@@ -114,14 +114,15 @@ sequences longer than they are (1000 in 2048 tokens: off by 2 % of the norm, sin
 were read. vLLM's FA3 knows sinks too, but rounds them to bfloat16; put in afterwards they stay exact.
 """
 
-_FORCED: ContextVar[FlashAttnVersion | None] = ContextVar("forced_flash_attn_version", default=None)
+_FORCED = Forced[FlashAttnVersion]()
 
 
 @contextmanager
 def force_flash_attn_version(version: int) -> Iterator[None]:
     """Make FLASH_ATTN use this generation of FlashAttention, or be refused.
 
-    Builders and layers look when they are made, and keep what they found.
+    On every thread of the process, as `force_attn_backend`. Builders and layers look when they are made, and keep what
+    they found.
 
     Raises:
         AttentionBackendError: there is no such generation.
@@ -129,11 +130,8 @@ def force_flash_attn_version(version: int) -> Iterator[None]:
     if version not in set(FlashAttnVersion):
         known = ", ".join(str(int(v)) for v in FlashAttnVersion)
         raise AttentionBackendError(f"no FlashAttention version {version}: one of {known}")
-    token = _FORCED.set(FlashAttnVersion(version))
-    try:
+    with _FORCED.force(FlashAttnVersion(version)):
         yield
-    finally:
-        _FORCED.reset(token)
 
 
 def choose_provider(platform: Platform, spec: AttentionSpec) -> Provider:
@@ -156,11 +154,15 @@ def refuse_providers(platform: Platform, spec: AttentionSpec) -> list[str]:
     against = [provider.refuse(platform, spec) for provider in _allowed()]
     if not all(against):
         return []
-    forced = _FORCED.get()
+    forced = _forced()
     reasons = list(dict.fromkeys(reason for reasons in against for reason in reasons))
     return [f"FlashAttention {int(forced)} is forced, and {reason}" for reason in reasons] if forced else reasons
 
 
+def _forced() -> FlashAttnVersion | None:
+    return next(reversed(_FORCED.values()), None)
+
+
 def _allowed() -> list[Provider]:
-    forced = _FORCED.get()
+    forced = _forced()
     return [provider for provider in PROVIDERS if forced is None or provider.version is forced]

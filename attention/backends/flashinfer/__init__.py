@@ -13,7 +13,7 @@ from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata
 from attention.backends.flashinfer.builder import FlashInferMetadata, FlashInferMetadataBuilder
 from attention.backends.flashinfer.choice import refuse_combinations
 from attention.backends.flashinfer.plans import Tensors
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, HOPPER, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import DeviceKind, Platform
@@ -61,10 +61,7 @@ class FlashInferBackend(AttentionBackend):
     metadata_class = FlashInferMetadata
     builder_class = FlashInferMetadataBuilder
     capabilities = Capabilities(
-        devices=(
-            DeviceSupport(DeviceKind.CUDA, low=(9, 0), high=(10, 0), packages=("flashinfer",), evidence=Evidence.RAN),
-            DeviceSupport(DeviceKind.CUDA, low=(8, 0), packages=("flashinfer",), evidence=Evidence.ADAPTER),
-        ),
+        devices=(DeviceSupport(DeviceKind.CUDA, low=(8, 0), packages=("flashinfer",), ran_on=(HOPPER,)),),
         dtypes=HALVES,
         head_sizes=Sizes(only=(64, 128, 256)),
         features=frozenset(Feature),

@@ -15,7 +15,7 @@ from attention.backends.flashinfer.paging import Pages, common_pages, host_offse
 from attention.backends.flashinfer.plans import Cascade, Paged, Plan, Planned, PlannedWrapper, RaggedPrefill, XqaDecode
 from attention.backends.flashinfer.workspace import device_workspace
 from attention.metadata import CommonAttentionMetadata
-from attention.spec import FP8, AttentionSpec, AttentionType
+from attention.spec import AttentionSpec, AttentionType
 
 _LAYOUT = "NHD"
 _LASTING_PLAN_BYTES = 2 << 20
@@ -63,7 +63,7 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
     def _plan(self, common: CommonAttentionMetadata) -> Plan:
         masked = bool(common.features)
         fresh = common.query_lens == common.context_lens and self.spec.attn_type is not AttentionType.ENCODER_DECODER
-        if not self.spec.attn_type.cached or (fresh and not masked and self.spec.kv_cache_dtype != FP8):
+        if not self.spec.attn_type.cached or (fresh and not masked and not self.spec.fp8_cache):
             return self._ragged(common)
         decode = common.decode_only and not masked
         if choice.cascade_pays(common, self.spec, xqa=decode and self._xqa_fits):
@@ -77,11 +77,11 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
     def _ragged(self, common: CommonAttentionMetadata) -> RaggedPrefill:
         if not common.lasting:
             kernel = choice.prefill_kernel(self._capability, self.spec, masked=False)
-            return RaggedPrefill(self._plan_ragged(self._wrapper("ragged", kernel), common), common.slot_mapping)
+            return RaggedPrefill(self._plan_ragged(self._wrapper("ragged", kernel), common), common)
         if common.query_lens not in self._lasting:
             wrapper = PlannedWrapper(self._make_lasting())
             self._lasting[common.query_lens] = self._plan_ragged(wrapper, common)
-        return RaggedPrefill(self._lasting[common.query_lens], common.slot_mapping)
+        return RaggedPrefill(self._lasting[common.query_lens], common)
 
     def _plan_ragged(self, wrapper: PlannedWrapper, common: CommonAttentionMetadata) -> Planned:
         offsets = host_offsets(common.query_lens)
@@ -120,7 +120,7 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
             kv_data_type=choice.kv_dtype(self.spec, self.dtype),
             **scores,
         )
-        return Paged(planned, self.spec.kv_cache_dtype == FP8)
+        return Paged(planned, self.spec.fp8_cache)
 
     def _cascade(self, common: CommonAttentionMetadata) -> Cascade:
         offsets = host_offsets(common.query_lens)
@@ -145,7 +145,7 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
             kv_data_type=choice.kv_dtype(self.spec, self.dtype),
             **self._scores(),
         )
-        return Paged(planned, self.spec.kv_cache_dtype == FP8)
+        return Paged(planned, self.spec.fp8_cache)
 
     def _xqa(self, common: CommonAttentionMetadata) -> XqaDecode:
         return XqaDecode(

@@ -7,7 +7,7 @@ import math
 import torch
 
 from attention.metadata import CommonAttentionMetadata
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 XQA_BLOCK_SIZES = (16, 32, 64, 128)
 _XQA_MAJORS = (9, 10, 12)
@@ -26,7 +26,7 @@ def prefill_kernel(capability: tuple[int, int], spec: AttentionSpec, masked: boo
         spec: the layers.
         masked: whether the batch brings a mask.
     """
-    asks_more = masked or spec.alibi_slopes is not None or spec.kv_cache_dtype == FP8
+    asks_more = masked or spec.alibi_slopes is not None or spec.fp8_cache
     return "fa3" if capability[0] == 9 and not asks_more else "fa2"
 
 
@@ -41,13 +41,13 @@ def xqa_fits(capability: tuple[int, int], spec: AttentionSpec, block_size: int) 
         and spec.num_heads // spec.num_kv_heads <= _XQA_MAX_GROUP
         and spec.logits_soft_cap is None
         and spec.alibi_slopes is None
-        and spec.kv_cache_dtype != FP8
+        and not spec.fp8_cache
     )
 
 
 def decodes_on_cuda_cores(spec: AttentionSpec) -> bool:
     """Whether decode without XQA is faster, or possible, on CUDA cores: few query heads share a key."""
-    return spec.num_heads // spec.num_kv_heads in _CUDA_CORE_GROUPS and spec.kv_cache_dtype != FP8
+    return spec.num_heads // spec.num_kv_heads in _CUDA_CORE_GROUPS and not spec.fp8_cache
 
 
 def cascade_pays(common: CommonAttentionMetadata, spec: AttentionSpec, xqa: bool) -> bool:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from attention.backend import KVScales
-from attention.backends.common.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.errors import AttentionInputError
+from attention.metadata import CommonAttentionMetadata
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,18 @@ class RaggedPrefill:
 
     Attributes:
         planned: of a ragged prefill wrapper.
-        slots: (T,) int64, where the cache holds the batch's keys if the layer does not bring them.
+        common: the batch, whose block tables say where the cache holds the keys if the layer does not bring them.
     """
 
     planned: Planned
-    slots: torch.Tensor
+    common: CommonAttentionMetadata
 
     def run(self, tensors: Tensors) -> None:
         """See `Plan.run`."""
         key, value = tensors.key, tensors.value
         if key is None or value is None:
-            key, value = gather_kv(tensors.cache(), self.slots)
+            cache = tensors.cache()
+            key, value = gather_kv(cache, token_slots(self.common, cache.shape[2]))
         wants_lse = tensors.sinks is not None
         lse = self.planned.run(tensors.output, wants_lse, tensors.query, key, value)
         put_sinks(tensors, lse)

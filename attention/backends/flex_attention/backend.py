@@ -5,24 +5,27 @@ score function that the compiler fuses into one kernel. Gathering costs memory t
 do not have; in return any head size, any block size and FP8 work, and unused slots of a block are never read.
 
 On a GPU `flex_attention` is compiled, once for every kind of layer and a handful of times for shapes (a dimension of 1
-is a shape of its own). On a CPU it runs eagerly and writes out every score: right, and good for tests only.
+is a shape of its own). On a CPU the operator behind it writes out every score: right, and good for tests only.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx.experimental._config
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_operator
 from torch.nn.attention import flex_attention as flex
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.flex_attention.plan import TILE, FlexGroup, plan_groups
 from attention.backends.triton_attn.backend import slopes_tensor
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence
+from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport
 from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache, token_rows
 from attention.metadata import CommonAttentionMetadata
@@ -41,6 +44,8 @@ _SHARED_MEMORY = 80 << 10
 """Bytes of queries, keys and values that a kernel may hold, on any GPU from SM 8.0 on."""
 _MOST_VARIANTS = 1024
 """Compiled variants: dtypes, head sizes, features and shapes that one process may use."""
+_SETTINGS = threading.RLock()
+"""Held while the compiler's settings are changed, which not every PyTorch keeps apart for each thread."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class FlexAttentionImpl(AttentionImpl):
         if cache.dtype == FP8:  # indexing knows no FP8
             cache = cache.view(torch.uint8)
         key, value = (cache.index_select(0, half).view(-1, *head) for half in (rows, rows + block_size))
-        if kv_cache.dtype == FP8:
+        if self.spec.fp8_cache:
             scales = self.kv_scales
             key = key.view(FP8).float().mul_(scales.k).to(dtype)
             value = value.view(FP8).float().mul_(scales.v).to(dtype)
@@ -149,7 +154,6 @@ def _compiled(
     gqa: bool,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    options = kernel_options(query.dtype, query.shape[3], group.batched)
     settings = torch._dynamo.config.patch(
         recompile_limit=_MOST_VARIANTS,
         accumulated_recompile_limit=_MOST_VARIANTS,
@@ -157,8 +161,19 @@ def _compiled(
     )
     # Two lengths that happen to be equal in one batch are not so in the next.
     unrelated = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-    with settings, unrelated, torch.no_grad():
-        return _call(_compiled_flex_attention(), query, key, value, group, scale, gqa, with_lse, options)
+    with _SETTINGS, settings, unrelated, torch.no_grad():
+        out, aux = _compiled_flex_attention()(
+            query,
+            key,
+            value,
+            score_mod=group.score_mod,
+            block_mask=group.block_mask,
+            scale=scale,
+            enable_gqa=gqa,
+            kernel_options=kernel_options(query.dtype, query.shape[3], group.batched),
+            return_aux=flex.AuxRequest(lse=with_lse),
+        )
+    return out, aux.lse
 
 
 def _eager(
@@ -170,39 +185,21 @@ def _eager(
     gqa: bool,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Uncompiled `flex_attention` still traces itself for every new shape, unless this switch is on."""
-    before = flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    try:
-        with torch.no_grad():
-            return _call(flex.flex_attention, query, key, value, group, scale, gqa, with_lse, None)
-    finally:
-        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+    """The operator behind `flex_attention`, which writes all scores out.
+
+    Uncompiled, the function itself traces the operator for every new shape, with settings of the whole process changed
+    meanwhile; the switch that stops it from doing so is one, too.
+    """
+    score_mod = group.score_mod or _as_it_is
+    with torch.no_grad():
+        out, lse, _ = flex_attention_operator(query, key, value, score_mod, group.block_mask.as_tuple(), scale, {})
+    return out, lse * math.log(2.0) if with_lse else None
 
 
-def _call(
-    function: Callable[..., Any],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    group: FlexGroup,
-    scale: float,
-    gqa: bool,
-    with_lse: bool,
-    options: dict[str, Any] | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out, aux = function(
-        query,
-        key,
-        value,
-        score_mod=group.score_mod,
-        block_mask=group.block_mask,
-        scale=scale,
-        enable_gqa=gqa,
-        kernel_options=options,
-        return_aux=flex.AuxRequest(lse=with_lse),
-    )
-    return out, aux.lse
+def _as_it_is(
+    score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    return score
 
 
 @functools.cache
@@ -244,10 +241,9 @@ class FlexAttentionBackend(AttentionBackend):
     builder_class = FlexAttentionMetadataBuilder
     capabilities = Capabilities(
         devices=(
-            DeviceSupport(DeviceKind.CPU),
-            DeviceSupport(DeviceKind.CUDA, low=(7, 5), high=(8, 0), packages=("triton",), evidence=Evidence.ADAPTER),
-            DeviceSupport(DeviceKind.CUDA, low=(8, 0), packages=("triton",)),
-            DeviceSupport(DeviceKind.ROCM, packages=("triton",), evidence=Evidence.ADAPTER),
+            DeviceSupport(DeviceKind.CPU, ran_on=(X86,)),
+            DeviceSupport(DeviceKind.CUDA, low=(7, 5), packages=("triton",), ran_on=(HOPPER,)),
+            DeviceSupport(DeviceKind.ROCM, packages=("triton",)),
         ),
         dtypes=FLOATS,
         features=frozenset(Feature) - {Feature.CASCADE},

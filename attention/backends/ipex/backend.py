@@ -17,7 +17,7 @@ import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.common.libraries import load_library
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache
 from attention.metadata import CommonAttentionMetadata
@@ -113,7 +113,7 @@ class IpexBackend(AttentionBackend):
     metadata_class = IpexMetadata
     builder_class = IpexBuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.XPU, packages=("intel_extension_for_pytorch",), evidence=Evidence.ADAPTER),),
+        devices=(DeviceSupport(DeviceKind.XPU, packages=("intel_extension_for_pytorch",)),),
         dtypes=HALVES,
         head_sizes=Sizes(64, 256, 64),
         block_sizes=Sizes(only=(16, 32, 64, 128)),

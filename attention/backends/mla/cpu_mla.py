@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from attention.backends.common.batch_split import DecodePart, PrefillPart
 from attention.backends.mla.base import MLABackend, MLABuilder, MLAImpl, MLAMetadata
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence
+from attention.capability import FLOATS, X86, Capabilities, DeviceSupport
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind
 from attention.spec import FP8, Feature
@@ -116,7 +116,7 @@ class CpuMLABackend(MLABackend):
     metadata_class = CpuMLAMetadata
     builder_class = CpuMLABuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.CPU, evidence=Evidence.RAN),),
+        devices=(DeviceSupport(DeviceKind.CPU, ran_on=(X86,)),),
         dtypes=FLOATS,
         features=frozenset({Feature.GQA, Feature.PREFIX, Feature.FP8_KV}),
         mla=True,

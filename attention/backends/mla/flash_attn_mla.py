@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from attention.backends.mla.base import KernelToComeImpl, MLABackend
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.platform import DeviceKind
 from attention.spec import Feature
 
@@ -30,7 +30,7 @@ class FlashAttnMLABackend(MLABackend):
                 low=(9, 0),
                 high=(10, 0),
                 any_of=("flash_attn_3", "vllm_flash_attn"),
-                evidence=Evidence.INTERFACE,
+                has_kernels=False,
             ),
         ),
         dtypes=HALVES,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from attention.backends.mla.base import KernelToComeImpl, MLABackend
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.platform import DeviceKind, Platform
 from attention.spec import AttentionNeeds, Feature
 
@@ -28,9 +28,7 @@ class FlashInferMLABackend(MLABackend):
     impl_class = FlashInferMLAImpl
     capabilities = Capabilities(
         devices=(
-            DeviceSupport(
-                DeviceKind.CUDA, low=(8, 0), high=(11, 0), packages=("flashinfer",), evidence=Evidence.INTERFACE
-            ),
+            DeviceSupport(DeviceKind.CUDA, low=(8, 0), high=(11, 0), packages=("flashinfer",), has_kernels=False),
         ),
         dtypes=HALVES,
         head_sizes=Sizes(only=(576,)),

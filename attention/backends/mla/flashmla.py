@@ -7,7 +7,7 @@ in blocks of 64; what the library has for SM 10.x and FP8 is sparse attention.
 from __future__ import annotations
 
 from attention.backends.mla.base import KernelToComeImpl, MLABackend
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.platform import DeviceKind
 from attention.spec import Feature, Phase
 
@@ -24,11 +24,7 @@ class FlashMLABackend(MLABackend):
     name = "FLASHMLA"
     impl_class = FlashMLAImpl
     capabilities = Capabilities(
-        devices=(
-            DeviceSupport(
-                DeviceKind.CUDA, low=(9, 0), high=(10, 0), packages=("flash_mla",), evidence=Evidence.INTERFACE
-            ),
-        ),
+        devices=(DeviceSupport(DeviceKind.CUDA, low=(9, 0), high=(10, 0), packages=("flash_mla",), has_kernels=False),),
         dtypes=HALVES,
         head_sizes=Sizes(only=(576,)),
         block_sizes=Sizes(only=(64,)),

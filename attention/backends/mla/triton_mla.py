@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attention.backends.mla.base import KernelToComeImpl, MLABackend
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.platform import DeviceKind
 from attention.spec import Feature
 
@@ -21,8 +21,8 @@ class TritonMLABackend(MLABackend):
     impl_class = TritonMLAImpl
     capabilities = Capabilities(
         devices=(
-            DeviceSupport(DeviceKind.CUDA, low=(7, 5), packages=("triton",), evidence=Evidence.INTERFACE),
-            DeviceSupport(DeviceKind.ROCM, packages=("triton",), evidence=Evidence.INTERFACE),
+            DeviceSupport(DeviceKind.CUDA, low=(7, 5), packages=("triton",), has_kernels=False),
+            DeviceSupport(DeviceKind.ROCM, packages=("triton",), has_kernels=False),
         ),
         dtypes=HALVES,
         block_sizes=Sizes(16, step=16),

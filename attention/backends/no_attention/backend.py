@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence
+from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport
 from attention.kv_cache import reshape_and_cache
 from attention.platform import DeviceKind
 from attention.spec import AttentionType, Feature
@@ -41,12 +41,9 @@ class NoAttentionBackend(AttentionBackend):
     impl_class = NoAttentionImpl
     capabilities = Capabilities(
         devices=(
-            DeviceSupport(DeviceKind.CPU),
-            DeviceSupport(DeviceKind.CUDA),
-            *(
-                DeviceSupport(kind, evidence=Evidence.ADAPTER)
-                for kind in (DeviceKind.ROCM, DeviceKind.TPU, DeviceKind.XPU)
-            ),
+            DeviceSupport(DeviceKind.CPU, ran_on=(X86,)),
+            DeviceSupport(DeviceKind.CUDA, ran_on=(HOPPER,)),
+            *(DeviceSupport(kind) for kind in (DeviceKind.ROCM, DeviceKind.TPU, DeviceKind.XPU)),
         ),
         dtypes=FLOATS,
         features=frozenset(Feature),

@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.common.batch_split import BatchSplit, DecodePart, PrefillPart, gather_kv, put, split_batch, take
 from attention.backends.pallas.kernels import PallasKernels, kernels_for
-from attention.capability import Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache
 from attention.metadata import CommonAttentionMetadata
@@ -148,7 +148,7 @@ class PallasBackend(AttentionBackend):
     metadata_class = PallasMetadata
     builder_class = PallasBuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.TPU, packages=("jax", "torch_xla"), evidence=Evidence.ADAPTER),),
+        devices=(DeviceSupport(DeviceKind.TPU, packages=("jax", "torch_xla")),),
         dtypes=(torch.bfloat16,),  # the decode kernel rounds keys and values to bf16 whatever they are
         head_sizes=Sizes(128, 256, 128),
         block_sizes=Sizes(only=(16, 32, 64, 128, 256)),

@@ -5,25 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 
 from attention.backends.common.libraries import load_library
 from attention.errors import AttentionInputError
+from attention.selection.forced import Forced
 
-_INTERPRET: ContextVar[bool] = ContextVar("interpret_pallas_on_cpu", default=False)
+_INTERPRET = Forced[bool]()
 
 
 @contextmanager
 def interpret_on_cpu() -> Iterator[None]:
     """Let PALLAS take CPU tensors inside this block, through Pallas' TPU interpreter. For tests."""
-    token = _INTERPRET.set(True)
-    try:
+    with _INTERPRET.force(True):
         yield
-    finally:
-        _INTERPRET.reset(token)
 
 
 class PallasKernels(ABC):
@@ -127,6 +124,6 @@ def kernels_for(device: torch.device) -> PallasKernels:
     """
     if device.type == "xla":
         return XlaKernels()
-    if device.type == "cpu" and _INTERPRET.get():
+    if device.type == "cpu" and _INTERPRET.values():
         return InterpretedKernels()
     raise AttentionInputError(f"PALLAS runs on TPUs, not on {device.type} tensors")

@@ -16,7 +16,7 @@ import torch
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.common.batch_split import BatchSplit, PrefillPart, gather_kv, put, split_batch, take
 from attention.backends.common.libraries import load_library
-from attention.capability import HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache
 from attention.metadata import CommonAttentionMetadata
@@ -185,9 +185,7 @@ class RocmAiterFaBackend(AttentionBackend):
     metadata_class = AiterMetadata
     builder_class = AiterBuilder
     capabilities = Capabilities(
-        devices=(
-            DeviceSupport(DeviceKind.ROCM, archs=("gfx942", "gfx950"), packages=("aiter",), evidence=Evidence.ADAPTER),
-        ),
+        devices=(DeviceSupport(DeviceKind.ROCM, archs=("gfx942", "gfx950"), packages=("aiter",)),),
         dtypes=HALVES,
         head_sizes=Sizes(only=(64, 128)),
         block_sizes=Sizes(only=(16, 32)),

@@ -20,7 +20,7 @@ from attention.backends.triton_attn.backend import (
     TritonAttnMetadata,
     TritonAttnMetadataBuilder,
 )
-from attention.capability import DeviceSupport, Evidence
+from attention.capability import DeviceSupport
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind, Platform
@@ -129,7 +129,7 @@ class RocmAttnBackend(TritonAttnBackend):
     builder_class = RocmAttnBuilder
     capabilities = replace(
         TritonAttnBackend.capabilities,
-        devices=(DeviceSupport(DeviceKind.ROCM, packages=("triton",), evidence=Evidence.ADAPTER),),
+        devices=(DeviceSupport(DeviceKind.ROCM, packages=("triton",)),),
     )
 
     @classmethod

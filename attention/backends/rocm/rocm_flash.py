@@ -18,12 +18,12 @@ import torch
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
 from attention.backends.common.batch_split import BatchSplit, DecodePart, PrefillPart, gather_kv, put, split_batch, take
 from attention.backends.triton_attn.backend import POWERS_OF_TWO
-from attention.capability import FLOATS, HALVES, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import FLOATS, HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.kv_cache import reshape_and_cache
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind
-from attention.spec import FP8, AttentionSpec, Feature
+from attention.spec import AttentionSpec, Feature
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ class RocmFlashImpl(AttentionImpl):
         output: torch.Tensor,
     ) -> None:
         queries = take(query, part.tokens)
-        if part.whole and key is not None and value is not None and kv_cache.dtype != FP8:
+        if part.whole and key is not None and value is not None and not self.spec.fp8_cache:
             keys, values = take(key, part.tokens), take(value, part.tokens)
         else:
             keys, values = gather_kv(kv_cache, part.slots)
-            if kv_cache.dtype == FP8:
+            if self.spec.fp8_cache:
                 keys = (keys.float() * self.kv_scales.k).to(query.dtype)
                 values = (values.float() * self.kv_scales.v).to(query.dtype)
         if self._composable_kernel is not None and query.dtype in HALVES:
@@ -167,7 +167,7 @@ class RocmFlashBackend(AttentionBackend):
     metadata_class = RocmFlashMetadata
     builder_class = RocmFlashBuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.ROCM, packages=("triton",), evidence=Evidence.ADAPTER),),
+        devices=(DeviceSupport(DeviceKind.ROCM, packages=("triton",)),),
         dtypes=FLOATS,
         head_sizes=Sizes(high=256),
         block_sizes=POWERS_OF_TWO,

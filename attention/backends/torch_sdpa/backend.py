@@ -11,14 +11,14 @@ from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata
 from attention.backends.torch_sdpa.kernels import DotProduct, Kernel, WrittenOut
 from attention.backends.torch_sdpa.plan import Limits, Planner, SdpaMetadata, check_batch, needs_scores
 from attention.backends.torch_sdpa.run import Finish, Keys, run
-from attention.capability import FLOATS, Capabilities, DeviceSupport
+from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport
 from attention.errors import AttentionInputError
 from attention.kv_cache import store_rows
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.merge_attn_states import apply_sinks
 from attention.ops.torch_attention import Scores
 from attention.platform import DeviceKind
-from attention.spec import FP8, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionSpec, AttentionType, Feature
 
 
 class TorchSdpaImpl(AttentionImpl):
@@ -43,12 +43,12 @@ class TorchSdpaImpl(AttentionImpl):
             if key is None or self.spec.attn_type.cached:
                 raise AttentionInputError(f"{self.spec.attn_type} attention without a KV cache, or without keys")
         elif key is not None and value is not None:
-            store_rows(key, value, kv_cache, plan.store, self.kv_scales)
-        fp8 = kv_cache is not None and kv_cache.dtype == FP8
+            store_rows(key, value, kv_cache, plan.store, self.kv_scales, plan.may_skip)
+        fp8 = self.spec.fp8_cache
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
         kernel = self._written_out(plan, scale) if plan.scored else self._kernel(plan, scale)
         finish: Finish | None = partial(self._finish, fp8) if fp8 or self.sinks is not None else None
-        return run(plan, query, Keys(key, value, kv_cache, plan.store), kernel, finish, output)
+        return run(plan, query, Keys(key, value, kv_cache, plan.common), kernel, finish, output)
 
     def _kernel(self, plan: SdpaMetadata, scale: float) -> Kernel:
         return DotProduct(scale)
@@ -100,7 +100,7 @@ class TorchSdpaBackend(AttentionBackend):
     metadata_class = SdpaMetadata
     builder_class = SdpaBuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.CPU), DeviceSupport(DeviceKind.CUDA)),
+        devices=(DeviceSupport(DeviceKind.CPU, ran_on=(X86,)), DeviceSupport(DeviceKind.CUDA, ran_on=(HOPPER,))),
         dtypes=FLOATS,
         features=frozenset(Feature) - {Feature.CASCADE},
         refused={Feature.CASCADE: "attends to every sequence on its own, shared prefix or not"},

@@ -14,7 +14,7 @@ from attention.backends.torch_sdpa.backend import SdpaBuilder, TorchSdpaImpl
 from attention.backends.torch_sdpa.kernels import DotProduct, Kernel, MergeableDotProduct
 from attention.backends.torch_sdpa.plan import Limits, SdpaMetadata
 from attention.backends.torch_sdpa.workspace import Workspace
-from attention.capability import FLOATS, Capabilities, DeviceSupport
+from attention.capability import FLOATS, X86, Capabilities, DeviceSupport
 from attention.platform import DeviceKind
 from attention.spec import AttentionSpec, AttentionType, Feature
 
@@ -55,7 +55,7 @@ class CpuAttnBackend(AttentionBackend):
     metadata_class = SdpaMetadata
     builder_class = CpuAttnBuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.CPU),),
+        devices=(DeviceSupport(DeviceKind.CPU, ran_on=(X86,)),),
         dtypes=FLOATS,
         features=frozenset(Feature) - {Feature.CASCADE},
         refused={Feature.CASCADE: "sequences that share a prefix read it from the processor's cache as it is"},

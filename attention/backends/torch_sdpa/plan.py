@@ -15,9 +15,9 @@ from attention.backend import AttentionMetadata
 from attention.backends.torch_sdpa.tiles import Band, Reach, Tile, masked_tiles, scored_tiles
 from attention.backends.torch_sdpa.workspace import Landing, Workspace
 from attention.errors import AttentionInputError
-from attention.kv_cache import key_rows
+from attention.kv_cache import check_slots, key_rows
 from attention.metadata import CommonAttentionMetadata
-from attention.spec import FP8, AttentionSpec, AttentionType
+from attention.spec import AttentionSpec, AttentionType
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class SdpaMetadata(AttentionMetadata):
 
     Attributes:
         store: (2, Tk) int64, see `kv_cache.store_rows`.
+        may_skip: whether a row of it may be negative.
         works: everything there is to do.
         scored: whether scores must be written out, because `scaled_dot_product_attention` cannot express them.
         merges: whether any work has several pieces, whose denominators are needed.
@@ -68,6 +69,7 @@ class SdpaMetadata(AttentionMetadata):
     """
 
     store: torch.Tensor
+    may_skip: bool
     works: tuple[Work, ...]
     scored: bool
     merges: bool
@@ -117,9 +119,10 @@ class Planner:
         self._common = common
         self._block_size = block_size
         self._scored = scored
-        self._fp8 = spec.kv_cache_dtype == FP8 and spec.attn_type.cached
+        self._fp8 = spec.fp8_cache
         self._device = common.block_tables.device
         self._limits = replace(limits, piece=min(limits.piece or SCORED_KEYS, SCORED_KEYS)) if scored else limits
+        check_slots(common.slot_mapping, common.slot_mapping.numel())
         keys = key_rows(common.slot_mapping, block_size)
         self._store = torch.stack((keys, keys + block_size))
         self._tables = common.block_tables.long()
@@ -144,7 +147,8 @@ class Planner:
         whole = len(groups) == 1 and not works
         works += [self._group(group, whole) for group in groups]
         merges = any(len(work.pieces) > 1 for work in works)
-        return SdpaMetadata(common, self._store, tuple(works), self._scored, merges, alibi_slopes)
+        may_skip = self._device.type != "cpu" or bool((common.slot_mapping < 0).any())
+        return SdpaMetadata(common, self._store, may_skip, tuple(works), self._scored, merges, alibi_slopes)
 
     def _sequence(self, i: int, begin: int, area: int, band: Band) -> Work:
         common, reach = self._common, Reach.of(self._spec)
@@ -159,10 +163,8 @@ class Planner:
         for keys in self._cut(num_keys, num_keys if cross else prefix, custom is not None):
             own = slice(begin + keys.start - prefix, begin + keys.stop - prefix)
             rows = None
-            if cross or keys.start < prefix:
+            if cross or keys.start < prefix or self._fp8:
                 rows = self._rows(i, keys)
-            elif self._fp8:
-                rows = self._store[:, own].flatten()
             if self._scored:
                 mask = self._mask(custom, keys, prefix)
                 tiles = tuple(scored_tiles(queries, keys, reach, mask))

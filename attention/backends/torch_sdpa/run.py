@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from attention.backends.common.batch_split import token_slots
 from attention.backends.torch_sdpa.kernels import Kernel, State
 from attention.backends.torch_sdpa.plan import Piece, SdpaMetadata, Work
 from attention.backends.torch_sdpa.workspace import Landing
+from attention.kv_cache import key_rows
+from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8
 
 Finish = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -22,22 +25,22 @@ class Keys:
         key: (Tk, Hkv, D) of the batch; None: all are in the cache.
         value: (Tk, Hkv, D), or None with `key`.
         kv_cache: the layer's, this batch's tokens included; None: there are only the batch's own.
-        store: (2, Tk) int64, rows of the batch's own tokens in the cache.
+        common: the batch, whose block tables say where its own tokens lie in the cache.
     """
 
-    __slots__ = ("_key", "_kv_cache", "_store", "_value")
+    __slots__ = ("_common", "_key", "_kv_cache", "_value")
 
     def __init__(
         self,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
-        store: torch.Tensor,
+        common: CommonAttentionMetadata,
     ) -> None:
         self._key = key
         self._value = value
         self._kv_cache = kv_cache
-        self._store = store
+        self._common = common
 
     def of_group(self, piece: Piece, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `count` sequences, (N, Hkv, K, D) each, out of the cache."""
@@ -48,9 +51,15 @@ class Keys:
         """Keys and values of one sequence, (K, Hkv, D) each; copied only where they are not the batch's own."""
         if piece.rows is None and self._key is not None and self._value is not None:
             return self._key[piece.own], self._value[piece.own]
-        rows = self._store[:, piece.own].flatten() if piece.rows is None else piece.rows
+        rows = self._own_rows(piece) if piece.rows is None else piece.rows
         keys, values = self._gather(rows, piece.landing, 1, dtype)
         return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+    def _own_rows(self, piece: Piece) -> torch.Tensor:
+        assert self._kv_cache is not None
+        block_size = self._kv_cache.shape[2]
+        keys = key_rows(token_slots(self._common, block_size)[piece.own], block_size)
+        return torch.cat((keys, keys + block_size))
 
     def _gather(
         self, rows: torch.Tensor, landing: Landing | None, count: int, dtype: torch.dtype

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attention.spec import FP8, AttentionSpec
+from attention.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Workspace:
         self._shape = (spec.num_kv_heads, spec.head_size)
         width = spec.num_kv_heads * spec.head_size
         self._dense = torch.empty(2 * tokens, width, dtype=dtype)
-        fp8 = spec.kv_cache_dtype == FP8
+        fp8 = spec.fp8_cache
         self._raw = torch.empty(2 * tokens, width, dtype=torch.uint8) if fp8 else self._dense
 
     def land(self, count: int, keys: int) -> Landing:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
+from attention.backends.common.batch_split import token_slots
 from attention.backends.triton_attn.backend import POWERS_OF_TWO, TRITON_DEVICES, flat_mask, slopes_tensor
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Sizes
+from attention.capability import FLOATS, X86, Capabilities, DeviceSupport, Sizes
 from attention.metadata import CommonAttentionMetadata
 from attention.ops import torch_attention
 from attention.ops.dispatch import uses_triton
@@ -167,7 +168,9 @@ class TreeAttnImpl(AttentionImpl):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, Hq, D) of the query's dtype and (T, Hq): trees alone, with sinks; the keys as the cache holds them."""
         shape = tree.positions.shape
-        key, value = torch_attention.gather(kv_cache, metadata.common.slot_mapping.view(shape), self.kv_scales)
+        key, value = torch_attention.gather(
+            kv_cache, token_slots(metadata.common, kv_cache.shape[2]).view(shape), self.kv_scales
+        )
         attended, lse = torch_attention.attend(
             query.unflatten(0, shape), key, value, tree.positions, tree.positions,
             Scores(metadata.scores.scale, soft_cap=metadata.scores.soft_cap, alibi_slopes=metadata.scores.alibi_slopes),
@@ -206,7 +209,7 @@ class TreeAttnBackend(AttentionBackend):
     capabilities = Capabilities(
         devices=(
             *(support for support in TRITON_DEVICES if support.kind is not DeviceKind.CPU),
-            DeviceSupport(DeviceKind.CPU),
+            DeviceSupport(DeviceKind.CPU, ran_on=(X86,)),
         ),
         dtypes=FLOATS,
         head_sizes=Sizes(high=256),

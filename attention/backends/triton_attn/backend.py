@@ -10,19 +10,18 @@ import numpy as np
 import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind, Platform
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 TRITON_DEVICES = (
     # Triton promises SM 8.0 and newer; it still has code for Turing's matrix instructions, in fp16 only.
-    DeviceSupport(DeviceKind.CUDA, low=(7, 5), high=(8, 0), packages=("triton",), evidence=Evidence.ADAPTER),
-    DeviceSupport(DeviceKind.CUDA, low=(8, 0), packages=("triton",)),
-    DeviceSupport(DeviceKind.ROCM, packages=("triton",), evidence=Evidence.ADAPTER),
-    DeviceSupport(DeviceKind.XPU, packages=("triton",), evidence=Evidence.ADAPTER),
-    DeviceSupport(DeviceKind.CPU, packages=("triton",)),
+    DeviceSupport(DeviceKind.CUDA, low=(7, 5), packages=("triton",), ran_on=(HOPPER,)),
+    DeviceSupport(DeviceKind.ROCM, packages=("triton",)),
+    DeviceSupport(DeviceKind.XPU, packages=("triton",)),
+    DeviceSupport(DeviceKind.CPU, packages=("triton",), ran_on=(X86,)),
 )
 """Where the Triton kernels run; on a CPU only interpreted."""
 
@@ -91,7 +90,7 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
         if common.decode_only:
             return Kernel.DECODE
         fresh = self.spec.attn_type is AttentionType.DECODER and common.query_lens == common.context_lens
-        return Kernel.VARLEN if fresh and self.spec.kv_cache_dtype != FP8 else Kernel.PAGED
+        return Kernel.VARLEN if fresh and not self.spec.fp8_cache else Kernel.PAGED
 
 
 class TritonAttnImpl(AttentionImpl):

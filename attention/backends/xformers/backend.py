@@ -18,15 +18,15 @@ from attention.backend import (
     AttentionMetadataBuilder,
     refuse_masks,
 )
-from attention.backends.common.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.backends.common.libraries import load_library
 from attention.backends.flash_attn import key_slots
-from attention.capability import FLOATS, Capabilities, DeviceSupport, Evidence, Sizes
+from attention.capability import FLOATS, HOPPER, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import DeviceKind, Platform
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 _NO_MASKS = "xFormers takes masks only as a bias for every pair of tokens"
 
@@ -55,7 +55,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder):
         """See `AttentionMetadataBuilder.build`."""
         refuse_masks(common, XFormersBackend.capabilities.features, XFormersBackend.name)
         decoder = self.spec.attn_type is AttentionType.DECODER
-        fresh = decoder and self.spec.kv_cache_dtype != FP8 and common.query_lens == common.context_lens
+        fresh = decoder and not self.spec.fp8_cache and common.query_lens == common.context_lens
         slots = None
         if self.spec.attn_type.cached and not fresh:
             offsets = torch.zeros_like(common.cu_seqlens_q)
@@ -109,9 +109,9 @@ class XFormersImpl(AttentionImpl):
         if metadata.slots is not None or key is None or value is None:
             if kv_cache is None:
                 raise AttentionInputError("keys and values are neither given nor in a cache")
-            slots = metadata.common.slot_mapping if metadata.slots is None else metadata.slots
+            slots = token_slots(metadata.common, kv_cache.shape[2]) if metadata.slots is None else metadata.slots
             key, value = (tensor.to(query.dtype) for tensor in gather_kv(kv_cache, slots))
-        fp8 = self.spec.kv_cache_dtype == FP8
+        fp8 = self.spec.fp8_cache
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
         attended = self._attend(query, key, value, metadata.bias, scale)
         output.copy_(attended * self.kv_scales.v if fp8 else attended)
@@ -138,10 +138,7 @@ class XFormersBackend(AttentionBackend):
     metadata_class = XFormersMetadata
     builder_class = XFormersMetadataBuilder
     capabilities = Capabilities(
-        devices=(
-            DeviceSupport(DeviceKind.CUDA, low=(9, 0), high=(10, 0), packages=("xformers",), evidence=Evidence.RAN),
-            DeviceSupport(DeviceKind.CUDA, low=(7, 0), packages=("xformers",), evidence=Evidence.ADAPTER),
-        ),
+        devices=(DeviceSupport(DeviceKind.CUDA, low=(7, 0), packages=("xformers",), ran_on=(HOPPER,)),),
         dtypes=FLOATS,
         head_sizes=Sizes(8, 256, 8),
         features=frozenset({Feature.GQA, Feature.PREFIX, Feature.NON_CAUSAL, Feature.SLIDING_WINDOW, Feature.FP8_KV}),

@@ -11,6 +11,7 @@ from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import (
     check_cache,
     check_heads,
+    check_indices,
     check_logits,
     device_traits,
     dot_dtype,
@@ -68,6 +69,7 @@ def paged_decode(
     num_kv_heads, head_size = kv_cache.shape[3:]
     check_heads(query, output, num_kv_heads, head_size)
     check_logits(scale, soft_cap, sliding_window)
+    check_indices(block_tables=block_tables, seq_lens=seq_lens)
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
         raise AttentionInputError(f"num_splits {num_splits} is not between 1 and {MAX_SPLITS}")
     batch, num_heads, _ = query.shape

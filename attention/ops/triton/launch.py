@@ -18,6 +18,9 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 MAX_HEAD_SIZE = 256
 
+MAX_OFFSET = 2**31 - 1
+"""What 32-bit offsets reach."""
+
 _DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -131,6 +134,8 @@ def check_heads(query: torch.Tensor, output: torch.Tensor, num_kv_heads: int, he
         raise AttentionInputError(f"output of shape {tuple(output.shape)} for queries of {tuple(query.shape)}")
     if query.stride(2) != 1 or output.stride(2) != 1:
         raise AttentionInputError("the elements of a head of query and output must be contiguous")
+    check_span("a token's queries", query, 2)
+    check_span("a token's output", output, 2)
     check_device(query)
 
 
@@ -148,6 +153,34 @@ def check_cache(kv_cache: torch.Tensor) -> None:
     block_size = kv_cache.shape[2]
     if block_size & (block_size - 1):
         raise AttentionInputError(f"block size {block_size} is not a power of two")
+    check_span("a block of the KV cache", kv_cache, 4)
+
+
+def check_indices(**indices: torch.Tensor) -> None:
+    """Refuse block tables, lengths and offsets that kernels would read as something else.
+
+    Raises:
+        AttentionInputError: anything but int32 with contiguous rows; says which.
+    """
+    for name, tensor in indices.items():
+        if tensor.dtype != torch.int32 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+            raise AttentionInputError(
+                f"{name} of {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} with strides "
+                f"{tensor.stride()}: needs int32 with contiguous rows"
+            )
+
+
+def check_span(name: str, tensor: torch.Tensor, dims: int) -> None:
+    """Refuse a tensor whose last `dims` dimensions reach further than kernels count in 32 bits.
+
+    Blocks and tokens are found by 64-bit offsets; what lies inside of one by 32-bit ones.
+
+    Raises:
+        AttentionInputError: with the reach and the limit.
+    """
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape[-dims:], tensor.stride()[-dims:], strict=True))
+    if reach > MAX_OFFSET:
+        raise AttentionInputError(f"{name} reach over {reach} elements: at most {MAX_OFFSET}")
 
 
 def check_logits(scale: float, soft_cap: float | None, sliding_window: int | None) -> None:

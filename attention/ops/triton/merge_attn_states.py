@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from attention.errors import AttentionInputError
-from attention.ops.triton.launch import check_device, on_device
+from attention.ops.triton.launch import check_device, check_span, on_device
 from attention.ops.triton.tiles import LN_2, LOG2_E
 
 _MAX_ELEMENTS = 4096  # of a program's tile
@@ -99,6 +99,8 @@ def merge_attn_states(
         )
     if any(x.stride(2) != 1 for x in (output, a, b)):
         raise AttentionInputError("the elements of a head must be contiguous")
+    for name, tensor in (("output", output), ("the first state", a), ("the second state", b)):
+        check_span(f"a token of {name}", tensor, 2)
     check_device(output)
     if tokens == 0:
         return

@@ -10,9 +10,12 @@ import triton
 
 from attention.errors import AttentionInputError
 from attention.ops.triton.launch import (
+    MAX_OFFSET,
     check_cache,
     check_heads,
+    check_indices,
     check_logits,
+    check_span,
     device_traits,
     dot_dtype,
     kernel_view,
@@ -21,7 +24,7 @@ from attention.ops.triton.launch import (
 from attention.ops.triton.prefill_kernel import prefill_kernel
 from attention.ops.triton.tuning import prefill_tile
 
-_MAX_MASK_CELLS = 2**31 - 1  # the kernel finds them by 32-bit offsets
+_MAX_MASK_CELLS = MAX_OFFSET  # the kernel finds them by 32-bit offsets
 
 
 def paged_prefill(
@@ -75,6 +78,7 @@ def paged_prefill(
         AttentionInputError: arguments that do not fit each other or the kernel.
     """
     check_cache(kv_cache)
+    check_indices(cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, block_tables=block_tables)
     if (mask is None) != (mask_offsets is None):
         raise AttentionInputError("mask and mask_offsets come together")
     if mask is not None:
@@ -130,6 +134,9 @@ def varlen_prefill(
             f"keys of shape {tuple(key.shape)} and values of {tuple(value.shape)}: needs (tokens, heads, head size), "
             "alike, the elements of a head contiguous"
         )
+    check_indices(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_span("a token's keys", key, 2)
+    check_span("a token's values", value, 2)
     _launch(
         query, key, value, cu_seqlens_q, cu_seqlens_k, None, None, max_query_len, output,
         scale, 1.0, causal, sliding_window, soft_cap, alibi_slopes, sinks, lse, None, None,

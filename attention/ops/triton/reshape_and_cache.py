@@ -9,7 +9,8 @@ import triton.language as tl
 
 from attention.errors import AttentionInputError
 from attention.fp8 import quantize
-from attention.ops.triton.launch import check_cache, check_device, device_traits, kernel_view, on_device
+from attention.kv_cache import check_slots
+from attention.ops.triton.launch import check_cache, check_device, check_span, device_traits, kernel_view, on_device
 
 _E4M3_MAX = tl.constexpr(448.0)
 
@@ -46,7 +47,7 @@ def _reshape_and_cache_kernel(
 ) -> None:
     """One program: all heads of one token. Grid (T,)."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot < 0:
         return
     heads = tl.arange(0, HEADS_PAD)[:, None]
@@ -92,9 +93,12 @@ def reshape_and_cache(
     fp8 = kv_cache.dtype == torch.float8_e4m3fn
     if not fp8 and not key.dtype == value.dtype == kv_cache.dtype:
         raise AttentionInputError(f"keys of {key.dtype} and values of {value.dtype} for a cache of {kv_cache.dtype}")
-    tokens = slot_mapping.shape[0]
+    tokens = key.shape[0]
+    check_slots(slot_mapping, tokens)
     if tokens == 0:
         return
+    check_span("a token's keys", key, 2)
+    check_span("a token's values", value, 2)
     if fp8 and not device_traits(kv_cache.device).converts_e4m3:
         key, value = _e4m3_bytes(key, k_scale), _e4m3_bytes(value, v_scale)
     cache = kernel_view(kv_cache)

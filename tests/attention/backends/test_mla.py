@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from attention.backend import KVScales
+from attention.backends.common.per_phase import backend_by_phase
 from attention.backends.mla.cpu_mla import CpuMLABackend, CpuMLAImpl
 from attention.errors import AttentionBackendError, AttentionInputError
 from attention.forward_context import ForwardContext, forward_context
@@ -16,7 +18,7 @@ from attention.kv_cache import KVCacheSpec, concat_and_cache_mla
 from attention.layers.mla_attention import MLAAttention
 from attention.metadata import CommonAttentionMetadata, build_metadata
 from attention.selection.registry import get_backend
-from attention.spec import FP8, AttentionSpec, MLASpec
+from attention.spec import FP8, AttentionNeeds, AttentionSpec, MLASpec
 from attention_reference import attend, fp8_round_trip, visible_keys
 from paged_case import MIXED, shuffled_tables
 
@@ -267,3 +269,33 @@ def test_what_does_not_fit_is_refused() -> None:
         impl.forward(query, None, None, None, metadata)
     with pytest.raises(AttentionInputError, match="custom mask"):
         builder.build(build_metadata([2], [2], [[0]], 16, custom_mask=torch.ones(4, dtype=torch.bool)))
+
+
+def test_each_phase_can_have_a_backend_of_its_own() -> None:
+    seen: list[str] = []
+
+    def watched(name: str) -> type[CpuMLABackend]:
+        class Impl(CpuMLAImpl):
+            def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+                seen.append(name)
+                return super().forward(*args, **kwargs)
+
+        return type(name, (CpuMLABackend,), {"name": name, "impl_class": Impl})
+
+    backend = backend_by_phase(watched("PREFILL_MLA"), watched("DECODE_MLA"), [AttentionNeeds(SPEC, torch.float32, 16)])
+    assert backend.name == "DECODE_MLA, prefill PREFILL_MLA"
+    sequences = Sequences([20])
+    tables = shuffled_tables([20], 16)
+    cache = poisoned_cache(tables, 16, torch.float32)
+    layer = MLAAttention(SPEC, backend, "layer", sequences.weight)
+    builder = backend.builder_class(SPEC, torch.float32, 16, torch.device("cpu"))
+    pieces = []
+    for begin, end in ((0, 19), (19, 20)):
+        metadata = builder.build(batch([(end - begin, end)], tables, 16))
+        kv_c, k_pe = sequences.latents[0][begin:end].split((MLA.kv_lora_rank, MLA.qk_rope_head_dim), dim=-1)
+        with forward_context(ForwardContext({"layer": layer}, {"layer": metadata}, {"layer": cache})):
+            pieces.append(layer(sequences.queries[0][begin:end], kv_c, k_pe))
+    assert seen == ["PREFILL_MLA", "DECODE_MLA"]
+    torch.testing.assert_close(torch.cat(pieces).double(), sequences.expected(0), rtol=1e-5, atol=1e-5)
+    with pytest.raises(AttentionBackendError, match="cannot share a KV cache"):
+        backend_by_phase(get_backend("CPU_ATTN"), CpuMLABackend, [AttentionNeeds(SPEC, torch.float32, 16)])

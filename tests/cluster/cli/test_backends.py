@@ -103,10 +103,47 @@ def test_json(baton: Baton) -> None:
 
 
 def test_nothing_usable_is_said_and_fails(baton: Baton) -> None:
-    code, out, _ = baton("--simulate", "sm75")
+    code, out, _ = baton("--simulate", "sm75", "--dtype", "bfloat16")
     assert code == 1
     assert "prefill none (all refuse)" in out
     assert "bfloat16 needs SM 8.0 or newer, this is SM 7.5" in out
+
+
+def test_a_gpu_without_bfloat16_runs_in_float16_if_nothing_else_is_said(
+    baton: Baton, tiny_checkpoint: TinyCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((tiny_checkpoint("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    for shape in ((), ("--model", str(tmp_path))):
+        code, out, _ = baton("--simulate", "sm75", *shape)
+        assert code == 0
+        assert "float16" in out
+        assert "prefill TRITON_ATTN (first by priority)" in out
+        assert "bfloat16 needs SM 8.0 or newer, this is SM 7.5: running it in float16" in caplog.text
+
+
+def test_each_kind_of_layer_is_chosen_for_as_workers_do(baton: Baton, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 96, "vocab_size": 512, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    windows = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+    config = {"architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16", **sizes, **heads, **windows}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = baton("--model", str(tmp_path), "--simulate", "sm90")
+    assert code == 0
+    assert "prefill FLASH_ATTN; FLASHINFER (first by priority)" in out
+    assert "decode  TRITON_ATTN (first by priority)" in out
+    _, out, _ = baton("--model", str(tmp_path), "--simulate", "sm90", "--json")
+    assert json.loads(out)["chosen"]["prefill"]["backend"] == "FLASH_ATTN; FLASHINFER"
+
+
+def test_evidence_is_of_the_simulated_architecture(baton: Baton) -> None:
+    found = {}
+    for name in ("sm80", "sm90"):
+        _, out, _ = baton("--simulate", name, "--json")
+        found[name] = {row["name"]: row["evidence"] for row in json.loads(out)["backends"]}
+    assert found["sm90"]["TRITON_ATTN"] == "ran on this architecture"
+    assert found["sm80"]["TRITON_ATTN"] == "adapter to the real library; never run on this architecture"
+    assert "ran on this architecture" not in found["sm80"].values()
 
 
 def test_the_configured_backend(baton: Baton, monkeypatch: pytest.MonkeyPatch) -> None:

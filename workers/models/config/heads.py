@@ -87,6 +87,18 @@ def read_layer_types(read: ConfigReader, known: Sequence[str], default: Sequence
     return tuple(kinds)
 
 
+def refuse_other_layer_types(read: ConfigReader, only: str) -> None:
+    """Refuse types of layers in a family whose layers are all of one.
+
+    Raises:
+        CheckpointError: names file, key and type.
+    """
+    kinds = read.get("layer_types")
+    others = [kind for kind in kinds if kind != only] if isinstance(kinds, list) else []
+    if others:
+        raise read.error("layer_types", f"{others[0]!r} is not supported: all layers of this model are {only}")
+
+
 def windows_of(types: Sequence[str], window: int | None) -> tuple[int | None, ...]:
     """`window` for each layer of sliding attention, None for the others."""
     return tuple(window if kind == SLIDING else None for kind in types)
