@@ -45,6 +45,7 @@ class ConfigReader:
     Attributes:
         values: the object.
         asked: keys that were read.
+        parts: of objects inside it, those that were read.
         source: the file, named in errors.
         prefix: put before keys in errors, for objects inside objects.
 
@@ -64,6 +65,7 @@ class ConfigReader:
     ) -> None:
         self.values = values
         self.asked: set[str] = set()
+        self.parts: list[ConfigReader] = []
         self._defaults = defaults
         self.source = source
         self.prefix = prefix
@@ -93,13 +95,15 @@ class ConfigReader:
             key: it must be there.
             shared: keys whose values beside the object count where it has none.
         """
-        given, default = self._values.get(key), self._default(key) or {}
+        given, default = self._stated(key), self._default(key) or {}
         if not isinstance(given, Mapping):
             raise self.error(key, f"must be an object, not {given!r}")
         values = {name: default[name] for name in STATED if name in default}
-        values |= {name: self._values[name] for name in shared if self._values.get(name) is not None}
+        values |= {name: self.values[name] for name in shared if self._stated(name) is not None}
         values |= {name: value for name, value in given.items() if value is not None or name not in values}
-        return ConfigReader(values, self.source, f"{self.prefix}{key}.", lambda: default)
+        part = ConfigReader(values, self.source, f"{self.prefix}{key}.", lambda: default)
+        self.parts.append(part)
+        return part
 
     def optional_int(self, key: str) -> int | None:
         """An integer, or None when absent."""

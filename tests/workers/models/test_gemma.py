@@ -103,6 +103,8 @@ def test_a_multi_modal_config_leaves_out_what_is_a_default() -> None:
         assert layer.rope is not None
         assert layer.rope.theta == (1e4 if kind == "sliding_attention" else 1e6)
         assert (layer.rope.scaling is None) == (kind == "sliding_attention")
+    with pytest.raises(CheckpointError, match=r"text_config\.num_kv_shared_layers: 3 is not supported: layers that"):
+        parse_model({**stated, "text_config": {**text, "num_kv_shared_layers": 3}})
     with pytest.raises(CheckpointError, match="text_config: must be an object, not None"):
         parse_model({**stated, "text_config": None})
     with pytest.raises(CheckpointError, match=r"text_config\.hidden_size: must be at least 1, not 0"):
