@@ -28,6 +28,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "truncate": False}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TinyFamily:
         prefix: of its classes in transformers.
         settings: of its config, on top of `COMMON`.
         variations: further settings, by name, that every test of all families runs with, too.
-        config: prefix of its config's class, where that is another.
+        config: the prefix of its config's class; None: `prefix`.
     """
 
     prefix: str
@@ -75,6 +76,19 @@ FAMILIES: dict[str, TinyFamily] = {
         },
         config="Gemma3Text",
     ),
+    "gpt_oss": TinyFamily(
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "rope_parameters": {**_YARN, "rope_theta": 150000.0},
+        },
+        {
+            "unbiased": {"attention_bias": False, "swiglu_limit": 2.0, "swiglu_alpha": 1.2},
+            "upside-down": {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+        },
+    ),
     "llama": TinyFamily(
         "Llama",
         variations={
@@ -84,12 +98,52 @@ FAMILIES: dict[str, TinyFamily] = {
         },
     ),
     "llama3": TinyFamily("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama4": TinyFamily(
+        "Llama4",
+        {
+            "num_local_experts": 4,
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 128,
+            "attention_chunk_size": 32,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+        },
+        {
+            "interleaved": {
+                "interleave_moe_layer_step": 2,
+                "use_qk_norm": False,
+                "num_experts_per_tok": 2,
+                "no_rope_layers": [0, 1, 1, 0],
+            },
+            "untuned": {"moe_layers": [0], "attn_temperature_tuning": False, "attention_bias": True},
+            "llama3-rope": {"rope_parameters": _LLAMA3_ROPE},
+        },
+        config="Llama4Text",
+    ),
     "mistral": TinyFamily("Mistral", {"sliding_window": 24}, {"no-window": {"sliding_window": None}}),
+    "mixtral": TinyFamily(
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"window": {"sliding_window": 20, "num_experts_per_tok": 1}},
+    ),
     "qwen2": TinyFamily(
         "Qwen2",
         variations={
             "tied": {"tie_word_embeddings": True},
             "window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        },
+    ),
+    "qwen2_moe": TinyFamily(
+        "Qwen2Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+        {
+            "window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "qkv_bias": False},
+            "some-dense": {"decoder_sparse_step": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
         },
     ),
     "qwen3": TinyFamily(
@@ -98,6 +152,14 @@ FAMILIES: dict[str, TinyFamily] = {
         {
             "tied-biased": {"tie_word_embeddings": True, "attention_bias": True},
             "window": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
+        },
+    ),
+    "qwen3_moe": TinyFamily(
+        "Qwen3Moe",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        {
+            "some-dense": {"mlp_only_layers": [1], "norm_topk_prob": False, "attention_bias": True},
+            "window": {"use_sliding_window": True, "sliding_window": 20},
         },
     ),
 }

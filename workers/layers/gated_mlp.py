@@ -8,6 +8,7 @@ from torch import nn
 from workers.layers.activation import SILU, GatedActivation
 from workers.layers.context import LayerContext
 from workers.layers.linear import Linear, RowParallelLinear
+from workers.layers.residual import ResidualStream
 
 
 class GatedMLP(nn.Module):
@@ -48,6 +49,10 @@ class GatedMLP(nn.Module):
         """(T, hidden_size) to (T, hidden_size), the same on all ranks."""
         out: torch.Tensor = self.down_proj(self.inner(x))
         return out
+
+    def add_to(self, stream: ResidualStream, x: torch.Tensor) -> None:
+        """Add what it makes of (T, hidden_size), the normalised stream, to the stream."""
+        stream.add_product(self.down_proj, self.inner(x))
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """(T, hidden_size) to (T, hidden_size): this rank's summand of `forward`."""

@@ -79,14 +79,24 @@ class HeadNorm(nn.Module):
         eps: added to the mean square.
         context: of the model.
         plus_one: see `RMSNorm`.
+        weighted: whether there are weights to be loaded; else all are 1, and because a rotation changes no head's
+            length the norm is the same before it and behind it (Llama-4).
     """
 
     def __init__(
-        self, num_heads: int, head_size: int, eps: float, context: LayerContext, *, plus_one: bool = False
+        self,
+        num_heads: int,
+        head_size: int,
+        eps: float,
+        context: LayerContext,
+        *,
+        plus_one: bool = False,
+        weighted: bool = True,
     ) -> None:
         super().__init__()
         dtype = torch.float32 if plus_one else context.dtype
-        self.weight = empty_parameter(num_heads, head_size, dtype=dtype, device=context.device)
+        weight: torch.Tensor = empty_parameter(num_heads, head_size, dtype=dtype, device=context.device)
+        self.weight = weight if weighted else nn.Buffer(torch.ones_like(weight), persistent=False)
         self.eps = eps
         self.plus_one = plus_one
 

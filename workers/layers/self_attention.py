@@ -14,6 +14,7 @@ from workers.layers.context import LayerContext
 from workers.layers.linear import Linear, RowParallelLinear
 from workers.layers.norm import HeadNorm, WideNorm
 from workers.layers.rotation import Rotation
+from workers.layers.temperature import AttentionTemperature
 from workers.ops.cache_write import CacheWrite
 
 
@@ -45,6 +46,7 @@ class SelfAttention(nn.Module):
         qk_norm: of each head of queries and keys, before they are rotated.
         q_norm: of all query heads together, before they are rotated; with `k_norm`, in place of `qk_norm`.
         k_norm: the same of all key heads.
+        temperature: what queries are multiplied by, behind the rotation.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class SelfAttention(nn.Module):
         qk_norm: HeadNorm | None = None,
         q_norm: WideNorm | None = None,
         k_norm: WideNorm | None = None,
+        temperature: AttentionTemperature | None = None,
     ) -> None:
         super().__init__()
         spec = attention.spec
         self.attention = attention
         self.rotation = rotation
         self.qk_norm, self.q_norm, self.k_norm = qk_norm, q_norm, k_norm
+        self.temperature = temperature
         self._head_size = spec.head_size
         self._sizes = [heads * spec.head_size for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
         self.qkv_proj = Linear(hidden_size, sum(self._sizes), qkv_bias, context)
@@ -82,9 +86,12 @@ class SelfAttention(nn.Module):
         """
         qkv = self.qkv_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key, value = qkv.split(self._sizes, dim=-1)
-            qkv = torch.cat((self.q_norm(query), self.k_norm(key), value), dim=-1)
+            wide_q, wide_k, wide_v = qkv.split(self._sizes, dim=-1)
+            qkv = torch.cat((self.q_norm(wide_q), self.k_norm(wide_k), wide_v), dim=-1)
         heads = qkv.view(x.shape[0], -1, self._head_size)
         prepared, cache_write = batch.rotations[self.rotation], batch.cache_writes.get(self.attention.name)
-        attended: torch.Tensor = self.attention(*self.rotation.apply(heads, prepared, self.qk_norm, cache_write))
+        query, key, value = self.rotation.apply(heads, prepared, self.qk_norm, cache_write)
+        if self.temperature is not None:
+            query = self.temperature.scaled(query, batch.positions)
+        attended: torch.Tensor = self.attention(query, key, value)
         return attended.flatten(1)

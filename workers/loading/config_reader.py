@@ -32,7 +32,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 STATED = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-    | {"max_position_embeddings"}
+    | {"max_position_embeddings", "num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size"}
+    | {"shared_expert_intermediate_size", "intermediate_size_mlp"}
 )
 """Keys without which a config.json describes no model: nobody's default is taken for them."""
 

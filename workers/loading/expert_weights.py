@@ -1,4 +1,4 @@
-"""Where the experts of a checkpoint go in `workers.layers.moe.experts.Experts`: the four ways they are stored in.
+"""Where the experts of a checkpoint go in `workers.layers.moe.experts.Experts`: the ways they are stored in.
 
 Names are within a layer. Of several ranks each holds some of every expert's inner features: those rows of gate and up,
 and those columns of down. All are read from the checkpoint into the stacked parameters without a copy in between.
@@ -85,6 +85,28 @@ def expert_by_expert(
                 f"{parameter}.{place}.weight", shape, region, begin, end, index=(e,)
             )
     return targets
+
+
+def fused(sizes: ExpertSizes, prefix: str = "mlp.experts", parameter: str = "mlp.experts") -> dict[str, WeightTarget]:
+    """Two tensors as ours, (E, 2 * I, H) with gate above up and (E, H, I): how transformers 5 has them in memory.
+
+    `save_pretrained(save_original_format=False)` writes the families of `expert_by_expert` so.
+    """
+    num, hidden, inner = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
+    return {
+        f"{prefix}.gate_up_proj": WeightTarget(
+            f"{parameter}.{GATE_UP}.weight",
+            (num, 2 * inner, hidden),
+            (*whole((num, 2)), sizes.own, (0, hidden)),
+            0,
+            num,
+            view=(num, 2, inner, hidden),
+            arrange=_above,
+        ),
+        f"{prefix}.down_proj": WeightTarget(
+            f"{parameter}.{DOWN}.weight", (num, hidden, inner), (*whole((num, hidden)), sizes.own), 0, num
+        ),
+    }
 
 
 def stacked(sizes: ExpertSizes, prefix: str = "mlp.experts", parameter: str = "mlp.experts") -> dict[str, WeightTarget]:
@@ -201,6 +223,12 @@ def _interleaved_biases(sizes: ExpertSizes, prefix: str, parameter: str) -> dict
 def _transposed(rows: torch.Tensor) -> torch.Tensor:
     """(E, M, K) as (E, K, M)."""
     return rows.mT
+
+
+def _above(rows: torch.Tensor) -> torch.Tensor:
+    """(E, 2 * I, H), gate above up, as (E, 2, I, H)."""
+    view: torch.Tensor = rows.unflatten(1, (2, -1))
+    return view
 
 
 def _beside_and_transposed(rows: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,16 @@ from attention.cache_layout import shared_layout
 from attention.forward_context import ForwardContext, forward_context
 from attention.kv_cache import KVCacheSpec
 from attention.layers.attention import Attention
+from attention.layers.chunked_local_attention import ChunkedLocalAttention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec
+from workers.errors import ConfigError
 from workers.layers.context import LayerContext
 from workers.layers.linear import Linear
 from workers.layers.linear_methods.base import empty_parameter
 from workers.layers.linear_methods.choice import linear_method_for
 from workers.layers.lm_head import LMHead, vocab_share
+from workers.layers.moe.experts import GroupedLinear
 from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.residual import Norm, ResidualStream
 from workers.layers.rotation import HeadShape, Rotation, make_rotation
@@ -64,7 +67,8 @@ class CausalLM(nn.Module, ABC):
         max_model_len: tokens of the longest sequence that is served; None: what the model was made for.
 
     Raises:
-        ConfigError: the group's size does not divide the model.
+        ConfigError: the group's size does not divide the model, or the block size not the chunks that its layers
+            attend within.
         AttentionBackendError: the backends lay out a KV cache in different ways, and the layers share one.
     """
 
@@ -187,7 +191,7 @@ class CausalLM(nn.Module, ABC):
     def process_weights(self) -> None:
         """Bring the weights into the form that the device's kernels read; once, after this none can be loaded."""
         for module in self.modules():
-            if isinstance(module, Linear | LMHead | RMSNorm | HeadNorm):
+            if isinstance(module, Linear | LMHead | RMSNorm | HeadNorm | GroupedLinear):
                 module.process_weights()
 
     def forward(
@@ -254,7 +258,14 @@ class CausalLM(nn.Module, ABC):
     ) -> Attention:
         spec = config.spec(self.kv_cache_dtype)
         sinks = torch.empty(config.num_heads, device=self.device) if config.has_sinks else None
-        return Attention(spec, backends[spec], name, sinks, kv_scales=KVScales())
+        if config.chunk_size is None:
+            return Attention(spec, backends[spec], name, sinks, kv_scales=KVScales())
+        if config.chunk_size % self.block_size:
+            raise ConfigError(
+                f"block_size is {self.block_size}, and does not divide the model's attention chunks of "
+                f"{config.chunk_size} tokens"
+            )
+        return ChunkedLocalAttention(spec, backends[spec], name, config.chunk_size, sinks, KVScales())
 
     def _rotation(self, config: AttentionConfig) -> Rotation:
         """One for all layers whose heads are alike and rotated alike: what it prepares serves all of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -89,7 +89,7 @@ class LlamaLayer(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """Llama, and what differs from it by the fields of `LlamaConfig`."""
 
-    config_class = LlamaConfig
+    config_class: ClassVar[type[ModelConfig]] = LlamaConfig
     config: LlamaConfig
 
     def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
@@ -117,4 +117,19 @@ class LlamaForCausalLM(CausalLM):
             )
             if config.qk_norm:
                 weights.head_norms(theirs_attention, ours_attention, attention)
-            weights.gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", hidden, config.intermediate_size, bias=config.mlp_bias)
+            cls.map_mlp(config, weights, i, theirs, ours)
+
+    @classmethod
+    def map_mlp(cls, config: ModelConfig, weights: WeightMap, index: int, theirs: str, ours: str) -> None:
+        """Enter the tensors of a layer's MLP.
+
+        Args:
+            config: of the whole model.
+            weights: where they are entered.
+            index: of the layer.
+            theirs: what the layer is called in a checkpoint.
+            ours: what it is called in the model.
+        """
+        assert isinstance(config, LlamaConfig)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        weights.gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", hidden, inner, bias=config.mlp_bias)

@@ -174,10 +174,12 @@ def load_weights(model: CausalLM, weights: WeightMap, folder: Path, progress: Pr
 def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Placement], dict[Place, StoredTensor]]:
     """Where every tensor of a checkpoint, or this rank's part of it, goes, and the scales among them."""
     config, parameters = model.config, dict(model.named_parameters())
+    tensors = stored_tensors(folder)
+    weights = weights.resolved({weights.canonical(stored.name) for stored in tensors})
     wanted = dict.fromkeys([*weights.targets, *weights.scales])
     found: dict[str, StoredTensor] = {}
     kv_scales: dict[Place, StoredTensor] = {}
-    for stored in stored_tensors(folder):
+    for stored in tensors:
         name = weights.canonical(stored.name)
         if name in wanted:
             found[name] = stored

@@ -32,10 +32,16 @@ ARCHITECTURES: Mapping[str, Family] = {
     "Gemma2ForCausalLM": Family("gemma2", "gemma2"),
     "Gemma3ForCausalLM": Family("gemma3_text", "gemma3"),
     "Gemma3ForConditionalGeneration": Family("gemma3", "gemma3"),
+    "GptOssForCausalLM": Family("gpt_oss", "gpt_oss"),
+    "Llama4ForCausalLM": Family("llama4_text", "llama4"),
+    "Llama4ForConditionalGeneration": Family("llama4", "llama4"),
     "LlamaForCausalLM": Family("llama", "llama"),
     "MistralForCausalLM": Family("mistral", "mistral"),
+    "MixtralForCausalLM": Family("mixtral", "mixtral"),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", "qwen2_moe"),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3"),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", "qwen3_moe"),
 }
 """Every architecture that Baton runs."""
 

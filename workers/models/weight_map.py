@@ -7,7 +7,7 @@ input features of its second ones (columns), after Megatron-LM (Shoeybi et al., 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from workers.layers.lm_head import vocab_share
@@ -64,6 +64,7 @@ class WeightMap:
         self.unused: set[str] = set()
         self.renamed: dict[str, str] = {}
         self.ignored: set[str] = set()
+        self._forms: list[tuple[WeightMap, ...]] = []
         self.rank = rank
         self.size = size
 
@@ -89,6 +90,44 @@ class WeightMap:
             if name.startswith(theirs):
                 return ours + name.removeprefix(theirs)
         return name
+
+    def like(self) -> WeightMap:
+        """An empty one of the same rank."""
+        return WeightMap(self.rank, self.size)
+
+    def include(self, other: WeightMap) -> None:
+        """Enter all that another has."""
+        for name, targets in other.targets.items():
+            self.targets.setdefault(name, []).extend(targets)
+        self.unused |= other.unused
+        self.renamed |= other.renamed
+        self.ignored |= other.ignored
+        self._forms += other._forms
+
+    def one_of(self, *forms: WeightMap) -> None:
+        """Enter tensors that checkpoints hold in one of several forms, the usual one first; see `resolved`."""
+        self.include(forms[0])
+        self._forms.append(forms)
+
+    def resolved(self, names: Container[str]) -> WeightMap:
+        """The map for a checkpoint with these tensors: of several forms the first that has one there of its own.
+
+        Where none has, it is the usual one.
+        """
+        found = self.like()
+        found.include(self)
+        for forms in found._forms:
+            usual, chosen = forms[0], next((form for form in forms if form._is_seen(forms, names)), forms[0])
+            if chosen is not usual:
+                found.targets = {name: there for name, there in found.targets.items() if name not in usual.targets}
+                found.include(chosen)
+        found._forms = []
+        return found
+
+    def _is_seen(self, forms: Iterable[WeightMap], names: Container[str]) -> bool:
+        """Whether any of these names is in this one of the forms alone."""
+        elsewhere = {name for form in forms if form is not self for name in form.targets}
+        return any(name in names for name in self.targets if name not in elsewhere)
 
     def share(self, size: int) -> Share:
         """An equal part of a dimension for each rank."""

@@ -23,15 +23,20 @@ Jobs = dict[str, tuple[Path, dict[str, Any]]]
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3", {}),
+    "gpt_oss": ("gpt_oss", {}),
     "llama": ("llama", {}),
     "llama-uneven": ("llama", {"vocab_size": 517}),
     "llama-biased-mha": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama4-interleaved": ("llama4", {"interleave_moe_layer_step": 2}),
     "mistral": ("mistral", {}),
+    "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied-uneven": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 517}),
+    "qwen2_moe-some-dense": ("qwen2_moe", {"decoder_sparse_step": 2}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied-biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {}),
 }
 EXTRA = ("dummy", "bfloat16", "fp8 cache")
 SIZES = [2, 4]

@@ -9,5 +9,6 @@ weighted_sum.py    the sum over the experts of a token
 ways.py            which way a device computes a grouped product by, as data
 experts.py         the module: two grouped products and the sum over a token's experts
 block.py           router, experts and shared experts together
+mlp.py             the block in a decoder layer, of one rank and of several
 ```
 """

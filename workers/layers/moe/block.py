@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -47,25 +49,35 @@ class Router(nn.Module):
         return route(logits, self.config, self.e_score_correction_bias)
 
 
+class PartialMLP(Protocol):
+    """An MLP that the ranks of a group share out among them."""
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H) to (T, H): this rank's summand."""
+        ...
+
+
 class SharedExpert(nn.Module):
     """What every token goes through beside its experts, optionally times `sigmoid(gate(x))` (Qwen2-MoE).
 
     Args:
-        mlp: (T, H) to (T, H); of several ranks each gives its partial sum.
+        mlp: a module.
         hidden_size: H.
         gated: whether there is a gate.
         dtype: of the gate's weight.
         device: where it is.
     """
 
-    def __init__(self, mlp: nn.Module, hidden_size: int, gated: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, mlp: PartialMLP, hidden_size: int, gated: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.mlp = mlp
         self.gate_weight = _empty((1, hidden_size), dtype, device) if gated else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, H) to (T, H); a partial sum stays one, because the gate is the same on every rank."""
-        out: torch.Tensor = self.mlp(x)
+        out = self.mlp.partial(x)
         return out if self.gate_weight is None else torch.sigmoid(F.linear(x, self.gate_weight)) * out
 
 

@@ -58,18 +58,18 @@ class RouterConfig:
             raise ConfigError(f"{self.num_experts} experts do not form {self.num_groups} equal groups")
         if not 1 <= self.top_k_groups <= self.num_groups:
             raise ConfigError(f"{self.top_k_groups} groups for each token of {self.num_groups}: needs 1 to all of them")
-        if self.top_k > self.top_k_groups * self.layers_per_write:
+        if self.top_k > self.top_k_groups * self.experts_per_group:
             raise ConfigError(
-                f"{self.top_k} experts for each token out of {self.top_k_groups} groups of {self.layers_per_write}: "
+                f"{self.top_k} experts for each token out of {self.top_k_groups} groups of {self.experts_per_group}: "
                 "these are too few"
             )
         if self.limits_groups and self.scores == "softmax_of_chosen":
             raise ConfigError("a softmax over the chosen experts alone knows no groups of experts")
-        if self.limits_groups and self.group_score == "sum_of_two" and self.layers_per_write < 2:
-            raise ConfigError(f"groups of {self.layers_per_write} expert have no two best experts")
+        if self.limits_groups and self.group_score == "sum_of_two" and self.experts_per_group < 2:
+            raise ConfigError(f"groups of {self.experts_per_group} expert have no two best experts")
 
     @property
-    def layers_per_write(self) -> int:
+    def experts_per_group(self) -> int:
         """Experts in a group."""
         return self.num_experts // self.num_groups
 
@@ -153,9 +153,9 @@ def _sigmoid_keys(
 
 def _closed(keys: torch.Tensor, config: RouterConfig) -> torch.Tensor:
     """(T, E) bool: the experts whose group is not among the token's."""
-    grouped = keys.unflatten(1, (config.num_groups, config.layers_per_write))
+    grouped = keys.unflatten(1, (config.num_groups, config.experts_per_group))
     best = grouped.topk(1 if config.group_score == "max" else 2, dim=-1).values
     group_keys = best.sum(dim=-1)
     open_groups = group_keys.topk(config.top_k_groups, dim=-1).indices
     closed = torch.ones_like(group_keys, dtype=torch.bool).scatter_(1, open_groups, False)
-    return closed.repeat_interleave(config.layers_per_write, dim=1)
+    return closed.repeat_interleave(config.experts_per_group, dim=1)

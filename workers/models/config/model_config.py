@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -115,7 +115,12 @@ class ModelConfig:
 
     @classmethod
     def read_common(
-        cls, read: ConfigReader, generation_config: Mapping[str, Any] | None, *, activation_key: str = "hidden_act"
+        cls,
+        read: ConfigReader,
+        generation_config: Mapping[str, Any] | None,
+        *,
+        activation_key: str = "hidden_act",
+        weight_formats: Collection[str] = (),
     ) -> dict[str, Any]:
         """The fields that every family has, but for `attention`, as keyword arguments.
 
@@ -123,18 +128,19 @@ class ModelConfig:
             read: config.json.
             generation_config: see `read`.
             activation_key: where the family names its activation.
+            weight_formats: see `refuse_quantized_weights`.
 
         Raises:
             CheckpointError: a value is missing or wrong; names file and key.
         """
-        refuse_quantized_weights(read)
+        refuse_quantized_weights(read, weight_formats)
         return {
             "family": read.get("model_type"),
             "vocab_size": read.positive_int("vocab_size"),
             "hidden_size": read.positive_int("hidden_size"),
             "intermediate_size": read.positive_int("intermediate_size"),
             "activation": read_activation(read, activation_key),
-            "norm_eps": read.positive_float("rms_norm_eps", 1e-6),
+            "norm_eps": read.positive_float("rms_norm_eps"),
             "max_position_embeddings": read.positive_int("max_position_embeddings"),
             "tie_word_embeddings": read.flag("tie_word_embeddings", False),
             "dtype": _dtype(read),

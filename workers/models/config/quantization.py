@@ -5,7 +5,7 @@ The scales of such a cache lie among the weights, see `workers.loading.kv_scales
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from workers.loading.config_reader import ConfigReader
@@ -20,23 +20,39 @@ _OF_WEIGHTS: Mapping[str, tuple[str, ...]] = {
 _OF_CACHE = ("kv_cache_scheme", "kv_cache_quant_algo")
 
 
-def refuse_quantized_weights(read: ConfigReader) -> None:
-    """Accept no quantization, or that of the KV cache to FP8 alone.
+def weight_format(read: ConfigReader) -> str | None:
+    """What `quantization_config` calls its format (`quant_method`); None: there is none.
+
+    Raises:
+        CheckpointError: it is no object, or its format no name.
+    """
+    given = read.get("quantization_config")
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise read.error("quantization_config", f"must be an object, not {given!r}")
+    method = given.get("quant_method")
+    if method is not None and not isinstance(method, str):
+        raise read.error("quantization_config.quant_method", f"must be a name, not {method!r}")
+    return method
+
+
+def refuse_quantized_weights(read: ConfigReader, accepted: Collection[str] = ()) -> None:
+    """Accept no quantization, that of the KV cache to FP8 alone, or one that the family reads.
 
     Args:
         read: config.json.
+        accepted: what the family reads, as `quant_method` names it.
 
     Raises:
         CheckpointError: weights are quantized, or the cache to something else; names the key.
     """
     given = read.get("quantization_config")
-    if given is None:
+    method = weight_format(read)
+    if given is None or method in accepted:
         return
-    if not isinstance(given, Mapping):
-        raise read.error("quantization_config", f"must be an object, not {given!r}")
     inner = ConfigReader(given, read.source, prefix="quantization_config.")
-    method = inner.get("quant_method")
-    if method not in _OF_WEIGHTS:
+    if method is None or method not in _OF_WEIGHTS:
         raise inner.error("quant_method", f"{method!r}: checkpoints with quantized weights are not supported")
     for key in _OF_WEIGHTS[method]:
         if inner.get(key):

@@ -111,7 +111,7 @@ class PlainMLP(nn.Module):
         gate, up, down = mlp.gate_proj.weight[own], mlp.up_proj.weight[own], mlp.down_proj.weight[:, own]
         self.gate, self.up, self.down = gate.detach(), up.detach(), down.detach()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
         return (nn.functional.silu(x @ self.gate.t()) * (x @ self.up.t())) @ self.down.t()
 
 
