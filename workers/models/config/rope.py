@@ -141,9 +141,8 @@ def read_rotating_layers(read: ConfigReader, num_layers: int) -> tuple[bool, ...
         CheckpointError: not a 0 or a 1 for each of `num_layers`; names file and key.
     """
     key = "no_rope_layers"
-    stated = read.get(key)
+    stated, interval = read.get(key), read.positive_int("no_rope_layer_interval", 4)
     if not stated:
-        interval = read.positive_int("no_rope_layer_interval", 4)
         return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
     if not isinstance(stated, list) or len(stated) != num_layers or any(value not in (0, 1) for value in stated):
         raise read.error(key, f"must be a list of {num_layers} numbers, each 0 or 1, not {stated!r}")
