@@ -34,6 +34,7 @@ STATED = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     | {"max_position_embeddings", "num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size"}
     | {"shared_expert_intermediate_size", "intermediate_size_mlp"}
+    | {"n_routed_experts", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
 )
 """Keys without which a config.json describes no model: nobody's default is taken for them."""
 
@@ -86,6 +87,16 @@ class ConfigReader:
         """The value as it is, or what `defaults` has, where the key is absent; a null stays one."""
         self.asked.add(key)
         return self.values[key] if key in self.values else self._default(key)
+
+    def supports(self, key: str, only: Any) -> None:
+        """Refuse another value than `only`, where one is stated.
+
+        Raises:
+            CheckpointError: names file, key and value.
+        """
+        value = self._stated(key)
+        if value is not None and (value != only or isinstance(value, bool) != isinstance(only, bool)):
+            raise self.error(key, f"{value!r} is not supported, only {only!r}")
 
     def inside(self, key: str, shared: Iterable[str] = ()) -> ConfigReader:
         """The object at `key`, such as that of the text model in a multi-modal one's.
