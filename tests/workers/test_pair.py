@@ -67,6 +67,21 @@ def test_block_sizes_and_chunks(block_size, budget, layers_per_write, tiny_check
     cluster.assert_all_blocks_free()
 
 
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 2)])
+def test_latents_are_handed_over(num_prefill, num_decode, tiny_checkpoint, local_cluster, reference_greedy):
+    """A block is one latent a token, in pools that are too small for their load."""
+    checkpoint = tiny_checkpoint("deepseek_v3")
+    cluster = local_cluster(checkpoint, num_prefill=num_prefill, num_decode=num_decode, decode_blocks=9)
+    expected = {}
+    for i, prompt in enumerate(prompts(4, seed=4, longest=40)):
+        expected[f"r{i}"] = reference_greedy(checkpoint, prompt, 30)
+        cluster.submit(f"r{i}", prompt, greedy(30))
+    assert cluster.run() == expected
+    for i, prompt in enumerate(prompts(4, seed=4, longest=40)):
+        assert cluster.reports[f"r{i}"].num_bytes == -(-len(prompt) // 16) * 3 * 16 * (24 + 8) * 4
+    cluster.assert_all_blocks_free()
+
+
 def test_preemption_loses_no_token(tiny_checkpoint, local_cluster, reference_greedy):
     """A decode pool too small for its load moves sequences to host memory and back."""
     checkpoint = tiny_checkpoint("llama")

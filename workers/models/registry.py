@@ -29,9 +29,12 @@ class Family:
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", "deepseek_v2"),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", "deepseek_v3"),
     "Gemma2ForCausalLM": Family("gemma2", "gemma2"),
     "Gemma3ForCausalLM": Family("gemma3_text", "gemma3"),
     "Gemma3ForConditionalGeneration": Family("gemma3", "gemma3"),
+    "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", "glm4_moe_lite"),
     "GptOssForCausalLM": Family("gpt_oss", "gpt_oss"),
     "Llama4ForCausalLM": Family("llama4_text", "llama4"),
     "Llama4ForConditionalGeneration": Family("llama4", "llama4"),
