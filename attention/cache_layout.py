@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attention.backend import AttentionBackend
 from attention.errors import AttentionBackendError
-from attention.spec import AttentionSpec
 
 _PROBE = {"block": 3, "kv": 2, "slot": 80, "head": 7, "element": 176}
 """Sizes that tell the dimensions of a shape apart."""
@@ -56,26 +54,6 @@ def layout_of(backend: type[AttentionBackend], block_size: int, num_kv_heads: in
         )
     inner = order[1:]
     return CacheLayout(tuple(shape[dim] for dim in inner), tuple(names[dim] for dim in inner), order)
-
-
-def shared_layout(
-    backends: Mapping[AttentionSpec, type[AttentionBackend]], block_size: int
-) -> type[AttentionBackend] | None:
-    """A backend for a cache that these kinds of layers share; None where there are no layers.
-
-    Raises:
-        AttentionBackendError: they lay it out in different ways; names two of them and what they want.
-    """
-    first: tuple[type[AttentionBackend], CacheLayout] | None = None
-    for spec, backend in backends.items():
-        layout = layout_of(backend, block_size, spec.num_kv_heads, spec.head_size)
-        if first is not None and first[1] != layout:
-            raise AttentionBackendError(
-                f"{_name(first[0])} and {_name(backend)} cannot share a KV cache: a block of a layer is {first[1]} for "
-                f"one and {layout} for the other"
-            )
-        first = first or (backend, layout)
-    return None if first is None else first[0]
 
 
 def _names(backend: type[AttentionBackend], one_head: bool) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,45 +15,64 @@ from attention.errors import AttentionInputError
 from attention.fp8 import quantize
 from attention.spec import FP8
 
+CACHE_KINDS = ("full", "sliding", "mla")
+
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """The KV cache of a model (or of a shard of it) without its size.
+    """The KV cache of one cache group, without its size: the layers of a model that keep the same form.
 
     Attributes:
-        num_layers: L.
+        layers: numbers of these layers in the model, ascending; L of them.
         num_kv_heads: Hkv.
         head_size: D.
         block_size: tokens in a block.
         dtype: of keys and values.
-        mla: whether a token has one latent of `head_size` (`MLASpec.latent_size`) in place of keys and values.
+        kind: "full" keeps keys and values of all tokens, "sliding" of a window; with "mla" a token has one latent of
+            `head_size` (`MLASpec.latent_size`) in place of keys and values.
+        window: of a sliding group, how many tokens a query sees, itself included; None: all.
         backend: whose shape and order in memory it has; None: that of most.
 
     Raises:
-        ValueError: MLA with more than one key/value head.
+        ValueError: an unknown kind, no layers or not ascending ones, a window that does not go with the kind or is not
+            positive, MLA with more than one key/value head.
     """
 
-    num_layers: int
+    layers: tuple[int, ...]
     num_kv_heads: int
     head_size: int
     block_size: int
     dtype: torch.dtype
-    mla: bool = False
+    kind: str = "full"
+    window: int | None = None
     backend: type[AttentionBackend] | None = None
 
     def __post_init__(self) -> None:
-        if self.mla and self.num_kv_heads != 1:
+        if self.kind not in CACHE_KINDS:
+            raise ValueError(f"a cache group is one of {', '.join(CACHE_KINDS)}, not {self.kind!r}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"the layers of a cache group are ascending numbers, at least one, not {self.layers}")
+        if (self.kind == "sliding") != (self.window is not None):
+            raise ValueError(f"a window of {self.window} tokens does not go with a cache group of kind {self.kind!r}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window has at least 1 token, not {self.window}")
+        if self.kind == "mla" and self.num_kv_heads != 1:
             raise ValueError(f"a latent is one for all heads: 1 key/value head, not {self.num_kv_heads}")
 
     @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Keys and values (or the latent) of one token, all layers together."""
+        """Keys and values (or the latent) of one token, all layers of the group together."""
         return self.bytes_per_block // self.block_size
 
     @property
     def bytes_per_block(self) -> int:
-        """Keys and values (or the latents) of one block, all layers together."""
-        return self.num_layers * math.prod(self.layout.block_shape) * self.dtype.itemsize
+        """Keys and values (or the latents) of one block, all layers of the group together."""
+        return self.num_layers * math.prod(self.block_shape) * self.dtype.itemsize
 
     @cached_property
     def layout(self) -> CacheLayout:
@@ -62,6 +82,11 @@ class KVCacheSpec:
             AttentionBackendError: see `layout_of`.
         """
         return layout_of(self._owner, self.block_size, self.num_kv_heads, self.head_size)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Of one block in one layer, as it lies in memory: (2, block_size, Hkv, D), with MLA (block_size, D)."""
+        return self.layout.block_shape
 
     def blocks_that_fit(self, num_bytes: int) -> int:
         """How many blocks `num_bytes` hold, 0 when not even one."""
@@ -73,9 +98,10 @@ class KVCacheSpec:
         return (self.num_layers, *layer)
 
     def allocate(self, num_blocks: int, device: torch.device | str) -> torch.Tensor:
-        """One zeroed tensor of `shape(num_blocks)`, one piece of memory in the order of `layout`.
+        """One tensor of `shape(num_blocks)`, one piece of memory in the order of `layout`.
 
-        Layer i's cache is its view `[i]`.
+        The cache of the group's layer number i is its view `[i]`. It is zero: an entry of a block table that stands for
+        no block points at block 0, and kernels may load what they mask.
 
         Raises:
             ValueError: `num_blocks` is not positive.
@@ -89,7 +115,7 @@ class KVCacheSpec:
 
     @property
     def _owner(self) -> type[AttentionBackend]:
-        return self.backend or (_Latents if self.mla else AttentionBackend)
+        return self.backend or (_Latents if self.kind == "mla" else AttentionBackend)
 
 
 def as_stored(kv_cache: torch.Tensor) -> torch.Tensor:
@@ -107,6 +133,18 @@ class _Latents(AttentionBackend):
     def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
         """See `latent_cache_shape`."""
         return latent_cache_shape(num_blocks, block_size, head_size)
+
+
+def layer_places(groups: Sequence[KVCacheSpec]) -> list[tuple[int, int]]:
+    """For each layer of a model the cache group that it belongs to, and its index there.
+
+    Raises:
+        ValueError: the groups' layers are not 0 to L - 1, each once.
+    """
+    places = sorted((layer, group, i) for group, spec in enumerate(groups) for i, layer in enumerate(spec.layers))
+    if [layer for layer, _, _ in places] != list(range(len(places))):
+        raise ValueError(f"each layer is in one cache group: {[spec.layers for spec in groups]}")
+    return [(group, i) for _, group, i in places]
 
 
 def latent_cache_shape(num_blocks: int, block_size: int, latent_size: int) -> tuple[int, int, int]:

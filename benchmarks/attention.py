@@ -104,7 +104,7 @@ class Inputs:
         tokens = case.batch * case.query_len
         blocks_each = -(-case.context_len // case.block_size)
         num_blocks = case.batch * blocks_each
-        size = KVCacheSpec(1, spec.num_kv_heads, spec.head_size, case.block_size, dtype).bytes_per_block * num_blocks
+        size = KVCacheSpec((0,), spec.num_kv_heads, spec.head_size, case.block_size, dtype).bytes_per_block * num_blocks
         num_caches = max(1, min(_MAX_CACHES, math.ceil(_ROTATE_BYTES / size)))
         shape = AttentionBackend.get_kv_cache_shape(num_blocks, case.block_size, spec.num_kv_heads, spec.head_size)
         self.caches = [torch.randn(shape, device=device, dtype=dtype) for _ in range(num_caches)]

@@ -12,12 +12,13 @@ from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.sizing import kv_layout
-from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
+from workers.kv_cache.sizing import allocate_groups, kv_layout
+from workers.messages import PrefillReport, RequestFailed, TokenOutput, WorkerEvent, WorkerRequest
 from workers.models.loader import load_model
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _TIMEOUT_S = 600.0
 _PREFILL, _DECODE = "prefill-0", "decode-0"
@@ -77,12 +78,13 @@ class EngineAlone:
         model = load_model(checkpoint, dtype, "cpu", block_size)
         self.vocab_size = model.config.vocab_size
         fabric = LocalFabric()
+        groups = model.kv_cache_groups
         num_blocks = max_num_seqs * blocks_for(max_model_len, block_size)
         ends = []
         for name in (_PREFILL, _DECODE):
             connector = LocalConnector(fabric)
-            runner = ModelRunner(model, model.kv_cache_spec.allocate(num_blocks, "cpu"))
-            engine = connector.register_kv_caches(name, runner.kv_cache, kv_layout(model.kv_cache_spec))
+            runner = ModelRunner(model, allocate_groups(groups, num_blocks, "cpu"))
+            engine = connector.register_kv_caches(name, runner.kv_caches, kv_layout(groups))
             ends.append((runner, connector, engine))
         (prefill_runner, prefill_connector, prefill_end), (decode_runner, decode_connector, decode_end) = ends
         prefill_connector.connect(decode_end, 1.0)
@@ -115,7 +117,7 @@ class EngineAlone:
         started = time.perf_counter()
         for prefill, decode in requests:
             progress.tokens[prefill.request_id] = []
-            self._decode.reserve(decode)
+            self._decode.add(decode)
             self._prefill.add(prefill)
         _take(progress, self._decode.step())  # the blocks are granted before the first part is pushed
         while self._prefill.has_work:
@@ -133,20 +135,34 @@ class EngineAlone:
         """Seconds from handing a prompt to the prefill worker to its sampled first token, with no decode side."""
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1, ignore_eos=True)
         progress = _Progress(tokens={"alone": []})
-        request = PrefillRequest("alone", secrets.token_bytes(16), prompt, sampling, None, _TIMEOUT_S)
+        request = _request("alone", secrets.token_bytes(16), prompt, sampling, None)
         started = time.perf_counter()
         self._prefill.add(request)
         while not progress.tokens["alone"]:
             _take(progress, self._prefill.step())
         return time.perf_counter() - started
 
-    def _requests(self, request_id: str, job: Job) -> tuple[PrefillRequest, DecodeRequest]:
+    def _requests(self, request_id: str, job: Job) -> tuple[WorkerRequest, WorkerRequest]:
         handoff_id = secrets.token_bytes(16)
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=job.max_tokens, ignore_eos=True)
         return (
-            PrefillRequest(request_id, handoff_id, job.prompt, sampling, self._decode_id, _TIMEOUT_S),
-            DecodeRequest(request_id, handoff_id, job.prompt, sampling, self._prefill_id, _TIMEOUT_S),
+            _request(request_id, handoff_id, job.prompt, sampling, self._decode_id),
+            _request(request_id, handoff_id, job.prompt, sampling, self._prefill_id),
         )
+
+
+def _request(
+    request_id: str, handoff_id: bytes, prompt: tuple[int, ...], sampling: SamplingParams, peer: str | None
+) -> WorkerRequest:
+    return WorkerRequest(
+        request_id=request_id,
+        attempt_id=request_id,
+        handoff_id=handoff_id,
+        prompt_token_ids=as_token_ids(prompt),
+        sampling=sampling,
+        peer_engine=peer,
+        timeout_s=_TIMEOUT_S,
+    )
 
 
 def _take(progress: _Progress, events: Sequence[WorkerEvent]) -> None:

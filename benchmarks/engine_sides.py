@@ -17,13 +17,14 @@ from benchmarks.engine_points import TEMPERATURE, TOP_P
 from benchmarks.instant_handoff import InstantConnector
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
-from workers.kv_cache.sizing import allocate_kv_cache
-from workers.messages import DecodeRequest, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
+from workers.kv_cache.sizing import allocate_kv_caches
+from workers.messages import RequestFailed, TokenOutput, WorkerEvent, WorkerRequest
 from workers.models.loader import load_model
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _TIMEOUT_S = 600.0
 
@@ -51,11 +52,7 @@ class PrefillSide:
 
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool) -> None:
         """See `MeasuredEngine.add`; a prefill worker makes one token."""
-        self._worker.add(
-            PrefillRequest(
-                request_id, secrets.token_bytes(16), tuple(prompt), _params(max_tokens, sampled), None, _TIMEOUT_S
-            )
-        )
+        self._worker.add(_request(request_id, prompt, max_tokens, sampled, None))
 
     def step(self) -> int:
         """See `MeasuredEngine.step`."""
@@ -75,11 +72,7 @@ class DecodeSide:
 
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool) -> None:
         """See `MeasuredEngine.add`."""
-        self._worker.reserve(
-            DecodeRequest(
-                request_id, secrets.token_bytes(16), tuple(prompt), _params(max_tokens, sampled), "alone", _TIMEOUT_S
-            )
-        )
+        self._worker.add(_request(request_id, prompt, max_tokens, sampled, "alone"))
 
     def step(self) -> int:
         """See `MeasuredEngine.step`."""
@@ -117,10 +110,11 @@ def build_worker(
     )
     lap()
     profile = largest_batches_of(model, config, max_model_len)
-    cache = allocate_kv_cache(config, model.kv_cache_spec, max_model_len, profile)
-    for layer in cache:  # zeros can be quicker to work on than data
-        layer.normal_(0.0, 0.5)
-    runner = ModelRunner(model, cache)
+    caches = allocate_kv_caches(config, model.kv_cache_groups, max_model_len, profile)
+    for cache in caches:
+        for layer in cache:  # zeros can be quicker to work on than data
+            layer.normal_(0.0, 0.5)
+    runner = ModelRunner(model, caches)
     lap()
     worker: PrefillWorker | DecodeWorker
     if config.role == "prefill":
@@ -141,9 +135,25 @@ def build_worker(
             enable_prefix_caching=False,  # every sequence has blocks of its own
         )
     lap()
-    about = {"attention_backend": model.backend_names, "kv_blocks": cache.shape[1], "block_size": config.block_size}
+    about = {
+        "attention_backend": model.backend_names,
+        "kv_blocks": worker.cache.num_blocks,
+        "block_size": config.block_size,
+    }
     load, profiled, captured = (end - begin for begin, end in itertools.pairwise(times))
     return worker, StartUp(load, profiled, captured), about
+
+
+def _request(request_id: str, prompt: Sequence[int], max_tokens: int, sampled: bool, peer: str | None) -> WorkerRequest:
+    return WorkerRequest(
+        request_id=request_id,
+        attempt_id=request_id,
+        handoff_id=secrets.token_bytes(16),
+        prompt_token_ids=as_token_ids(prompt),
+        sampling=_params(max_tokens, sampled),
+        peer_engine=peer,
+        timeout_s=_TIMEOUT_S,
+    )
 
 
 def _params(max_tokens: int, sampled: bool) -> SamplingParams:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_engine
 
-The shape of Llama-3.1-8B with random weights in bfloat16. Prefill goes through a prefill worker that hands nothing
-over, decode through a decode worker whose prompts are in its cache from the start; each is built as a service builds
-it. `python -m benchmarks.peers.vllm_engine` measures vLLM at the same points with the same code.
+The shape of Llama-3.1-8B, or of what `--model` names, with random weights in bfloat16. Prefill goes through a prefill
+worker that hands nothing over, decode through a decode worker whose prompts are in its cache from the start; each is
+built as a service builds it. `python -m benchmarks.peers.vllm_engine` measures vLLM at the same points with the same
+code.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from benchmarks.engine_points import (
 )
 from benchmarks.engine_sides import DecodeSide, PrefillSide, build_worker
 from benchmarks.environment import RESULTS, Environment, gpu_names
-from benchmarks.llama_8b import Work, save_shape
+from benchmarks.model_shapes import MODEL_HELP, model_folder
+from benchmarks.model_work import Work
 from benchmarks.report import to_json, write_json
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("gpu_engine", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with config.json; default: Llama-3.1-8B's")
+    parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--run", default="", metavar="NAME", help="of the run that results belong to")
     parser.add_argument("--note", default="", help="what else is to be known of the run")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_engine_baton.json", metavar="FILE")
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
+            folder = model_folder(args.model, Path(scratch))
             save(measure(args, folder, save))
     except (BatonError, ValueError) as error:
         print(f"gpu_engine: {error}", file=sys.stderr)

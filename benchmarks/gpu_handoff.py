@@ -14,15 +14,19 @@ import asyncio
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, Environment, gpu_names
-from benchmarks.llama_8b import save_shape
+from benchmarks.model_shapes import MODEL_HELP, model_folder
 from benchmarks.report import to_json, write_json
-from benchmarks.server_process import ServerProcess, server_process
-from benchmarks.service_points import add_service_arguments, measure_service, time_first_token
+from benchmarks.running_service import RunningService, stop_all
+from benchmarks.server_process import server_process
+from benchmarks.service_points import add_service_arguments, first_requests, measure_service
 from cluster.client.client import AsyncBatonClient, Connection
 from workers.errors import BatonError
 
@@ -31,37 +35,55 @@ _INFO_TIMEOUT_S = 10.0
 _CACHES = ("TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
 
 
+@asynccontextmanager
+async def running_service(
+    args: argparse.Namespace, folder: Path, environ: Mapping[str, str], log: Path, found: dict[str, Any]
+) -> AsyncIterator[RunningService]:
+    """Start `baton up` and wait until it serves; `found` gets its workers. Stopped when the block ends.
+
+    Raises:
+        ConfigError: it did not start.
+    """
+    environ = {"CUDA_VISIBLE_DEVICES": args.devices, **environ}
+    with server_process(command(args, folder), environ, log) as server:
+
+        def address() -> str | None:
+            match = _READY.search(server.text())
+            return match[1] if match else None
+
+        try:
+            where = await server.wait_for(address, args.start_timeout)
+            found["ready_s"] = time.perf_counter() - server.started
+            async with AsyncBatonClient(Connection(where)) as client:
+                model, workers = await client.model_info(_INFO_TIMEOUT_S), await client.workers(_INFO_TIMEOUT_S)
+                found["workers"] = [
+                    {
+                        "role": w.role,
+                        "device": w.device,
+                        "attention_backend": w.attention_backend,
+                        "blocks": w.load.total_blocks,
+                    }
+                    for w in workers
+                ]
+                yield RunningService(client, where, [server], model.vocab_size, model.max_model_len)
+        finally:
+            await stop_all([server])
+
+
 async def measure(
-    server: ServerProcess, args: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]
+    service: RunningService, args: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]
 ) -> None:
-    """Wait for the service, then ask everything of it; what is there so far is saved after each part."""
+    """Ask everything of a service; what is there so far is saved after each part."""
 
     def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
         save()
 
-    def address() -> str | None:
-        match = _READY.search(server.text())
-        return match[1] if match else None
-
-    found_address = await server.wait_for(address, args.start_timeout)
-    async with AsyncBatonClient(Connection(found_address)) as client:
-        model = await client.model_info(_INFO_TIMEOUT_S)
-        found["first_token_s"] = await time_first_token(client, model.vocab_size, server.started)
-        workers = await client.workers(_INFO_TIMEOUT_S)
-        found["workers"] = [
-            {
-                "role": w.role,
-                "device": w.device,
-                "attention_backend": w.attention_backend,
-                "blocks": w.load.total_blocks,
-            }
-            for w in workers
-        ]
-        report(f"first token after {found['first_token_s']:.1f} s; {found['workers']}")
-        await measure_service(client, args, model.vocab_size, model.max_model_len, report, found)
-        found["log"] = server.text().splitlines()[-40:]
-        save()
+    await first_requests(service.client, args, service.vocab_size, service.started, found)
+    report(f"first token after {found['first_token_s']:.1f} s; {found.get('workers', '')}")
+    await measure_service(service.client, args, service.vocab_size, service.max_model_len, report, found)
+    found["log"] = service.log_tails()
+    save()
 
 
 def command(args: argparse.Namespace, folder: Path) -> list[str]:
@@ -94,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that both this benchmark and its peer's have."""
     parser.add_argument("--devices", default="0", metavar="N[,N]", help="GPUs: one, or two (default: 0)")
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with config.json; default: Llama-3.1-8B's")
+    parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--max-model-len", type=int, default=16384, metavar="N", help="default: 16384")
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192")
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="of decode (default: 256)")
@@ -107,10 +129,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_of(args: argparse.Namespace, engine: str, cold: bool | None) -> dict[str, Any]:
     """The flags as they are kept with the result."""
-    left_out = {"output", "model", "kernel_cache", "load", "short", "log", "vllm_path"}
+    left_out = {"output", "model", "kernel_cache", "load", "short", "long", "log", "vllm_path"}
     flags = {name: value for name, value in vars(args).items() if name not in left_out}
-    loads = {name: None if getattr(args, name) is None else str(getattr(args, name)) for name in ("load", "short")}
-    about = {"engine": engine, "gpus": len(args.devices.split(",")), "gpu_names": gpu_names(), "cold_caches": cold}
+    loads = {
+        "load": list(map(str, args.load)),
+        "short": None if args.short is None else str(args.short),
+        "long": asdict(args.long),
+    }
+    about = {"engine": engine, "gpus": len(set(args.devices.split(","))), "gpu_names": gpu_names(), "cold_caches": cold}
     return {**flags, **loads, **about}
 
 
@@ -132,13 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(output, to_json("gpu_service", environment, config, found))
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
+        folder = model_folder(args.model, Path(scratch))
         log = args.log or Path(scratch) / "server.log"
+
+        async def run() -> None:
+            async with running_service(args, folder, environ, log, found) as service:
+                await measure(service, args, found, save)
+
         try:
-            with server_process(
-                command(args, folder), {"CUDA_VISIBLE_DEVICES": args.devices, **environ}, log
-            ) as server:
-                asyncio.run(measure(server, args, found, save))
+            asyncio.run(run())
         except BatonError as error:
             print(f"gpu_handoff: {error}", file=sys.stderr)
             return 1

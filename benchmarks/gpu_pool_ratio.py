@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.client_processes import ClientProcesses
 from benchmarks.environment import RESULTS, Environment, gpu_names
 from benchmarks.gpu_handoff import kernel_caches
-from benchmarks.llama_8b import save_shape
+from benchmarks.model_shapes import model_folder
 from benchmarks.report import to_json, write_json
 from benchmarks.running_pools import Asked, RunningPools, Window, add_arguments, parse_asked, running_pools, time_for
 from cluster.api import WorkerStatus
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(args.output, to_json("gpu_pool_ratio", environment, config, found))
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
+        folder = model_folder(args.model, Path(scratch))
         asyncio.run(measure(args, folder, args.log or Path(scratch) / "server.log", found, save))
     failed = [here["split"] for here in found["splits"] if "error" in here]
     return 1 if failed else 0

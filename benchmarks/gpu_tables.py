@@ -12,6 +12,9 @@ from workers.errors import ConfigError
 
 ENGINE = {engine: f"gpu_engine_{engine}.json" for engine in ("baton", "vllm")}
 SERVICE = {(engine, gpus): f"gpu_service_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
+START = {(engine, gpus): f"gpu_start_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
+PUSH = ("push", 2)
+_SERVICE_AND_PUSH = {**SERVICE, PUSH: "gpu_service_vllm_push_2gpu.json"}
 UNDIVIDED = ("undivided", 1)
 """One worker on one GPU that does both."""
 _SERVICE_AND_UNDIVIDED = {**SERVICE, UNDIVIDED: "gpu_service_baton_undivided.json"}
@@ -103,13 +106,43 @@ def second_token(results: Path) -> str:
     return f"{table(header, rows, num_text_columns=1)}\n\n{_same_run(loaded)}"
 
 
-def load(results: Path) -> str:
-    """The Poisson load on 1P1D."""
-    loaded = _load(results, SERVICE)
-    sides = {name: loaded.get((name, 2), {}).get("load") for name in ("baton", "vllm")}
-    ours, theirs = sides["baton"], sides["vllm"]
-    if ours is None:
+def first_request(results: Path) -> str:
+    """The first request that a new pair serves beside the ones that follow."""
+    loaded = _load(results, _SERVICE_AND_PUSH)
+    rows = []
+    for name, key in (
+        ("Baton, one GPU", ("baton", 1)),
+        ("Baton, 1P1D", ("baton", 2)),
+        ("vLLM, one GPU", ("vllm", 1)),
+        ("vLLM, 1P1D, NixlConnector", ("vllm", 2)),
+        ("vLLM, 1P1D, NixlPushConnector", PUSH),
+    ):
+        first = loaded.get(key, {}).get("first")
+        if first is None:
+            continue
+        cells = [(values[0], min(values[1:])) for values in (first["ttft_s"], first["second_token_s"])]
+        tokens = f"{first['prompt_tokens']} tokens"
+        rows.append((name, tokens, *(_ms(s) for pair in cells for s in (*pair, pair[0] - pair[1]))))
+    if not rows:
         return _NONE
+    header = (
+        "service", "prompts", "first TTFT, ms", "a later one", "difference", "first second token, ms", "a later one",
+        "difference",
+    )  # fmt: skip
+    return f"{table(header, rows, num_text_columns=2)}\n\n{_same_run(loaded)}"
+
+
+def load(results: Path) -> str:
+    """The Poisson loads on 1P1D, a table for each."""
+    loaded = _load(results, SERVICE)
+    ours, theirs = (loaded.get((name, 2), {}).get("loads", []) for name in ("baton", "vllm"))
+    if not ours:
+        return _NONE
+    tables = [_load_table(mine, next((x for x in theirs if x["load"] == mine["load"]), None)) for mine in ours]
+    return "\n\n".join([*tables, _same_run(loaded)])
+
+
+def _load_table(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> str:
     rows = []
     for label, of, goal in (
         ("TTFT p50, ms", ("ttft", "p50"), None),
@@ -123,12 +156,12 @@ def load(results: Path) -> str:
         rows.append((label, _ms(mine), _ms(other), _ratio(mine, other), _at_most(limit, 1e3), _met(met)))
     rows.append(("requests that succeeded", _succeeded(ours), _succeeded(theirs), "", "", ""))
     header = (_load_text(ours["load"]), "Baton", "vLLM", "Baton / vLLM", "goal", "met")
-    return f"{table(header, rows, num_text_columns=1)}\n\n{_same_run(loaded)}"
+    return table(header, rows, num_text_columns=1)
 
 
 def start(results: Path) -> str:
     """From the start of the process to the first token served."""
-    loaded = _load(results, SERVICE)
+    loaded = _load(results, START)
     rows = []
     for gpus in (1, 2):
         ours, theirs = loaded.get(("baton", gpus)), loaded.get(("vllm", gpus))
@@ -155,7 +188,7 @@ def start(results: Path) -> str:
     if not rows:
         return _NONE
     header = ("GPUs", "caches of compiled kernels", "Baton", "vLLM", "Baton / vLLM", "goal", "met")
-    return f"{table(header, rows, num_text_columns=2)}\n\n{_same_run(loaded)}"
+    return f"{table(header, rows, num_text_columns=2)}\n\n{_provenance(loaded)}"
 
 
 def group_sizes(results: Path) -> str:
@@ -179,6 +212,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_engine": engine,
     "gpu_handoff": handoff,
     "gpu_second_token": second_token,
+    "gpu_first_request": first_request,
     "gpu_load": load,
     "gpu_start": start,
     "gpu_group_sizes": group_sizes,
@@ -210,7 +244,7 @@ def _provenance(loaded: Mapping[Any, Mapping[str, Any]]) -> str:
         gpus = f"on {counted}; " if counted else ""
         note = f" {config['note']}" if config["note"] else ""
         lines.append(f"- {what}: {gpus}{provenance(result['environment'])}{note}")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))  # several services of one run were started by one command
 
 
 def _same_run(loaded: Mapping[Any, Mapping[str, Any]]) -> str:
@@ -301,7 +335,10 @@ def _ratio(ours: float | None, theirs: float | None) -> str:
 
 
 def _at_most(limit: float | None, unit: float) -> str:
-    return "" if limit is None else f"≤ {limit * unit:.3g}"
+    if limit is None:
+        return ""
+    value = limit * unit
+    return f"≤ {value:.0f}" if value >= 100 else f"≤ {value:.3g}"
 
 
 def _met(met: bool | None) -> str:

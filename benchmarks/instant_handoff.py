@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kv_transfer.connector import ConnectorEvent, HandoffReceived, KVConnector, ReadyEvent
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
 from kv_transfer.transports.base import EngineInfo
@@ -21,9 +22,7 @@ class InstantConnector(KVConnector):
         self._events: list[ConnectorEvent] = []
         self._generation = 0
 
-    def expect(
-        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
-    ) -> HandoffKey:
+    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """See `KVConnector.expect`; the handoff is received at the next `poll`."""
         self._generation += 1
         key = HandoffKey(handoff_id, 0, self._generation)
@@ -35,7 +34,7 @@ class InstantConnector(KVConnector):
         events, self._events = self._events, []
         return events
 
-    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register_kv_caches(self, name: str, kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> EngineInfo:
         """Refused: nobody could write to it."""
         raise RuntimeError("a connector without peers registers no cache")
 
@@ -43,11 +42,15 @@ class InstantConnector(KVConnector):
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")
 
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """Refused: it has no peers."""
+        raise RuntimeError("this connector has no peers")
+
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """Nothing to do."""
 
     def cancel(self, key: HandoffKey) -> None:
@@ -58,7 +61,13 @@ class InstantConnector(KVConnector):
         raise RuntimeError("this connector has no peers")
 
     def push(
-        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+        self,
+        handoff_id: bytes,
+        group: int,
+        layers: range,
+        first_block: int,
+        src_blocks: Sequence[int],
+        ready: ReadyEvent | None,
     ) -> None:
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")

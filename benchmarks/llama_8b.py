@@ -1,4 +1,4 @@
-"""The model of the GPU benchmarks: the shape of Llama-3.1-8B as a folder without weights, and the work it is.
+"""The model of the GPU benchmarks: the shape of Llama-3.1-8B as a folder without weights.
 
 Imports nothing but the standard library, so that a peer's environment can use it; writing the tokenizer takes
 `tokenizers` and `transformers`, which every engine brings.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,54 +66,3 @@ def _save_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a dense decoder with grouped-query attention must read and compute, by its configuration.
-
-    Attributes:
-        layer_parameters: of all layers' matrices; every token is multiplied by each.
-        head_parameters: of the output projection; every token that is sampled is multiplied by each.
-        attention_flops_per_pair: for each (query, key) of all layers and heads, both products.
-        kv_bytes_per_token: of all layers.
-        element_bytes: of a weight and of an element of the cache.
-    """
-
-    layer_parameters: int
-    head_parameters: int
-    attention_flops_per_pair: int
-    kv_bytes_per_token: int
-    element_bytes: int = 2
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], element_bytes: int = 2) -> Work:
-        """By a config.json of the Llama family."""
-        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-        heads, kv_heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
-        size = int(config.get("head_dim") or hidden // heads)
-        attention = hidden * (heads + 2 * kv_heads) * size + heads * size * hidden
-        mlp = 3 * hidden * int(config["intermediate_size"])
-        return cls(
-            layer_parameters=layers * (attention + mlp),
-            head_parameters=int(config["vocab_size"]) * hidden,
-            attention_flops_per_pair=layers * heads * 4 * size,
-            kv_bytes_per_token=layers * 2 * kv_heads * size * element_bytes,
-            element_bytes=element_bytes,
-        )
-
-    def decode_bytes(self, batch: int, context: float) -> float:
-        """Bytes that a decode step must read: every matrix once, and the cache. Of the embedding it reads only rows."""
-        weights = (self.layer_parameters + self.head_parameters) * self.element_bytes
-        return weights + batch * context * self.kv_bytes_per_token
-
-    def decode_flops(self, batch: int, context: float) -> float:
-        """Operations of a decode step."""
-        matrices = 2 * (self.layer_parameters + self.head_parameters)
-        return batch * (matrices + context * self.attention_flops_per_pair)
-
-    def prefill_flops(self, prompts: int, tokens: int) -> float:
-        """Operations of `prompts` prompts of `tokens` tokens, causal, one sampled token each."""
-        pairs = tokens * (tokens + 1) / 2
-        each = 2 * self.layer_parameters * tokens + 2 * self.head_parameters + pairs * self.attention_flops_per_pair
-        return prompts * each

@@ -10,6 +10,10 @@ from benchmarks.markdown import provenance, read_result, table
 
 _NONE = "No result is kept yet."
 _DASH = "—"
+_SIDES = {"always": "1P1D", "never": "2 × both", "auto": "1P1D, auto"}
+_LOSING_FILES = ("gpu_losing_case.json", "gpu_losing_case_tight.json")
+_LOSING_HEADER = (*_SIDES.values(), "1P1D / both")
+_TRIED_HEADER = ("", "rate/s", "met", "TTFT p90, ms", "TPOT p90, ms", "gateway, cores")
 
 
 def pool_ratio(results: Path) -> str:
@@ -29,26 +33,46 @@ def pool_ratio(results: Path) -> str:
 
 
 def losing_case(results: Path) -> str:
-    """The same requests on 1P1D and on two workers that do both."""
-    path = results / "gpu_losing_case.json"
-    if not path.exists():
-        return _NONE
-    result = read_result(path)
-    sides = {side["split"]: side for side in result["sides"]}
-    pair, mixed = sides.get("1P1D", {}), sides.get("2 mixed", {})
+    """The same requests on 1P1D, on two workers that do both, and on 1P1D that chooses, for each kept objective."""
+    paths = [results / name for name in _LOSING_FILES if (results / name).exists()]
+    return "\n\n".join(_losing_case(read_result(path)) for path in paths) or _NONE
+
+
+def _losing_case(result: Mapping[str, Any]) -> str:
+    sides = {side["disaggregation"]: side for side in result["sides"]}
+    pair, mixed, auto = (sides.get(name, {}) for name in ("always", "never", "auto"))
     low, asked = result["low"], result["asked"]
+    tables = []
+    if low is not None:
+        rows = [
+            (f"{name} {percentile}, ms", *_compared(pair, mixed, auto, ("low", "summary", key, percentile), 1e3))
+            for name, key in (("TTFT", "ttft"), ("ITL", "itl"), ("request", "e2e"))
+            for percentile in ("p50", "p99")
+        ]
+        tables.append(table((_load_text(low), *_LOSING_HEADER), rows, num_text_columns=1))
     rows = [
-        (f"{name} {percentile}, ms", *_compared(pair, mixed, ("low", "summary", key, percentile), 1e3))
-        for name, key in (("TTFT", "ttft"), ("ITL", "itl"), ("request", "e2e"))
-        for percentile in ("p50", "p99")
+        ("goodput/s", *_goodputs(pair, mixed, auto)),
+        ("planned goodput/s", *_compared(pair, mixed, auto, ("plan", "goodput_per_s"), 1.0)),
     ]
-    first = table((_load_text(low), "1P1D", "2 × both", "1P1D / both"), rows, num_text_columns=1)
-    rows = [
-        ("goodput/s", *_goodputs(pair, mixed)),
-        ("planned goodput/s", *_compared(pair, mixed, ("plan", "goodput_per_s"), 1.0)),
+    tables.append(table((_asked_text(asked), *_LOSING_HEADER), rows, num_text_columns=1))
+    tables.append(table(_TRIED_HEADER, _tried_rows(sides), num_text_columns=1))
+    return "\n\n".join([*tables, _where(result)])
+
+
+def _tried_rows(sides: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Every rate of every side, lowest first."""
+    return [
+        (
+            _SIDES[name],
+            f"{tried['rate']:.1f}",
+            f"{tried['share']:.0%}",
+            _p90(tried, "ttft", 0),
+            _p90(tried, "tpot", 2),
+            f"{tried['gateway_cores']:.2f}",
+        )
+        for name in _SIDES
+        for tried in sorted(sides.get(name, {}).get("tried", []), key=lambda tried: float(tried["rate"]))
     ]
-    second = table((_asked_text(asked), "1P1D", "2 × both", "1P1D / both"), rows, num_text_columns=1)
-    return f"{first}\n\n{second}\n\n{_where(result)}"
 
 
 TABLES: Mapping[str, Callable[[Path], str]] = {"gpu_pool_ratio": pool_ratio, "gpu_losing_case": losing_case}
@@ -123,21 +147,21 @@ def _rate(goodput: Mapping[str, Any]) -> str:
     return f"**{relation}{goodput['rate']:.1f}**"
 
 
-def _goodputs(pair: Mapping[str, Any], mixed: Mapping[str, Any]) -> tuple[str, str, str]:
-    found = [side.get("goodput") for side in (pair, mixed)]
+def _goodputs(pair: Mapping[str, Any], mixed: Mapping[str, Any], auto: Mapping[str, Any]) -> tuple[str, ...]:
+    found = [side.get("goodput") for side in (pair, mixed, auto)]
     cells = [_DASH if goodput is None else _rate(goodput) for goodput in found]
-    exact = all(goodput is not None and goodput["relation"] == "=" for goodput in found)
+    exact = all(goodput is not None and goodput["relation"] == "=" for goodput in found[:2])
     ratio = f"**{found[0]['rate'] / found[1]['rate']:.2f}**" if exact and found[0] and found[1] else _DASH
-    return cells[0], cells[1], ratio
+    return (*cells, ratio)
 
 
 def _compared(
-    pair: Mapping[str, Any], mixed: Mapping[str, Any], names: Sequence[str], unit: float
-) -> tuple[str, str, str]:
-    values = [_inside(side, names) for side in (pair, mixed)]
+    pair: Mapping[str, Any], mixed: Mapping[str, Any], auto: Mapping[str, Any], names: Sequence[str], unit: float
+) -> tuple[str, ...]:
+    values = [_inside(side, names) for side in (pair, mixed, auto)]
     cells = [_DASH if value is None else f"{value * unit:.2f}" for value in values]
     ratio = f"**{values[0] / values[1]:.2f}**" if values[0] is not None and values[1] else _DASH
-    return cells[0], cells[1], ratio
+    return (*cells, ratio)
 
 
 def _inside(content: Any, names: Sequence[str]) -> float | None:

@@ -2,7 +2,7 @@
 
 Every request is placed, booked, followed through its first token and its growth, and released, while thousands of
 others are under way, so that the decisions are those of a loaded service. Nothing is sent anywhere. Each case knows
-more than the one before: the way between every two workers, that prompts may be computed where they are decoded, and
+more than the one before: the link between every two workers, that prompts may be computed where they are decoded, and
 what both pools have in their prefix caches.
 """
 
@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
 from benchmarks.report import to_json, write_json
-from cluster.routing.links import Way
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
+from kv_transfer.link_cost import LinkCost
 from workers.messages import CacheUpdate
 from workers.runner.step_times import StepTimes
 
@@ -41,22 +41,22 @@ class Case:
 
     Attributes:
         name: of the case.
-        ways: what the way between every two workers costs.
+        links: what the link between every two workers costs.
         disaggregation: where prompts may be computed.
         prefixes: what is in the caches: most prompts begin like others, whose blocks some workers of each pool hold.
     """
 
     name: str
-    ways: bool = False
+    links: bool = False
     disaggregation: str = "always"
     prefixes: bool = False
 
 
 CASES = (
     Case("load"),
-    Case("and ways", ways=True),
-    Case("and both places", ways=True, disaggregation="auto"),
-    Case("and prefixes", ways=True, disaggregation="auto", prefixes=True),
+    Case("and links", links=True),
+    Case("and both places", links=True, disaggregation="auto"),
+    Case("and prefixes", links=True, disaggregation="auto", prefixes=True),
 )
 
 
@@ -88,28 +88,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(case: Case, workers: int, requests: int, under_way: int, rng: random.Random) -> dict[str, Any]:
     """One size of pools; microseconds of a decision, and requests a second with everything that is booked for them."""
     load_tracker = _load_tracker(case, workers, rng)
-    make_demand = _with_prefixes(load_tracker, workers, rng) if case.prefixes else _plain(rng)
+    make_request = _with_prefixes(load_tracker, workers, rng) if case.prefixes else _plain(rng)
     live: deque[tuple[str, int]] = deque()
     decisions, spent_s = [], 0.0
     for number in range(requests):
-        demand = make_demand()
-        if demand.prefix is not None:
-            demand.prefix.prepare(load_tracker.block_sizes)  # the service does it on another thread
+        routing_request = make_request()
+        if routing_request.prefix is not None:
+            routing_request.prefix.prepare(load_tracker.block_sizes)  # the service does it on another thread
         started = time.perf_counter()
         if len(live) >= under_way * workers:
             name, most_tokens = live.popleft()
             load_tracker.grown(name, most_tokens)
             load_tracker.release(name)
         before = time.perf_counter()
-        placement = load_tracker.place(demand)
+        placement = load_tracker.place(routing_request)
         decisions.append(time.perf_counter() - before)
         if isinstance(placement, Placement):
             name = str(number)
             load_tracker.reserve(
-                name, placement.prefill, placement.decode, demand.prompt_tokens, demand.max_tokens,
+                name, placement.prefill, placement.decode, routing_request.prompt_tokens, routing_request.max_tokens,
                 placement.cached_tokens,
             )  # fmt: skip
-            live.append((name, demand.prompt_tokens + demand.max_tokens))
+            live.append((name, routing_request.prompt_tokens + routing_request.max_tokens))
         if len(live) > 2 * workers:
             load_tracker.first_token(live[-2 * workers][0])
         spent_s += time.perf_counter() - started
@@ -125,12 +125,18 @@ def measure(case: Case, workers: int, requests: int, under_way: int, rng: random
 def _load_tracker(case: Case, workers: int, rng: random.Random) -> LoadTracker:
     load_tracker = LoadTracker(disaggregation=case.disaggregation)
     prefill, decode = (dict.fromkeys((_worker(f"{role}-{i}", rng) for i in range(workers)), True) for role in "pd")
-    ways = {
-        p.engine_id: {d.engine_id: Way(rng.uniform(1e-4, 1e-3), rng.choice((12e9, 50e9, 300e9))) for d in decode}
+    links = {
+        p.engine_id: {
+            d.engine_id: LinkCost(rng.uniform(1e-4, 1e-3), 0.0, rng.choice((12e9, 50e9, 300e9))) for d in decode
+        }
         for p in prefill
     }
-    load_tracker.update_pools(prefill, decode, {}, ways if case.ways else {})
+    load_tracker.update_pools(prefill, decode, {}, links if case.links else {})
     return load_tracker
+
+
+def _link(rng: random.Random) -> LinkCost:
+    return LinkCost(rng.uniform(1e-4, 1e-3), 0.0, rng.choice((12e9, 50e9, 300e9)))
 
 
 def _plain(rng: random.Random) -> Any:
@@ -161,8 +167,8 @@ def _worker(name: str, rng: random.Random) -> WorkerTraits:
     speed = rng.uniform(0.5, 2.0)
     prefill = tuple((n, speed * (0.008 + n * 2.2e-5)) for n in _LENGTHS)
     decode = tuple((n, speed * (0.0045 + n * 1.5e-5)) for n in _BATCHES)
-    capability = StepTimes(prefill, decode, speed * _KV_TOKEN_BYTES / 4e12)
-    return WorkerTraits(name, 131_072, _BLOCK_SIZE, 8192, 256, capability, _KV_TOKEN_BYTES, _NUM_LAYERS)
+    step_times = StepTimes(prefill, decode, speed * _KV_TOKEN_BYTES / 4e12)
+    return WorkerTraits(name, 131_072, _BLOCK_SIZE, 8192, 256, step_times, _KV_TOKEN_BYTES, _NUM_LAYERS)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def capacity(pool: Sequence[Hardware], trace: Sequence[Arrival]) -> float:
     """Requests a second that the pool's prefill workers could compute, each at its own pace."""
-    return sum(1.0 / fmean(w.capability.prefill_seconds(a.prompt_tokens) for a in trace) for w in pool)
+    return sum(1.0 / fmean(w.step_times.prefill_seconds(a.prompt_tokens) for a in trace) for w in pool)
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 def hardware(slower: float) -> Hardware:
     """About an H200 with a model of eight billion parameters, so many times slower."""
     prefill, decode = (tuple((n, s * slower) for n, s in points) for points in (PREFILL_S, DECODE_S))
-    capability = StepTimes(prefill, decode, KV_TOKEN_S * slower)
-    return replace(Hardware(capability), link_bytes_per_s=250e9 / slower)
+    step_times = StepTimes(prefill, decode, KV_TOKEN_S * slower)
+    return replace(Hardware(step_times), link_bytes_per_s=250e9 / slower)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.goodput_search import Try, found, next_rate
 from benchmarks.gpu_handoff import command
 from benchmarks.measure import WallClock, measure_request
 from benchmarks.metrics import Objective
+from benchmarks.model_shapes import MODEL_HELP
 from benchmarks.server_process import ServerProcess, server_process
 from benchmarks.standing_load import StandingLoad, summary
 from benchmarks.workload import RequestSpec
@@ -233,16 +234,9 @@ def time_for(until: float, parts: int) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
     """Add the flags that benchmarks of pools have in common, `gpu_handoff.command`'s among them."""
-    parser.add_argument(
-        "--seconds", type=float, default=seconds, metavar="S", help="for everything (default: %(default)s)"
-    )
-    parser.add_argument("--window", type=float, default=8.0, metavar="S", help="that a rate is looked at (default: 8)")
-    parser.add_argument("--settle", type=float, default=1.0, metavar="S", help="before it (default: 1)")
-    parser.add_argument("--tries", type=int, default=4, metavar="N", help="rates for a workload at most (default: 4)")
-    parser.add_argument("--share", type=float, default=0.9, metavar="X", help="that must be met (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=4, metavar="N", help="processes that send (default: 4)")
+    add_window_arguments(parser, seconds)
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with config.json; default: Llama-3.1-8B's")
+    parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--max-model-len", type=int, default=16384, metavar="N", help="default: 16384")
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192")
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="of decode (default: 256)")
@@ -253,6 +247,18 @@ def add_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--note", default="", help="what else is to be known of the run")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and arrivals")
     parser.add_argument("--log", type=Path, metavar="FILE", help="of the servers, one after the other")
+
+
+def add_window_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """Add the flags that say how rates are tried, and in which time."""
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, metavar="S", help="for everything (default: %(default)s)"
+    )
+    parser.add_argument("--window", type=float, default=8.0, metavar="S", help="that a rate is looked at (default: 8)")
+    parser.add_argument("--settle", type=float, default=1.0, metavar="S", help="before it (default: 1)")
+    parser.add_argument("--tries", type=int, default=4, metavar="N", help="rates for a workload at most (default: 4)")
+    parser.add_argument("--share", type=float, default=0.9, metavar="X", help="that must be met (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=4, metavar="N", help="processes that send (default: 4)")
 
 
 def parse_asked(text: str) -> Asked:

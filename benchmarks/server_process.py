@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from workers.errors import ConfigError
 
@@ -107,12 +107,32 @@ def server_process(
             start_new_session=True,  # a Ctrl-C on the terminal is the benchmark's affair
         )
         server = ServerProcess(process, log, started)
-        before = signal.signal(signal.SIGTERM, _exit)
-        try:
-            yield server
-        finally:
-            server.stop()
-            signal.signal(signal.SIGTERM, before)
+        with _SIGTERM:
+            try:
+                yield server
+            finally:
+                server.stop()
+
+
+class _ExitOnSigterm:
+    """Makes a SIGTERM end this process in the ordinary way as long as any server runs, whichever ends first."""
+
+    def __init__(self) -> None:
+        self._entered = 0
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        if self._entered == 0:
+            self._before = signal.signal(signal.SIGTERM, _exit)
+        self._entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+_SIGTERM = _ExitOnSigterm()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from workers.sampling_params import SamplingParams
 
 _TIMEOUT_S = 60.0
 _QUANTILES = 201
-_FIRST_PROMPT_TOKENS = 16
+_FIRST_REQUESTS = 3
 
 Report = Callable[[str], None]
 
@@ -64,12 +64,63 @@ class Load:
         return f"{self.prompt_tokens} in, {self.output_tokens} out, {self.rate:g}/s for {self.duration_s:g} s"
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Who is asked for a prompt's answer.
+
+    Attributes:
+        client: of the service.
+        alone: the answer ends with its first token: on a pair nothing is handed over.
+    """
+
+    client: Client
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class LongPrompts:
+    """Prompts that take seconds are sent less often.
+
+    Attributes:
+        above: tokens from which a prompt is one of them.
+        requests: of each length.
+        warmup: of each length, before.
+    """
+
+    above: int
+    requests: int
+    warmup: int
+
+    @classmethod
+    def parse(cls, text: str) -> LongPrompts:
+        """From TOKENS:REQUESTS:WARMUP.
+
+        Raises:
+            argparse.ArgumentTypeError: it is not three whole numbers, or there is no request.
+        """
+        try:
+            above, requests, warmup = map(int, text.split(":"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be TOKENS:REQUESTS:WARMUP") from None
+        if min(above, warmup) < 0 or requests < 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: there must be at least one request")
+        return cls(above, requests, warmup)
+
+
 def add_service_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is asked of the service."""
     points = parser.add_argument_group("requests")
+    points.add_argument(
+        "--first-tokens", type=int, default=512, metavar="N",
+        help="of the first requests to a new service (default: 512)",
+    )  # fmt: skip
     points.add_argument("--lengths", type=int, nargs="*", default=[512, 2048, 8000, 15000], metavar="N")
     points.add_argument("--requests", type=int, default=8, metavar="N", help="of each length (default: 8)")
     points.add_argument("--warmup", type=int, default=2, metavar="N", help="of each length, before (default: 2)")
+    points.add_argument(
+        "--long", type=LongPrompts.parse, default=LongPrompts(20000, 3, 1), metavar="N:R:W",
+        help="of prompts longer than N tokens: R requests, W before (default: 20000:3:1)",
+    )  # fmt: skip
     points.add_argument("--output-tokens", type=int, default=24, metavar="N", help="of each (default: 24)")
     points.add_argument(
         "--pause", type=float, default=0.3, metavar="S",
@@ -77,25 +128,37 @@ def add_service_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     points.add_argument("--alone", action="store_true", help="also send each prompt for a single token")
     points.add_argument(
-        "--load", type=Load.parse, metavar="R:P:O:S", help="Poisson load: rate, prompt, output, seconds"
-    )
+        "--load", type=Load.parse, nargs="*", default=[], metavar="R:P:O:S",
+        help="Poisson loads, one after the other: rate, prompt, output, seconds",
+    )  # fmt: skip
     points.add_argument("--short", type=Load.parse, metavar="R:P:O:S", help="a second one, of short requests")
     points.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and arrivals")
 
 
-async def time_first_token(client: Client, vocab_size: int, started: float) -> float:
-    """Send a short prompt to a service that has just become ready; seconds from `started` to its first token.
+async def first_requests(
+    client: Client, args: argparse.Namespace, vocab_size: int, started: float, found: dict[str, Any]
+) -> None:
+    """Send equal requests, one at a time, to a service that has just become ready and has served none.
+
+    Puts into `found` what came of them, "first", and "first_token_s", seconds from `started` to the first token.
 
     Raises:
-        ConfigError: the request failed.
+        ConfigError: one failed.
     """
-    clock = WallClock()
-    prompt = _prompt(random.Random("first"), _FIRST_PROMPT_TOKENS, vocab_size)
-    spec = RequestSpec(0, prompt, None, None, _greedy(4))
-    row = await measure_request(client, spec, clock, started, clock.now() - started, _TIMEOUT_S)
-    if not row.ok or row.first_token_s is None:
-        raise ConfigError(f"the first request failed: {row.status} {row.error}")
-    return row.first_token_s
+    clock, rng, rows = WallClock(), random.Random("first"), []
+    for index in range(_FIRST_REQUESTS):
+        prompt = _prompt(rng, args.first_tokens, vocab_size)
+        spec = RequestSpec(index, prompt, None, None, _greedy(args.output_tokens))
+        row = await measure_request(client, spec, clock, started, clock.now() - started, _TIMEOUT_S)
+        if not row.ok or row.first_token_s is None:
+            raise ConfigError(f"one of the first requests failed: {row.status} {row.error}")
+        rows.append(row)
+    found["first_token_s"] = rows[0].first_token_s
+    found["first"] = {
+        "prompt_tokens": args.first_tokens,
+        "ttft_s": [_ttft(row) for row in rows],
+        "second_token_s": [_ttft(row) + row.itl_s[0] for row in rows],
+    }
 
 
 async def measure_service(
@@ -103,42 +166,55 @@ async def measure_service(
 ) -> None:
     """Ask what the flags say, and put what came of it into `found`, part by part."""
     found["lengths"] = []
+    turns = [Turn(client), *([Turn(client, alone=True)] if args.alone else [])]
     for length in args.lengths:
-        result = await measure_length(client, length, args, vocab_size)
-        found["lengths"].append(result)
-        report(f"{length} tokens: TTFT {result['ttft_s'] * 1e3:.1f} ms, second {result['second_token_s'] * 1e3:.1f} ms")
-    for name in ("load", "short"):
-        load: Load | None = getattr(args, name)
-        if load is not None:
-            found[name] = await measure_load(client, load, args.seed, vocab_size, max_model_len)
-            ttft, itl = found[name]["summary"]["ttft"], found[name]["summary"]["itl"]
-            if ttft and itl:
-                report(f"{load}: TTFT p50 {ttft['p50'] * 1e3:.1f} ms, ITL p50 {itl['p50'] * 1e3:.2f}, p99 "
-                       f"{itl['p99'] * 1e3:.2f} ms, {found[name]['summary']['by_status']}")  # fmt: skip
+        whole, *alone = await measure_length(turns, length, args, vocab_size)
+        found["lengths"].append(length_result(length, whole, alone[0] if alone else ()))
+        report(line_of(found["lengths"][-1]))
+    await measure_loads(client, args, vocab_size, max_model_len, report, found)
 
 
-async def measure_length(client: Client, length: int, args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
-    """Prompts of one length, one at a time: medians, and every request.
+async def measure_loads(
+    client: Client, args: argparse.Namespace, vocab_size: int, max_model_len: int, report: Report, found: dict[str, Any]
+) -> None:
+    """The Poisson loads that the flags ask for."""
+    found["loads"] = []
+    for load in args.load:
+        found["loads"].append(await measure_load(client, load, args.seed, vocab_size, max_model_len))
+        report(_line_of_load(load, found["loads"][-1]))
+    if args.short is not None:
+        found["short"] = await measure_load(client, args.short, args.seed, vocab_size, max_model_len)
+        report(_line_of_load(args.short, found["short"]))
 
-    Each is sent after the same pause: a GPU that has just worked runs at other clocks than one that has idled, and what
-    is compared must not differ by what came before it.
+
+async def measure_length(
+    turns: Sequence[Turn], length: int, args: argparse.Namespace, vocab_size: int
+) -> list[list[Row]]:
+    """Prompts of one length, one at a time, each to every service in turn; the rows of each turn.
+
+    Every request is sent after the same pause: a GPU that has just worked runs at other clocks than one that has idled,
+    and what is compared must not differ by what came before it. Taking turns with each prompt spreads what drifts, such
+    as a card's temperature, over all of them.
 
     Raises:
         ConfigError: a request failed.
     """
     rng = random.Random(f"{args.seed}/length/{length}")
-    rows, alone = [], []
-    for index in range(args.warmup + args.requests):
+    warmup, requests = (args.warmup, args.requests)
+    if length > args.long.above:
+        warmup, requests = args.long.warmup, args.long.requests
+    rows: list[list[Row]] = [[] for _ in turns]
+    for index in range(warmup + requests):
         prompt = _prompt(rng, length, vocab_size)
-        spec = RequestSpec(index, prompt, None, None, _greedy(args.output_tokens))
-        await asyncio.sleep(args.pause)
-        row = await _one(client, spec)
-        if args.alone:
+        for turn, here in zip(turns, rows, strict=True):
+            spec = RequestSpec(index, prompt, None, None, _greedy(1 if turn.alone else args.output_tokens))
             await asyncio.sleep(args.pause)
-            single = await _one(client, replace(spec, sampling=_greedy(1)))
-            alone.append(single)
-        rows.append(row)
-    rows, alone = rows[args.warmup :], alone[args.warmup :]
+            here.append(await _one(turn.client, spec))
+    return [here[warmup:] for here in rows]
+
+
+def length_result(length: int, rows: Sequence[Row], alone: Sequence[Row] = ()) -> dict[str, Any]:
+    """What prompts of one length took: medians, and every request."""
     ttft = [_ttft(row) for row in rows]
     reports = [row.report for row in rows if row.report is not None]
     transfer, exposed = (sum(values) for values in _transfers(reports))
@@ -153,6 +229,12 @@ async def measure_length(client: Client, length: int, args: argparse.Namespace, 
         "requests": [asdict(row) for row in rows],
         "alone": [asdict(row) for row in alone],
     }
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """What `length_result` says, for people who watch."""
+    ttft, second = result["ttft_s"] * 1e3, result["second_token_s"] * 1e3
+    return f"{result['prompt_tokens']} tokens: TTFT {ttft:.1f} ms, second {second:.1f} ms"
 
 
 async def measure_load(client: Client, load: Load, seed: int, vocab_size: int, max_model_len: int) -> dict[str, Any]:
@@ -171,6 +253,16 @@ async def measure_load(client: Client, load: Load, seed: int, vocab_size: int, m
         "itl_quantiles_s": quantiles,
         "requests": rows,
     }
+
+
+def _line_of_load(load: Load, result: dict[str, Any]) -> str:
+    ttft, itl, statuses = (result["summary"][name] for name in ("ttft", "itl", "by_status"))
+    if not ttft or not itl:
+        return f"{load}: {statuses}"
+    return (
+        f"{load}: TTFT p50 {ttft['p50'] * 1e3:.1f} ms, ITL p50 {itl['p50'] * 1e3:.2f}, "
+        f"p99 {itl['p99'] * 1e3:.2f} ms, {statuses}"
+    )
 
 
 def _expected(load: Load) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention_tables, gpu_tables, pool_tables, router_tables
+from benchmarks import attention_tables, gpu_tables, model_tables, pool_tables, router_tables
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.markdown import provenance, read_result, table
@@ -86,6 +86,7 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
         **{name: _of_result(name, make) for name, make in router_tables.TABLES.items()},
     },
     "attention.md": attention_tables.TABLES,
+    "models.md": model_tables.TABLES,
 }
 """Page to its tables; a table to what makes it."""
 

@@ -9,33 +9,23 @@ from typing import Protocol
 from cluster.config.group_key import group_key
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import CandidateReport
-from workers.messages import Load, TokenOutput
+from workers.messages import Load, RequestOptions, TokenOutput
 from workers.runner.step_times import StepTimes
-from workers.sampling_params import SamplingParams
+from workers.token_ids import TokenIds
 
 
-@dataclass(frozen=True)
-class EngineRequest:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EngineRequest(RequestOptions):
     """A validated request.
 
     Attributes:
-        request_id: the client's name for it, for logs.
-        prompt_token_ids: the prompt.
-        sampling: how tokens are chosen.
-        timeout_s: what is left of its deadline.
-        priority: of those that wait for room, lower ones go first.
-        user: whose it is; users take turns.
-        prefix: the prompt's blocks, hashed for `Engine.block_sizes` on a thread of whoever makes the request; None:
-            they are hashed when workers are chosen.
+        prompt_token_ids: (n,) int32, the prompt.
+        prefix: the prompt's blocks, hashed with `cache_salt` for `Engine.block_sizes` before the engine sees the
+            request; None: they are hashed when workers are chosen.
     """
 
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    timeout_s: float
-    priority: int = 0
-    user: str = ""
-    prefix: PromptPrefix | None = field(default=None, compare=False, repr=False)
+    prompt_token_ids: TokenIds
+    prefix: PromptPrefix | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class RequestReport:
 class WorkerStatus:
     """One worker as `baton status` shows it. `state` is starting, ready, draining or lost.
 
-    `group` is empty in a pool that names none; `max_num_seqs` and `capability`, what it has measured of itself, are
+    `group` is empty in a pool that names none; `max_num_seqs` and `step_times`, what it has measured of itself, are
     there once it has loaded.
     """
 
@@ -100,7 +90,7 @@ class WorkerStatus:
     load: Load
     group: str = ""
     max_num_seqs: int = 0
-    capability: StepTimes = field(default_factory=StepTimes)
+    step_times: StepTimes = field(default_factory=StepTimes)
 
 
 @dataclass(frozen=True)
@@ -172,7 +162,7 @@ class TokenStream(Protocol):
         """The tokens as they come; ends after the chunk with the finish reason.
 
         Raises:
-            BatonError: a subclass that `cluster.errors` maps to a gRPC status.
+            BatonError: a subclass of `workers.errors` or `cluster.errors`, which each door answers in its own way.
         """
         ...
 

@@ -13,7 +13,7 @@ from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.base import EngineInfo
 from kv_transfer.transports.local import LocalFabric
 from workers.config import WorkerConfig
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerHost, WorkerInfo
 
 _TIMEOUT_S = 10.0
@@ -69,13 +69,13 @@ class InProcessWorker:
         """See `WorkerHandle.link_to`."""
         return self._host.link_to(engine_id)
 
-    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHandle.submit`."""
         self._host.submit(request)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, attempt_id: str) -> None:
         """See `WorkerHandle.abort`."""
-        self._host.abort(request_id)
+        self._host.abort(attempt_id)
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """See `WorkerHandle.disconnect`."""

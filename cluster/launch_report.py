@@ -24,7 +24,7 @@ def in_words(parts: Sequence[str]) -> str:
 
 def worker_line(worker: WorkerInfo) -> str:
     """What a worker that is ready has: its device, its backend, and what it takes of the device's memory."""
-    memory, block_size = worker.memory, worker.engine.layout.block_size
+    memory, block_size = worker.memory, worker.engine.layout.primary.block_size
     graphs = f", {memory.num_graphs} CUDA graphs {readable_size(memory.graphs_bytes)}" if memory.num_graphs else ""
     return (
         f"{worker.name} on {worker.device}: {worker.attention_backend}, weights {readable_size(memory.weights_bytes)}, "

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import EngineInfo
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerInfo
 
 
@@ -71,12 +71,12 @@ class WorkerHandle(Protocol):
         """What the way to a peer that has been met costs, all ranks together; None: it was not measured."""
         ...
 
-    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    def submit(self, request: WorkerRequest) -> None:
         """Send a request; what becomes of it comes out of `outputs`."""
         ...
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request."""
+    def abort(self, attempt_id: str) -> None:
+        """Stop an attempt at a request."""
         ...
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:

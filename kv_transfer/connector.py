@@ -5,7 +5,7 @@ A handoff in order:
     decode   expect(handoff, blocks)            reserves; the prefill worker is sent a grant
     prefill  begin(handoff), push(part)…        parts pushed before the grant arrives wait for it
     prefill  finish(handoff, first token)
-    decode   HandoffReceived                    every granted block of every layer was counted
+    decode   HandoffReceived                    every granted block of every layer and group was counted
 
 Prefill pushes the whole sequence and decode grants the blocks that it lacks, a tail of the sequence: only these are
 written.
@@ -24,6 +24,7 @@ from typing import Protocol
 
 import torch
 
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
 from kv_transfer.link_cost import LinkCost
@@ -92,12 +93,23 @@ class KVConnector(ABC):
     """
 
     @abstractmethod
-    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
-        """Register the cache, (num_layers, num_blocks, *block), and start under a new incarnation of `name`."""
+    def register_kv_caches(self, name: str, kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> EngineInfo:
+        """Register the cache and start under a new incarnation of `name`.
+
+        Args:
+            name: the worker's.
+            kv_caches: by cache group, (num_layers of the group, num_blocks, *block), contiguous.
+            layout: what they are.
+
+        Raises:
+            LayoutMismatchError: a tensor is not what its layout says; the text has both numbers.
+        """
 
     @abstractmethod
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
-        """Meet a peer. Called on both sides; the path itself is proved by `probe`.
+        """Meet a peer, by what its `register_kv_caches` or, for this engine alone, its `new_endpoint` returned.
+
+        Called on both sides; the path itself is proved by `probe`. A peer that was met at another endpoint is met anew.
 
         Raises:
             LayoutMismatchError: its layout differs; the text lists how.
@@ -115,41 +127,63 @@ class KVConnector(ABC):
             PeerError: no answer in time, or data does not arrive.
         """
 
+    @abstractmethod
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """Begin to meet a peer, for the first time or once more: make an endpoint for it alone.
+
+        Handoffs that are under way between the two fail. Both sides call this, and then `connect` with what the other
+        side's returned: a connection that broke can only be replaced by one between new endpoints. And what can be
+        written here over an endpoint of a peer's own ends when that is closed, which `disconnect` does.
+
+        Returns:
+            This engine, as that peer has to know it.
+
+        Raises:
+            LayoutMismatchError: its layout differs; the text lists how.
+            PeerError: it cannot be made.
+        """
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """Engine ids of peers to whom something has failed since they were met; may be read from any thread."""
+        return frozenset()
+
     def link_to(self, engine_id: str) -> LinkCost | None:
         """What the way to a peer that has been met costs; None: it was not measured."""
         return None
 
     @abstractmethod
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """The peer is lost: end its handoffs and, once nothing of it can arrive, release their blocks.
+
+        Nothing can arrive when its process is gone, which this machine's kernel knows of processes here, and somebody
+        else of others; or, from another machine, when the endpoint that was made for it is closed.
 
         Args:
             engine_id: the peer.
-            may_write_s: how long it may still write, because nobody knows that its process is gone.
+            confirmed_dead: whether it is known that its process is gone; may be said later, in a second call.
         """
 
     # decode
 
     @abstractmethod
-    def expect(
-        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
-    ) -> HandoffKey:
+    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """Reserve these blocks for a handoff and grant them to the prefill worker.
 
         Args:
             handoff_id: of the handoff.
             prefill_engine: who will write.
-            block_ids: for the sequence's blocks from `first_block` to its last. None at all is in order: the handoff
-                then brings the first token alone.
-            first_block: how many of the sequence's blocks are here already; they are neither granted nor written.
+            blocks: by cache group, for the sequence's blocks from `first_block` to its last; those before it are
+                neither granted nor written. None at all is in order: where no group lacks any, the handoff brings the
+                first token alone.
 
         Raises:
-            ValueError: `first_block` is negative.
+            ValueError: the groups are not as many as those of the cache.
         """
 
     @abstractmethod
     def cancel(self, key: HandoffKey) -> None:
-        """Stop expecting; `HandoffReleased` says when the blocks are safe."""
+        """Stop expecting, and ask the peer to stop until it confirms; `HandoffReleased`: the blocks are safe."""
 
     # prefill
 
@@ -159,22 +193,44 @@ class KVConnector(ABC):
 
     @abstractmethod
     def push(
-        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+        self,
+        handoff_id: bytes,
+        group: int,
+        layers: range,
+        first_block: int,
+        src_blocks: Sequence[int],
+        ready: ReadyEvent | None,
     ) -> None:
-        """Write these blocks of these layers once `ready`; `first_block` is the place of the first in the sequence.
+        """Write these blocks of these layers once `ready`.
 
-        The source blocks are in use until `HandoffSent` or `HandoffAborted`. Every (layer, block) is pushed once.
+        The source blocks are in use until `HandoffSent` or `HandoffAborted`. Every (layer, block) is pushed once, from
+        the beginning of what the decode side may grant to the prompt's end.
+
+        Args:
+            handoff_id: of the handoff.
+            group: the cache group.
+            layers: places within the group, not the model's numbers.
+            first_block: the place in the sequence of the first block.
+            src_blocks: this worker's blocks.
+            ready: happens before they may be read; None: they may.
         """
 
     def layers_per_write(
-        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+        self,
+        peer: str,
+        group: int,
+        layer_bytes: int,
+        layer_s: float = 0.0,
+        slack_s: float = 0.0,
+        tail_s: float = 0.0,
     ) -> int:
         """How many layers one WRITE to this peer should carry: 1, unless the way to it has been measured.
 
         Args:
             peer: the decode engine.
+            group: the cache group.
             layer_bytes: bytes of one layer's part.
-            layer_s: seconds that one layer is computed; 0 when unknown.
+            layer_s: seconds from one layer of the group to its next; 0 when unknown.
             slack_s: seconds of them in which the thread that launches the kernels is idle.
             tail_s: seconds that the step still computes when the last layer's keys and values are there.
         """

@@ -13,5 +13,13 @@ class PeerError(KVTransferError):
     """A peer is unknown, unreachable or gone."""
 
 
+class NotConnectedError(PeerError):
+    """A peer that was never added, or has been removed: nothing was sent to it."""
+
+
+class LeaseExpiredError(KVTransferError):
+    """This worker's right to use the network is over."""
+
+
 class ProtocolError(KVTransferError):
     """A message that this version does not understand."""

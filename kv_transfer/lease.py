@@ -7,9 +7,15 @@ granted to it can be used again.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
 from collections.abc import Callable
+
+from kv_transfer.errors import LeaseExpiredError
+
+logger = logging.getLogger(__name__)
 
 LEASE_S = 30.0
 """Much longer than a busy gateway is ever held up, because who has lost its lease ends."""
@@ -45,3 +51,31 @@ class Lease:
         if self._clock() >= self._ends_at:
             self._ran_out = True
         return not self._ran_out
+
+
+def end_process() -> None:
+    """End this process at once, without a look at anything: what is closed in good order still uses the network."""
+    logger.critical("the lease is over: nobody has heard of this worker for long, and it may have been replaced")
+    os._exit(1)
+
+
+def lease_guard(lease: Lease, on_lapse: Callable[[], None] = end_process) -> Callable[[], None]:
+    """What a transport asks before every call into the network.
+
+    Not only WRITEs are asked for: whatever makes the network progress also goes on with a WRITE that was posted before
+    this process was frozen.
+
+    Args:
+        lease: of this worker.
+        on_lapse: called when the lease is over.
+
+    Returns:
+        A function that raises `LeaseExpiredError` if `on_lapse` returns.
+    """
+
+    def guard() -> None:
+        if not lease.holds():
+            on_lapse()
+            raise LeaseExpiredError("this worker's lease is over: others may use the memory that it was granted")
+
+    return guard

@@ -17,6 +17,7 @@ import torch
 
 from kv_transfer.connector import ConnectorEvent, KVConnector, ReadyEvent
 from kv_transfer.errors import KVTransferError, PeerError, ProtocolError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Hello, Part, decode
 from kv_transfer.handoff.receiver import HandoffReceiver
 from kv_transfer.handoff.sender import HandoffSender
@@ -24,6 +25,7 @@ from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.handshake.handshake import Handshakes
 from kv_transfer.layout import KVLayout
 from kv_transfer.link_cost import LinkCost, layers_per_write
+from kv_transfer.region import regions_of
 from kv_transfer.transports.base import EngineInfo, Transport
 
 logger = logging.getLogger(__name__)
@@ -64,23 +66,34 @@ class PushConnector(KVConnector):
         self._thread: threading.Thread | None = None
         self._generation = 0
 
-    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register_kv_caches(self, name: str, kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> EngineInfo:
         """See `KVConnector.register_kv_caches`."""
+        regions_of(kv_caches, layout)  # refused before anything is started
         self._incarnation = secrets.randbits(64)
         self._layout = layout
         engine_id = f"{name}.{self._incarnation:016x}"
-        self._outgoing = HandoffSender(self._transport, layout.block_bytes, self._emit)
-        self._incoming = HandoffReceiver(self._transport, layout.num_layers, self._drain_s, self._emit)
+        self._incoming = HandoffReceiver(self._transport, layout, self._drain_s, self._emit)
         self._handshakes = Handshakes(self._transport, self._incarnation)
+        self._outgoing = HandoffSender(self._transport, layout, self._emit, self._handshakes.paths.get)
         if self._threaded:
             self._thread = threading.Thread(target=self._run, name=f"kv-connector-{name}", daemon=True)
             self._thread.start()
-        return self._call(lambda: self._transport.register(engine_id, self._incarnation, kv_cache, layout))
+        return self._call(lambda: self._transport.register(engine_id, self._incarnation, kv_caches, layout))
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """See `KVConnector.connect`."""
         self._layout.check_compatible(peer.layout, peer.engine_id)
         self._call(lambda: self._transport.add_peer(peer), timeout_s)
+
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """See `KVConnector.new_endpoint`."""
+        self._layout.check_compatible(peer.layout, peer.engine_id)
+        return self._call(lambda: self._new_endpoint(peer.engine_id), timeout_s)
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """See `KVConnector.broken_peers`."""
+        return self._transport.broken_peers
 
     def probe(self, engine_id: str, timeout_s: float) -> float:
         """See `KVConnector.probe`."""
@@ -103,20 +116,18 @@ class PushConnector(KVConnector):
         """See `KVConnector.link_to`."""
         return self._handshakes.paths.get(engine_id)
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `KVConnector.disconnect`."""
-        self._post(lambda: self._peer_lost(engine_id, may_write_s))
+        self._post(lambda: self._peer_lost(engine_id, bool(confirmed_dead)))
 
-    def expect(
-        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
-    ) -> HandoffKey:
+    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """See `KVConnector.expect`."""
-        if first_block < 0:
-            raise ValueError(f"first_block is {first_block}, it cannot be negative")
+        if len(blocks) != len(self._layout.groups):
+            raise ValueError(f"blocks of {len(blocks)} cache groups, the cache has {len(self._layout.groups)}")
         self._generation += 1
         key = HandoffKey(handoff_id, self._incarnation, self._generation)
-        blocks = tuple(block_ids)
-        self._post(lambda: self._incoming.expect(key, prefill_engine, blocks, first_block))
+        granted = tuple(blocks)
+        self._post(lambda: self._incoming.expect(key, prefill_engine, granted))
         return key
 
     def cancel(self, key: HandoffKey) -> None:
@@ -128,20 +139,32 @@ class PushConnector(KVConnector):
         self._post(lambda: self._outgoing.begin(handoff_id, decode_engine))
 
     def push(
-        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+        self,
+        handoff_id: bytes,
+        group: int,
+        layers: range,
+        first_block: int,
+        src_blocks: Sequence[int],
+        ready: ReadyEvent | None,
     ) -> None:
         """See `KVConnector.push`."""
         blocks = tuple(src_blocks)
-        self._post(lambda: self._outgoing.push(handoff_id, layers, first_block, blocks, ready))
+        self._post(lambda: self._outgoing.push(handoff_id, group, layers, first_block, blocks, ready))
 
     def layers_per_write(
-        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+        self,
+        peer: str,
+        group: int,
+        layer_bytes: int,
+        layer_s: float = 0.0,
+        slack_s: float = 0.0,
+        tail_s: float = 0.0,
     ) -> int:
         """See `KVConnector.layers_per_write`."""
         path = self.link_to(peer)
         if path is None:
             return 1
-        return layers_per_write(path, self._layout.num_layers, layer_bytes, layer_s, slack_s, tail_s)
+        return layers_per_write(path, self._layout.groups[group].num_layers, layer_bytes, layer_s, slack_s, tail_s)
 
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""
@@ -249,11 +272,19 @@ class PushConnector(KVConnector):
             case Hello():
                 self._handshakes.on_hello(sender, message)
 
-    def _peer_lost(self, engine_id: str, may_write_s: float) -> None:
+    def _new_endpoint(self, engine_id: str) -> EngineInfo:
+        self._receive()  # what was said over the old connection still counts
+        endpoint = self._transport.new_endpoint(engine_id)
+        self._outgoing.reconnect(engine_id)
+        self._incoming.reconnect(engine_id)
+        self._handshakes.peer_lost(engine_id)
+        return endpoint
+
+    def _peer_lost(self, engine_id: str, confirmed_dead: bool) -> None:
         self._receive()  # what it said before it was lost still counts
         self._transport.remove_peer(engine_id)
         self._outgoing.peer_lost(engine_id)
-        self._incoming.peer_lost(engine_id, may_write_s)
+        self._incoming.peer_lost(engine_id, confirmed_dead)
         self._handshakes.peer_lost(engine_id)
 
     def _emit(self, event: ConnectorEvent) -> None:

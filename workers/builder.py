@@ -15,7 +15,7 @@ from kv_transfer.connector import KVConnector
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
-from workers.kv_cache.sizing import allocate_kv_cache, kv_layout
+from workers.kv_cache.sizing import allocate_kv_caches, kv_layout
 from workers.models.loader import load_model, model_bytes
 from workers.parallel.group import SINGLE, TensorParallelGroup
 from workers.prefill_worker import PrefillWorker
@@ -57,9 +57,10 @@ class BuiltWorker:
         device_name: such as "cpu" or the card's name.
         attention_backend: the chosen one.
         max_model_len: context window, tokens.
-        num_blocks: of its KV cache.
-        capability: measured on its device.
+        num_blocks: of its KV cache's primary group, for sequences to have.
+        step_times: measured on its device.
         memory: what it takes there.
+        blocks_per_sequence: of these, the most that a sequence holds at once; None: those of all its tokens.
     """
 
     worker: PrefillWorker | DecodeWorker
@@ -68,8 +69,9 @@ class BuiltWorker:
     attention_backend: str
     max_model_len: int
     num_blocks: int
-    capability: StepTimes
+    step_times: StepTimes
     memory: WorkerMemory
+    blocks_per_sequence: int | None
 
 
 def build_worker(
@@ -114,24 +116,32 @@ def build_worker(
         group=group,
         max_model_len=config.max_model_len,
     )
-    spec, max_model_len = model.kv_cache_spec, model.max_model_len
+    cache_groups, max_model_len = model.kv_cache_groups, model.max_model_len
     profile = largest_batches_of(model, config, max_model_len)
-    runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len, profile, group.agree_min))
+    runner = ModelRunner(model, allocate_kv_caches(config, cache_groups, max_model_len, profile, group.agree_min))
     graphs = _Graphs(runner.device, capture_progress)
     worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
-    memory = graphs.memory(model_bytes(type(model), model.config, model.dtype, group), runner.kv_cache.nbytes)
-    capability = measure_capability(worker, runner, config, max_model_len, group)
+    memory = graphs.memory(
+        model_bytes(type(model), model.config, model.dtype, group),
+        sum(kv_cache.nbytes for kv_cache in runner.kv_caches),
+    )
+    step_times = measure_step_times(worker, runner, config, max_model_len, group)
     if isinstance(worker, PrefillWorker):
-        worker.layers_per_write.capability = capability
+        worker.layers_per_write.step_times = step_times
     return BuiltWorker(
         worker,
-        connector.register_kv_caches(config.name, as_stored(runner.kv_cache), kv_layout(spec, group.size)),
+        connector.register_kv_caches(
+            config.name,
+            [as_stored(kv_cache) for kv_cache in runner.kv_caches],
+            kv_layout(cache_groups, group.size),
+        ),
         torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         model.backend_names,
         max_model_len,
-        runner.kv_cache.shape[1],
-        capability,
+        worker.cache.num_blocks,
+        step_times,
         memory,
+        worker.cache.blocks_per_sequence(max_model_len, computed=isinstance(worker, PrefillWorker)),
     )
 
 
@@ -172,7 +182,7 @@ def _make_worker(
     )
 
 
-def measure_capability(
+def measure_step_times(
     worker: PrefillWorker | DecodeWorker,
     runner: ModelRunner,
     config: WorkerConfig,
@@ -194,8 +204,8 @@ def measure_capability(
         return prefill
     decode = measure_decode(
         worker.decoder,
-        num_blocks=runner.kv_cache.shape[1],
-        block_size=runner.block_size,
+        groups=runner.groups,
+        num_blocks=[kv_cache.shape[1] for kv_cache in runner.kv_caches],
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         agree=slowest,

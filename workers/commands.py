@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workers.decode_worker import DecodeWorker
-from workers.messages import CacheUpdate, DecodeRequest, Load, PrefillRequest, WorkerEvent
+from workers.messages import CacheUpdate, Load, WorkerEvent, WorkerRequest
 from workers.prefill_worker import PrefillWorker
 
 
 @dataclass(frozen=True)
 class Submit:
-    """Take a request of the worker's role."""
+    """Take a request."""
 
-    request: PrefillRequest | DecodeRequest
+    request: WorkerRequest
 
 
 @dataclass(frozen=True)
 class Abort:
-    """Stop a request."""
+    """Stop an attempt at a request."""
 
-    request_id: str
+    attempt_id: str
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,14 @@ Command = Submit | Abort | Disconnect
 
 
 def apply_command(worker: PrefillWorker | DecodeWorker, command: Command) -> None:
-    """Carry a command out.
-
-    Raises:
-        TypeError: a request of the other role.
-    """
+    """Carry a command out."""
     match command:
-        case Abort(request_id):
-            worker.abort(request_id)
+        case Abort(attempt_id):
+            worker.abort(attempt_id)
         case Disconnect(engine_id, may_write_s):
             worker.disconnect(engine_id, may_write_s)
         case Submit(request):
-            if isinstance(worker, PrefillWorker) and isinstance(request, PrefillRequest):
-                worker.add(request)
-            elif isinstance(worker, DecodeWorker) and isinstance(request, DecodeRequest):
-                worker.reserve(request)
-            else:
-                raise TypeError(f"{type(request).__name__} given to a {type(worker).__name__}")
+            worker.add(request)
 
 
 class Alone:

@@ -13,16 +13,17 @@ from collections.abc import Callable
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
 from workers.handoff.receiving import Arrival, RemotePrefill
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.cache_split import default_steps_ahead
+from workers.kv_cache.manager import KVCacheManager
 from workers.messages import (
     CacheUpdate,
     DecodeReport,
-    DecodeRequest,
     FinishReason,
     Load,
     RequestFailed,
     TokenOutput,
     WorkerEvent,
+    WorkerRequest,
 )
 from workers.runner.decode_graphs import Progress
 from workers.runner.decode_runner import DecodeRunner, Launch
@@ -33,7 +34,7 @@ from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import FirstToken, LocalPrefill
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
-from workers.validation import check_capacity, check_local, check_prompt
+from workers.validation import check_capacity, check_local, check_prompt, check_token_ids
 from workers.waiting_queue import DecodeQueue
 
 
@@ -42,6 +43,10 @@ class DecodeWorker:
 
     A request waits for blocks, then for its KV cache, then runs. Memory grows on demand: when no block is left, the
     newest sequence makes room by moving its blocks to host memory, and comes back before anything new is admitted.
+
+    Attributes:
+        decoder: runs its steps.
+        cache: which blocks belong to whom.
 
     Args:
         runner: the model and its cache.
@@ -82,16 +87,21 @@ class DecodeWorker:
             enforce_eager=enforce_eager,
             progress=progress,
         )
-        self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
+        self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self._launches: deque[Launch[Sequence]] = deque()
         self._connector = connector
-        self._blocks = PrefixCache(runner.kv_cache.shape[1])
-        self._kept = SequenceBlocks(self._blocks, runner.block_size, enabled=enable_prefix_caching)
-        self._batch = DecodeBatch(self._blocks, runner, max_num_seqs)
-        self._remote = RemotePrefill(connector, self._blocks, self._kept)
+        self.cache = KVCacheManager(
+            runner.groups,
+            [kv_cache.shape[1] for kv_cache in runner.kv_caches],
+            prompt_tokens_in_flight=(self._steps_ahead + 1) * (max_num_batched_tokens or 1),
+            decode_tokens_in_flight=self._steps_ahead + 1,
+        )
+        self._kept = SequenceBlocks(self.cache, enabled=enable_prefix_caching)
+        self._batch = DecodeBatch(self.cache, runner, max_num_seqs)
+        self._remote = RemotePrefill(connector, self.cache, self._kept)
         self._local = LocalPrefill(
             runner,
-            self._blocks,
+            self.cache,
             max_num_batched_tokens=max_num_batched_tokens or 0,
             max_num_seqs=max_num_seqs,
             clock=clock,
@@ -102,36 +112,36 @@ class DecodeWorker:
         self._sequences: dict[str, Sequence] = {}
         self._events: list[WorkerEvent] = []
 
-    def reserve(self, request: DecodeRequest) -> None:
+    def add(self, request: WorkerRequest) -> None:
         """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
         num_tokens = len(request.prompt_token_ids)
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
-            check_capacity(num_tokens + 1, self._runner.block_size, self._blocks.num_blocks, "decode")
-            if request.prefill_engine is None:
-                check_local(request.prompt_token_ids, self._runner.model.config.vocab_size, self._computes_prompts)
+            check_capacity(self.cache, num_tokens + 1, "decode", computed=request.peer_engine is None)
+            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_local(request.peer_engine is None, self._computes_prompts)
         except BatonError as error:
-            self._events.append(RequestFailed(request.request_id, error))
+            self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
         state = SamplingState.of(request, self._runner.model.config.eos_token_ids, self._max_model_len)
         now = self._clock()
         sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now)
         self._kept.begin(sequence)
-        self._sequences[request.request_id] = sequence
+        self._sequences[request.attempt_id] = sequence
         self._queue.add(sequence)
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request, wherever it is; nothing more is said of it."""
-        if sequence := self._sequences.pop(request_id, None):
+    def abort(self, attempt_id: str) -> None:
+        """Stop an attempt, wherever it is; nothing more is said of it."""
+        if sequence := self._sequences.pop(attempt_id, None):
             self._stop(sequence)
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """A prefill worker's process is gone."""
-        self._connector.disconnect(engine_id, may_write_s)
+        self._connector.disconnect(engine_id, confirmed_dead=may_write_s == 0.0)
 
     def take_cache_update(self) -> CacheUpdate | None:
         """How the content of the kept blocks has changed since the last call; None: not at all."""
-        return self._blocks.take_update()
+        return self.cache.take_update()
 
     @property
     def has_work(self) -> bool:
@@ -156,16 +166,11 @@ class DecodeWorker:
         return self._runner
 
     @property
-    def blocks(self) -> PrefixCache:
-        """The blocks of its cache: free, in use, or kept for what is in them."""
-        return self._blocks
-
-    @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks of everybody who holds some, those that are computed, expected or still written to included."""
+        """The blocks, of the primary group, of each sequence that holds some: computed, expected, still written to."""
         in_flight = {sequence for launch in self._launches for sequence in launch.sequences}
         decoded = in_flight.union(self._batch.running, self._remote.expected)
-        return (*(tuple(sequence.blocks) for sequence in decoded), *self._local.block_tables)
+        return (*(tuple(self.cache.held(sequence.tables)) for sequence in decoded), *self._local.block_tables)
 
     @property
     def num_in_flight(self) -> int:
@@ -186,8 +191,8 @@ class DecodeWorker:
     def load(self) -> Load:
         """The load now."""
         return Load(
-            total_blocks=self._blocks.num_blocks,
-            free_blocks=self._blocks.num_free,
+            total_blocks=self.cache.num_blocks,
+            free_blocks=self.cache.num_free,
             reserved_blocks=self._remote.num_reserved_blocks,
             quarantined_blocks=self._remote.num_quarantined_blocks,
             running=self._batch.size,
@@ -235,45 +240,47 @@ class DecodeWorker:
 
     def _accept(self, sequence: Sequence, sampled: SampledToken | SamplingError, now: float) -> None:
         """A sequence has one more token, or none can be chosen for it."""
-        request_id, output_token_ids = sequence.request.request_id, sequence.state.output_token_ids
+        request_id, attempt_id = sequence.request.request_id, sequence.request.attempt_id
+        output_token_ids = sequence.state.output_token_ids
         if isinstance(sampled, SamplingError):
-            self._events.append(RequestFailed(request_id, sampled))
+            self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
             self._kept.forget(sequence)
-            self.abort(request_id)
+            self.abort(attempt_id)
             return
         output_token_ids.append(sampled.token_id)
         self._kept.grown(sequence)
         if len(output_token_ids) == sequence.request.num_output_tokens + 2:
-            cached_tokens = sequence.num_cached_blocks * self._runner.block_size
-            self._events.append(DecodeReport(request_id, now - sequence.received, cached_tokens))
+            cached_tokens = self._kept.cached_tokens(sequence)
+            first_decode_s = now - sequence.received
+            self._events.append(DecodeReport(request_id, first_decode_s, cached_tokens, attempt_id=attempt_id))
         reason = finish_reason(sequence.state)
-        self._events.append(TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        self._events.append(TokenOutput(request_id, *chosen, attempt_id=attempt_id))
         if reason is not None:
             self._batch.remove(sequence)
-            del self._sequences[request_id]
+            del self._sequences[attempt_id]
 
     def _accept_first(self, first: FirstToken) -> None:
         """A prompt that was computed here has its first token, or none can be chosen for it."""
         sequence, sampled = first.sequence, first.sampled
-        request_id = sequence.request.request_id
+        request_id, attempt_id = sequence.request.request_id, sequence.request.attempt_id
         if isinstance(sampled, SamplingError):
-            self._events.append(RequestFailed(request_id, sampled))
+            self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
             self._kept.forget(sequence)
-            self._blocks.release(sequence.blocks)
-            del self._sequences[request_id]
+            self.cache.release(sequence.tables)
+            del self._sequences[attempt_id]
             return
         reason = self._begin(sequence, sampled.token_id)
-        self._events += [
-            first.report,
-            TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason),
-        ]
+        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        self._events += [first.report, TokenOutput(request_id, *chosen, attempt_id=attempt_id)]
 
     def _join(self, arrival: Arrival) -> None:
         """The KV cache has come whole: the sequence goes on where prefill left it. Or it will not come."""
         sequence, first_token = arrival.sequence, arrival.first_token
         if isinstance(first_token, HandoffError):
-            del self._sequences[sequence.request.request_id]
-            self._events.append(RequestFailed(sequence.request.request_id, first_token))
+            attempt_id = sequence.request.attempt_id
+            del self._sequences[attempt_id]
+            self._events.append(RequestFailed(sequence.request.request_id, first_token, attempt_id=attempt_id))
         else:
             self._begin(sequence, first_token)
 
@@ -282,21 +289,22 @@ class DecodeWorker:
         sequence.received = self._clock()
         sequence.state.output_token_ids.append(first_token)
         if (reason := finish_reason(sequence.state)) is not None:
-            self._blocks.release(sequence.blocks)
-            del self._sequences[sequence.request.request_id]
+            self.cache.release(sequence.tables)
+            del self._sequences[sequence.request.attempt_id]
         else:
             self._batch.add(sequence)
         return reason
 
     def _enforce_deadlines(self) -> None:
         now = self._clock()
-        for request_id, sequence in [(r, s) for r, s in self._sequences.items() if s.deadline <= now]:
-            del self._sequences[request_id]
+        for attempt_id, sequence in [(a, s) for a, s in self._sequences.items() if s.deadline <= now]:
+            del self._sequences[attempt_id]
             where = "decoding"
             if sequence in self._queue:
-                is_local = sequence.request.prefill_engine is None
+                is_local = sequence.request.peer_engine is None
                 where = "waiting for or computing its prompt" if is_local else "waiting for the KV cache"
-            self._events.append(RequestFailed(request_id, DeadlineExceededError(f"the deadline passed while {where}")))
+            error = DeadlineExceededError(f"the deadline passed while {where}")
+            self._events.append(RequestFailed(sequence.request.request_id, error, attempt_id=attempt_id))
             self._stop(sequence)
 
     def _stop(self, sequence: Sequence) -> None:

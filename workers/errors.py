@@ -1,4 +1,4 @@
-"""What can go wrong in a worker, as types. `cluster.errors` maps each to a gRPC status."""
+"""What can go wrong in a worker, as types. Each door of the service answers them in its own way."""
 
 
 class BatonError(Exception):

@@ -14,16 +14,17 @@ from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, K
 from workers.errors import BatonError, HandoffError, SamplingError
 from workers.handoff.layers_per_write import LayersPerWrite
 from workers.handoff.sending import Prompt, complete_blocks, layer_pusher, push_cached
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.cache_split import default_steps_ahead
+from workers.kv_cache.manager import KVCacheManager
 from workers.messages import (
     CacheUpdate,
     HandoffReport,
     Load,
     PrefillReport,
-    PrefillRequest,
     RequestFailed,
     TokenOutput,
     WorkerEvent,
+    WorkerRequest,
 )
 from workers.runner.model_runner import ModelRunner
 from workers.runner.prefill_graphs import Progress
@@ -35,7 +36,10 @@ from workers.validation import check_capacity, check_prompt, check_token_ids
 
 
 class PrefillWorker:
-    """Computes prompts in chunks. A plain object: whoever owns it calls `step` as long as `has_work`.
+    """Computes prompts in chunks. A plain object: its owner calls `step` as long as `has_work`.
+
+    Attributes:
+        cache: which blocks belong to whom.
 
     Args:
         runner: the model and its cache.
@@ -74,48 +78,49 @@ class PrefillWorker:
             runner.capture_prefill(min(max_num_batched_tokens, max_model_len), progress)
         self._clock = clock
         self._connector = connector
-        self._blocks = PrefixCache(runner.kv_cache.shape[1])
-        self._scheduler = PrefillScheduler(self._blocks, runner.block_size, max_num_batched_tokens, max_num_seqs)
-        self._cached_block_size = runner.block_size if enable_prefix_caching else None
-        self._max_model_len = max_model_len
-        block_bytes = runner.kv_cache[0, 0].nbytes
-        share_after_attention = runner.model.config.share_after_attention
-        self.layers_per_write = LayersPerWrite(
-            connector, runner.num_layers, block_bytes, layers_per_write, share_after_attention
+        self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
+        self.cache = KVCacheManager(
+            runner.groups,
+            [kv_cache.shape[1] for kv_cache in runner.kv_caches],
+            prompt_tokens_in_flight=(self._steps_ahead + 1) * max_num_batched_tokens,
         )
+        self._scheduler = PrefillScheduler(self.cache, max_num_batched_tokens, max_num_seqs)
+        self._cached_block_size = self.cache.block_size if enable_prefix_caching else None
+        self._max_model_len = max_model_len
+        share_after_attention = runner.model.config.share_after_attention
+        self.layers_per_write = LayersPerWrite(connector, runner.groups, layers_per_write, share_after_attention)
         self._handoff_timeout_s = handoff_timeout_s
-        self._steps_ahead = int(runner.device.type == "cuda") if steps_ahead is None else steps_ahead
         self._launches: deque[Launch[Prompt]] = deque()
         self._prompts: dict[str, Prompt] = {}
         self._handoffs: dict[bytes, Prompt] = {}
         self._events: list[WorkerEvent] = []
 
-    def add(self, request: PrefillRequest) -> None:
+    def add(self, request: WorkerRequest) -> None:
         """Queue a prompt. One that is wrong or can never fit ends in `RequestFailed`."""
         num_tokens = len(request.prompt_token_ids)
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
             check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
-            check_capacity(num_tokens, self._runner.block_size, self._blocks.num_blocks, "prefill")
+            check_capacity(self.cache, num_tokens, "prefill", computed=True)
         except BatonError as error:
-            self._events.append(RequestFailed(request.request_id, error))
+            self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
         eos_token_ids = self._runner.model.config.eos_token_ids
         prompt = Prompt.of(request, eos_token_ids, self._max_model_len, self._clock(), self._cached_block_size)
-        self._prompts[request.request_id] = prompt
+        self._prompts[request.attempt_id] = prompt
         self._scheduler.add(prompt.progress)
-        if request.decode_engine is not None:
+        if request.peer_engine is not None:
             self._handoffs[request.handoff_id] = prompt
-            self._connector.begin(request.handoff_id, request.decode_engine)
+            self._connector.begin(request.handoff_id, request.peer_engine)
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request, wherever it is; nothing more is said of it."""
-        if prompt := self._prompts.pop(request_id, None):
+    def abort(self, attempt_id: str) -> None:
+        """Stop an attempt, wherever it is; nothing more is said of it."""
+        if prompt := self._prompts.pop(attempt_id, None):
             self._stop(prompt, "the request was cancelled")
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """A decode worker's process is gone."""
-        self._connector.disconnect(engine_id, may_write_s)
+        self._connector.disconnect(engine_id, confirmed_dead=may_write_s == 0.0)
 
     @property
     def has_work(self) -> bool:
@@ -133,21 +138,17 @@ class PrefillWorker:
         return self._runner
 
     @property
-    def blocks(self) -> PrefixCache:
-        """The blocks of its cache: free, in use, or kept for what is in them."""
-        return self._blocks
-
-    @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks of every prompt that holds some, those that are handed over or still written to included."""
+        """The blocks, of the primary group, of each prompt that holds some: also handed over, or still written to."""
         in_flight = {prompt for launch in self._launches for prompt in launch.prompts}
         prompts = in_flight.union(self._prompts.values(), self._handoffs.values())
-        return tuple(tuple(prompt.progress.blocks) for prompt in prompts)
+        return tuple(tuple(self.cache.held(prompt.progress.tables)) for prompt in prompts)
 
     @property
     def blocks_in_flight(self) -> frozenset[int]:
         """The blocks that launched steps may still write to."""
-        return frozenset(b for launch in self._launches for prompt in launch.prompts for b in prompt.progress.blocks)
+        prompts = [prompt for launch in self._launches for prompt in launch.prompts]
+        return frozenset(block for prompt in prompts for block in self.cache.held(prompt.progress.tables))
 
     @property
     def load(self) -> Load:
@@ -155,13 +156,13 @@ class PrefillWorker:
         reserved: set[int] = set()
         quarantined: set[int] = set()
         for prompt in self._handoffs.values():
-            if prompt.request.request_id not in self._prompts:
-                quarantined.update(prompt.progress.blocks)
+            if prompt.request.attempt_id not in self._prompts:
+                quarantined.update(self.cache.held(prompt.progress.tables))
             elif prompt.computed:
-                reserved.update(prompt.progress.blocks)
+                reserved.update(self.cache.held(prompt.progress.tables))
         return Load(
-            total_blocks=self._blocks.num_blocks,
-            free_blocks=self._blocks.num_free,
+            total_blocks=self.cache.num_blocks,
+            free_blocks=self.cache.num_free,
             reserved_blocks=len(reserved),
             quarantined_blocks=len(quarantined - reserved),
             running=self._scheduler.num_running + sum(self._awaited(p) for la in self._launches for p in la.finished),
@@ -182,23 +183,23 @@ class PrefillWorker:
 
     def take_cache_update(self) -> CacheUpdate | None:
         """How the prefix cache has changed since the last call; None: not at all."""
-        return self._blocks.take_update()
+        return self.cache.take_update()
 
     def _launch(self, chunks: list[Chunk]) -> Launch[Prompt]:
         """Queue a batch, and what follows from it for the handoffs and the schedule."""
-        prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
+        prompts = [self._prompts[chunk.prompt.attempt_id] for chunk in chunks]
         for prompt in prompts:
             prompt.started = prompt.started or self._clock()
-        push_cached(self._connector, self._runner.num_layers, chunks, prompts)
-        parts = complete_blocks(chunks, prompts, self._scheduler, self.layers_per_write)
+        push_cached(self._connector, self.cache, chunks, prompts)
+        parts = complete_blocks(chunks, prompts, self.cache, self.layers_per_write)
         on_layer = layer_pusher(self._connector, self._runner, parts)
-        return launch_chunks(self._runner, self._scheduler, chunks, prompts, on_layer)
+        return launch_chunks(self._runner, self.cache, self._scheduler, chunks, prompts, on_layer)
 
     def _collect(self, ahead: int) -> None:
         """Take the first tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
-            finished = launch.wait(self._blocks, self._runner.block_size)
+            finished = launch.wait(self.cache)
             for prompt in launch.prompts:
                 if prompt.cancelled:
                     self._give_back(prompt)
@@ -208,20 +209,21 @@ class PrefillWorker:
 
     def _awaited(self, prompt: Prompt) -> bool:
         """Whether somebody still waits for the prompt's first token."""
-        return self._prompts.get(prompt.request.request_id) is prompt and not prompt.computed
+        return self._prompts.get(prompt.request.attempt_id) is prompt and not prompt.computed
 
     def _accept(self, prompt: Prompt, sampled: SampledToken | SamplingError) -> None:
         """A prompt has its first token, or none can be chosen for it."""
-        request_id = prompt.request.request_id
+        request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
         if isinstance(sampled, SamplingError):
-            self._events.append(RequestFailed(request_id, sampled))
-            self._blocks.forget(prompt.progress.blocks)  # what gives no valid logits may be wrong itself
-            del self._prompts[request_id]
+            self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
+            self.cache.forget(prompt.progress.tables, prompt.progress.hashes)  # it may be wrong itself
+            del self._prompts[attempt_id]
             self._stop(prompt, str(sampled))
             return
         prompt.state.output_token_ids.append(sampled.token_id)
         reason = finish_reason(prompt.state)
-        self._finish(prompt, TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason))
+        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        self._finish(prompt, TokenOutput(request_id, *chosen, attempt_id=attempt_id))
 
     def _finish(self, prompt: Prompt, output: TokenOutput) -> None:
         """The first token is known: tell the client and the decode worker."""
@@ -235,11 +237,12 @@ class PrefillWorker:
                 now - prompt.started,
                 prompt.progress.num_chunks,
                 prompt.progress.num_cached_tokens,
+                attempt_id=request.attempt_id,
             ),
             output,
         ]
-        if request.decode_engine is None:
-            del self._prompts[request.request_id]
+        if request.peer_engine is None:
+            del self._prompts[request.attempt_id]
             self._give_back(prompt)
         else:
             self._connector.finish(request.handoff_id, output.token_id)
@@ -251,29 +254,27 @@ class PrefillWorker:
         prompt = self._handoffs.pop(event.handoff_id)
         self._scheduler.remove(prompt.progress)
         self._give_back(prompt)
-        known = self._prompts.pop(prompt.request.request_id, None) is not None
-        if not known:
+        request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
+        if self._prompts.pop(attempt_id, None) is None:
             return
-        request_id = prompt.request.request_id
         if isinstance(event, HandoffSent):
-            self._events.append(
-                HandoffReport(request_id, event.num_bytes, event.num_parts, event.transfer_s, event.exposed_s)
-            )
+            moved = (event.num_bytes, event.num_parts, event.transfer_s, event.exposed_s)
+            self._events.append(HandoffReport(request_id, *moved, attempt_id=attempt_id))
         else:
-            self._events.append(RequestFailed(request_id, HandoffError(event.reason)))
+            self._events.append(RequestFailed(request_id, HandoffError(event.reason), attempt_id=attempt_id))
 
     def _enforce_deadlines(self) -> None:
         now = self._clock()
-        for request_id, prompt in [(r, p) for r, p in self._prompts.items() if p.deadline <= now]:
-            del self._prompts[request_id]
+        for attempt_id, prompt in [(a, p) for a, p in self._prompts.items() if p.deadline <= now]:
+            del self._prompts[attempt_id]
             error = prompt.overdue(now, self._handoff_timeout_s)
-            self._events.append(RequestFailed(request_id, error))
+            self._events.append(RequestFailed(prompt.request.request_id, error, attempt_id=attempt_id))
             self._stop(prompt, str(error))
 
     def _stop(self, prompt: Prompt, reason: str) -> None:
         """Take a request that is no longer in `_prompts` out of the schedule; its blocks follow when they are safe."""
         self._scheduler.remove(prompt.progress)
-        if prompt.request.decode_engine is None:
+        if prompt.request.peer_engine is None:
             self._give_back(prompt)
         else:
             self._connector.abort(prompt.request.handoff_id, reason)
@@ -282,5 +283,4 @@ class PrefillWorker:
         """Free a prompt's blocks as soon as no step that writes to them is in flight."""
         prompt.cancelled = True
         if prompt.in_flight == 0:
-            blocks, prompt.progress.blocks = prompt.progress.blocks, []
-            self._blocks.release(blocks)
+            self.cache.release(prompt.progress.tables)

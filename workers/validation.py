@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+import numpy.typing as npt
 
 from workers.errors import CapacityError, InvalidRequestError
-from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.manager import KVCacheManager
 from workers.sampling_params import SamplingParams
 
 
@@ -23,33 +24,39 @@ def check_prompt(num_tokens: int, sampling: SamplingParams, max_model_len: int) 
         raise InvalidRequestError("the sampling parameters have no seed; both workers must draw with the same one")
 
 
-def check_token_ids(token_ids: Sequence[int], vocab_size: int, what: str = "prompt token") -> None:
+def check_token_ids(token_ids: npt.NDArray[np.integer], vocab_size: int, what: str = "prompt token") -> None:
     """Refuse ids outside the vocabulary; the message calls one of them `what`.
 
     Raises:
         InvalidRequestError: an id out of range.
     """
-    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
-        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+    if len(token_ids) and (token_ids.min() < 0 or token_ids.max() >= vocab_size):
+        wrong = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
         raise InvalidRequestError(f"{what} {wrong} is out of range: the vocabulary has {vocab_size} tokens")
 
 
-def check_local(token_ids: Sequence[int], vocab_size: int, computes_prompts: bool) -> None:
+def check_local(is_local: bool, computes_prompts: bool) -> None:
     """Refuse a prompt without a prefill worker that the decode worker cannot compute either.
 
     Raises:
-        InvalidRequestError: it computes none, or an id is out of range.
+        InvalidRequestError: it computes none.
     """
-    if not computes_prompts:
+    if is_local and not computes_prompts:
         raise InvalidRequestError("the request names no prefill worker, and this decode worker computes no prompts")
-    check_token_ids(token_ids, vocab_size)
 
 
-def check_capacity(num_tokens: int, block_size: int, num_blocks: int, role: str) -> None:
+def check_capacity(cache: KVCacheManager, num_tokens: int, role: str, *, computed: bool) -> None:
     """Refuse what needs more blocks than there are.
+
+    Args:
+        cache: the worker's.
+        num_tokens: of the prompt, with those behind it for which there must be room.
+        role: the worker's.
+        computed: whether the prompt is computed there.
 
     Raises:
         CapacityError: with both numbers.
     """
-    if (needed := blocks_for(num_tokens, block_size)) > num_blocks:
+    if lacking := cache.too_small(num_tokens, computed=computed):
+        needed, num_blocks = lacking
         raise CapacityError(f"the prompt needs {needed} KV blocks, a {role} worker has {num_blocks}")

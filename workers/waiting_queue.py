@@ -70,4 +70,4 @@ class DecodeQueue:
             self._side_of(sequence).remove(sequence)
 
     def _side_of(self, sequence: Sequence) -> LocalPrefill | RemotePrefill:
-        return self._local if sequence.request.prefill_engine is None else self._remote
+        return self._local if sequence.request.peer_engine is None else self._remote

@@ -16,7 +16,7 @@ from workers.lockstep.channel import LeadChannel
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
 from workers.lockstep.replica import Replica, StepClock
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.parallel.group import join_group
 from workers.runner.step_times import StepTimes
 from workers.worker_loop import WorkerLoop
@@ -36,11 +36,12 @@ class WorkerInfo:
         attention_backend: the chosen one.
         max_model_len: context window, tokens.
         max_num_seqs: sequences that it takes at once.
-        num_blocks: of its KV cache.
-        capability: measured on its device.
+        num_blocks: of its KV cache's primary group, for sequences to have.
+        step_times: measured on its device.
         pid: of its process; of several ranks, the lead's.
         memory: what it takes on its device; of several ranks, on each one's.
         max_num_batched_tokens: of prompts, that it computes in a step.
+        blocks_per_sequence: of its blocks, the most that a sequence holds at once; None: those of all its tokens.
     """
 
     name: str
@@ -51,10 +52,11 @@ class WorkerInfo:
     max_model_len: int
     max_num_seqs: int
     num_blocks: int
-    capability: StepTimes
+    step_times: StepTimes
     pid: int
     memory: WorkerMemory = field(default_factory=WorkerMemory)
     max_num_batched_tokens: int = 2048
+    blocks_per_sequence: int | None = None
 
     @property
     def engine(self) -> EngineInfo:
@@ -123,19 +125,13 @@ class WorkerHost:
             connector.set_listener(self._loop.wake)
         self._loop.start()
 
-    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
-        """Give the worker a request of its role.
-
-        Raises:
-            TypeError: it is one of the other role.
-        """
-        if isinstance(request, PrefillRequest) != (self.info.role == "prefill"):
-            raise TypeError(f"{type(request).__name__} sent to {self.info.name}")
+    def submit(self, request: WorkerRequest) -> None:
+        """Give the worker a request."""
         self._loop.post(lambda worker: worker.take(Submit(request)))
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request."""
-        self._loop.post(lambda worker: worker.take(Abort(request_id)))
+    def abort(self, attempt_id: str) -> None:
+        """Stop an attempt at a request."""
+        self._loop.post(lambda worker: worker.take(Abort(attempt_id)))
 
     def connect(self, peer: Sequence[EngineInfo], timeout_s: float) -> None:
         """Meet a peer, all of whose ranks are given, its lead first; see `KVConnector.connect`."""
@@ -179,8 +175,9 @@ def _info(config: WorkerConfig, built: BuiltWorker, engines: tuple[EngineInfo, .
         built.max_model_len,
         config.max_num_seqs,
         built.num_blocks,
-        built.capability,
+        built.step_times,
         os.getpid(),
         built.memory,
         config.max_num_batched_tokens,
+        built.blocks_per_sequence,
     )

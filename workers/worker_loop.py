@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from workers.messages import CacheUpdate, Load, StepOutput, WorkerEvent
+from workers.messages import CacheUpdate, Load, RequestFailed, StepOutput, WorkerEvent
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,10 @@ class WorkerLoop(Generic[W]):
         now = time.monotonic()
         if events or cache_update or load != self._last_load or now - self._last_report > _LOAD_REPORT_S:
             self._last_load, self._last_report = load, now
+            for event in events:
+                if isinstance(event, RequestFailed):
+                    names = (event.request_id, event.attempt_id, self._engine_id)
+                    logger.warning("request %s (attempt %s) failed on %s: %s", *names, event.error)
             self._emit(StepOutput(self._engine_id, tuple(events), load, cache_update))
 
 

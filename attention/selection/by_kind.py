@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from attention.cache_layout import shared_layout
-from attention.errors import AttentionBackendError
 from attention.platform import Platform
 from attention.selection.selector import Selection, select_backend
 from attention.spec import AttentionNeeds, AttentionSpec
@@ -22,8 +20,8 @@ def select_by_kind(
 ) -> Mapping[AttentionSpec, Selection]:
     """Choose for each kind of layer on its own; see `select_backend`.
 
-    The kinds share one KV cache. Where the best for each would lay it out in different ways, it is the best of those
-    that can do all. What is forced or configured is for all kinds.
+    What is forced or configured is for all kinds. Layers whose backends lay a cache out in different ways are of
+    different cache groups, so that the choice for one kind is nothing to another.
 
     Args:
         platform: where the model runs.
@@ -34,9 +32,4 @@ def select_by_kind(
     Raises:
         AttentionBackendError: see `select_backend`.
     """
-    selections = {kind.spec: select_backend(platform, kind, configured, fastest([kind])) for kind in needs}
-    try:
-        shared_layout({spec: selection.backend for spec, selection in selections.items()}, needs[0].block_size)
-    except AttentionBackendError:
-        return dict.fromkeys(selections, select_backend(platform, needs, configured, fastest(needs)))
-    return selections
+    return {kind.spec: select_backend(platform, kind, configured, fastest([kind])) for kind in needs}

@@ -101,7 +101,7 @@ def draw(needs: AttentionNeeds, lens: Sequence[tuple[int, int]], device: torch.d
         for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     )
     cache_spec = KVCacheSpec(
-        num_caches, spec.num_kv_heads, spec.head_size, block_size, spec.kv_cache_dtype or needs.dtype
+        tuple(range(num_caches)), spec.num_kv_heads, spec.head_size, block_size, spec.kv_cache_dtype or needs.dtype
     )
     cache = torch.empty(cache_spec.shape(sum(needed)), dtype=cache_spec.dtype, device=device)
     for part in cache.flatten(0, 1).split(max(1, _FILL_BYTES // cache[0, 0].numel() // 4)):
@@ -142,7 +142,7 @@ def wrong_numbers(
 def caches_to_rotate(needs: AttentionNeeds, shape: Shape, device: torch.device) -> int:
     """As many as are together twice as large as the device's cache."""
     spec = needs.spec
-    one = KVCacheSpec(1, spec.num_kv_heads, spec.head_size, needs.block_size, spec.kv_cache_dtype or needs.dtype)
+    one = KVCacheSpec((0,), spec.num_kv_heads, spec.head_size, needs.block_size, spec.kv_cache_dtype or needs.dtype)
     on_chip = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES
     return min(_MAX_CACHES, -(-2 * on_chip // (one.bytes_per_token * shape.context_len * shape.num_seqs)))
 

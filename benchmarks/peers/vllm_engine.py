@@ -27,7 +27,7 @@ from benchmarks.engine_points import (
     prefill_rows,
 )
 from benchmarks.environment import RESULTS, Environment, gpu_names
-from benchmarks.llama_8b import save_shape
+from benchmarks.model_shapes import MODEL_HELP, model_folder
 
 _SCHEMA_VERSION = 1
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser("vllm_engine", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with config.json; default: Llama-3.1-8B's")
+    parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
     parser.add_argument("--run", default="", metavar="NAME", help="of the run that results belong to")
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     environment = Environment.capture(threads=None)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
+        folder = model_folder(args.model, Path(scratch))
         vocab_size = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
         _measure(args, folder, plan_of(args, vocab_size), environment)
     return 0

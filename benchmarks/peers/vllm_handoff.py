@@ -17,27 +17,29 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
-from benchmarks.gpu_handoff import add_arguments, config_of
-from benchmarks.llama_8b import save_shape
+from benchmarks.gpu_handoff import add_arguments, config_of, measure
+from benchmarks.model_shapes import model_folder
 from benchmarks.peers.openai_client import DisaggregatedClient, Endpoint, OpenAIClient
 from benchmarks.report import to_json, write_json
-from benchmarks.server_process import ServerProcess, server_process
-from benchmarks.service_points import measure_service, time_first_token
+from benchmarks.running_service import RunningService, stop_all
+from benchmarks.server_process import server_process
 from workers.errors import BatonError
 
 _HOST = "127.0.0.1"
 _HTTP_TIMEOUT_S = 2.0
 _CACHES = {
     "TRITON_CACHE_DIR": "triton",
-    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "VLLM_CACHE_ROOT": "vllm",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
 }
+_SHARED_CACHE = "FLASHINFER_WORKSPACE_BASE"
+"""FlashInfer locks what it builds."""
 
 
 def command(args: argparse.Namespace, folder: Path, port: int, role: str | None) -> list[str]:
@@ -57,13 +59,15 @@ def command(args: argparse.Namespace, folder: Path, port: int, role: str | None)
     }
     words = [str(word) for pair in flags.items() for word in pair]
     words += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
+    if args.kv_cache_gb is not None:
+        words += ["--kv-cache-memory-bytes", str(round(args.kv_cache_gb * 1e9))]
     if role is not None:
-        words += ["--kv-transfer-config", json.dumps({"kv_connector": "NixlConnector", "kv_role": role})]
+        words += ["--kv-transfer-config", json.dumps({"kv_connector": args.connector, "kv_role": role})]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
 
 
-def environ_of(args: argparse.Namespace, device: str, cache: Path | None) -> dict[str, str]:
-    """What a server's environment has beside this process's."""
+def environ_of(args: argparse.Namespace, device: str, number: int) -> dict[str, str]:
+    """What the environment of a service's server of that number has beside this process's."""
     environ = {
         "CUDA_VISIBLE_DEVICES": device,
         "PYTHONPATH": str(args.vllm_path.resolve()),
@@ -72,8 +76,10 @@ def environ_of(args: argparse.Namespace, device: str, cache: Path | None) -> dic
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if cache is not None:
-        environ |= {variable: str(cache.resolve() / name) for variable, name in _CACHES.items()}
+    if args.kernel_cache is not None:
+        environ[_SHARED_CACHE] = str(args.kernel_cache.resolve() / "flashinfer")
+        own = args.kernel_cache.resolve() / str(number)  # two that compile the same at once do not meet in one folder
+        environ |= {variable: str(own / name) for variable, name in _CACHES.items()}
     return environ
 
 
@@ -100,41 +106,54 @@ def healthy(endpoint: Endpoint) -> str | None:
         return "unknown"
 
 
-async def measure(
-    servers: Sequence[tuple[ServerProcess, Endpoint]],
-    args: argparse.Namespace,
-    found: dict[str, Any],
-    save: Callable[[], None],
-) -> None:
-    """Wait for the servers, then ask everything of them; what is there so far is saved after each part."""
+@contextlib.asynccontextmanager
+async def running_service(
+    args: argparse.Namespace, folder: Path, log: Path, found: dict[str, Any]
+) -> AsyncIterator[RunningService]:
+    """Start a server, or a pair, and wait until it serves; `found` gets the version. Stopped when the block ends.
 
-    def report(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-        save()
+    Raises:
+        ConfigError: one did not start.
+    """
+    devices = args.devices.split(",")
+    roles = (None,) if len(devices) == 1 else ("kv_producer", "kv_consumer")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    endpoints, servers = [], []
+    with contextlib.ExitStack() as stack:
+        try:
+            for number, (device, role) in enumerate(zip(devices, roles, strict=True)):
+                endpoints.append(Endpoint(_HOST, free_port(), "model"))
+                words = command(args, folder, endpoints[-1].port, role)
+                around = environ_of(args, device, number)
+                own_log = log.with_suffix(f".{number}.log")
+                servers.append(stack.enter_context(server_process(words, around, own_log, log.parent)))
+            for server, endpoint in zip(servers, endpoints, strict=True):
+                found["version"] = await server.wait_for(partial(healthy, endpoint), args.start_timeout)
+                found.setdefault("ready_s", []).append(time.perf_counter() - server.started)
+            client = OpenAIClient(endpoints[0]) if len(endpoints) == 1 else DisaggregatedClient(*endpoints)
+            yield RunningService(client, "", servers, int(config["vocab_size"]), args.max_model_len)
+        finally:
+            await stop_all(servers)
 
-    for server, endpoint in servers:
 
-        def version(endpoint: Endpoint = endpoint) -> str | None:
-            return healthy(endpoint)
-
-        found["version"] = await server.wait_for(version, args.start_timeout)
-        found.setdefault("ready_s", []).append(time.perf_counter() - server.started)
-    endpoints = [endpoint for _, endpoint in servers]
-    client = OpenAIClient(endpoints[0]) if len(endpoints) == 1 else DisaggregatedClient(endpoints[0], endpoints[1])
-    vocab_size = int(found["vocab_size"])
-    found["first_token_s"] = await time_first_token(client, vocab_size, servers[0][0].started)
-    report(f"first token after {found['first_token_s']:.1f} s")
-    await measure_service(client, args, vocab_size, args.max_model_len, report, found)
-    found["log"] = [server.text().splitlines()[-40:] for server, _ in servers]
-    save()
+def add_vllm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that only vLLM's servers have."""
+    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
+    parser.add_argument(
+        "--kv-cache-gb", type=float, metavar="GB", help="of each server (10^9 bytes); default: what its share leaves"
+    )
+    parser.add_argument(
+        "--connector", default="NixlConnector", metavar="NAME",
+        help="of a pair: NixlConnector, whose decode server reads, or NixlPushConnector (default: %(default)s)",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser("vllm_handoff", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--vllm-path", type=Path, required=True, metavar="DIR", help="where vLLM is installed")
-    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
+    add_vllm_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/gpu_service_vllm_…")
     parser.add_argument("--log", type=Path, metavar="FILE", help="of the servers, with a number; default: not kept")
     add_arguments(parser)
@@ -148,21 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     def save() -> None:
         write_json(output, to_json("gpu_service", environment, config, found))
 
-    devices = args.devices.split(",")
-    roles = (None,) if len(devices) == 1 else ("kv_producer", "kv_consumer")
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        folder = args.model or save_shape(Path(scratch) / "llama-3.1-8b")
-        found["vocab_size"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        servers = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model_folder(args.model, Path(scratch))
+        log = args.log or Path(scratch) / "server.log"
+
+        async def run() -> None:
+            async with running_service(args, folder, log, found) as service:
+                await measure(service, args, found, save)
+
         try:
-            for number, (device, role) in enumerate(zip(devices, roles, strict=True)):
-                endpoint = Endpoint(_HOST, free_port(), "model")
-                log = (args.log or Path(scratch) / "server.log").with_suffix(f".{number}.log")
-                environ = environ_of(args, device, args.kernel_cache)
-                words = command(args, folder, endpoint.port, role)
-                server = stack.enter_context(server_process(words, environ, log, Path(scratch)))
-                servers.append((server, endpoint))
-            asyncio.run(measure(servers, args, found, save))
+            asyncio.run(run())
         except BatonError as error:
             print(f"vllm_handoff: {error}", file=sys.stderr)
             return 1

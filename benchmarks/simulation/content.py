@@ -6,16 +6,19 @@ of one, at the beginning of its token ids, and the hashes of its blocks are made
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from cluster.routing.prefix_index import PromptPrefix
+from workers.block_hashes import PromptHashes
+from workers.token_ids import TokenIds, as_token_ids
 
 _OWN = 1 << 120
 _HEAD = 3
 
 
-def prompt_of(num_tokens: int, family: int = 0, shared_tokens: int = 0, number: int = 0) -> tuple[int, ...]:
+def prompt_of(num_tokens: int, family: int = 0, shared_tokens: int = 0, number: int = 0) -> TokenIds:
     """Token ids of a prompt. Without a family, or too short to say so, it is like no other and kept by nobody.
 
     Args:
@@ -26,14 +29,14 @@ def prompt_of(num_tokens: int, family: int = 0, shared_tokens: int = 0, number: 
     """
     if not family or num_tokens < _HEAD:
         return _blank(num_tokens)
-    return (family, shared_tokens, number, *_blank(num_tokens - _HEAD))
+    return np.concatenate((as_token_ids((family, shared_tokens, number)), _blank(num_tokens - _HEAD)))
 
 
-def content_hashes(token_ids: Sequence[int], block_size: int) -> tuple[bytes, ...]:
+def content_hashes(token_ids: TokenIds, block_size: int) -> tuple[bytes, ...]:
     """One for each full block; none for a prompt without a family."""
     if len(token_ids) < _HEAD or not token_ids[0]:
         return ()
-    family, shared_tokens, number = token_ids[:_HEAD]
+    family, shared_tokens, number = token_ids[:_HEAD].tolist()
     blocks = len(token_ids) // block_size
     common = min(shared_tokens // block_size, blocks)
     names = [family << 32 | i for i in range(common)] + [_OWN | number << 32 | i for i in range(common, blocks)]
@@ -43,13 +46,13 @@ def content_hashes(token_ids: Sequence[int], block_size: int) -> tuple[bytes, ..
 class ContentPrefix(PromptPrefix):
     """As the router's index looks for such a prompt."""
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
-        super().__init__(())
-        self._token_ids = token_ids
-
-    def followed_by(self, output: Sequence[int]) -> ContentPrefix:
+    def followed_by(self, output: TokenIds) -> ContentPrefix:
         """See `PromptPrefix.followed_by`."""
-        return ContentPrefix((*self._token_ids, *output))
+        return ContentPrefix(np.concatenate((self._token_ids, output)))
+
+    def carried(self, block_size: int) -> PromptHashes | None:
+        """None: a simulated worker makes them of the token ids."""
+        return None
 
     def hashes(self, block_size: int) -> tuple[bytes, ...]:
         """See `PromptPrefix.hashes`."""
@@ -60,5 +63,5 @@ class ContentPrefix(PromptPrefix):
 
 
 @lru_cache(maxsize=4096)
-def _blank(num_tokens: int) -> tuple[int, ...]:
-    return (0,) * num_tokens
+def _blank(num_tokens: int) -> TokenIds:
+    return as_token_ids(np.zeros(num_tokens, dtype=np.int32))

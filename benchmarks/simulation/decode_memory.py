@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from workers.kv_cache.block_pool import blocks_for
-from workers.messages import DecodeRequest
+from workers.messages import WorkerRequest
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class Sequence:
         cached_tokens: of its prompt, that were here when it came.
     """
 
-    request: DecodeRequest
+    request: WorkerRequest
     num_tokens: int
     remaining: int
     handed_over: bool = False
@@ -61,21 +61,21 @@ class DecodeMemory:
         """Every sequence."""
         return [*self._inside.values(), *self._waiting.values(), *self._preempted.values()]
 
-    def find(self, request_id: str) -> Sequence | None:
+    def find(self, attempt_id: str) -> Sequence | None:
         """A sequence by its name; None if it is over."""
-        return self._inside.get(request_id) or self._waiting.get(request_id) or self._preempted.get(request_id)
+        return self._inside.get(attempt_id) or self._waiting.get(attempt_id) or self._preempted.get(attempt_id)
 
     def enter(self, sequence: Sequence) -> None:
         """A request is here; its prompt's blocks are reserved when they are free, in the order of coming."""
-        self._waiting[sequence.request.request_id] = sequence
+        self._waiting[sequence.request.attempt_id] = sequence
         self._let_in()
 
-    def leave(self, request_id: str) -> None:
+    def leave(self, attempt_id: str) -> None:
         """A sequence is over, or unknown."""
-        if (sequence := self.find(request_id)) is None:
+        if (sequence := self.find(attempt_id)) is None:
             return
         for place in (self._inside, self._waiting, self._preempted):
-            place.pop(request_id, None)
+            place.pop(attempt_id, None)
         self.num_free += sequence.blocks
         self._let_in()
 
@@ -108,7 +108,7 @@ class DecodeMemory:
         self.num_preempted += 1
         blocks, sequence.blocks = sequence.blocks, 0
         self.num_free += blocks
-        name = sequence.request.request_id
+        name = sequence.request.attempt_id
         del self._inside[name]
         self._preempted[name] = sequence
         return blocks

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
+from kv_transfer.region import Region
 from kv_transfer.transports.base import EngineInfo
 from workers.runner.step_times import StepTimes
 from workers.worker_host import WorkerInfo
@@ -16,7 +17,7 @@ class Hardware:
     """What a simulated worker is made of.
 
     Attributes:
-        capability: how long things take.
+        step_times: how long things take.
         num_blocks: of its KV cache.
         block_size: tokens in a block.
         max_num_seqs: sequences at once.
@@ -31,7 +32,7 @@ class Hardware:
         steps_at_once: decode steps that are reckoned together.
     """
 
-    capability: StepTimes
+    step_times: StepTimes
     num_blocks: int = 8192
     block_size: int = 64
     max_num_seqs: int = 256
@@ -52,11 +53,11 @@ class Hardware:
 
     def prompt_s(self, num_tokens: int, cached_tokens: int) -> float:
         """A prompt of which so much is cached; as the router reckons it, see `WorkerTable.missing_seconds`."""
-        whole = self.capability.prefill_seconds(num_tokens)
+        whole = self.step_times.prefill_seconds(num_tokens)
         if not cached_tokens:
             return whole
-        rest = self.capability.prefill_seconds(num_tokens - cached_tokens)
-        return max(whole - self.capability.prefill_seconds(cached_tokens), rest)
+        rest = self.step_times.prefill_seconds(num_tokens - cached_tokens)
+        return max(whole - self.step_times.prefill_seconds(cached_tokens), rest)
 
     def bytes_per_s(self, peer: Hardware) -> float:
         """How fast KV cache moves between the two."""
@@ -70,17 +71,18 @@ class Hardware:
 
     def described(self, name: str, role: str, engine_id: str) -> WorkerInfo:
         """What a worker made of it says of itself."""
-        layout = KVLayout("mha", self.num_layers, self.block_size, 8, 128, "bfloat16")
+        layout = KVLayout((GroupLayout("full", tuple(range(self.num_layers)), self.block_size, 8, 128, "bfloat16"),))
+        region = Region(0, self.num_layers, self.num_blocks, layout.primary.block_bytes)
         return WorkerInfo(
             name=name,
             role=role,
-            engines=(EngineInfo(engine_id, 0, layout, self.num_blocks, 0, "cuda", 0, b""),),
+            engines=(EngineInfo(engine_id, 0, layout, (region,), "cuda", 0, b""),),
             device="simulated",
             attention_backend="NONE",
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             num_blocks=self.num_blocks,
-            capability=self.capability,
+            step_times=self.step_times,
             pid=0,
             max_num_batched_tokens=self.chunk_tokens,
         )

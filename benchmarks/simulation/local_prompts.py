@@ -25,14 +25,14 @@ class LocalPrompts:
 
     def add(self, sequence: Sequence) -> None:
         """A prompt has come, of which `sequence.cached_tokens` are here."""
-        name, tokens = sequence.request.request_id, len(sequence.request.prompt_token_ids)
+        name, tokens = sequence.request.attempt_id, len(sequence.request.prompt_token_ids)
         self._prompts[name] = sequence
         self._left[name] = tokens - sequence.cached_tokens, self._hardware.prompt_s(tokens, sequence.cached_tokens)
 
-    def remove(self, request_id: str) -> None:
+    def remove(self, attempt_id: str) -> None:
         """Nobody wants it any more, or it is unknown."""
-        self._prompts.pop(request_id, None)
-        self._left.pop(request_id, None)
+        self._prompts.pop(attempt_id, None)
+        self._left.pop(attempt_id, None)
 
     def compute(self, has_blocks: Callable[[Sequence], bool]) -> tuple[float, list[Sequence]]:
         """The next chunk: how long it takes, and the sequences whose prompts end with it.

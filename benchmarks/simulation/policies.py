@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.routing.filters import fits, has_room, is_hopeless, takes_more
-from cluster.routing.router import Choose, NoPlacement, Pairs, Placement, RoutingRequest, place
+from cluster.routing.router import Choose, Links, NoPlacement, Placement, RoutingRequest, place
 from cluster.routing.worker_table import WorkerTable
 
 
@@ -18,10 +18,10 @@ def round_robin() -> Choose:
     turns = itertools.count()
 
     def choose(
-        demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs
+        request: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, links: Links
     ) -> Placement | NoPlacement:
         turn = next(turns)
-        return _pair(demand, prefill, decode, pairs, lambda table, able: int(able[turn % len(able)]))
+        return _pair(request, prefill, decode, links, lambda table, able: int(able[turn % len(able)]))
 
     return choose
 
@@ -30,10 +30,10 @@ def least_loaded() -> Choose:
     """Whoever has the fewest requests, of those that can take it."""
 
     def choose(
-        demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs
+        request: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, links: Links
     ) -> Placement | NoPlacement:
         return _pair(
-            demand, prefill, decode, pairs, lambda table, able: int(able[table.column("running")[able].argmin()])
+            request, prefill, decode, links, lambda table, able: int(able[table.column("running")[able].argmin()])
         )
 
     return choose
@@ -48,14 +48,14 @@ POLICIES: dict[str, Callable[[], Choose]] = {
 
 
 def _pair(
-    demand: RoutingRequest,
+    request: RoutingRequest,
     prefill: WorkerTable,
     decode: WorkerTable,
-    pairs: Pairs,
+    links: Links,
     pick: Callable[[WorkerTable, npt.NDArray[np.intp]], int],
 ) -> Placement | NoPlacement:
-    ps = np.flatnonzero(fits(prefill, demand) & takes_more(prefill, demand))
-    ds = np.flatnonzero(fits(decode, demand) & has_room(decode, demand))
+    ps = np.flatnonzero(fits(prefill, request) & takes_more(prefill, request))
+    ds = np.flatnonzero(fits(decode, request) & has_room(decode, request))
     if not len(ps) or not len(ds):
-        return NoPlacement(is_hopeless(demand, prefill, decode, pairs))
+        return NoPlacement(is_hopeless(request, prefill, decode, links))
     return Placement(prefill.engine_ids[pick(prefill, ps)], decode.engine_ids[pick(decode, ds)], 0.0, 0.0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 from benchmarks.simulation.content import content_hashes
 from workers.messages import CacheUpdate
+from workers.token_ids import TokenIds
 
 
 class PrefixStore:
@@ -24,7 +24,7 @@ class PrefixStore:
         self._stored: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
 
-    def find(self, token_ids: Sequence[int]) -> int:
+    def find(self, token_ids: TokenIds) -> int:
         """How many of a prompt's first tokens are here, without the last; they are used now, the beginning last."""
         hashes = content_hashes(token_ids, self._block_size)[: (len(token_ids) - 1) // self._block_size]
         depth = next((i for i, content in enumerate(hashes) if content not in self._kept), len(hashes))
@@ -32,7 +32,7 @@ class PrefixStore:
             self._kept.move_to_end(content)
         return depth * self._block_size
 
-    def keep(self, token_ids: Sequence[int]) -> None:
+    def keep(self, token_ids: TokenIds) -> None:
         """A prompt's blocks are here."""
         for content in reversed(content_hashes(token_ids, self._block_size)):
             if content not in self._kept:

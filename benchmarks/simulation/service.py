@@ -144,7 +144,13 @@ class _Run:
         sampling = SamplingParams(max_tokens=limit, seed=arrival.output_tokens)
         prompt = prompt_of(arrival.prompt_tokens, arrival.family, arrival.shared_tokens, number)
         prefix = ContentPrefix(prompt) if arrival.family else None
-        request = EngineRequest(str(number), prompt, sampling, self._plan.timeout_s, prefix=prefix)
+        request = EngineRequest(
+            request_id=str(number),
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            timeout_s=self._plan.timeout_s,
+            prefix=prefix,
+        )
         due, first, tokens = now(), 0.0, 0
         try:
             async for chunk in engine.generate(request):

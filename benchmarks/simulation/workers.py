@@ -27,15 +27,15 @@ from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import EngineInfo
 from workers.errors import HandoffError
 from workers.messages import (
-    DecodeRequest,
+    FinishReason,
     HandoffReport,
     Load,
     PrefillReport,
-    PrefillRequest,
     RequestFailed,
     StepOutput,
     TokenOutput,
     WorkerEvent,
+    WorkerRequest,
 )
 from workers.worker_host import WorkerInfo
 
@@ -63,7 +63,7 @@ class SimulatedWorker:
         self.hardware = hardware
         self._fabric = fabric
         self._out: asyncio.Queue[StepOutput | None] = asyncio.Queue()
-        self._prompts: deque[PrefillRequest] = deque()
+        self._prompts: deque[WorkerRequest] = deque()
         self._memory = DecodeMemory(hardware.num_blocks, hardware.block_size)
         self._local = LocalPrompts(hardware)
         self._store = PrefixStore(hardware.num_blocks, hardware.block_size)
@@ -93,38 +93,38 @@ class SimulatedWorker:
             return None
         return LinkCost(0.0, 0.0, self.hardware.bytes_per_s(peer.hardware))
 
-    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHandle.submit`."""
         if not self._alive:
             return
-        if isinstance(request, PrefillRequest):
+        if self.role == "prefill":
             self._prompts.append(request)
         else:
             tokens = len(request.prompt_token_ids) + 1
             left = answer_tokens(request.sampling) - request.num_output_tokens - 1
             remaining = min(left, self.hardware.max_model_len - tokens)
             sequence = Decoding(request, tokens, remaining, cached_tokens=self._store.find(request.prompt_token_ids))
-            if request.prefill_engine is None:
+            if request.peer_engine is None:
                 self._local.add(sequence)
             self._memory.enter(sequence)
         self._news.set()
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, attempt_id: str) -> None:
         """See `WorkerHandle.abort`."""
         if self.role == "prefill":
-            self._prompts = deque(prompt for prompt in self._prompts if prompt.request_id != request_id)
+            self._prompts = deque(prompt for prompt in self._prompts if prompt.attempt_id != attempt_id)
         else:
-            self._local.remove(request_id)
-            self._memory.leave(request_id)
+            self._local.remove(attempt_id)
+            self._memory.leave(attempt_id)
             self._news.set()
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """See `WorkerHandle.disconnect`."""
         for sequence in self._memory.all():
-            if sequence.request.prefill_engine == engine_id and not sequence.handed_over:
-                self._memory.leave(sequence.request.request_id)
+            if sequence.request.peer_engine == engine_id and not sequence.handed_over:
+                self._memory.leave(sequence.request.attempt_id)
                 self._news.set()
-                self._say(RequestFailed(sequence.request.request_id, HandoffError(f"{engine_id} is gone")))
+                self._say(_failed(sequence.request, HandoffError(f"{engine_id} is gone")))
 
     async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """See `WorkerHandle.outputs`."""
@@ -151,18 +151,18 @@ class SimulatedWorker:
         """Whether it runs."""
         return self._alive
 
-    def receive(self, request_id: str) -> None:
+    def receive(self, attempt_id: str) -> None:
         """A sequence's KV cache is whole."""
-        if sequence := self._memory.find(request_id):
+        if sequence := self._memory.find(attempt_id):
             sequence.handed_over = True
             self._store.keep(sequence.request.prompt_token_ids)
             if sequence.remaining < 1:  # its first token was the last
-                self._memory.leave(request_id)
+                self._memory.leave(attempt_id)
             self._news.set()
 
-    def lacks(self, request: PrefillRequest) -> int:
+    def lacks(self, request: WorkerRequest) -> int:
         """Tokens of a prompt that are to be moved here."""
-        sequence = self._memory.find(request.request_id)
+        sequence = self._memory.find(request.attempt_id)
         return len(request.prompt_token_ids) - (sequence.cached_tokens if sequence else 0)
 
     @property
@@ -183,25 +183,25 @@ class SimulatedWorker:
                 continue  # aborted meanwhile
             self._prompts.popleft()
             self._store.keep(request.prompt_token_ids)
-            ends = request.decode_engine is None or request.num_output_tokens + 1 >= answer_tokens(request.sampling)
+            ends = request.peer_engine is None or request.num_output_tokens + 1 >= answer_tokens(request.sampling)
             last = finish_reason(request.sampling) if ends else None
             compute_s = clock() - started
             self._say(
-                PrefillReport(request.request_id, 0.0, compute_s, 1, cached),
-                TokenOutput(request.request_id, 0, finish_reason=last),
+                PrefillReport(request.request_id, 0.0, compute_s, 1, cached, attempt_id=request.attempt_id),
+                _token(request, last),
             )
-            if request.decode_engine is not None:
+            if request.peer_engine is not None:
                 self._spawn(self._hand_over(request, compute_s))
 
-    async def _hand_over(self, request: PrefillRequest, compute_s: float) -> None:
+    async def _hand_over(self, request: WorkerRequest, compute_s: float) -> None:
         exposed_s, num_bytes = 0.0, 0
-        if peer := self._fabric.get(request.decode_engine or ""):
+        if peer := self._fabric.get(request.peer_engine or ""):
             lacks = peer.lacks(request)
             exposed_s = self.hardware.exposed_s(peer.hardware, lacks, compute_s)
             num_bytes = lacks * self.hardware.kv_bytes_per_token
             await asyncio.sleep(exposed_s)
-            peer.receive(request.request_id)
-        self._say(HandoffReport(request.request_id, num_bytes, 1, exposed_s, exposed_s))
+            peer.receive(request.attempt_id)
+        self._say(HandoffReport(request.request_id, num_bytes, 1, exposed_s, exposed_s, attempt_id=request.attempt_id))
 
     async def _decode(self) -> None:
         hardware = self.hardware
@@ -214,7 +214,7 @@ class SimulatedWorker:
                 await self._news.wait()
                 continue
             tokens = sum(sequence.num_tokens for sequence in batch)
-            step_s = hardware.capability.decode_seconds(len(batch), tokens) if batch else 0.0
+            step_s = hardware.step_times.decode_seconds(len(batch), tokens) if batch else 0.0
             await asyncio.sleep(moved * block_s + chunk_s + steps * step_s)
             events = [event for sequence in batch for event in self._advance(sequence, steps)]
             self._say(*events, *(event for sequence in ended for event in self._begin(sequence)))
@@ -222,29 +222,29 @@ class SimulatedWorker:
     def _begin(self, sequence: Decoding) -> list[WorkerEvent]:
         """A prompt that was computed here has its first token."""
         request = sequence.request
-        if self._memory.find(request.request_id) is not sequence:
+        if self._memory.find(request.attempt_id) is not sequence:
             return []  # aborted meanwhile
         sequence.handed_over = True
         self._store.keep(request.prompt_token_ids)
         last = finish_reason(request.sampling) if sequence.remaining < 1 else None
         if last is not None:
-            self._memory.leave(request.request_id)
+            self._memory.leave(request.attempt_id)
         return [
-            PrefillReport(request.request_id, 0.0, 0.0, 1, sequence.cached_tokens),
-            TokenOutput(request.request_id, 0, finish_reason=last),
+            PrefillReport(request.request_id, 0.0, 0.0, 1, sequence.cached_tokens, attempt_id=request.attempt_id),
+            _token(request, last),
         ]
 
     def _advance(self, sequence: Decoding, steps: int) -> list[TokenOutput]:
-        name = sequence.request.request_id
-        if self._memory.find(name) is not sequence:
+        request = sequence.request
+        if self._memory.find(request.attempt_id) is not sequence:
             return []  # aborted meanwhile
         sequence.remaining -= steps
         sequence.num_tokens += steps
         over = sequence.remaining == 0
         if over:
-            self._memory.leave(name)
-        last = TokenOutput(name, 0, finish_reason=finish_reason(sequence.request.sampling) if over else None)
-        return [TokenOutput(name, 0)] * (steps - 1) + [last]
+            self._memory.leave(request.attempt_id)
+        last = _token(request, finish_reason(request.sampling) if over else None)
+        return [_token(request)] * (steps - 1) + [last]
 
     def _say(self, *events: WorkerEvent) -> None:
         load = Load(
@@ -256,3 +256,11 @@ class SimulatedWorker:
         task = asyncio.ensure_future(coroutine)  # type: ignore[call-overload]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _token(request: WorkerRequest, reason: FinishReason | None = None) -> TokenOutput:
+    return TokenOutput(request.request_id, 0, finish_reason=reason, attempt_id=request.attempt_id)
+
+
+def _failed(request: WorkerRequest, error: Exception) -> RequestFailed:
+    return RequestFailed(request.request_id, error, attempt_id=request.attempt_id)

@@ -7,15 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 
 from cluster.api import Explanation, ModelInfo, PoolTarget, WorkerStatus
-from cluster.client.messages import GenerateChunk, Messages, chunk, generate_request, scale_request, tokenize_request
-from cluster.errors import RETRY_AFTER_KEY
+from cluster.client.messages import (
+    GenerateChunk,
+    Messages,
+    Options,
+    chunk,
+    generate_request,
+    scale_request,
+    tokenize_request,
+)
 from cluster.wire import convert
 from cluster.wire.auth import bearer
+from cluster.wire.retry_after import RETRY_AFTER_KEY
 from protos import baton_pb2, baton_pb2_grpc
 from workers.errors import BatonError, ConfigError
 from workers.sampling_params import SamplingParams
@@ -89,22 +97,19 @@ class BatonClient:
         token_ids: Sequence[int] | None = None,
         chat: Messages | None = None,
         sampling: SamplingParams | None = None,
-        model: str = "",
-        request_id: str = "",
-        priority: int = 0,
-        user: str = "",
         timeout_s: float | None = None,
+        **options: Unpack[Options],
     ) -> Iterator[GenerateChunk]:
         """Generate from exactly one of `prompt`, `token_ids` and `chat`, part by part.
 
-        Closing the iterator cancels the request. `timeout_s` is the deadline of all of it. Where requests wait for
-        room, those of a lower `priority` go first, and users of one priority take turns.
+        Closing the iterator cancels the request. `timeout_s` is the deadline of all of it. What else can be asked for
+        is in `Options`.
 
         Raises:
             InvalidRequestError: the request cannot be put on the wire.
             BatonClientError: the call failed.
         """
-        request = generate_request(prompt, token_ids, chat, sampling, model, request_id, priority, user)
+        request = generate_request(prompt, token_ids, chat, sampling, **options)
         with _errors(self._connection):
             call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
             try:
@@ -120,14 +125,11 @@ class BatonClient:
         token_ids: Sequence[int] | None = None,
         chat: Messages | None = None,
         sampling: SamplingParams | None = None,
-        model: str = "",
-        request_id: str = "",
-        priority: int = 0,
-        user: str = "",
         timeout_s: float | None = None,
+        **options: Unpack[Options],
     ) -> GenerateChunk:
         """Generate and return the answer whole. Arguments and errors as in `generate`."""
-        request = generate_request(prompt, token_ids, chat, sampling, model, request_id, priority, user)
+        request = generate_request(prompt, token_ids, chat, sampling, **options)
         with _errors(self._connection):
             return chunk(self._stub.GenerateOnce(request, timeout=timeout_s, metadata=self._metadata))
 
@@ -161,7 +163,7 @@ class BatonClient:
         timeout_s: float | None = None,
     ) -> Explanation:
         """Where the request would go if it came now; nothing is generated. Arguments and errors as in `generate`."""
-        request = generate_request(prompt, token_ids, chat, sampling, model, "")
+        request = generate_request(prompt, token_ids, chat, sampling, model=model)
         with _errors(self._connection):
             response = self._stub.Explain(request, timeout=timeout_s, metadata=self._metadata)
         return convert.explanation_from_proto(response)
@@ -226,14 +228,11 @@ class AsyncBatonClient:
         token_ids: Sequence[int] | None = None,
         chat: Messages | None = None,
         sampling: SamplingParams | None = None,
-        model: str = "",
-        request_id: str = "",
-        priority: int = 0,
-        user: str = "",
         timeout_s: float | None = None,
+        **options: Unpack[Options],
     ) -> AsyncIterator[GenerateChunk]:
         """Generate part by part. Arguments, cancelling and errors as in `BatonClient.generate`."""
-        request = generate_request(prompt, token_ids, chat, sampling, model, request_id, priority, user)
+        request = generate_request(prompt, token_ids, chat, sampling, **options)
         with _errors(self._connection):
             call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 from cluster.api import RequestReport, Usage
 from cluster.wire import convert
@@ -14,6 +15,22 @@ from workers.sampling_params import SamplingParams
 
 Messages = Sequence[tuple[str, str]]
 """Chat messages as (role, content)."""
+
+
+class Options(TypedDict, total=False):
+    """What a client may say of a request beside its prompt and sampling, by the wire's names.
+
+    Attributes:
+        model: that it expects; another one than is served is refused.
+        request_id: its name for the request, for logs; the server makes one up.
+        priority: where requests wait for room, lower ones go first; 0 is the default.
+        user: whose request it is: users of one priority take turns.
+    """
+
+    model: str
+    request_id: str
+    priority: int
+    user: str
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,7 @@ def generate_request(
     token_ids: Sequence[int] | None,
     chat: Messages | None,
     sampling: SamplingParams | None,
-    model: str,
-    request_id: str,
-    priority: int = 0,
-    user: str = "",
+    **options: Unpack[Options],
 ) -> baton_pb2.GenerateRequest:
     """The message for `BatonClient.generate`'s arguments.
 
@@ -65,14 +79,11 @@ def generate_request(
         raise InvalidRequestError("give exactly one of prompt, token_ids and chat")
     try:
         return baton_pb2.GenerateRequest(
-            request_id=request_id,
-            model=model,
             text=prompt,
             token_ids=None if token_ids is None else baton_pb2.TokenIds(ids=token_ids),
             chat=None if chat is None else _chat(chat),
             sampling=None if sampling is None else convert.sampling_to_proto(sampling),
-            priority=priority,
-            user=user,
+            **options,
         )
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"the request cannot be sent: {error}") from error

@@ -98,7 +98,11 @@ class AdmissionQueue(Generic[T]):
         return self._num_waiting
 
     async def admit(
-        self, attempt: Callable[[], T | None], ticket: Ticket = _ANYBODY, patience_s: float = math.inf
+        self,
+        attempt: Callable[[], T | None],
+        ticket: Ticket = _ANYBODY,
+        patience_s: float = math.inf,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> T:
         """Wait until `attempt` succeeds.
 
@@ -107,6 +111,7 @@ class AdmissionQueue(Generic[T]):
                 wait. Called after each change of circumstances, for whoever is at the head of the queue.
             ticket: the place in the queue.
             patience_s: seconds that are left until waiting is in vain.
+            on_wait: called when there is no room at once, and waiting begins.
 
         Raises:
             QueueFullError: there is no room, and every place in the queue is taken or the wait would be too long.
@@ -117,6 +122,7 @@ class AdmissionQueue(Generic[T]):
         if not ticket.readmitted:
             self._make_place(ticket, patience_s)
         waiter = self._join(ticket)
+        on_wait()
         alarm = None if ticket.readmitted else self._set_alarm(waiter)
         try:
             while True:

@@ -30,18 +30,19 @@ class Attempt:
     it is held until that has come. Where the decode worker computes the prompt itself, all tokens are in one stream.
 
     Attributes:
-        attempt_id: the request's name on its workers.
+        attempt_id: its name on its workers.
         prefill: engine id; empty when the decode worker computes the prompt.
         decode: engine id; empty when there is nothing to decode.
         num_tokens: prompt and output tokens so far, for the books.
         arrived: when the request came, monotonic time.
         attempts: this one included.
         user: whose request it is.
+        request_id: the client's name for the request.
         dispatched: when its workers were sent the request.
         first_token_at: when the first token came; 0 before.
         last_token_at: when the last token came that is in order; 0 before the first.
         finished: the last token is here.
-        error: why the flight failed.
+        error: why the attempt failed.
     """
 
     attempt_id: str
@@ -51,6 +52,7 @@ class Attempt:
     arrived: float
     attempts: int
     user: str = ""
+    request_id: str = ""
     dispatched: float = field(default_factory=now)
     first_token_at: float = 0.0
     last_token_at: float = 0.0

@@ -1,44 +1,36 @@
-"""The engine: admits requests, sends each to a pair of workers, follows it to its end, starts again where it can."""
+"""The engine: two pools of workers, and the requests that are served by them."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cluster.api import EngineRequest, PoolTarget, WorkerStatus
 from cluster.autoscaling.policy import PoolSignals
 from cluster.autoscaling.signals import pool_signals
 from cluster.clock import now
-from cluster.errors import NoWorkersError, WorkerLeavesError, WorkerLostError
-from cluster.gateway.admission import AdmissionQueue, Ticket
+from cluster.gateway.admission import AdmissionQueue
 from cluster.gateway.attempt import Attempt
-from cluster.gateway.latency_windows import RecentMean, RecentQuantile
+from cluster.gateway.attempts import Attempts, routing_request_of
+from cluster.gateway.fairness import TokenCharges
+from cluster.gateway.latency_windows import LatencyWindows
+from cluster.gateway.observers import EngineObserver, Observers
 from cluster.gateway.request import RunningRequest
+from cluster.gateway.request_log import RequestLog
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits
 from cluster.pools.pools import WorkerPools
-from cluster.pools.router_view import incompatibilities_of, traits_of, ways_of
+from cluster.pools.router_view import incompatibilities_of, links_of, traits_of
 from cluster.pools.scaling import Obligations
 from cluster.routing.load_tracker import LoadTracker
-from cluster.routing.prefix_index import PromptPrefix
-from cluster.routing.router import CandidateReport, NoPlacement, RoutingRequest
+from cluster.routing.types import CandidateReport
 from cluster.worker_handle import LoadProgress
-from workers.errors import CapacityError
-from workers.messages import DecodeRequest, PrefillReport, PrefillRequest, StepOutput
+from workers.messages import StepOutput
 from workers.worker_host import WorkerInfo
 
-logger = logging.getLogger(__name__)
-
-REPORT_PATIENCE_S = 0.25
-"""How long the books wait for the report of a handoff whose request has ended."""
-_MIN_TIMEOUT_S = 0.001
-_LATENCY_WINDOW_S = 30.0
 WORKERS_SHARE_OF_WAIT = 0.25
 """Enough to keep a prefill worker busy; who waits at the gateway waits in the order of priority and turns."""
-_SHUTTING_DOWN = "the service is shutting down"
 
 
 class ServingEngine:
@@ -56,6 +48,7 @@ class ServingEngine:
         silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
         gpus: what bounds the groups besides their limits; None: nothing.
         disaggregation: where prompts may be computed, see `RoutingRequest`; books that are given have their own.
+        observers: told what happens, besides the engine's own.
     """
 
     def __init__(
@@ -71,30 +64,33 @@ class ServingEngine:
         silence_s: float | None = None,
         gpus: GpuBudget | None = None,
         disaggregation: str = "always",
+        observers: Sequence[EngineObserver] = (),
     ) -> None:
-        self._pools = WorkerPools(
-            prefill,
-            decode,
-            on_output=self._on_output,
-            on_change=self._on_change,
-            limits=limits,
-            obligations=Obligations(self._num_attempts, self._migrate, lambda: self._load_tracker.needed_roles),
-            progress=progress,
-            silence_s=silence_s,
-            gpus=gpus,
-        )
         self._queue: AdmissionQueue[Attempt] = AdmissionQueue(
             max_queue, clock=now, max_wait_s=max_queue_wait_s * (1.0 - WORKERS_SHARE_OF_WAIT)
         )
         self._load_tracker = load_tracker or LoadTracker(
             max_queued_s=max_queue_wait_s * WORKERS_SHARE_OF_WAIT, disaggregation=disaggregation, clock=now
         )
-        self._attempts: dict[str, Attempt] = {}
-        self._ttft_s = RecentQuantile(_LATENCY_WINDOW_S, now)
-        self._itl_s = RecentMean(_LATENCY_WINDOW_S, now)
-        self._local_ttft_s = RecentQuantile(_LATENCY_WINDOW_S, now)
-        self._prompts_s = {role: RecentMean(_LATENCY_WINDOW_S, now) for role in ("prefill", "decode")}
-        self._stopping = False
+        self._latencies = LatencyWindows(now)
+        self._observers = Observers([self._latencies, TokenCharges(self._queue.charge), RequestLog(), *observers])
+        self._pools = WorkerPools(
+            prefill,
+            decode,
+            on_output=self._on_output,
+            on_change=self._on_change,
+            on_state=lambda *change: self._observers.worker_state_changed(*change),
+            limits=limits,
+            obligations=Obligations(
+                lambda engine_id: self._attempts.count(engine_id),
+                lambda engine_id: self._attempts.migrate(engine_id),
+                lambda: self._load_tracker.needed_roles,
+            ),
+            progress=progress,
+            silence_s=silence_s,
+            gpus=gpus,
+        )
+        self._attempts = Attempts(self._pools, self._load_tracker, self._queue, self._observers)
 
     async def start(self) -> None:
         """Start all workers; see `WorkerPools.start`."""
@@ -102,12 +98,13 @@ class ServingEngine:
 
     async def stop(self) -> None:
         """End all requests, those that wait too, then all workers."""
-        self._stopping = True
-        self._queue.retry()
-        for attempt in list(self._attempts.values()):
-            attempt.fail(NoWorkersError(_SHUTTING_DOWN))
+        self._attempts.stop()
         await asyncio.sleep(0)
         await self._pools.stop()
+
+    def observe(self, observer: EngineObserver) -> None:
+        """Tell one more what happens, from now on."""
+        self._observers.add(observer)
 
     @property
     def max_model_len(self) -> int:
@@ -130,7 +127,7 @@ class ServingEngine:
         return len(self._queue)
 
     @property
-    def num_flights(self) -> int:
+    def num_attempts(self) -> int:
         """Attempts at requests that are under way."""
         return len(self._attempts)
 
@@ -144,7 +141,7 @@ class ServingEngine:
 
     def explain(self, request: EngineRequest) -> list[CandidateReport]:
         """See `Engine.explain`."""
-        return self._load_tracker.explain(_routing_request(request))
+        return self._load_tracker.explain(routing_request_of(request))
 
     def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
         """See `Engine.scale`."""
@@ -152,186 +149,34 @@ class ServingEngine:
 
     def signals(self) -> dict[str, PoolSignals]:
         """Each pool as it is now, by role, for who decides on its size."""
-        latencies = {"prefill": self._ttft_s.quantile(0.9), "decode": self._itl_s.mean()}
         return pool_signals(
             self._pools.replicas,
             self._pools.targets(),
-            latencies,
-            {role: work.rate() for role, work in self._prompts_s.items()},
+            self._latencies.latencies_s,
+            self._latencies.prompt_work,
             len(self._queue),
-            self._local_ttft_s.quantile(0.9),
+            self._latencies.local_ttft_s,
         )
 
     def generate(self, request: EngineRequest) -> RunningRequest:
         """See `Engine.generate`."""
-        return RunningRequest(self, request)
-
-    async def start_attempt(
-        self,
-        request: EngineRequest,
-        deadline: float,
-        arrived: float,
-        attempts: int,
-        output: tuple[int, ...] = (),
-        again: bool = False,
-    ) -> Attempt:
-        """Wait for room, choose a pair of workers and send them the request, with what it has generated so far.
-
-        One that is here `again` is not turned away.
-
-        Raises:
-            QueueFullError: too many requests are waiting.
-            CapacityError: no pair of workers could ever hold the request.
-            NoWorkersError: a pool has no worker, and none is likely to come back soon.
-        """
-        demand = _routing_request(request, output)
-        attempt = await self._queue.admit(
-            lambda: self._try_to_place(request, demand, arrived, attempts),
-            Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
-            patience_s=deadline - now(),
-        )
-        if attempt.error is None:
-            try:
-                self._dispatch(attempt, request, output, max(_MIN_TIMEOUT_S, deadline - now()))
-            except Exception as error:
-                attempt.fail(error)
-        return attempt
-
-    def land(self, attempt: Attempt) -> None:
-        """A flight is over: stop whatever is still under way of it."""
-        if self._attempts.pop(attempt.attempt_id, None) is None:
-            return
-        self._load_tracker.release(attempt.attempt_id)
-        if not attempt.finished:
-            self._abort(attempt)
-        self._queue.retry()
-
-    def _abort(self, attempt: Attempt) -> None:
-        for engine_id in (attempt.prefill, attempt.decode):
-            replica = self._pools.find(engine_id)
-            if replica is not None and replica.state != "lost":
-                replica.handle.abort(attempt.attempt_id)
-
-    def _num_attempts(self, engine_id: str) -> int:
-        return sum(attempt.needs(engine_id) for attempt in self._attempts.values())
-
-    def _migrate(self, engine_id: str) -> None:
-        """A worker leaves before these requests are done: stop them there, and they go on elsewhere."""
-        for attempt in [attempt for attempt in self._attempts.values() if attempt.needs(engine_id)]:
-            attempt.fail(WorkerLeavesError(f"{engine_id} left before the request was done"))
-            self._abort(attempt)
-
-    def _try_to_place(
-        self, request: EngineRequest, demand: RoutingRequest, arrived: float, attempts: int
-    ) -> Attempt | None:
-        """Book a pair of workers, or None if there is no room now."""
-        if self._stopping:
-            raise NoWorkersError(_SHUTTING_DOWN)
-        placement = self._load_tracker.place(demand)
-        if isinstance(placement, NoPlacement):
-            if placement.hopeless:
-                why = "; ".join(self._load_tracker.unsupported_reasons(demand))
-                raise CapacityError(f"no pair of workers can serve this request: {why}")
-            if not all(any(m.may_return for m in self._pools.pool(role)) for role in self._load_tracker.needed_roles):
-                raise NoWorkersError("no worker is ready: " + "; ".join(self._load_tracker.unsupported_reasons(demand)))
-            return None
-        attempt = Attempt(
-            secrets.token_hex(8),
-            placement.prefill or "",
-            placement.decode,
-            demand.prompt_tokens,
-            arrived,
-            attempts,
-            request.user,
-        )
-        if demand.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
-            attempt.serve_alone()
-        self._attempts[attempt.attempt_id] = attempt
-        self._load_tracker.reserve(
-            attempt.attempt_id,
-            attempt.prefill or None,
-            attempt.decode,
-            attempt.num_tokens,
-            demand.max_tokens,
-            placement.cached_tokens,
-        )
-        return attempt
-
-    def _dispatch(self, attempt: Attempt, request: EngineRequest, output: tuple[int, ...], timeout_s: float) -> None:
-        """Send the request to its workers at once."""
-        prefill, decode = self._pools.find(attempt.prefill), self._pools.find(attempt.decode)
-        if (attempt.prefill and prefill is None) or (attempt.decode and decode is None):
-            attempt.fail(WorkerLostError("a worker was lost before the request reached it"))
-            return
-        name, handoff_id, after = attempt.attempt_id, secrets.token_bytes(16), len(output)
-        prompt, sampling = request.prompt_token_ids + output, request.sampling
-        p_id, d_id = attempt.prefill or None, attempt.decode or None
-        attempt.dispatched = now()
-        # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.
-        if prefill is not None:
-            prefill.handle.submit(PrefillRequest(name, handoff_id, prompt, sampling, d_id, timeout_s, after))
-        if decode is not None:
-            decode.handle.submit(DecodeRequest(name, handoff_id, prompt, sampling, p_id, timeout_s, after))
+        self._observers.request_arrived(request)
+        return RunningRequest(self._attempts, request, self._observers)
 
     def _on_output(self, output: StepOutput) -> None:
         self._load_tracker.quarantine(output.engine_id, output.load.quarantined_blocks)
         if output.cache_update is not None:
             self._load_tracker.cache_update(output.engine_id, output.cache_update)
-        for event in output.events:
-            if attempt := self._attempts.get(event.request_id):
-                tokens_before, last_token_at = attempt.num_tokens, attempt.last_token_at
-                attempt.take(output.engine_id, event)
-                self._measure(attempt, last_token_at, attempt.num_tokens - tokens_before)
-                if isinstance(event, PrefillReport):
-                    self._prompts_s["prefill" if attempt.prefill else "decode"].add(event.prefill_s, 1)
-                self._queue.charge(attempt.user, attempt.num_tokens - tokens_before)
-                self._track_load(attempt)
-                if attempt.finished:
-                    self._finish(attempt)
+        self._attempts.take(output)
         self._queue.retry()
-
-    def _measure(self, attempt: Attempt, last_token_at: float, num_new: int) -> None:
-        """Note what these tokens were for whoever waited for them: for the pools, without the wait at the gateway."""
-        if not num_new:
-            return
-        if last_token_at:
-            self._itl_s.add(attempt.last_token_at - last_token_at, num_new)
-        else:
-            ttft_s = self._ttft_s if attempt.prefill else self._local_ttft_s
-            ttft_s.add(attempt.first_token_at - attempt.dispatched)
-
-    def _track_load(self, attempt: Attempt) -> None:
-        if attempt.finished:
-            self._load_tracker.finished(attempt.attempt_id, attempt.num_tokens)
-        elif attempt.first_token_at:
-            self._load_tracker.first_token(attempt.attempt_id)
-            self._load_tracker.grown(attempt.attempt_id, attempt.num_tokens)
-
-    def _finish(self, attempt: Attempt) -> None:
-        """The last token is here: land, but give the report of the handoff a moment to arrive before."""
-        if attempt.reported:
-            self.land(attempt)
-        else:
-            asyncio.get_running_loop().call_later(REPORT_PATIENCE_S, self.land, attempt)
 
     def _on_change(self, lost: str | None) -> None:
         self._load_tracker.update_pools(
             traits_of(self._pools.pool("prefill")),
             traits_of(self._pools.pool("decode")),
             incompatibilities_of(self._pools.replicas),
-            ways_of(self._pools.pool("prefill")),
+            links_of(self._pools.pool("prefill")),
         )
         if lost is not None:
-            for attempt in list(self._attempts.values()):
-                attempt.worker_lost(lost)
+            self._attempts.worker_lost(lost)
         self._queue.retry()
-
-
-def _routing_request(request: EngineRequest, output: tuple[int, ...] = ()) -> RoutingRequest:
-    """What it needs, or what is left of it after this output."""
-    prefix, max_tokens = request.prefix or PromptPrefix(request.prompt_token_ids), request.sampling.max_tokens or 1
-    return RoutingRequest(
-        len(request.prompt_token_ids) + len(output),
-        max_tokens - len(output),
-        prefix=prefix.followed_by(output) if output else prefix,
-    )

@@ -7,6 +7,11 @@ comes back starts no lower than where service is now.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from cluster.gateway.attempt import Attempt
+from cluster.gateway.observers import EngineObserver
+
 _OUTPUT_WEIGHT = 2
 _FORGET_ABOVE = 4096
 
@@ -32,3 +37,18 @@ class TokenCounters:
     def charge(self, user: str, output_tokens: int) -> None:
         """So many tokens were generated for a user."""
         self._counters[user] = self[user] + _OUTPUT_WEIGHT * output_tokens
+
+
+class TokenCharges(EngineObserver):
+    """Charges users for the tokens that were generated for them.
+
+    Args:
+        charge: takes a user and how many.
+    """
+
+    def __init__(self, charge: Callable[[str, int], None]) -> None:
+        self._charge = charge
+
+    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
+        """See `EngineObserver.tokens_received`."""
+        self._charge(attempt.user, num_tokens)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from cluster.gateway.attempt import Attempt
+from cluster.gateway.observers import EngineObserver
+from workers.messages import PrefillReport
+
 _MOST_SAMPLES = 4096
+_WINDOW_S = 30.0
 
 
 class RecentQuantile:
@@ -68,3 +73,46 @@ class RecentMean:
         oldest = int(self._clock() / self._bucket_s) - 10
         recent = [bucket for bucket in self._buckets if bucket[0] >= oldest]
         return sum(bucket[1] for bucket in recent), sum(bucket[2] for bucket in recent)
+
+
+class LatencyWindows(EngineObserver):
+    """What the autoscaler looks at: the latencies that each pool has lately given, without the wait at the gateway.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._ttft_s = RecentQuantile(_WINDOW_S, clock)
+        self._local_ttft_s = RecentQuantile(_WINDOW_S, clock)
+        self._itl_s = RecentMean(_WINDOW_S, clock)
+        self._prompts_s = {role: RecentMean(_WINDOW_S, clock) for role in ("prefill", "decode")}
+
+    def first_token(self, attempt: Attempt) -> None:
+        """See `EngineObserver.first_token`."""
+        ttft_s = self._ttft_s if attempt.prefill else self._local_ttft_s
+        ttft_s.add(attempt.first_token_at - attempt.dispatched)
+
+    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
+        """See `EngineObserver.tokens_received`."""
+        if seconds is not None:
+            self._itl_s.add(seconds, num_tokens)
+
+    def prefill_reported(self, attempt: Attempt, report: PrefillReport) -> None:
+        """See `EngineObserver.prefill_reported`."""
+        self._prompts_s["prefill" if attempt.prefill else "decode"].add(report.prefill_s, 1)
+
+    @property
+    def latencies_s(self) -> dict[str, float | None]:
+        """By pool: of prefill the 90th percentile to the first token, of decode the mean between tokens."""
+        return {"prefill": self._ttft_s.quantile(0.9), "decode": self._itl_s.mean()}
+
+    @property
+    def local_ttft_s(self) -> float | None:
+        """The 90th percentile to the first token of prompts that decode workers have computed."""
+        return self._local_ttft_s.quantile(0.9)
+
+    @property
+    def prompt_work(self) -> dict[str, float]:
+        """By pool: seconds of computing prompts in a second."""
+        return {role: work.rate() for role, work in self._prompts_s.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,9 +10,9 @@ from cluster.api import EngineRequest, RequestReport, TokenChunk
 from cluster.clock import now
 from cluster.errors import WorkerLeavesError, WorkerLostError
 from cluster.gateway.attempt import Attempt
+from cluster.gateway.observers import EngineObserver
 from workers.errors import DeadlineExceededError, HandoffError
-
-logger = logging.getLogger(__name__)
+from workers.token_ids import TokenIds, as_token_ids
 
 _MAX_ATTEMPTS = 3
 REPORT_PATIENCE_S = 0.25
@@ -21,7 +20,7 @@ REPORT_PATIENCE_S = 0.25
 
 
 class AttemptStarter(Protocol):
-    """Where flights begin and end."""
+    """Where attempts begin and end."""
 
     async def start_attempt(
         self,
@@ -29,13 +28,13 @@ class AttemptStarter(Protocol):
         deadline: float,
         arrived: float,
         attempts: int,
-        output: tuple[int, ...],
+        output: TokenIds,
         again: bool,
     ) -> Attempt:
         """Begin an attempt that goes on after so much output; `again`: it is not the first."""
         ...
 
-    def land(self, attempt: Attempt) -> None:
+    def end_attempt(self, attempt: Attempt) -> None:
         """End one."""
         ...
 
@@ -48,9 +47,10 @@ class RunningRequest:
     depends on seed and position alone, and penalties on the tokens, so that the client sees no seam.
     """
 
-    def __init__(self, engine: AttemptStarter, request: EngineRequest) -> None:
-        self._engine = engine
+    def __init__(self, attempts: AttemptStarter, request: EngineRequest, observers: EngineObserver) -> None:
+        self._starter = attempts
         self._request = request
+        self._observers = observers
         self._arrived = now()
         self._deadline = self._arrived + request.timeout_s
         self._attempt: Attempt | None = None
@@ -70,21 +70,35 @@ class RunningRequest:
             async with asyncio.timeout(self._deadline - now()):
                 chunk = await self._next_chunk()
         except TimeoutError:
-            await self.aclose()
-            raise DeadlineExceededError(f"the deadline of {self._request.timeout_s:.3g} s passed") from None
+            error = DeadlineExceededError(f"the deadline of {self._request.timeout_s:.3g} s passed")
+            self._fail(error)
+            raise error from None
+        except Exception as error:
+            self._fail(error)
+            raise
         except BaseException:
             await self.aclose()
             raise
         self._output += [token.token_id for token in chunk.tokens]
-        if self._attempt is not None and self._attempt.finished:
+        if self._attempt is not None and self._attempt.finished and not self._over:
             self._over = True
+            self._observers.request_finished(self._request, self._attempt)
         return chunk
 
     async def aclose(self) -> None:
         """Cancel what is under way."""
-        self._over = True
+        if not self._over:
+            self._over = True
+            self._observers.request_cancelled(self._request, self._attempt)
         if self._attempt is not None:
-            self._engine.land(self._attempt)
+            self._starter.end_attempt(self._attempt)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._over:
+            self._over = True
+            self._observers.request_failed(self._request, self._attempt, error)
+        if self._attempt is not None:
+            self._starter.end_attempt(self._attempt)
 
     async def report(self) -> RequestReport:
         """Where the request went and where its time went, as far as it is known.
@@ -108,20 +122,24 @@ class RunningRequest:
             try:
                 return await self._attempt.next_chunk()
             except WorkerLeavesError as error:
-                logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
+                self._observers.request_migrated(self._attempt, error)
                 self._attempts -= 1  # nothing has failed
             except (WorkerLostError, HandoffError) as error:
+                self._observers.attempt_failed(self._attempt, error)
                 if self._attempts >= _MAX_ATTEMPTS:
                     raise
-                logger.info("request %s goes on elsewhere: %s", self._request.request_id, error)
+                self._observers.request_migrated(self._attempt, error)
+            except Exception as error:
+                self._observers.attempt_failed(self._attempt, error)
+                raise
             if self._output and self._first_report is None:
                 self._first_report = self._attempt.report()
-            self._engine.land(self._attempt)
+            self._starter.end_attempt(self._attempt)
             self._attempt = None
 
     async def _start_attempt(self) -> Attempt:
         again, self._started = self._started, True
         self._attempts += 1
-        return await self._engine.start_attempt(
-            self._request, self._deadline, self._arrived, self._attempts, tuple(self._output), again
+        return await self._starter.start_attempt(
+            self._request, self._deadline, self._arrived, self._attempts, as_token_ids(self._output), again
         )

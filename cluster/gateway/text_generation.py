@@ -13,14 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import ChatMessage, Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
-from workers.messages import FinishReason, TokenOutput
+from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
+from workers.token_ids import TokenIds, as_token_ids
 from workers.validation import check_token_ids
 
 _TOKENIZER_THREADS = 2
@@ -35,21 +39,16 @@ class Conversation:
     messages: tuple[ChatMessage, ...]
 
 
-Prompt = str | tuple[int, ...] | Conversation
+Prompt = str | TokenIds | Conversation
 """A text, token ids, or a conversation for the checkpoint's chat template."""
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What a client asks for; see `EngineRequest`. An empty `model` accepts the served one."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerationRequest(RequestOptions):
+    """What a client asks for. An empty `model` accepts the served one."""
 
-    request_id: str
     prompt: Prompt
-    sampling: SamplingParams
-    timeout_s: float
     model: str = ""
-    priority: int = 0
-    user: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,16 +86,12 @@ class Generation:
             BatonError: what the engine raises.
         """
         arrival = time.monotonic()
-        prompt = await self.tokenize(request.prompt, request.model)
-        sampling = self._complete(request.sampling, len(prompt))
-        prefix = await self._hash(prompt)
+        engine_request = await self._engine_request(request)
         timeout_s = request.timeout_s - (time.monotonic() - arrival)
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
-        text = _TextAssembler(self._tokenizer, sampling)
-        engine_request = EngineRequest(
-            request.request_id, prompt, sampling, timeout_s, request.priority, request.user, prefix
-        )
+        engine_request = replace(engine_request, timeout_s=timeout_s)
+        text = _TextAssembler(self._tokenizer, engine_request.sampling)
         async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
                 yield text.push(chunk.tokens)
@@ -104,9 +99,9 @@ class Generation:
                     break  # There is more on its way that nobody wants: closing the stream stops it.
             report = await stream.report()
         if text.finish_reason is None:
-            raise RuntimeError(f"the engine ended request {request.request_id} without a finish reason")
+            raise RuntimeError(f"the engine ended request {engine_request.request_id} without a finish reason")
         rest = text.finish()
-        usage = Usage(prompt_tokens=len(prompt), completion_tokens=text.num_tokens)
+        usage = Usage(prompt_tokens=len(engine_request.prompt_token_ids), completion_tokens=text.num_tokens)
         yield TextChunk(rest, (), text.finish_reason, usage, report)
 
     async def explain(self, request: GenerationRequest) -> Explanation:
@@ -115,53 +110,68 @@ class Generation:
         Raises:
             InvalidRequestError: the request is wrong.
         """
-        prompt = await self.tokenize(request.prompt, request.model)
-        sampling = self._complete(request.sampling, len(prompt))
-        prefix = await self._hash(prompt)
-        pairs = self._engine.explain(
-            EngineRequest(request.request_id, prompt, sampling, request.timeout_s, prefix=prefix)
-        )
-        return Explanation(len(prompt), sampling.max_tokens or 1, tuple(pairs))
+        asked = await self._engine_request(request)
+        pairs = self._engine.explain(asked)
+        return Explanation(len(asked.prompt_token_ids), asked.sampling.max_tokens or 1, tuple(pairs))
 
-    async def tokenize(self, prompt: Prompt, model: str = "") -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt, model: str = "") -> TokenIds:
         """Check a prompt and turn it into token ids.
 
         Raises:
             InvalidRequestError: it is empty, too long, or has ids out of range; or `model` is not the served one.
         """
-        if model and model != self._model.name:
-            raise InvalidRequestError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
-        if isinstance(prompt, tuple):
-            check_token_ids(prompt, self._model.vocab_size)
-            self._check_length(len(prompt))
-            return prompt
-        loop = asyncio.get_running_loop()
-        token_ids = tuple(await loop.run_in_executor(self._executor, self._encode, prompt))
-        self._check_length(len(token_ids))
-        return token_ids
+        self._check_model(model)
+        if isinstance(prompt, np.ndarray):
+            return self._checked(prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, prompt)
 
-    async def _hash(self, prompt: tuple[int, ...]) -> PromptPrefix:
-        """The prompt as prefix caches are asked for it: a long one is hashed on the tokeniser's threads."""
-        prefix, block_sizes = PromptPrefix(prompt), self._engine.block_sizes
-        if len(prompt) <= _HASHED_AT_ONCE:
-            prefix.prepare(block_sizes)
+    async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
+        """The one request that goes from here to the workers, checked and whole; long work is done on other threads.
+
+        Raises:
+            InvalidRequestError: the request is wrong.
+        """
+        self._check_model(request.model)
+        if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
+            prompt, prefix = self._hashed(request.prompt, request.cache_salt)
         else:
-            await asyncio.get_running_loop().run_in_executor(self._executor, prefix.prepare, block_sizes)
-        return prefix
+            prompt, prefix = await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._hashed, request.prompt, request.cache_salt
+            )
+        options = shared_options(request)
+        options["request_id"] = clean_request_id(request.request_id)
+        options["sampling"] = self._complete(request.sampling, len(prompt))
+        return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
+
+    def _hashed(self, prompt: Prompt, cache_salt: bytes) -> tuple[TokenIds, PromptPrefix]:
+        """A prompt's token ids, and its blocks as prefix caches are asked for them."""
+        token_ids = self._checked(prompt) if isinstance(prompt, np.ndarray) else self._encode(prompt)
+        prefix = PromptPrefix(token_ids, cache_salt)
+        prefix.prepare(self._engine.block_sizes)
+        return token_ids, prefix
 
     def token_text(self, token_id: int) -> str:
         """A token's text by itself; special tokens have none."""
         return self._tokenizer.decode([token_id])
 
-    def _encode(self, prompt: str | Conversation) -> Sequence[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRequestError("the prompt is empty")
-            self._tokenizer.check_length(prompt, self._model.max_model_len)
-            return self._tokenizer.encode(prompt)
-        rendered = self._tokenizer.apply_chat_template(prompt.messages)
-        self._tokenizer.check_length(rendered, self._model.max_model_len)
-        return self._tokenizer.encode(rendered, add_special_tokens=False)
+    def _check_model(self, model: str) -> None:
+        if model and model != self._model.name:
+            raise InvalidRequestError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
+
+    def _checked(self, token_ids: TokenIds) -> TokenIds:
+        check_token_ids(token_ids, self._model.vocab_size)
+        self._check_length(len(token_ids))
+        return token_ids
+
+    def _encode(self, prompt: str | Conversation) -> TokenIds:
+        is_text = isinstance(prompt, str)
+        text = prompt if isinstance(prompt, str) else self._tokenizer.apply_chat_template(prompt.messages)
+        if is_text and not text:
+            raise InvalidRequestError("the prompt is empty")
+        self._tokenizer.check_length(text, self._model.max_model_len)
+        token_ids = as_token_ids(self._tokenizer.encode(text, add_special_tokens=is_text))
+        self._check_length(len(token_ids))
+        return token_ids
 
     def _check_length(self, num_tokens: int) -> None:
         limit = self._model.max_model_len
@@ -175,7 +185,7 @@ class Generation:
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
         """Keep `max_tokens` within the context window, and draw a seed if none was given."""
-        check_token_ids(sampling.stop_token_ids, self._model.vocab_size, "stop token")
+        check_token_ids(as_token_ids(sampling.stop_token_ids, "stop token"), self._model.vocab_size, "stop token")
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(

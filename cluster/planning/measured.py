@@ -28,38 +28,38 @@ def fleet_of(
     Raises:
         ConfigError: no worker has measured how long prompts take, or none how long decode steps take.
     """
-    measured = [worker.capability.prefill for worker in workers if worker.role == "prefill"]
-    may_prefill = [w for w in workers if w.capability.prefill and (w.role == "prefill" or not any(measured))]
-    may_decode = [w for w in workers if w.capability.decode and w.role == "decode"]
+    measured = [worker.step_times.prefill for worker in workers if worker.role == "prefill"]
+    may_prefill = [w for w in workers if w.step_times.prefill and (w.role == "prefill" or not any(measured))]
+    may_decode = [w for w in workers if w.step_times.decode and w.role == "decode"]
     if not may_prefill or not may_decode:
         missing = "prefill" if not may_prefill else "decode"
         raise ConfigError(f"none of {len(workers)} workers says how long {missing} takes it: has the service loaded?")
-    prefill = max(may_prefill, key=lambda worker: worker.capability.prefill_seconds(tokens))
-    decode = max(may_decode, key=lambda worker: step_seconds(worker.capability)(_middle(worker), 0.0))
+    prefill = max(may_prefill, key=lambda worker: worker.step_times.prefill_seconds(tokens))
+    decode = max(may_decode, key=lambda worker: step_seconds(worker.step_times)(_middle(worker), 0.0))
     return Fleet(
-        PrefillWorker(prefill.capability.prefill_seconds, max_num_batched_tokens, prefill.max_num_seqs),
+        PrefillWorker(prefill.step_times.prefill_seconds, max_num_batched_tokens, prefill.max_num_seqs),
         DecodeWorker(
-            step_seconds(decode.capability), max(1, decode.max_num_seqs), decode.load.total_blocks * decode.block_size
+            step_seconds(decode.step_times), max(1, decode.max_num_seqs), decode.load.total_blocks * decode.block_size
         ),
         overhead_s,
     )
 
 
-def step_seconds(capability: StepTimes) -> Callable[[float, float], float]:
+def step_seconds(step_times: StepTimes) -> Callable[[float, float], float]:
     """Time of a decode step by its sequences, as a real number, and the tokens in their caches.
 
     Past the largest batch that was measured it goes on along the line through the last two: more sequences share the
     reading of the weights, so that a step does not take in proportion longer.
     """
-    sizes = [size for size, _ in capability.decode]
+    sizes = [size for size, _ in step_times.decode]
 
     def seconds(batch: float, kv_tokens: float) -> float:
-        cache_s = capability.decode_seconds(sizes[-1], kv_tokens) - capability.decode_seconds(sizes[-1], 0.0)
+        cache_s = step_times.decode_seconds(sizes[-1], kv_tokens) - step_times.decode_seconds(sizes[-1], 0.0)
         if batch >= sizes[-1] and len(sizes) > 1:
             low, high = sizes[-2:]
         else:
             low, high = int(batch), int(batch) + 1
-        low_s, high_s = capability.decode_seconds(low, 0.0), capability.decode_seconds(high, 0.0)
+        low_s, high_s = step_times.decode_seconds(low, 0.0), step_times.decode_seconds(high, 0.0)
         return max(low_s, low_s + (high_s - low_s) * (batch - low) / (high - low)) + cache_s
 
     return seconds
@@ -82,7 +82,7 @@ def read_workers(path: Path) -> list[WorkerStatus]:
 
 def worker_of(entry: Mapping[str, Any]) -> WorkerStatus:
     """One worker, from what `dataclasses.asdict` has made of it; what it does not have is as in a new one."""
-    measured = entry["capability"]
+    measured = entry["step_times"]
     prefill, decode = (tuple((int(n), float(s)) for n, s in measured[name]) for name in ("prefill", "decode"))
     return WorkerStatus(
         engine_id=entry["engine_id"],
@@ -94,7 +94,7 @@ def worker_of(entry: Mapping[str, Any]) -> WorkerStatus:
         load=Load(**entry["load"]),
         group=entry.get("group", ""),
         max_num_seqs=int(entry["max_num_seqs"]),
-        capability=StepTimes(prefill, decode, float(measured.get("kv_token_s", 0.0))),
+        step_times=StepTimes(prefill, decode, float(measured.get("kv_token_s", 0.0))),
     )
 
 

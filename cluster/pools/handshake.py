@@ -10,11 +10,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from cluster.errors import WorkerLostError
 from cluster.pools.replica import Replica, Roster
 from cluster.pools.tasks import BackgroundTasks
-from cluster.routing.links import Way
 from kv_transfer.errors import KVTransferError, LayoutMismatchError
 from workers.errors import ConfigError
 
@@ -45,7 +45,7 @@ class Handshakes:
 
     async def handshake(self, replica: Replica) -> None:
         """Make a new worker and every serving one of the other pool known to each other."""
-        replica.unsupported_reasons, replica.unreachable_peers, replica.ways = {}, {}, {}
+        replica.unsupported_reasons, replica.unreachable_peers, replica.links = {}, {}, {}
         for peer in self._roster.peers(replica):
             if not peer.serves:  # it has left while others were met
                 continue
@@ -65,7 +65,7 @@ class Handshakes:
         for peer in self._roster:
             peer.unsupported_reasons.pop(gone, None)
             peer.unreachable_peers.pop(gone, None)
-            peer.ways.pop(gone, None)
+            peer.links.pop(gone, None)
         for peer in self._roster.pool("decode" if replica.handle.role == "prefill" else "prefill"):
             if peer.info is not None and peer.state != "lost":  # one that starts may be about to meet it, in vain
                 peer.handle.disconnect(gone, may_write_s)
@@ -111,7 +111,7 @@ async def _handshake(one: Replica, other: Replica) -> None:
     await other.handle.connect(one.info.engines)
     seconds = await one.handle.probe(other.engine_id)
     prefill, decode = (one, other) if one.handle.role == "prefill" else (other, one)
-    path = await prefill.handle.link_to(decode.engine_id)
-    if path is not None:
-        prefill.ways[decode.engine_id] = Way(path.write_s + seconds / 2, path.bytes_per_s)
+    link = await prefill.handle.link_to(decode.engine_id)
+    if link is not None:  # to the router its delay is posting a WRITE and half of the round trip
+        prefill.links[decode.engine_id] = replace(link, write_s=link.write_s + seconds / 2)
     logger.info("%s and %s: round trip %.1f ms", one.engine_id, other.engine_id, seconds * 1e3)

@@ -9,8 +9,9 @@ from cluster.api import PoolTarget, WorkerStatus
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits, groups_of_pools
 from cluster.pools.handshake import Handshakes
-from cluster.pools.replica import Replica, Roster
+from cluster.pools.replica import OnState, Replica, Roster
 from cluster.pools.scaling import Obligations, Scaling
+from cluster.pools.streams import OutputStreams
 from cluster.pools.supervisor import Supervisor
 from cluster.pools.tasks import BackgroundTasks
 from cluster.worker_handle import LoadProgress
@@ -26,6 +27,7 @@ class WorkerPools:
         decode: makes a decode worker for each place in the pool.
         on_output: takes every step's output.
         on_change: called when somebody came, drains, left or was lost; for a lost one with its engine id.
+        on_state: told of a member whose state has changed.
         limits: of the groups' sizes, by key; one that is not named has all its places held.
         obligations: what the requests under way need of the workers.
         progress: told how far loading is.
@@ -40,20 +42,23 @@ class WorkerPools:
         *,
         on_output: Callable[[StepOutput], None],
         on_change: Callable[[str | None], None],
+        on_state: OnState = lambda engine_id, role, state: None,
         limits: Mapping[str, PoolLimits] | None = None,
         obligations: Obligations | None = None,
         progress: LoadProgress = lambda name, progress: None,
         silence_s: float | None = None,
         gpus: GpuBudget | None = None,
     ) -> None:
-        self._roster = Roster()
+        self._roster = Roster(on_state)
         self._tasks = BackgroundTasks()
         self._handshakes = Handshakes(self._roster, self._tasks, lambda: on_change(None))
-        self._caretaker = Supervisor(self._roster, self._handshakes, on_output, on_change, progress, silence_s)
+        self._supervisor = Supervisor(
+            self._roster, self._handshakes, OutputStreams(on_output), on_change, progress, silence_s
+        )
         self._scaling = Scaling(
             groups_of_pools({"prefill": prefill, "decode": decode}, limits or {}),
             self._roster,
-            self._caretaker,
+            self._supervisor,
             self._handshakes,
             self._tasks,
             obligations or Obligations(),
@@ -97,7 +102,7 @@ class WorkerPools:
             BatonError: a worker could not start, or no pair of workers can work together.
         """
         replicas = self.replicas
-        starts = [asyncio.ensure_future(self._caretaker.start(replica)) for replica in replicas]
+        starts = [asyncio.ensure_future(self._supervisor.start(replica)) for replica in replicas]
         try:
             await asyncio.gather(*starts)
         except BaseException:
@@ -106,7 +111,7 @@ class WorkerPools:
             raise
         await self._handshakes.check_some_pair_works()
         for replica in replicas:
-            replica.life = self._tasks.spawn(self._caretaker.look_after(replica, started=True))
+            replica.life = self._tasks.spawn(self._supervisor.look_after(replica, started=True))
 
     async def stop(self) -> None:
         """Stop all workers."""

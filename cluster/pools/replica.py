@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 
 from cluster.api import WorkerStatus
 from cluster.config.group_key import group_key
-from cluster.routing.links import Way
 from cluster.worker_handle import WorkerHandle
+from kv_transfer.link_cost import LinkCost
 from workers.messages import Load
 from workers.runner.step_times import StepTimes
 from workers.worker_host import WorkerInfo
 
 _HOPELESS_AFTER_RESTARTS = 6
+
+OnState = Callable[[str, str, str], None]
+"""Takes a worker's engine id, its role and its new state."""
 
 Spawn = Callable[[], WorkerHandle]
 """Makes a new worker for a place in a pool."""
@@ -30,15 +33,14 @@ class Replica:
         group: name of the group that the place belongs to; empty in a pool that names none.
         info: what it said of itself; None until it has loaded.
         predecessor: what the last one that held this place said of itself; the next will be its like.
-        state: starting, ready, draining (it finishes what it has and gets nothing new) or lost.
         load: last reported.
-        num_heard: times that it has been heard of.
         unsupported_reasons: engine ids of the other pool whose KV cache is laid out differently, and how.
         unreachable_peers: engine ids of the other pool that it cannot reach at present, and why.
-        ways: of a prefill worker: what the way to each decode worker costs that it has met, by engine id.
+        links: of a prefill worker: what the link to each decode worker costs that it has met, by engine id.
         restarts: workers that this place has lost in a row.
         ready_since: monotonic time.
-        life: the task that looks after it: listens to its worker, and replaces it.
+        life: the task that looks after it: notices that its worker is lost, and replaces it.
+        on_state: told when its state changes.
     """
 
     spawn: Spawn
@@ -46,15 +48,26 @@ class Replica:
     group: str = ""
     info: WorkerInfo | None = None
     predecessor: WorkerInfo | None = None
-    state: str = "starting"
     load: Load = field(default_factory=lambda: Load(0, 0))
-    num_heard: int = 0
     unsupported_reasons: dict[str, str] = field(default_factory=dict)
     unreachable_peers: dict[str, str] = field(default_factory=dict)
-    ways: dict[str, Way] = field(default_factory=dict)
+    links: dict[str, LinkCost] = field(default_factory=dict)
     restarts: int = 0
     ready_since: float = 0.0
     life: asyncio.Task[None] | None = None
+    on_state: OnState = lambda engine_id, role, state: None
+    _state: str = "starting"
+
+    @property
+    def state(self) -> str:
+        """Starting, ready, draining (it finishes what it has and gets nothing new) or lost."""
+        return self._state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        if state != self._state:
+            self._state = state
+            self.on_state(self.engine_id, self.handle.role, state)
 
     @property
     def group_key(self) -> str:
@@ -76,6 +89,11 @@ class Replica:
         """Of the worker that holds this place; its name until it is ready."""
         return self.info.engine.engine_id if self.info is not None else self.handle.name
 
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of its KV cache; 0 until it has loaded."""
+        return self.info.engine.layout.primary.block_size if self.info is not None else 0
+
     def renew(self) -> None:
         """Have a new worker for this place, which has yet to start."""
         self.handle = self.spawn()
@@ -96,18 +114,23 @@ class Replica:
             state=self.state,
             device=info.device if info else "",
             attention_backend=info.attention_backend if info else "",
-            block_size=info.engine.layout.block_size if info else 0,
+            block_size=self.block_size,
             load=self.load,
             group=self.group,
             max_num_seqs=info.max_num_seqs if info else 0,
-            capability=info.capability if info else StepTimes(),
+            step_times=info.step_times if info else StepTimes(),
         )
 
 
 class Roster:
-    """All members, each pool in the order in which they came, prefill first."""
+    """All members, each pool in the order in which they came, prefill first.
 
-    def __init__(self) -> None:
+    Args:
+        on_state: told of one whose state has changed.
+    """
+
+    def __init__(self, on_state: OnState = lambda engine_id, role, state: None) -> None:
+        self._on_state = on_state
         self._pools: dict[str, list[Replica]] = {"prefill": [], "decode": []}
         self._serving: dict[str, Replica] = {}
 
@@ -130,6 +153,8 @@ class Roster:
 
     def add(self, replica: Replica) -> None:
         """Somebody comes."""
+        replica.on_state = self._on_state
+        self._on_state(replica.engine_id, replica.handle.role, replica.state)
         self._pools[replica.handle.role].append(replica)
 
     def remove(self, replica: Replica) -> None:

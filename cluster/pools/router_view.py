@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.pools.replica import Replica
-from cluster.routing.links import Way
 from cluster.routing.types import Incompatibility
 from cluster.routing.worker_table import WorkerTraits
+from kv_transfer.link_cost import LinkCost
 from workers.worker_host import WorkerInfo
 
 
@@ -21,9 +21,9 @@ def traits_of(replicas: Iterable[Replica]) -> dict[WorkerTraits, bool]:
     }
 
 
-def ways_of(prefill: Iterable[Replica]) -> dict[str, dict[str, Way]]:
-    """What the ways from these prefill workers cost, by decode worker."""
-    return {replica.engine_id: replica.ways for replica in prefill if replica.ways}
+def links_of(prefill: Iterable[Replica]) -> dict[str, dict[str, LinkCost]]:
+    """What the links from these prefill workers cost, by decode worker."""
+    return {replica.engine_id: replica.links for replica in prefill if replica.links}
 
 
 def incompatibilities_of(replicas: Iterable[Replica]) -> dict[tuple[str, str], Incompatibility]:
@@ -45,11 +45,12 @@ def _traits(info: WorkerInfo) -> WorkerTraits:
     return WorkerTraits(
         engine_id=info.engine.engine_id,
         max_model_len=info.max_model_len,
-        block_size=layout.block_size,
+        block_size=layout.primary.block_size,
         total_blocks=info.num_blocks,
         max_num_seqs=info.max_num_seqs,
-        capability=info.capability,
-        kv_token_bytes=len(info.engines) * layout.num_layers * layout.block_bytes / layout.block_size,
+        step_times=info.step_times,
+        kv_token_bytes=len(info.engines) * layout.bytes_per_token,
         num_layers=layout.num_layers,
         chunk_tokens=info.max_num_batched_tokens,
+        blocks_per_sequence=info.blocks_per_sequence,
     )

@@ -48,8 +48,8 @@ class Scaling:
     Args:
         groups: by key.
         roster: all members; those to begin with are added here.
-        caretaker: looks after them.
-        introductions: to part from those that leave.
+        supervisor: looks after them.
+        handshakes: to part from those that leave.
         tasks: for what goes on in the background.
         obligations: of the members.
         on_change: called when a member drains, serves again, or has left.
@@ -60,8 +60,8 @@ class Scaling:
         self,
         groups: Mapping[str, Group],
         roster: Roster,
-        caretaker: Supervisor,
-        introductions: Handshakes,
+        supervisor: Supervisor,
+        handshakes: Handshakes,
         tasks: BackgroundTasks,
         obligations: Obligations,
         on_change: Callable[[], None],
@@ -69,8 +69,8 @@ class Scaling:
     ) -> None:
         self._groups = groups
         self._roster = roster
-        self._caretaker = caretaker
-        self._handshakes = introductions
+        self._supervisor = supervisor
+        self._handshakes = handshakes
         self._tasks = tasks
         self._obligations = obligations
         self._on_change = on_change
@@ -174,7 +174,7 @@ class Scaling:
     def _add(self, spawn: Spawn, group: Group) -> None:
         replica = Replica(spawn, spawn(), group.name)
         self._roster.add(replica)
-        replica.life = self._tasks.spawn(self._caretaker.look_after(replica, started=False))
+        replica.life = self._tasks.spawn(self._supervisor.look_after(replica, started=False))
 
     def _let_go(self, replica: Replica) -> None:
         if replica.state == "ready":

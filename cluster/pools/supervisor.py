@@ -1,4 +1,4 @@
-"""Looks after the members: starts their workers, listens to them, replaces those that are lost."""
+"""Looks after the members: starts their workers, notices when they fall silent, replaces those that are lost."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from cluster.errors import WorkerLostError
 from cluster.pools.handshake import Handshakes
 from cluster.pools.heartbeat import listen_for
 from cluster.pools.replica import Replica, Roster
+from cluster.pools.streams import OutputStreams
 from cluster.worker_handle import LoadProgress
-from workers.messages import Load, StepOutput
+from workers.messages import Load
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ class Supervisor:
 
     Args:
         roster: all members.
-        introductions: of those that have started.
-        on_output: takes every step's output.
+        handshakes: of those that have started.
+        streams: what the workers say; the end of a stream, or silence on it, is the loss of its worker.
         on_change: called when a worker became ready or was lost; for a lost one with its engine id.
         progress: told how far loading is.
         silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
@@ -37,15 +38,15 @@ class Supervisor:
     def __init__(
         self,
         roster: Roster,
-        introductions: Handshakes,
-        on_output: Callable[[StepOutput], None],
+        handshakes: Handshakes,
+        streams: OutputStreams,
         on_change: Callable[[str | None], None],
         progress: LoadProgress,
         silence_s: float | None,
     ) -> None:
         self._roster = roster
-        self._handshakes = introductions
-        self._on_output = on_output
+        self._handshakes = handshakes
+        self._streams = streams
         self._on_change = on_change
         self._progress = progress
         self._silence_s = silence_s
@@ -66,30 +67,24 @@ class Supervisor:
         self._on_change(None)
 
     async def look_after(self, replica: Replica, *, started: bool) -> None:
-        """Pass on what a member's worker says, and replace it whenever it is lost, unless it was to leave anyway."""
+        """Have what a member's worker says read, and replace it whenever it is lost, unless it was to leave anyway."""
         if not started and not await self._try_to_start(replica):
             await self._replace(replica)
         while True:
-            await self._listen(replica)
+            await self._until_lost(replica)
             if not await self._lose(replica):
                 return
             await self._replace(replica)
 
-    async def _listen(self, replica: Replica) -> None:
-        """Until the worker is lost."""
+    async def _until_lost(self, replica: Replica) -> None:
+        """Until the worker's stream ends or falls silent."""
+        stream = self._streams.open(replica)
         try:
-            await listen_for(asyncio.ensure_future(self._pass_on(replica)), lambda: replica.num_heard, self._silence_s)
+            await listen_for(stream.ended, lambda: stream.num_heard, self._silence_s)
         except WorkerLostError as error:
             logger.warning("%s: %s", replica.engine_id, error)
         except Exception:
             logger.exception("lost touch with %s", replica.engine_id)
-
-    async def _pass_on(self, replica: Replica) -> None:
-        async for batch in replica.handle.outputs():
-            replica.num_heard += 1
-            for output in batch:
-                replica.load = output.load
-                self._on_output(output)
 
     async def _lose(self, replica: Replica) -> bool:
         """Bury a worker; whether another one is wanted in its place."""

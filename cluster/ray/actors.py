@@ -17,7 +17,7 @@ from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.lockstep.channel import LeadChannel, Seat
 from workers.lockstep.follower_host import FollowerHost
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerHost, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class WorkerActor:
     def _build(self) -> WorkerHost:
         return self._make_host(
             self._config,
-            NixlConnector(may_write=self._lease.holds),
+            NixlConnector(lease=self._lease),
             self._emit,
             self._on_crash,
             lambda done, total: self._on_progress(StartProgress("weights", done, total)),
@@ -80,17 +80,17 @@ class WorkerActor:
         """How far each stage of the start is that has begun."""
         return list(self._progress.values())
 
-    async def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    async def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHost.submit`. A request whose abort has overtaken it is not started."""
-        if request.request_id not in self._aborted:
+        if request.attempt_id not in self._aborted:
             self._started.submit(request)
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, attempt_id: str) -> None:
         """See `WorkerHost.abort`."""
-        self._aborted[request_id] = None
+        self._aborted[attempt_id] = None
         if len(self._aborted) > _REMEMBERED_ABORTS:
             self._aborted.popitem(last=False)
-        self._started.abort(request_id)
+        self._started.abort(attempt_id)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
         """See `WorkerHost.connect`."""
@@ -188,7 +188,7 @@ class FollowerActor:
 
     async def start(self, seat: Seat) -> None:
         """Build the rank; returns when the lead knows of it."""
-        connector = NixlConnector(may_write=self._lease.holds)
+        connector = NixlConnector(lease=self._lease)
         self._host = await asyncio.to_thread(self._make_host, self._config, seat, connector, self._on_end)
 
     async def renew(self, said_at: float) -> None:

@@ -19,7 +19,7 @@ from kv_transfer.lease import LEASE_S
 from kv_transfer.link_cost import LinkCost, together
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
-from workers.messages import DecodeRequest, PrefillRequest, StepOutput
+from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerInfo
 
 _PROGRESS_INTERVAL_S = 0.25
@@ -89,13 +89,13 @@ class RayWorker:
         paths = await asyncio.gather(*(self._call(rank.link_to.remote(engine_id)) for rank in ranks))
         return together([path for path in paths if path is not None])
 
-    def submit(self, request: PrefillRequest | DecodeRequest) -> None:
+    def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHandle.submit`."""
         self._lead.submit.remote(request)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, attempt_id: str) -> None:
         """See `WorkerHandle.abort`."""
-        self._lead.abort.remote(request_id)
+        self._lead.abort.remote(attempt_id)
 
     def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
         """See `WorkerHandle.disconnect`."""

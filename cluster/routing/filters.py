@@ -5,52 +5,52 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.links import Pairs
+from cluster.routing.links import Links
 from cluster.routing.types import RoutingRequest
 from cluster.routing.worker_table import WorkerTable
 
 _Flags = npt.NDArray[np.bool_]
 
 
-def fits(table: WorkerTable, demand: RoutingRequest) -> _Flags:
+def fits(table: WorkerTable, request: RoutingRequest) -> _Flags:
     """Who can take the request, as far as its length goes, and is ready."""
-    fitting: _Flags = table.column("fit_tokens") > demand.prompt_tokens
+    fitting: _Flags = table.column("fit_tokens") > request.prompt_tokens
     return fitting
 
 
-def has_room(table: WorkerTable, demand: RoutingRequest) -> _Flags:
+def has_room(table: WorkerTable, request: RoutingRequest) -> _Flags:
     """Of those whom it fits, whose cache and batch have room for it and its first token now, and for all growth."""
-    roomy: _Flags = table.column("room_tokens") > demand.prompt_tokens
-    if demand.outlook is not None:
-        roomy &= table.column("growth_tokens") >= demand.outlook.peak(demand.prompt_tokens)
+    roomy: _Flags = table.column("room_tokens") > request.prompt_tokens
+    if request.outlook is not None:
+        roomy &= table.column("growth_tokens") >= request.outlook.peak(request.prompt_tokens)
     return roomy
 
 
-def takes_more(table: WorkerTable, demand: RoutingRequest) -> _Flags:
+def takes_more(table: WorkerTable, request: RoutingRequest) -> _Flags:
     """Which workers are not too busy with prompts to be given one now."""
-    free: _Flags = table.column("queued_s") <= demand.max_queued_s
+    free: _Flags = table.column("queued_s") <= request.max_queued_s
     return free
 
 
-def is_hopeless(demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> bool:
+def is_hopeless(request: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, links: Links) -> bool:
     """Whether nobody could take the request, even if all were idle and ready. An empty pool may yet fill."""
-    if not len(decode) or (demand.in_pairs and not len(prefill)):
+    if not len(decode) or (request.in_pairs and not len(prefill)):
         return False
-    could_d = decode.column("most_tokens") > demand.prompt_tokens
-    if demand.alone and could_d.any():
+    could_d = decode.column("most_tokens") > request.prompt_tokens
+    if request.alone and could_d.any():
         return False
-    if not demand.in_pairs:
+    if not request.in_pairs:
         return True
-    could_p = prefill.column("most_tokens") > demand.prompt_tokens
-    return not pairs.some_fit(prefill.column("slot")[could_p], decode.column("slot")[could_d])
+    could_p = prefill.column("most_tokens") > request.prompt_tokens
+    return not links.some_fit(prefill.column("slot")[could_p], decode.column("slot")[could_d])
 
 
-def unfit(table: WorkerTable, row: int, demand: RoutingRequest) -> str:
+def unfit(table: WorkerTable, row: int, request: RoutingRequest) -> str:
     """Why a worker cannot take the prompt, in words; empty if it can."""
     worker = table.workers[row]
-    traits, needed = worker.traits, worker.blocks(demand.prompt_tokens)
-    if demand.prompt_tokens + 1 > traits.max_model_len:
-        return f"{traits.engine_id}: {demand.prompt_tokens} prompt tokens, context window {traits.max_model_len}"
+    traits, needed = worker.traits, worker.blocks(request.prompt_tokens)
+    if request.prompt_tokens + 1 > traits.max_model_len:
+        return f"{traits.engine_id}: {request.prompt_tokens} prompt tokens, context window {traits.max_model_len}"
     if needed > traits.total_blocks:
         return f"{traits.engine_id}: {needed} blocks needed, {traits.total_blocks} in all"
     if not worker.ready:
@@ -58,24 +58,24 @@ def unfit(table: WorkerTable, row: int, demand: RoutingRequest) -> str:
     return ""
 
 
-def no_room(table: WorkerTable, row: int, demand: RoutingRequest) -> str:
+def no_room(table: WorkerTable, row: int, request: RoutingRequest) -> str:
     """Why a decode worker has no room for the request now, in words; empty if it has."""
     worker = table.workers[row]
-    name, needed = worker.traits.engine_id, worker.blocks(demand.prompt_tokens)
+    name, needed = worker.traits.engine_id, worker.blocks(request.prompt_tokens)
     if worker.free_slots < 1:
         return f"{name}: its batch is full"
     if needed > worker.free_blocks:
         return f"{name}: {needed} blocks needed, {worker.free_blocks} free"
-    if demand.outlook is not None and (more := demand.outlook.peak(demand.prompt_tokens)) > worker.growth_tokens:
+    if request.outlook is not None and (more := request.outlook.peak(request.prompt_tokens)) > worker.growth_tokens:
         peak = worker.peak_tokens + more
         return f"{name}: its requests would grow to about {peak:.0f} tokens, {worker.capacity_tokens} fit"
     return ""
 
 
-def busy(table: WorkerTable, row: int, demand: RoutingRequest) -> str:
+def busy(table: WorkerTable, row: int, request: RoutingRequest) -> str:
     """Why a worker takes no prompt now, in words; empty if it does."""
     worker = table.workers[row]
-    if worker.queued_s > demand.max_queued_s:
+    if worker.queued_s > request.max_queued_s:
         name = worker.traits.engine_id
-        return f"{name}: {worker.queued_s:.3g} s of work before it, {demand.max_queued_s:.3g} s allowed"
+        return f"{name}: {worker.queued_s:.3g} s of work before it, {request.max_queued_s:.3g} s allowed"
     return ""

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.routing.arrival_rate import ArrivalRate
-from cluster.routing.links import Pairs, Way
+from cluster.routing.links import Links
 from cluster.routing.output_lengths import HORIZONS, OutputLengths
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.router import Choose, explain, place, unsupported_reasons
 from cluster.routing.types import CandidateReport, Incompatibility, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
+from kv_transfer.link_cost import LinkCost
+from workers.kv_cache.block_pool import blocks_for
 from workers.messages import CacheUpdate
 
 _NOTHING = np.zeros((2, len(HORIZONS)))
@@ -31,7 +33,8 @@ _NOTHING = np.zeros((2, len(HORIZONS)))
 class _Booking:
     """What one request takes of its pair; prefill's share ends with the first token.
 
-    `decode` may be nobody, ""; `prefill` may be None: the decode worker computes the prompt, too.
+    `decode` may be nobody, ""; `prefill` may be None: the decode worker computes the prompt, too. Of `decode_places`,
+    the blocks of all its tokens, it holds `decode_blocks`.
     """
 
     prefill: str | None
@@ -43,6 +46,7 @@ class _Booking:
     max_tokens: int
     future: npt.NDArray[np.float64]
     prefilling: bool = True
+    decode_places: int = 0
 
 
 class LoadTracker:
@@ -69,7 +73,7 @@ class LoadTracker:
         self._arrivals = ArrivalRate(clock)
         self._lengths = OutputLengths()
         self._prefill, self._decode = WorkerTable(), WorkerTable()
-        self._pairs = Pairs()
+        self._links = Links()
         self._prefixes = PrefixIndex()
         self._bookings: dict[str, _Booking] = {}
         self._quarantined: dict[str, int] = {}
@@ -79,11 +83,11 @@ class LoadTracker:
         prefill: Mapping[WorkerTraits, bool],
         decode: Mapping[WorkerTraits, bool],
         incompatibilities: Mapping[tuple[str, str], Incompatibility],
-        ways: Mapping[str, Mapping[str, Way]] | None = None,
+        links: Mapping[str, Mapping[str, LinkCost]] | None = None,
     ) -> None:
-        """Who is there now, and whether it is ready; who cannot work with whom; what the ways between them cost.
+        """Who is there now, and whether it is ready; who cannot work with whom; what the links between them cost.
 
-        A worker that is gone takes its bookings' share with it; a new one has nothing to do. A way that was known
+        A worker that is gone takes its bookings' share with it; a new one has nothing to do. A link that was known
         before need not be given again; they are by prefill worker, then by decode worker.
         """
         pools = (self._prefill, prefill), (self._decode, decode)
@@ -99,7 +103,7 @@ class LoadTracker:
                     table.set_ready(traits.engine_id, ready)
                 else:
                     table.add(traits, ready=ready, cache=self._prefixes.add(traits.engine_id, traits.block_size))
-        self._pairs.update(self._prefill, self._decode, incompatibilities, ways)
+        self._links.update(self._prefill, self._decode, incompatibilities, links)
 
     @property
     def prefill_workers(self) -> WorkerTable:
@@ -121,17 +125,17 @@ class LoadTracker:
         """The pools without whose workers no request can be served."""
         return ("prefill", "decode") if self._disaggregation == "always" else ("decode",)
 
-    def place(self, demand: RoutingRequest) -> Placement | NoPlacement:
+    def place(self, request: RoutingRequest) -> Placement | NoPlacement:
         """See `router.place`."""
-        return self._choose(self._as_known(demand), self._prefill, self._decode, self._pairs)
+        return self._choose(self._as_known(request), self._prefill, self._decode, self._links)
 
-    def explain(self, demand: RoutingRequest) -> list[CandidateReport]:
+    def explain(self, request: RoutingRequest) -> list[CandidateReport]:
         """See `router.explain`."""
-        return explain(self._as_known(demand), self._prefill, self._decode, self._pairs)
+        return explain(self._as_known(request), self._prefill, self._decode, self._links)
 
-    def unsupported_reasons(self, demand: RoutingRequest) -> tuple[str, ...]:
+    def unsupported_reasons(self, request: RoutingRequest) -> tuple[str, ...]:
         """See `router.unsupported_reasons`."""
-        return unsupported_reasons(self._as_known(demand), self._prefill, self._decode, self._pairs)
+        return unsupported_reasons(self._as_known(request), self._prefill, self._decode, self._links)
 
     def cache_update(self, engine_id: str, update: CacheUpdate) -> None:
         """A worker's prefix cache has changed."""
@@ -166,6 +170,7 @@ class LoadTracker:
             booking.prefill_blocks = self._prefill.blocks(prefill, num_tokens)
             self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=booking.prefill_s)
         if decode:
+            booking.decode_places = blocks_for(num_tokens + 1, self._decode.traits(decode).block_size)
             booking.decode_blocks = self._decode.blocks(decode, num_tokens)
             booking.future = self._future(booking, num_tokens)
             self._decode.take(decode, blocks=booking.decode_blocks, requests=1, queued_s=local_s, future=booking.future)
@@ -190,11 +195,12 @@ class LoadTracker:
         booking = self._bookings.get(request)
         if booking is None or booking.decode not in self._decode:
             return
-        blocks = self._decode.blocks(booking.decode, num_tokens)
-        if blocks != booking.decode_blocks:
+        places = blocks_for(num_tokens + 1, self._decode.traits(booking.decode).block_size)
+        if places != booking.decode_places:
+            blocks = self._decode.blocks(booking.decode, num_tokens)
             future = self._future(booking, num_tokens)
             self._decode.take(booking.decode, blocks=blocks - booking.decode_blocks, future=future - booking.future)
-            booking.decode_blocks, booking.future = blocks, future
+            booking.decode_places, booking.decode_blocks, booking.future = places, blocks, future
 
     def finished(self, request: str, num_tokens: int) -> None:
         """It has ended by itself, with so many tokens in all: learn from it, and release it."""
@@ -217,21 +223,22 @@ class LoadTracker:
             table.quarantine(engine_id, blocks - before)
             self._quarantined[engine_id] = blocks
 
-    def _as_known(self, demand: RoutingRequest) -> RoutingRequest:
-        """The demand with what these books know of its future."""
+    def _as_known(self, request: RoutingRequest) -> RoutingRequest:
+        """The request with what these books know of its future."""
         return RoutingRequest(
-            demand.prompt_tokens,
-            demand.max_tokens,
-            self._lengths.outlook(demand.max_tokens),
+            request.prompt_tokens,
+            request.max_tokens,
+            self._lengths.outlook(request.max_tokens),
             self._max_queued_s,
-            demand.prefix,
+            request.prefix,
             self._disaggregation,
             self._arrivals.per_s(),
-            self._prefixes.cached_tokens(demand.prefix) if demand.prefix is not None else None,
+            self._prefixes.cached_tokens(request.prefix) if request.prefix is not None else None,
         )
 
     def _future(self, booking: _Booking, num_tokens: int) -> npt.NDArray[np.float64]:
         """What a request will hold, now that it has so many tokens; see `OutputLengthForecast.held`."""
         outlook = self._lengths.outlook(booking.max_tokens, num_tokens - booking.prompt_tokens)
-        half_a_block = self._decode.block_size(booking.decode) / 2  # of its last block, that much is empty
-        return outlook.held(num_tokens + half_a_block)
+        traits = self._decode.traits(booking.decode)
+        half_a_block = traits.block_size / 2  # of its last block, that much is empty
+        return outlook.held(num_tokens + half_a_block, traits.tokens_per_sequence)

@@ -10,6 +10,7 @@ change of one request costs the same however many there are.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
@@ -50,12 +51,19 @@ class OutputLengthForecast:
         lines = zip((above * self.alive).tolist(), (above * self.growth).tolist(), strict=True)
         object.__setattr__(self, "_peaks", tuple(lines))
 
-    def held(self, num_tokens: float) -> _Floats:
-        """(2, spans): mean and variance of the tokens that it holds in each span, given those that it holds now."""
+    def held(self, num_tokens: float, most: float = math.inf) -> _Floats:
+        """(2, spans): mean and variance of the tokens that it holds in each span, given those that it holds now.
+
+        Args:
+            num_tokens: that it has now.
+            most: that it holds at once, however many it has.
+        """
         held = np.empty((2, len(HORIZONS)))
         mean, variance = held
         np.multiply(self.alive, num_tokens, out=mean)
         mean += self.growth
+        if most < math.inf:
+            np.minimum(mean, self.alive * most, out=mean)
         np.multiply(mean, mean, out=variance)
         variance *= self.spread
         return held

@@ -36,9 +36,9 @@ class PrefillTimes:
         room = ((0, 0), (0, rows - self._start.shape[1]))
         self._start, self._slope = np.pad(self._start, room), np.pad(self._slope, room)
 
-    def put(self, row: int, capability: StepTimes) -> None:
+    def put(self, row: int, step_times: StepTimes) -> None:
         """A worker with these measurements is in that row."""
-        points = [(n, capability.prefill_seconds(n)) for n in PROMPT_LENGTHS]
+        points = [(n, step_times.prefill_seconds(n)) for n in PROMPT_LENGTHS]
         self._start[0, row], self._slope[0, row] = points[0][1], 0.0
         for line, ((n, seconds), (more, seconds_more)) in enumerate(pairwise(points), 1):
             slope = (seconds_more - seconds) / (more - n)

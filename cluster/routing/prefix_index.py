@@ -14,35 +14,39 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from workers.kv_cache.prefix_cache import BlockHashes
+from workers.block_hashes import BlockHashes, PromptHashes
+from workers.token_ids import TokenIds, as_token_ids
 
 _FEW = 8
 """Workers up to which it is quicker to look at each alone."""
 
 
 class PromptPrefix:
-    """A prompt as the index looks for it: its blocks' hashes, for each block size.
+    """A prompt as prefix caches are asked for it: its blocks' hashes, for each block size.
 
-    They are made when they are first asked for. Of a long prompt that takes a while: `prepare` it on another thread
-    before the router sees it.
+    They are made when they are first asked for, and go to the workers with the request. Of a long prompt that takes a
+    while: `prepare` it on another thread before the router sees it.
 
     Args:
         token_ids: the prompt.
+        salt: prompts of unlike salts share no hash.
     """
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
-        self._token_ids = token_ids
+    def __init__(self, token_ids: Sequence[int] | TokenIds, salt: bytes = b"") -> None:
+        self._token_ids = as_token_ids(token_ids)
+        self._salt = salt
         self._chains: dict[int, BlockHashes] = {}
         self._hashes: dict[int, tuple[bytes, ...]] = {}
+        self._carried: dict[int, PromptHashes] = {}
 
     def prepare(self, block_sizes: Iterable[int]) -> None:
         """Make the hashes for workers of these block sizes."""
         for block_size in block_sizes:
             self.hashes(block_size)
 
-    def followed_by(self, output: Sequence[int]) -> PromptPrefix:
+    def followed_by(self, output: TokenIds) -> PromptPrefix:
         """The prompt with what was generated after it, whose hashes go on where these ended."""
-        longer = PromptPrefix((*self._token_ids, *output))
+        longer = PromptPrefix(np.concatenate((self._token_ids, output)), self._salt)
         longer._chains = self._chains
         return longer
 
@@ -51,9 +55,19 @@ class PromptPrefix:
         if (known := self._hashes.get(block_size)) is None:
             reusable = (len(self._token_ids) - 1) // block_size
             if (chain := self._chains.get(block_size)) is None:
-                chain = self._chains[block_size] = BlockHashes(block_size)
-            chain.extend(self._token_ids[len(chain.hashes) * block_size :])
-            known = self._hashes[block_size] = tuple(chain.hashes[:reusable])
+                chain = self._chains[block_size] = BlockHashes(block_size, self._salt)
+            chain.extend(self._token_ids[len(chain) * block_size :])
+            known = self._hashes[block_size] = tuple(chain[:reusable])
+        return known
+
+    def carried(self, block_size: int) -> PromptHashes | None:
+        """Of all full blocks, for a worker of this block size; None: they would have to be made from the beginning."""
+        if block_size not in self._chains:
+            return None
+        self.hashes(block_size)  # of an output, they go on from the prompt's
+        if (known := self._carried.get(block_size)) is None:
+            digests = self._chains[block_size][: len(self._token_ids) // block_size].digests
+            known = self._carried[block_size] = PromptHashes(block_size, digests)
         return known
 
 

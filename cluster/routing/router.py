@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.routing.filters import busy, fits, has_room, is_hopeless, no_room, takes_more, unfit
-from cluster.routing.links import Pairs
+from cluster.routing.links import Links
 from cluster.routing.picker import cheapest_pair
 from cluster.routing.scoring import Decoding, Handoffs, Local, Prefilling
 from cluster.routing.types import (
@@ -30,8 +30,8 @@ __all__ = [
     "Choose",
     "Incompatibilities",
     "Incompatibility",
+    "Links",
     "NoPlacement",
-    "Pairs",
     "Placement",
     "RoutingRequest",
     "explain",
@@ -46,11 +46,11 @@ _EVEN_S = 1e-9
 
 _Floats = npt.NDArray[np.float64]
 
-Choose = Callable[[RoutingRequest, WorkerTable, WorkerTable, Pairs], Placement | NoPlacement]
-"""How workers are chosen from (demand, prefill pool, decode pool, pairs): `place`, or a policy to compare with."""
+Choose = Callable[[RoutingRequest, WorkerTable, WorkerTable, Links], Placement | NoPlacement]
+"""How workers are chosen from (request, prefill pool, decode pool, links): `place`, or a policy to compare with."""
 
 
-def place(demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> Placement | NoPlacement:
+def place(request: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, links: Links) -> Placement | NoPlacement:
     """Choose the workers of the lowest cost; of equals those with the fewest requests.
 
     What is minimised is the predicted delay that the placement causes, in seconds: the request's own, to its first
@@ -67,57 +67,62 @@ def place(demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pai
       and a busy worker is only stopped where the prefill workers are far behind.
 
     Args:
-        demand: what the request needs; which of the two may be chosen at all.
+        request: what the request needs; which of the two may be chosen at all.
         prefill: the prefill pool.
         decode: the decode pool.
-        pairs: what is known of pairs of them.
+        links: what is known of pairs of them.
     """
-    able = has_room(decode, demand)
+    able = has_room(decode, request)
     if not np.count_nonzero(able):
-        return NoPlacement(is_hopeless(demand, prefill, decode, pairs))
-    decoding = Decoding(demand, decode)
+        return NoPlacement(is_hopeless(request, prefill, decode, links))
+    decoding = Decoding(request, decode)
     cost = _among(able, decoding.steps_s, decode)
-    pair = _best_pair(demand, prefill, decode, pairs, decoding, cost) if demand.in_pairs else None
-    alone = _best_alone(demand, decode, decoding, cost) if demand.alone else None
+    pair = _best_pair(request, prefill, decode, links, decoding, cost) if request.in_pairs else None
+    alone = _best_alone(request, decode, decoding, cost) if request.alone else None
     if pair is not None and (alone is None or pair[1] <= alone[1]):
         return pair[0]
-    return alone[0] if alone is not None else NoPlacement(is_hopeless(demand, prefill, decode, pairs))
+    return alone[0] if alone is not None else NoPlacement(is_hopeless(request, prefill, decode, links))
 
 
-def explain(demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs) -> list[CandidateReport]:
-    """Every pair and every decode worker alone, as far as the demand allows for either; see `place`.
+def explain(request: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, links: Links) -> list[CandidateReport]:
+    """Every pair and every decode worker alone, as far as the request allows for either; see `place`.
 
     Those that can serve the request come first, best first.
     """
-    placement = place(demand, prefill, decode, pairs)
+    placement = place(request, prefill, decode, links)
     chosen = (placement.prefill, placement.decode) if isinstance(placement, Placement) else None
-    decoding = Decoding(demand, decode)
+    decoding = Decoding(request, decode)
     reports: list[CandidateReport] = []
-    if demand.in_pairs:
-        reports += _pair_reports(demand, prefill, decode, pairs, decoding, chosen)
-    if demand.alone:
-        reports += _local_reports(demand, decode, decoding, chosen)
+    if request.in_pairs:
+        reports += _pair_reports(request, prefill, decode, links, decoding, chosen)
+    if request.alone:
+        reports += _local_reports(request, decode, decoding, chosen)
     return sorted(reports, key=lambda r: (bool(r.refusal), not r.chosen, r.cost_s, r.prefill or "", r.decode))
 
 
 def unsupported_reasons(
-    demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs
+    request: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, links: Links
 ) -> tuple[str, ...]:
     """Why nobody can take the request now, each reason once."""
-    reports = explain(demand, prefill, decode, pairs)
+    reports = explain(request, prefill, decode, links)
     return tuple(dict.fromkeys(report.refusal for report in reports if report.refusal)) or ("there are no workers",)
 
 
 def _best_pair(
-    demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs, decoding: Decoding, d_cost: _Floats
+    request: RoutingRequest,
+    prefill: WorkerTable,
+    decode: WorkerTable,
+    links: Links,
+    decoding: Decoding,
+    d_cost: _Floats,
 ) -> tuple[Placement, float] | None:
     """The cheapest pair and its cost, with decode workers of these costs; None: no pair can take the request."""
-    able = fits(prefill, demand) & takes_more(prefill, demand)
+    able = fits(prefill, request) & takes_more(prefill, request)
     if not np.count_nonzero(able):
         return None
-    prefilling = Prefilling(demand, prefill)
+    prefilling = Prefilling(request, prefill)
     p_cost = _among(able, prefilling.ttft_s, prefill)
-    handoffs = Handoffs(demand, prefill, decode, pairs, prefilling, decoding)
+    handoffs = Handoffs(request, prefill, decode, links, prefilling, decoding)
     if handoffs.differ:
         best = cheapest_pair(p_cost, d_cost, handoffs.pair_s, handoffs.least_s, _CLOSE_ENOUGH)
         if best is None:
@@ -131,11 +136,11 @@ def _best_pair(
 
 
 def _best_alone(
-    demand: RoutingRequest, decode: WorkerTable, decoding: Decoding, d_cost: _Floats
+    request: RoutingRequest, decode: WorkerTable, decoding: Decoding, d_cost: _Floats
 ) -> tuple[Placement, float] | None:
     """The cheapest decode worker that computes the prompt itself, and its cost; None: none can."""
-    local = Local(demand, decode, decoding)
-    costs = np.where(takes_more(decode, demand), d_cost, np.inf)
+    local = Local(request, decode, decoding)
+    costs = np.where(takes_more(decode, request), d_cost, np.inf)
     costs += local.ttft_s
     costs += local.others_s
     d = int(costs.argmin())
@@ -152,21 +157,21 @@ def _among(able: npt.NDArray[np.bool_], cost: _Floats, table: WorkerTable) -> _F
 
 
 def _pair_reports(
-    demand: RoutingRequest,
+    request: RoutingRequest,
     prefill: WorkerTable,
     decode: WorkerTable,
-    pairs: Pairs,
+    links: Links,
     decoding: Decoding,
     chosen: tuple[str | None, str] | None,
 ) -> Iterator[CandidateReport]:
-    prefilling = Prefilling(demand, prefill)
-    handoffs = Handoffs(demand, prefill, decode, pairs, prefilling, decoding)
+    prefilling = Prefilling(request, prefill)
+    handoffs = Handoffs(request, prefill, decode, links, prefilling, decoding)
     shape = len(prefill), len(decode)
     ps, ds = np.indices(shape).reshape(2, -1)
     handoff_s, pair_s = handoffs.handoff_s(ps, ds).reshape(shape), handoffs.pair_s(ps, ds).reshape(shape)
     for p, p_id in enumerate(prefill.engine_ids):
         for d, d_id in enumerate(decode.engine_ids):
-            incompatibility = pairs.incompatibilities.get((p_id, d_id))
+            incompatibility = links.incompatibilities.get((p_id, d_id))
             yield CandidateReport(
                 prefill=p_id,
                 decode=d_id,
@@ -174,11 +179,11 @@ def _pair_reports(
                 itl_s=float(decoding.itl_s[d]),
                 cost_s=float(prefilling.ttft_s[p] + decoding.steps_s[d] + (0.0 if incompatibility else pair_s[p, d])),
                 refusal=(
-                    unfit(prefill, p, demand)
-                    or busy(prefill, p, demand)
+                    unfit(prefill, p, request)
+                    or busy(prefill, p, request)
                     or (incompatibility and f"{p_id} -> {d_id}: {incompatibility.reason}")
-                    or unfit(decode, d, demand)
-                    or no_room(decode, d, demand)
+                    or unfit(decode, d, request)
+                    or no_room(decode, d, request)
                 ),
                 chosen=(p_id, d_id) == chosen,
                 cached_tokens=int(prefilling.cached[p]),
@@ -188,9 +193,9 @@ def _pair_reports(
 
 
 def _local_reports(
-    demand: RoutingRequest, decode: WorkerTable, decoding: Decoding, chosen: tuple[str | None, str] | None
+    request: RoutingRequest, decode: WorkerTable, decoding: Decoding, chosen: tuple[str | None, str] | None
 ) -> Iterator[CandidateReport]:
-    local = Local(demand, decode, decoding)
+    local = Local(request, decode, decoding)
     for d, d_id in enumerate(decode.engine_ids):
         yield CandidateReport(
             prefill=None,
@@ -198,7 +203,7 @@ def _local_reports(
             ttft_s=float(local.ttft_s[d]),
             itl_s=float(decoding.itl_s[d]),
             cost_s=float(local.ttft_s[d] + local.others_s[d] + decoding.steps_s[d]),
-            refusal=unfit(decode, d, demand) or busy(decode, d, demand) or no_room(decode, d, demand),
+            refusal=unfit(decode, d, request) or busy(decode, d, request) or no_room(decode, d, request),
             chosen=(None, d_id) == chosen,
             cached_tokens=int(decoding.cached[d]),
             others_s=float(local.others_s[d]),

@@ -1,6 +1,6 @@
 """What serving a request would take on each worker and each pair, in predicted seconds.
 
-Everything comes from what the workers have measured of themselves and of the way between them, and from what the
+Everything comes from what the workers have measured of themselves and of the links between them, and from what the
 gateway has placed on them. The cost of a placement is the time that it takes the request itself, to the first token and
 through the next decode steps, and the time by which it holds up others. Every array has an element for each worker of a
 pool, or for each pair.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cluster.routing.links import Pairs
+from cluster.routing.links import Links
 from cluster.routing.types import RoutingRequest
 from cluster.routing.worker_table import WorkerTable
 
@@ -28,9 +28,9 @@ class Prefilling:
         ttft_s: to the first token on each: the prompts before it, and its own.
     """
 
-    def __init__(self, demand: RoutingRequest, prefill: WorkerTable) -> None:
-        self.cached: _Floats = prefill.cached_tokens(demand.cached)
-        self.compute_s: _Floats = prefill.missing_seconds(demand.prompt_tokens, self.cached)
+    def __init__(self, request: RoutingRequest, prefill: WorkerTable) -> None:
+        self.cached: _Floats = prefill.cached_tokens(request.cached)
+        self.compute_s: _Floats = prefill.missing_seconds(request.prompt_tokens, self.cached)
         self.ttft_s: _Floats = self.compute_s + prefill.column("queued_s")
 
 
@@ -44,13 +44,13 @@ class Decoding:
         steps_s: the decode steps that a placement is judged by.
     """
 
-    def __init__(self, demand: RoutingRequest, decode: WorkerTable) -> None:
-        own = demand.prompt_tokens + demand.steps / 2
-        self.cached: _Floats = decode.cached_tokens(demand.cached)
-        self.missing: _Floats = demand.prompt_tokens - self.cached
+    def __init__(self, request: RoutingRequest, decode: WorkerTable) -> None:
+        own = request.prompt_tokens + request.steps / 2
+        self.cached: _Floats = decode.cached_tokens(request.cached)
+        self.missing: _Floats = request.prompt_tokens - self.cached
         self.itl_s: _Floats = decode.column("kv_token_s") * own
         self.itl_s += decode.column("step_s")
-        self.steps_s: _Floats = self.itl_s * demand.steps
+        self.steps_s: _Floats = self.itl_s * request.steps
 
 
 class Handoffs:
@@ -61,20 +61,20 @@ class Handoffs:
     """
 
     def __init__(
-        self, demand: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, pairs: Pairs,
+        self, request: RoutingRequest, prefill: WorkerTable, decode: WorkerTable, links: Links,
         prefilling: Prefilling, decoding: Decoding,
     ) -> None:  # fmt: skip
-        self._prefill, self._decode, self._pairs = prefill, decode, pairs
-        self._prefilling, self._nothing_moves = prefilling, demand.max_tokens == 1
+        self._prefill, self._decode, self._links = prefill, decode, links
+        self._prefilling, self._nothing_moves = prefilling, request.max_tokens == 1
         self._anybody_queued = bool(np.count_nonzero(decode.column("queued_s")))
         self._layer_bytes: _Floats = decoding.missing * decode.column("kv_layer_bytes")
-        self.least_s: _Floats = self._layer_bytes * (0.0 if self._nothing_moves else pairs.least_byte_s)
-        self.least_s += 0.0 if self._nothing_moves else pairs.least_delay_s
+        self.least_s: _Floats = self._layer_bytes * (0.0 if self._nothing_moves else links.least_byte_s)
+        self.least_s += 0.0 if self._nothing_moves else links.least_delay_s
 
     @property
     def differ(self) -> bool:
         """Whether it matters who works with whom."""
-        return self._anybody_queued or self._pairs.differ
+        return self._anybody_queued or self._links.differ
 
     def pair_s(self, ps: _Places, ds: _Places) -> _Floats:
         """Of the pairs (ps[i], ds[i]): what the second token waits for beside the first.
@@ -92,11 +92,11 @@ class Handoffs:
         """Of the pairs (ps[i], ds[i]): what prefill does not hide of moving the blocks that the decode worker lacks.
 
         They leave layer by layer while the prompt is computed. After the last layer at least that layer is on its way,
-        and all that the way could not carry meanwhile; this is what `kv_transfer.link_cost.layers_per_write` reckons,
+        and all that the link could not carry meanwhile; this is what `kv_transfer.link_cost.layers_per_write` reckons,
         with the best size of a group. Infinite where the two cannot work together; nothing where there is no second
         token.
         """
-        delays, last_layer = self._pairs.ways(self._prefill.column("slot")[ps], self._decode.column("slot")[ds])
+        delays, last_layer = self._links.costs(self._prefill.column("slot")[ps], self._decode.column("slot")[ds])
         if self._nothing_moves:
             return np.where(np.isinf(delays), delays, 0.0)
         last_layer *= self._layer_bytes[ds]
@@ -117,13 +117,13 @@ class Local:
             arrivals, for half of it on average.
     """
 
-    def __init__(self, demand: RoutingRequest, decode: WorkerTable, decoding: Decoding) -> None:
-        self.compute_s: _Floats = decode.missing_seconds(demand.prompt_tokens, decoding.cached)
+    def __init__(self, request: RoutingRequest, decode: WorkerTable, decoding: Decoding) -> None:
+        self.compute_s: _Floats = decode.missing_seconds(request.prompt_tokens, decoding.cached)
         chunks = decoding.missing / decode.column("chunk_tokens")
         self.ttft_s: _Floats = np.ceil(chunks, out=chunks)
         self.ttft_s *= decode.column("busy_step_s")
         self.ttft_s += self.compute_s
         self.ttft_s += decode.column("queued_s")
-        self.others_s: _Floats = self.compute_s * (0.5 * demand.arrivals_per_s / max(1, len(decode)))
+        self.others_s: _Floats = self.compute_s * (0.5 * request.arrivals_per_s / max(1, len(decode)))
         self.others_s += decode.column("running")
         self.others_s *= self.compute_s

@@ -26,10 +26,12 @@ class WorkerTraits:
         block_size: tokens in a KV block.
         total_blocks: of its cache.
         max_num_seqs: sequences that it takes at once.
-        capability: measured costs.
+        step_times: measured costs.
         kv_token_bytes: of the KV cache of a token, in all layers and ranks.
         num_layers: that have a cache.
         chunk_tokens: of prompts, that it computes in one step.
+        blocks_per_sequence: the most blocks that a sequence holds at once, where what lies behind a window is given
+            back; None: it holds those of all its tokens.
     """
 
     engine_id: str
@@ -37,10 +39,16 @@ class WorkerTraits:
     block_size: int
     total_blocks: int
     max_num_seqs: int
-    capability: StepTimes = field(default_factory=StepTimes)
+    step_times: StepTimes = field(default_factory=StepTimes)
     kv_token_bytes: float = 0.0
     num_layers: int = 1
     chunk_tokens: int = 2048
+    blocks_per_sequence: int | None = None
+
+    @property
+    def tokens_per_sequence(self) -> float:
+        """The most tokens whose blocks a sequence holds at once."""
+        return math.inf if self.blocks_per_sequence is None else self.blocks_per_sequence * self.block_size
 
 
 class WorkerState:
@@ -74,7 +82,7 @@ class WorkerState:
         self.traits, self.ready = traits, ready
         self.usable_blocks = self.free_blocks = traits.total_blocks
         self.running, self.queued_s = 0, 0.0
-        self.short_step_s = traits.capability.decode_seconds(1)
+        self.short_step_s = traits.step_times.decode_seconds(1)
         self.future: npt.NDArray[np.float64] = np.zeros((2, len(HORIZONS)))
         self.peak_tokens = 0.0
 
@@ -91,19 +99,23 @@ class WorkerState:
     @property
     def most_tokens(self) -> int:
         """The longest prompt with its first token that it could take if it were idle and ready."""
-        return min(self.traits.max_model_len, self.traits.total_blocks * self.traits.block_size)
+        return self._tokens_in(self.traits.total_blocks)
 
     @property
     def room_tokens(self) -> int:
         """The longest prompt with its first token for which there is room in its cache and its batch now."""
         if not self.ready or self.free_slots < 1:
             return 0
-        return min(self.most_tokens, self.free_blocks * self.traits.block_size)
+        return self._tokens_in(self.free_blocks)
 
     @property
     def growth_tokens(self) -> float:
-        """What a newcomer may hold at its peak. If there is nothing to do, anything: waiting would not make it less."""
-        return self.capacity_tokens - self.peak_tokens if self.running else math.inf
+        """What a newcomer may hold at its peak. If there is nothing to do, anything: waiting would not make it less.
+
+        Where there is room for the most that any sequence holds at once, anything, too.
+        """
+        room = self.capacity_tokens - self.peak_tokens if self.running else math.inf
+        return room if room < self.traits.tokens_per_sequence else math.inf
 
     @property
     def step_s(self) -> float:
@@ -112,11 +124,17 @@ class WorkerState:
         By the number of sequences and by the tokens in the cache that the step reads: those that the worker's requests
         are expected to hold in the middle of the look-ahead, with those that will have ended by then left out.
         """
-        return self.short_step_s + self.traits.capability.kv_token_s * float(self.future[0, _EXPECTED_AT])
+        return self.short_step_s + self.traits.step_times.kv_token_s * float(self.future[0, _EXPECTED_AT])
 
     def blocks(self, num_tokens: int) -> int:
-        """KV blocks for so many tokens and the next one."""
-        return blocks_for(num_tokens + 1, self.traits.block_size)
+        """KV blocks that a sequence of so many tokens and the next one holds."""
+        blocks, most = blocks_for(num_tokens + 1, self.traits.block_size), self.traits.blocks_per_sequence
+        return blocks if most is None else min(blocks, most)
+
+    def _tokens_in(self, blocks: int) -> int:
+        """The longest sequence that so many blocks suffice for."""
+        most, longest = self.traits.blocks_per_sequence, self.traits.max_model_len
+        return longest if most is not None and blocks >= most else min(longest, blocks * self.traits.block_size)
 
     def take(self, blocks: int, requests: int, queued_s: float, future: npt.NDArray[np.float64] | None) -> None:
         """It has so much more to do; with negative figures, less."""
@@ -125,7 +143,7 @@ class WorkerState:
             self.queued_s = max(0.0, self.queued_s + queued_s)
         if requests:
             self.running += requests
-            self.short_step_s = self.traits.capability.decode_seconds(self.running + 1)
+            self.short_step_s = self.traits.step_times.decode_seconds(self.running + 1)
         if future is not None:
             self.future += future
             self.peak_tokens = likely_peak(self.future)

@@ -110,7 +110,7 @@ class WorkerTable:
         self._rows[traits.engine_id] = row
         self._workers.append(WorkerState(traits, ready))
         self._columns["cache"][row] = cache
-        self._times.put(row, traits.capability)
+        self._times.put(row, traits.step_times)
         self._seat(row)
         self._show()
 
@@ -138,9 +138,9 @@ class WorkerTable:
         """KV blocks of that worker's size for so many tokens and the next one."""
         return self._workers[self._rows[engine_id]].blocks(num_tokens)
 
-    def block_size(self, engine_id: str) -> int:
-        """Tokens in a KV block of that worker."""
-        return self._workers[self._rows[engine_id]].traits.block_size
+    def traits(self, engine_id: str) -> WorkerTraits:
+        """What does not change of that worker."""
+        return self._workers[self._rows[engine_id]].traits
 
     def quarantine(self, engine_id: str, blocks: int) -> None:
         """So many blocks of a worker cannot be used at present; with a negative figure, they can again."""
@@ -168,7 +168,7 @@ class WorkerTable:
         traits = worker.traits
         columns["slot"][row] = self._slots[traits.engine_id]
         columns["most_tokens"][row] = worker.most_tokens
-        columns["kv_token_s"][row] = traits.capability.kv_token_s
+        columns["kv_token_s"][row] = traits.step_times.kv_token_s
         columns["kv_layer_bytes"][row] = traits.kv_token_bytes / traits.num_layers
         columns["num_layers"][row] = traits.num_layers
         columns["chunk_tokens"][row] = traits.chunk_tokens

@@ -72,23 +72,23 @@ def report_from_proto(message: baton_pb2.Timings) -> RequestReport:
 
 def worker_to_proto(worker: WorkerStatus) -> baton_pb2.WorkerStatus:
     """One worker's status."""
-    plain = {field.name: getattr(worker, field.name) for field in fields(worker)}
-    values = {**plain, "load": asdict(worker.load), "capability": _capability_to_proto(worker.capability)}
+    plain = {field.name: getattr(worker, field.name) for field in fields(worker) if field.name != "step_times"}
+    values = {**plain, "load": asdict(worker.load), "capability": _step_times_to_proto(worker.step_times)}
     return baton_pb2.WorkerStatus(**values)
 
 
-def _capability_to_proto(capability: StepTimes) -> baton_pb2.Capability | None:
+def _step_times_to_proto(step_times: StepTimes) -> baton_pb2.Capability | None:
     """None where nothing was measured."""
-    if capability == StepTimes():
+    if step_times == StepTimes():
         return None
     times = {
         name: [baton_pb2.MeasuredTime(size=size, seconds=seconds) for size, seconds in points]
-        for name, points in (("prefill", capability.prefill), ("decode", capability.decode))
+        for name, points in (("prefill", step_times.prefill), ("decode", step_times.decode))
     }
-    return baton_pb2.Capability(**times, kv_token_s=capability.kv_token_s)
+    return baton_pb2.Capability(**times, kv_token_s=step_times.kv_token_s)
 
 
-def _capability_from_proto(message: baton_pb2.Capability) -> StepTimes:
+def _step_times_from_proto(message: baton_pb2.Capability) -> StepTimes:
     prefill, decode = (tuple((t.size, t.seconds) for t in times) for times in (message.prefill, message.decode))
     return StepTimes(prefill, decode, message.kv_token_s)
 
@@ -106,7 +106,7 @@ def workers_from_proto(messages: Iterable[baton_pb2.WorkerStatus]) -> list[Worke
             load=Load(**{name: getattr(m.load, name) for name in _LOAD_FIELDS}),
             group=m.group,
             max_num_seqs=m.max_num_seqs,
-            capability=_capability_from_proto(m.capability),
+            step_times=_step_times_from_proto(m.capability),
         )
         for m in messages
     ]

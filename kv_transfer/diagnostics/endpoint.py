@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kv_transfer.diagnostics.report import EndReport, Measured
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.transports.base import EngineInfo
 
 if TYPE_CHECKING:
     from kv_transfer.transports.nixl import NixlTransport
 
-LAYOUT = KVLayout("mha", 1, 16, 8, 128, "bfloat16")
+LAYOUT = KVLayout((GroupLayout("full", (0,), 16, 8, 128, "bfloat16"),))
 """One layer of 64 KiB blocks."""
+
+_GROUP = LAYOUT.primary
 
 _COPIES = 5
 
@@ -77,11 +79,12 @@ class PathEnd:
         """Allocate the memory, register it, and say how it is reached."""
         from kv_transfer.transports.nixl import NixlTransport  # UCX reads its environment when it is loaded
 
-        shape = (1, self._config.num_blocks, 2, LAYOUT.block_size, LAYOUT.num_kv_heads, LAYOUT.head_size)
-        self._cache = torch.zeros(shape, dtype=torch.bfloat16, device=self._config.device)
+        self._cache = torch.zeros(
+            (1, self._config.num_blocks, *_GROUP.block_shape), dtype=torch.bfloat16, device=self._config.device
+        )
         self._transport: NixlTransport = NixlTransport(count_descriptors=True)
         engine_id = f"{self._config.name}.{secrets.randbits(64):016x}"
-        return self._transport.register(engine_id, secrets.randbits(64), self._cache, LAYOUT)
+        return self._transport.register(engine_id, secrets.randbits(64), [self._cache], LAYOUT)
 
     def describe(self) -> EndReport:
         """What is true of this process, now that its agent is there."""
@@ -102,7 +105,7 @@ class PathEnd:
     def fill(self, seed: int) -> int:
         """Fill the memory with noise; returns its checksum."""
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randint(0, 256, (LAYOUT.block_bytes,), dtype=torch.uint8, generator=generator)
+        noise = torch.randint(0, 256, (_GROUP.block_bytes,), dtype=torch.uint8, generator=generator)
         data = self._bytes()
         data.copy_(noise.expand(data.shape[0], -1))
         data[:, 0] = torch.arange(data.shape[0]).to(torch.uint8)
@@ -116,7 +119,7 @@ class PathEnd:
         """Measure the path to a peer that is serving."""
         from kv_transfer.diagnostics.measure import measure_path
 
-        return measure_path(self._transport, peer, self._config.num_blocks, LAYOUT.block_bytes)
+        return measure_path(self._transport, peer, self._config.num_blocks, _GROUP.block_bytes)
 
     def serve(self) -> None:
         """Answer pings until something comes through the pipe."""
@@ -129,7 +132,7 @@ class PathEnd:
 
     def _bytes(self) -> torch.Tensor:
         """The memory as (num_blocks, block_bytes) bytes."""
-        return self._cache.view(torch.uint8).view(self._config.num_blocks, LAYOUT.block_bytes)
+        return self._cache.view(torch.uint8).view(self._config.num_blocks, _GROUP.block_bytes)
 
 
 def _has_cuda_context() -> bool:

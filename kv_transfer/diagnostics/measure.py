@@ -12,7 +12,8 @@ from kv_transfer.errors import PeerError
 from kv_transfer.handshake.bandwidth_probe import probe_bandwidth
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import Transfer, TransferState
-from kv_transfer.transports.nixl import NixlTransfer, NixlTransport
+from kv_transfer.transports.nixl import NixlTransport
+from kv_transfer.transports.nixl_endpoint import NixlTransfer
 
 S = TypeVar("S")
 
@@ -20,7 +21,7 @@ PING = b"ping"
 NOTE = b"note"
 """Messages of this check: the peer sends the first one back, and ignores the other."""
 
-_LAYER = range(1)
+_GROUP, _LAYER = 0, range(1)
 _POSTED_BLOCKS = (1, 32, 1024)
 _RATE_BYTES = (1 << 16, 1 << 20, 1 << 24)
 _REPEATS, _ROUND_TRIPS = 9, 200
@@ -42,7 +43,7 @@ def measure_path(transport: NixlTransport, peer: str, num_blocks: int, block_byt
     """
     first_contact_s, _ = _meet(transport, peer)
     started = time.monotonic()
-    _wait(peer, transport.write(peer, _LAYER, range(1), range(1), NOTE))
+    _wait(peer, transport.write(peer, _GROUP, _LAYER, range(1), range(1), NOTE))
     first_write_s = time.monotonic() - started
     _, cost = _meet(transport, peer)
     sizes = [size for size in _RATE_BYTES if size < num_blocks * block_bytes] + [num_blocks * block_bytes]
@@ -86,9 +87,9 @@ def _contiguous_s(transport: NixlTransport, peer: str, operation: str, count: in
     def once() -> float:
         started = time.monotonic()
         if operation == "WRITE":
-            _wait(peer, transport.write(peer, _LAYER, blocks, blocks, NOTE))
+            _wait(peer, transport.write(peer, _GROUP, _LAYER, blocks, blocks, NOTE))
         else:
-            _wait(peer, transport.read(peer, _LAYER, blocks, blocks))
+            _wait(peer, transport.read(peer, _GROUP, _LAYER, blocks, blocks))
         return time.monotonic() - started
 
     return statistics.median(_repeat(once))
@@ -101,7 +102,7 @@ def _posting(transport: NixlTransport, peer: str, count: int, *, contiguous: boo
     def once() -> tuple[float, float]:
         nonlocal num_descriptors
         started = time.monotonic()
-        transfer = transport.write(peer, _LAYER, blocks, blocks, NOTE)
+        transfer = transport.write(peer, _GROUP, _LAYER, blocks, blocks, NOTE)
         posted = time.monotonic()
         _wait(peer, transfer)
         if isinstance(transfer, NixlTransfer):

@@ -10,12 +10,14 @@ import struct
 from dataclasses import dataclass
 
 from kv_transfer.errors import ProtocolError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 
-_VERSION = 2
-_HEADER = struct.Struct("<BB16sQI")
-_GRANT = struct.Struct("<I")
-_PART = struct.Struct("<IHHII")
+_VERSION = 3
+_HEADER = struct.Struct("<BB16sQQ")
+_GRANT = struct.Struct("<H")
+_GRANT_GROUP = struct.Struct("<II")
+_PART = struct.Struct("<IHHHII")
 _FINAL = struct.Struct("<II")
 _MAX_REASON_BYTES = 512
 
@@ -30,25 +32,34 @@ class Hello:
 
 @dataclass(frozen=True)
 class Grant:
-    """Decode → prefill: these blocks are yours to write to, in the order of the sequence.
+    """Decode → prefill: these blocks are yours to write to.
 
     Attributes:
         key: the reservation.
-        block_ids: for the sequence's blocks from `first_block` to its last; those before it are not to be written.
-        first_block: how many of the sequence's blocks the decode worker has already.
+        groups: by cache group, the sequence's blocks to its last; those before them are not to be written.
     """
 
     key: HandoffKey
-    block_ids: tuple[int, ...]
-    first_block: int = 0
+    groups: tuple[GroupBlocks, ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Prefill → decode, attached to a WRITE: this rectangle of (layers × blocks of the sequence) has landed."""
+    """Prefill → decode, attached to a WRITE: this rectangle of (layers × blocks of the sequence) has landed.
+
+    Attributes:
+        key: the reservation.
+        index: counts the parts of the handoff.
+        group: the cache group.
+        first_layer: its place within the group.
+        num_layers: from there on.
+        first_block: its place in the sequence.
+        num_blocks: from there on.
+    """
 
     key: HandoffKey
     index: int
+    group: int
     first_layer: int
     num_layers: int
     first_block: int
@@ -90,10 +101,10 @@ def encode(message: Message) -> bytes:
     match message:
         case Hello(_, reply):
             return header + bytes([reply])
-        case Grant(_, block_ids, first_block):
-            return header + _GRANT.pack(first_block) + struct.pack(f"<{len(block_ids)}I", *block_ids)
-        case Part(_, index, first_layer, num_layers, first_block, num_blocks):
-            return header + _PART.pack(index, first_layer, num_layers, first_block, num_blocks)
+        case Grant(_, groups):
+            return header + _GRANT.pack(len(groups)) + b"".join(map(_encode_blocks, groups))
+        case Part(_, index, group, first_layer, num_layers, first_block, num_blocks):
+            return header + _PART.pack(index, group, first_layer, num_layers, first_block, num_blocks)
         case Final(_, first_token, num_parts):
             return header + _FINAL.pack(first_token, num_parts)
         case Cancel():
@@ -122,9 +133,7 @@ def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
     if kind is Hello:
         return Hello(key, bool(body[0]))
     if kind is Grant:
-        (first_block,) = _GRANT.unpack_from(body)
-        block_ids = body[_GRANT.size :]
-        return Grant(key, struct.unpack(f"<{len(block_ids) // 4}I", block_ids), first_block)
+        return Grant(key, _decode_groups(body))
     if kind is Part:
         return Part(key, *_PART.unpack(body))
     if kind is Final:
@@ -132,3 +141,21 @@ def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
     if kind is Cancel:
         return Cancel(key)
     return Closed(key, body.decode(errors="replace"))
+
+
+def _encode_blocks(blocks: GroupBlocks) -> bytes:
+    count = len(blocks.block_ids)
+    return _GRANT_GROUP.pack(blocks.first_block, count) + struct.pack(f"<{count}I", *blocks.block_ids)
+
+
+def _decode_groups(body: bytes) -> tuple[GroupBlocks, ...]:
+    (num_groups,) = _GRANT.unpack_from(body)
+    groups, at = [], _GRANT.size
+    for _ in range(num_groups):
+        first_block, count = _GRANT_GROUP.unpack_from(body, at)
+        at += _GRANT_GROUP.size
+        groups.append(GroupBlocks(first_block, struct.unpack_from(f"<{count}I", body, at)))
+        at += 4 * count
+    if at != len(body):
+        raise struct.error(f"{len(body) - at} bytes behind a grant")
+    return tuple(groups)

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from kv_transfer.handoff.messages import Final, Part
 
 
-class PartCounter:
-    """Knows when every wanted block of every layer has landed, in whatever order the parts arrive, repeated or not.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to arrive of one cache group.
 
-    Where no block is wanted, the last message alone completes the handoff.
-
-    Args:
-        num_layers: layers to receive.
-        num_blocks: blocks of the sequence to receive in each layer.
-        first_block: the place of the first of them in the sequence.
+    Attributes:
+        num_layers: layers of the group.
+        blocks: places in the sequence of the blocks to receive in each layer.
     """
 
-    def __init__(self, num_layers: int, num_blocks: int, first_block: int = 0) -> None:
-        self._num_layers = num_layers
-        self._wanted = range(first_block, first_block + num_blocks)
-        self._expected = num_layers * num_blocks
-        self._landed = 0
+    num_layers: int
+    blocks: range
+
+    def contains(self, part: Part) -> bool:
+        """Whether a part lies within it."""
+        return (
+            self.blocks.start <= part.first_block
+            and part.first_block + part.num_blocks <= self.blocks.stop
+            and part.first_layer + part.num_layers <= self.num_layers
+        )
+
+
+class PartCounter:
+    """Knows when every wanted block of every layer of every cache group has landed, in whatever order parts arrive.
+
+    A repeated part counts once. Where no block is wanted, the last message alone completes the handoff.
+
+    Args:
+        wanted: by cache group.
+    """
+
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        self._wanted = tuple(wanted)
+        self._missing = [group.num_layers * len(group.blocks) for group in wanted]
         self._indices: set[int] = set()
         self._final: Final | None = None
 
     def count(self, part: Part) -> None:
         """Take note of a part; a repeated one, or one that reaches beyond what is wanted, counts for nothing."""
-        if part.index not in self._indices and self._contains(part):
+        if part.index in self._indices or part.group >= len(self._wanted):
+            return
+        if self._wanted[part.group].contains(part):
             self._indices.add(part.index)
-            self._landed += part.num_layers * part.num_blocks
+            self._missing[part.group] -= part.num_layers * part.num_blocks
 
     def close(self, final: Final) -> None:
         """Take note of the last message."""
@@ -38,14 +60,6 @@ class PartCounter:
     def first_token(self) -> int | None:
         """The first token, once every part and the last message have been counted."""
         final = self._final
-        if final is None or len(self._indices) < final.num_parts or self._landed < self._expected:
+        if final is None or len(self._indices) < final.num_parts or any(missing > 0 for missing in self._missing):
             return None
         return final.first_token
-
-    def _contains(self, part: Part) -> bool:
-        last_block = part.first_block + part.num_blocks
-        return (
-            self._wanted.start <= part.first_block
-            and last_block <= self._wanted.stop
-            and part.first_layer + part.num_layers <= self._num_layers
-        )

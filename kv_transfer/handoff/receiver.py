@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kv_transfer.connector import DecodeEvent, HandoffFailed, HandoffReceived, HandoffReleased
-from kv_transfer.errors import PeerError
+from kv_transfer.errors import NotConnectedError, PeerError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Part, encode
-from kv_transfer.handoff.part_counter import PartCounter
+from kv_transfer.handoff.part_counter import PartCounter, Wanted
 from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.layout import KVLayout
 from kv_transfer.transports.base import Transport
+
+_CANCEL_AGAIN_S = 1.0
+_LOOK_AGAIN_S = 0.02
+_EAGER_CANCELS = 5
 
 
 @dataclass
@@ -20,27 +28,36 @@ class _Incoming:
     peer: str
     ledger: PartCounter
     cancelled: bool = False
+    num_cancels: int = 0
+    cancel_at: float = math.inf
+    reconnected: bool = False
     drained_at: float | None = None
 
 
 class HandoffReceiver:
     """Every handoff that this worker expects. Used by the connector's owner thread only.
 
+    Blocks that were granted come back in one of four ways: everything granted has landed; the peer says that it writes
+    nothing more, which it is asked for until it does; the peer is lost, and nothing of it can land any more, by its
+    process' end or by the end of the way here; or the grant was never sent. No clock decides, here or there.
+
     Args:
         transport: what carries the messages.
-        num_layers: layers of the cache.
+        layout: of the cache.
         drain_s: how long after a peer's end its last bytes may still arrive (they may sit in a socket).
         emit: takes the events for the worker.
     """
 
     def __init__(
-        self, transport: Transport, num_layers: int, drain_s: float, emit: Callable[[DecodeEvent], None]
+        self, transport: Transport, layout: KVLayout, drain_s: float, emit: Callable[[DecodeEvent], None]
     ) -> None:
         self._transport = transport
-        self._num_layers = num_layers
+        self._layout = layout
         self._drain_s = drain_s
         self._emit = emit
         self._open: dict[HandoffKey, _Incoming] = {}
+        self._lost: dict[str, bool] = {}
+        self._look_at = 0.0
 
     @property
     def num_open(self) -> int:
@@ -49,29 +66,37 @@ class HandoffReceiver:
 
     @property
     def active(self) -> bool:
-        """Whether anything is open."""
-        return bool(self._open)
+        """Whether the network must be looked at often; for what stays out long it need not."""
+        return any(h.peer not in self._lost and h.num_cancels <= _EAGER_CANCELS for h in self._open.values())
 
-    def expect(self, key: HandoffKey, peer: str, block_ids: Sequence[int], first_block: int = 0) -> None:
-        """Grant the blocks to the prefill worker: for those of the sequence from `first_block` on."""
-        handoff = _Incoming(key, peer, PartCounter(self._num_layers, len(block_ids), first_block))
+    def expect(self, key: HandoffKey, peer: str, blocks: Sequence[GroupBlocks]) -> None:
+        """Grant the blocks of each cache group to the prefill worker."""
+        wanted = [
+            Wanted(group.num_layers, range(granted.first_block, granted.end))
+            for group, granted in zip(self._layout.groups, blocks, strict=True)
+        ]
+        handoff = _Incoming(key, peer, PartCounter(wanted))
         self._open[key] = handoff
         try:
-            self._transport.send(peer, encode(Grant(key, tuple(block_ids), first_block)))
-        except PeerError as error:
+            self._transport.send(peer, encode(Grant(key, tuple(blocks))))
+        except NotConnectedError as error:
             self._fail(handoff, str(error))
             self._release(handoff)  # who was never granted the blocks cannot write to them
+        except PeerError as error:  # it may have been sent
+            self._fail(handoff, str(error))
 
     def cancel(self, key: HandoffKey) -> None:
-        """Ask the prefill worker to stop; released when it confirms."""
+        """Ask the prefill worker to stop, until it confirms; released then."""
         handoff = self._open.get(key)
-        if handoff is None or handoff.cancelled:
-            return
-        handoff.cancelled = True
-        try:
-            self._transport.send(handoff.peer, encode(Cancel(key)))
-        except PeerError:
-            return  # unconfirmed: the blocks stay quarantined until the peer is reported gone
+        if handoff is not None and not handoff.cancelled:
+            handoff.cancelled = True
+            self._ask_to_stop(handoff)
+
+    def _ask_to_stop(self, handoff: _Incoming) -> None:
+        handoff.num_cancels += 1
+        handoff.cancel_at = time.monotonic() + _CANCEL_AGAIN_S
+        with contextlib.suppress(PeerError):  # asked again, over another connection perhaps
+            self._transport.send(handoff.peer, encode(Cancel(handoff.key)))
 
     def on_part(self, sender: str, part: Part) -> None:
         """A part has landed. One of an older generation, or from someone else, counts for nothing."""
@@ -88,24 +113,56 @@ class HandoffReceiver:
             self._complete(handoff)
 
     def on_closed(self, sender: str, closed: Closed) -> None:
-        """The prefill worker will write nothing more."""
+        """The prefill worker will write nothing more; what it wrote over a broken connection may sit in a socket."""
         handoff = self._open.get(closed.key)
-        if handoff is not None and handoff.peer == sender:
-            self._fail(handoff, closed.reason)
+        if handoff is None or handoff.peer != sender:
+            return
+        self._fail(handoff, closed.reason)
+        if handoff.reconnected:
+            self._drain(handoff)
+        else:
             self._release(handoff)
 
-    def peer_lost(self, engine_id: str, may_write_s: float) -> None:
-        """A prefill worker is lost: its handoffs fail now, their blocks are released when it cannot write any more."""
-        for handoff in self._open.values():
-            if handoff.peer == engine_id and handoff.drained_at is None:
-                self._fail(handoff, f"prefill worker {engine_id} is gone")
-                handoff.drained_at = time.monotonic() + may_write_s + self._drain_s
+    def reconnect(self, engine_id: str) -> None:
+        """A peer is to be met anew: what was under way is lost, and its blocks come back when the peer says so."""
+        for handoff in self._of(engine_id):
+            self._fail(handoff, f"the connection to prefill worker {engine_id} is made anew")
+            handoff.reconnected = True
+
+    def peer_lost(self, engine_id: str, confirmed_dead: bool) -> None:
+        """A prefill worker is lost: its handoffs fail now, their blocks are released when nothing of it can land."""
+        for handoff in self._of(engine_id):
+            self._fail(handoff, f"prefill worker {engine_id} is gone")
+            self._lost[engine_id] = confirmed_dead or self._lost.get(engine_id, False)
+        self._look_at = 0.0
 
     def progress(self) -> None:
-        """Release what has drained."""
+        """Release what is safe, and ask again for what is not confirmed."""
         now = time.monotonic()
-        for handoff in [h for h in self._open.values() if h.drained_at is not None and h.drained_at <= now]:
-            self._release(handoff)
+        for handoff in list(self._open.values()):
+            if handoff.drained_at is not None and handoff.drained_at <= now:
+                self._release(handoff)
+            elif handoff.cancelled and handoff.peer not in self._lost and handoff.cancel_at <= now:
+                self._ask_to_stop(handoff)
+        if self._lost and now >= self._look_at:
+            self._look_at = now + _LOOK_AGAIN_S
+            self._look_after_lost()
+
+    def _look_after_lost(self) -> None:
+        for engine_id, confirmed_dead in list(self._lost.items()):
+            if self._transport.may_land(engine_id, confirmed_dead):
+                continue
+            del self._lost[engine_id]
+            for handoff in self._of(engine_id):
+                self._drain(handoff)
+
+    def _of(self, engine_id: str) -> list[_Incoming]:
+        return [handoff for handoff in self._open.values() if handoff.peer == engine_id]
+
+    def _drain(self, handoff: _Incoming) -> None:
+        handoff.cancel_at = math.inf
+        if handoff.drained_at is None:
+            handoff.drained_at = time.monotonic() + self._drain_s
 
     def _complete(self, handoff: _Incoming) -> None:
         first_token = handoff.ledger.first_token
@@ -120,6 +177,7 @@ class HandoffReceiver:
     def _fail(self, handoff: _Incoming, reason: str) -> None:
         if not handoff.cancelled:
             handoff.cancelled = True
+            handoff.cancel_at = time.monotonic() + _CANCEL_AGAIN_S
             self._emit(HandoffFailed(handoff.key, reason))
 
     def _release(self, handoff: _Incoming) -> None:

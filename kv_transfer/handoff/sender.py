@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 
 from kv_transfer.connector import HandoffAborted, HandoffSent, PrefillEvent, ReadyEvent
 from kv_transfer.errors import PeerError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Part, encode
 from kv_transfer.handoff.sender_state import SentHandoff, SentPart
 from kv_transfer.handoff_key import HandoffKey
+from kv_transfer.layout import KVLayout
+from kv_transfer.link_cost import LinkCost, most_bytes_at_once
 from kv_transfer.transports.base import TransferState, Transport
 
 logger = logging.getLogger(__name__)
@@ -25,14 +28,22 @@ class HandoffSender:
 
     Args:
         transport: what moves the bytes.
-        block_bytes: bytes of one block in one layer.
+        layout: of the cache.
         emit: takes the events for the worker.
+        cost: what the way to a peer costs; None: it was not measured.
     """
 
-    def __init__(self, transport: Transport, block_bytes: int, emit: Callable[[PrefillEvent], None]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        layout: KVLayout,
+        emit: Callable[[PrefillEvent], None],
+        cost: Callable[[str], LinkCost | None] = lambda peer: None,
+    ) -> None:
         self._transport = transport
-        self._block_bytes = block_bytes
+        self._layout = layout
         self._emit = emit
+        self._cost = cost
         self._open: dict[bytes, SentHandoff] = {}
         self._early_grants: OrderedDict[bytes, tuple[str, Grant, float]] = OrderedDict()
         self._ended: OrderedDict[bytes, HandoffKey | None] = OrderedDict()  # with the key of one that was sent whole
@@ -57,14 +68,20 @@ class HandoffSender:
             self.on_grant(early[0], early[1])
 
     def push(
-        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+        self,
+        handoff_id: bytes,
+        group: int,
+        layers: range,
+        first_block: int,
+        src_blocks: Sequence[int],
+        ready: ReadyEvent | None,
     ) -> None:
         """Post a WRITE, or keep it until the grant is here and it is ready. Ignored for a handoff that has failed."""
         handoff = self._open.get(handoff_id)
         if handoff is None or handoff.failure is not None:
             return
-        part = SentPart(layers, first_block, tuple(src_blocks), ready)
-        handoff.num_blocks = max(handoff.num_blocks, part.end)
+        part = SentPart(group, layers, first_block, tuple(src_blocks), ready)
+        handoff.ends[group] = max(handoff.ends[group], part.end)
         handoff.waiting.append(part)
         self._flush(handoff)
 
@@ -106,6 +123,12 @@ class HandoffSender:
             handoff.grant = handoff.grant or Grant(cancel.key, ())
             self._fail(handoff, "cancelled by the decode worker")
 
+    def reconnect(self, engine_id: str) -> None:
+        """A decode worker is to be met anew: what was under way is lost; it hears so when it asks."""
+        for handoff in list(self._open.values()):
+            if handoff.peer == engine_id and handoff.grant is not None:
+                self._fail(handoff, f"the connection to decode worker {engine_id} is made anew")
+
     def peer_lost(self, engine_id: str) -> None:
         """A decode worker is gone; its handoffs end when their WRITEs have."""
         for handoff in list(self._open.values()):
@@ -135,9 +158,13 @@ class HandoffSender:
         """
         if handoff.grant is None:
             return
+        if len(handoff.grant.groups) != len(self._layout.groups):
+            kept = len(self._layout.groups)
+            self._fail(handoff, f"the decode worker granted {len(handoff.grant.groups)} cache groups, {kept} are kept")
+            return
         try:
             while handoff.waiting and handoff.failure is None:
-                part = handoff.waiting[0].without(handoff.grant.first_block)
+                part = handoff.waiting[0].without(handoff.grant.groups[handoff.waiting[0].group].first_block)
                 if part is not None and part.ready is not None and not part.ready.query():
                     return
                 handoff.waiting.popleft()
@@ -152,28 +179,42 @@ class HandoffSender:
             self._fail(handoff, f"pushing to {handoff.peer} failed: {error}")
 
     def _post(self, handoff: SentHandoff, grant: Grant, part: SentPart) -> None:
-        count = len(part.src_blocks)
-        offset = part.first_block - grant.first_block
-        dst_blocks = grant.block_ids[offset : offset + count]
+        count, granted = len(part.src_blocks), grant.groups[part.group]
+        offset = part.first_block - granted.first_block
+        dst_blocks = granted.block_ids[offset : offset + count]
         if len(dst_blocks) < count:
-            self._fail(handoff, _wrong_grant(grant, part.end))
+            self._fail(handoff, _wrong_grant(granted, part.end))
             return
-        part_message = Part(
-            grant.key, handoff.posted, part.layers.start, len(part.layers), part.first_block, len(part.src_blocks)
-        )
+        limit = most_bytes_at_once(self._cost(handoff.peer)) // self._layout.groups[part.group].block_bytes
+        for piece in part.pieces(limit):
+            start = piece.first_block - part.first_block
+            self._write(handoff, grant.key, piece, dst_blocks[start : start + len(piece.src_blocks)])
+            if handoff.failure is not None:
+                return
+
+    def _write(self, handoff: SentHandoff, key: HandoffKey, part: SentPart, dst_blocks: Sequence[int]) -> None:
+        count = len(part.src_blocks)
+        message = Part(key, handoff.posted, part.group, part.layers.start, len(part.layers), part.first_block, count)
         if not handoff.in_flight:
             handoff.busy_since = time.monotonic()
-        transfer = self._transport.write(handoff.peer, part.layers, part.src_blocks, dst_blocks, encode(part_message))
-        handoff.in_flight.append(transfer)
+        handoff.in_flight.append(
+            self._transport.write(handoff.peer, part.group, part.layers, part.src_blocks, dst_blocks, encode(message))
+        )
         handoff.posted += 1
-        handoff.num_bytes += count * len(part.layers) * self._block_bytes
+        handoff.posted_blocks[part.group] += count * len(part.layers)
+        handoff.num_bytes += count * len(part.layers) * self._layout.groups[part.group].block_bytes
         self._reap(handoff)
 
     def _end(self, handoff: SentHandoff, grant: Grant, first_token: int) -> None:
         """Send the last message, if what was pushed is what was granted: else decode would wait for the rest."""
-        if handoff.num_blocks != grant.first_block + len(grant.block_ids):
-            self._fail(handoff, _wrong_grant(grant, handoff.num_blocks))
-            return
+        for index, (group, granted) in enumerate(zip(self._layout.groups, grant.groups, strict=True)):
+            if handoff.ends[index] != granted.end:
+                self._fail(handoff, _wrong_grant(granted, handoff.ends[index]))
+                return
+            wanted, posted = group.num_layers * len(granted.block_ids), handoff.posted_blocks[index]
+            if posted != wanted:
+                self._fail(handoff, f"cache group {index}: {posted} of {wanted} granted blocks of all layers came")
+                return
         self._transport.send(handoff.peer, encode(Final(grant.key, first_token, handoff.posted)))
         handoff.final_sent = True
 
@@ -236,6 +277,6 @@ class HandoffSender:
             return  # a peer that is gone needs no confirmation
 
 
-def _wrong_grant(grant: Grant, num_blocks: int) -> str:
-    held = f" behind {grant.first_block} that it has" if grant.first_block else ""
-    return f"the decode worker granted {len(grant.block_ids)} blocks{held}, {num_blocks} are needed"
+def _wrong_grant(granted: GroupBlocks, num_blocks: int) -> str:
+    held = f" behind {granted.first_block} that it has" if granted.first_block else ""
+    return f"the decode worker granted {len(granted.block_ids)} blocks{held}, {num_blocks} are needed"

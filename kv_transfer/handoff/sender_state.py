@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kv_transfer.connector import ReadyEvent
@@ -16,12 +17,14 @@ class SentPart:
     """A rectangle of a sequence's cache, as the worker pushed it.
 
     Attributes:
-        layers: of the cache.
+        group: the cache group.
+        layers: places within the group.
         first_block: the place of its first block in the sequence.
         src_blocks: this worker's blocks.
         ready: happens before they may be read; None: they may.
     """
 
+    group: int
     layers: range
     first_block: int
     src_blocks: tuple[int, ...]
@@ -38,7 +41,20 @@ class SentPart:
             return self
         if num_blocks >= self.end:
             return None
-        return SentPart(self.layers, num_blocks, self.src_blocks[num_blocks - self.first_block :], self.ready)
+        return SentPart(
+            self.group, self.layers, num_blocks, self.src_blocks[num_blocks - self.first_block :], self.ready
+        )
+
+    def pieces(self, max_blocks: int) -> Iterator[SentPart]:
+        """It as rectangles of at most so many blocks, all layers together, at least one: whole layers if they fit."""
+        per_layer = len(self.src_blocks)
+        num_layers = max(1, max_blocks // per_layer)
+        num_blocks = per_layer if max_blocks >= per_layer else max(1, max_blocks)
+        for layer in range(self.layers.start, self.layers.stop, num_layers):
+            layers = range(layer, min(layer + num_layers, self.layers.stop))
+            for at in range(0, per_layer, num_blocks):
+                blocks = self.src_blocks[at : at + num_blocks]
+                yield SentPart(self.group, layers, self.first_block + at, blocks, self.ready)
 
 
 @dataclass
@@ -51,7 +67,8 @@ class SentHandoff:
         grant: what the peer has reserved; None: that is not known yet.
         waiting: parts that were pushed and not posted, in order.
         in_flight: WRITEs that have not ended.
-        num_blocks: of the sequence, as far as it was pushed.
+        ends: by cache group, the place behind the last block that was pushed.
+        posted_blocks: by cache group, blocks times layers in the WRITEs so far.
         posted: WRITEs so far.
         num_bytes: that they carried.
         first_token: once everything has been pushed.
@@ -69,7 +86,8 @@ class SentHandoff:
     grant: Grant | None = None
     waiting: deque[SentPart] = field(default_factory=deque)
     in_flight: list[Transfer] = field(default_factory=list)
-    num_blocks: int = 0
+    ends: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    posted_blocks: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     posted: int = 0
     num_bytes: int = 0
     first_token: int | None = None

@@ -16,13 +16,16 @@ from kv_transfer.transports.base import PROBE_PIECE_BYTES, PROBE_PIECES, Transfe
 _REPEATS = 5
 _SPIN_S = 0.002
 _SMALLEST_S = 1e-9
+_TIMES_ONE, _MOST_TOGETHER = 4.0, 64
 
 
 def probe_bandwidth(transport: Transport, peer: str, message: bytes) -> Generator[None, None, LinkCost]:
     """Measure the way to a peer, on the thread that owns the transport; yields whenever others should have their turn.
 
     Posting n descriptors takes write_s + n · descriptor_s, and b bytes land after a while + b / bytes_per_s. Both come
-    from differences between transfers, and each time is the shortest of some repeats.
+    from differences between transfers, and each time is the shortest of some repeats. The while is as long as the
+    peer's thread takes to look, some hundred microseconds, in which NVLink moves more than all pieces: so WRITEs of all
+    pieces are posted together, more and more of them, until moving them takes several times the while.
 
     Args:
         transport: which knows the peer.
@@ -35,26 +38,31 @@ def probe_bandwidth(transport: Transport, peer: str, message: bytes) -> Generato
     one_s, one_landed_s = yield from _shortest(transport, peer, range(1), message)
     scattered = range(0, PROBE_PIECES, 2)
     scattered_s, _ = yield from _shortest(transport, peer, scattered, message)
-    _, all_landed_s = yield from _shortest(transport, peer, range(PROBE_PIECES), message)
+    writes = 1
+    _, landed_s = yield from _shortest(transport, peer, range(PROBE_PIECES), message)
+    while landed_s < _TIMES_ONE * one_landed_s and writes < _MOST_TOGETHER:
+        writes *= 4
+        _, landed_s = yield from _shortest(transport, peer, range(PROBE_PIECES), message, writes)
     descriptor_s = max(0.0, scattered_s - one_s) / (len(scattered) - 1)
-    moving_s = all_landed_s - min(one_landed_s, all_landed_s / 2)  # noise must not make the way look endlessly fast
+    moving_s = landed_s - min(one_landed_s, landed_s / 2)  # noise must not make the way look endlessly fast
     return LinkCost(
         write_s=max(one_s - descriptor_s, _SMALLEST_S),
         descriptor_s=descriptor_s,
-        bytes_per_s=PROBE_PIECES * PROBE_PIECE_BYTES / max(moving_s, _SMALLEST_S),
+        bytes_per_s=writes * PROBE_PIECES * PROBE_PIECE_BYTES / max(moving_s, _SMALLEST_S),
     )
 
 
 def _shortest(
-    transport: Transport, peer: str, pieces: range, message: bytes
+    transport: Transport, peer: str, pieces: range, message: bytes, writes: int = 1
 ) -> Generator[None, None, tuple[float, float]]:
-    """Seconds to post these pieces, and until they have landed: the shortest of each."""
+    """Seconds to post so many WRITEs of these pieces, and until all have landed: the shortest of each."""
     posts, landings = [], []
     for _ in range(_REPEATS):
         started = time.monotonic()
-        transfer = transport.probe_bandwidth(peer, pieces, message)
+        transfers = [transport.probe_bandwidth(peer, pieces, message) for _ in range(writes)]
         posts.append(time.monotonic() - started)
-        yield from _landing(peer, transfer)
+        for transfer in transfers:
+            yield from _landing(peer, transfer)
         landings.append(time.monotonic() - started)
         yield
     return min(posts), min(landings)

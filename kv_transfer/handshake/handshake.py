@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 1.0
 """From one question that is not answered to the next."""
+_AWAKE_S = 0.2
+"""After a message more are expected for so long: what a peer measures takes as long as this side takes to look."""
 
 
 @dataclass(eq=False)
@@ -45,13 +47,14 @@ class Handshakes:
         self._incarnation = incarnation
         self._handshakes: list[_Handshake] = []
         self._unanswered: set[HandoffKey] = set()
+        self._awake_until = -math.inf
         self.paths: dict[str, LinkCost] = {}
         """What the way to each peer costs, once it has been met."""
 
     @property
     def active(self) -> bool:
-        """Whether anybody is being met."""
-        return bool(self._handshakes)
+        """Whether anybody is being met, or has just been heard of."""
+        return bool(self._handshakes) or time.monotonic() < self._awake_until
 
     def start(self, peer: str, result: Future[float]) -> None:
         """Move data to a peer, have it move data here, and time a message there and back, for `result`."""
@@ -65,6 +68,7 @@ class Handshakes:
 
     def on_hello(self, sender: str, hello: Hello) -> None:
         """A peer introduces itself, or answers; it is answered when data has moved to it, once if it asks again."""
+        self._awake_until = time.monotonic() + _AWAKE_S
         if hello.reply:
             self._unanswered.discard(hello.key)
         elif not any(handshake.peer == sender and handshake.hello == hello.key for handshake in self._handshakes):

@@ -1,174 +1,20 @@
-"""The connector within one process, which can misbehave on request.
-
-Over host memory a WRITE is so quick that a decode which starts too early still looks right. Here a WRITE takes as long
-as a test wants, and parts arrive late, in another order, twice, or never.
-"""
+"""One engine's end of the network within one process."""
 
 from __future__ import annotations
 
-import random
-import threading
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from kv_transfer.errors import PeerError
+from kv_transfer.errors import NotConnectedError
 from kv_transfer.layout import KVLayout
-from kv_transfer.transports.base import EngineInfo, Landed, Transfer, TransferState, Transport
+from kv_transfer.region import regions_of
+from kv_transfer.transports.base import EngineInfo, Landed, Transfer, Transport
+from kv_transfer.transports.local_fabric import Faults, LocalFabric
 
-
-@dataclass(frozen=True)
-class Faults:
-    """What goes wrong, each with its probability per WRITE or message, decided by `seed`.
-
-    Attributes:
-        seed: of the fabric's random numbers.
-        max_delay: WRITEs and messages take 0 to this many rounds of the receiver; more than 0 also reorders them.
-        duplicate: a message arrives twice, the second time up to `max_delay` rounds later.
-        drop: a WRITE is reported as done but neither its data nor its message arrives.
-        fail: a WRITE ends in an error, with some of its data written.
-    """
-
-    seed: int = 0
-    max_delay: int = 0
-    duplicate: float = 0.0
-    drop: float = 0.0
-    fail: float = 0.0
-
-
-class LocalFabric:
-    """The network between the `LocalConnector`s of one process. Thread-safe."""
-
-    def __init__(self, faults: Faults | None = None) -> None:
-        self.faults = faults or Faults()
-        self._random = random.Random(self.faults.seed)
-        self._lock = threading.RLock()
-        self._ends: dict[str, _End] = {}
-
-    def attach(self, engine_id: str, kv_cache: torch.Tensor) -> None:
-        """Add an engine."""
-        with self._lock:
-            self._ends[engine_id] = _End(kv_cache, [])
-
-    def detach(self, engine_id: str) -> None:
-        """Take an engine away: WRITEs on their way to it fail, what it sent goes on."""
-        with self._lock:
-            end = self._ends.pop(engine_id, None)
-            for arrival in end.arrivals if end is not None else ():
-                if arrival.copy is not None:
-                    arrival.copy.transfer.ended = TransferState.FAILED
-
-    def cut(self, sender: str, peer: str) -> None:
-        """`peer` takes nothing more from `sender`: WRITEs on their way fail, messages are lost."""
-        with self._lock:
-            if (end := self._ends.get(peer)) is None:
-                return
-            for arrival in end.arrivals:
-                if arrival.sender == sender and arrival.copy is not None:
-                    arrival.copy.transfer.ended = TransferState.FAILED
-            end.arrivals = [arrival for arrival in end.arrivals if arrival.sender != sender]
-
-    def send(self, sender: str, peer: str, message: bytes) -> None:
-        """Put a message on its way."""
-        with self._lock:
-            self._arrive(self._end(peer), _Arrival(self._delay(), sender, message))
-
-    def write(
-        self, sender: str, peer: str, layers: range, src: Sequence[int], dst: Sequence[int], message: bytes
-    ) -> LocalTransfer:
-        """Put data and a message on their way. The source is read when the data lands, as a slow card would."""
-        with self._lock:
-            end = self._end(peer)
-            transfer = LocalTransfer()
-            roll = self._random.random()
-            copy = _Copy(self._end(sender).kv_cache, end.kv_cache, layers, tuple(src), tuple(dst), transfer)
-            if roll < self.faults.drop:
-                transfer.ended = TransferState.DONE
-            elif roll < self.faults.drop + self.faults.fail:
-                copy.src, copy.dst = copy.src[::2], copy.dst[::2]
-                copy.outcome = TransferState.FAILED
-                end.arrivals.append(_Arrival(self._delay(), sender, None, copy))
-            else:
-                self._arrive(end, _Arrival(self._delay(), sender, message, copy))
-            return transfer
-
-    def receive(self, engine_id: str) -> list[tuple[str, bytes]]:
-        """Let one round pass for this engine; what is due lands."""
-        with self._lock:
-            end = self._ends.get(engine_id)
-            if end is None:
-                return []
-            due = [arrival for arrival in end.arrivals if arrival.rounds <= 0]
-            end.arrivals = [arrival for arrival in end.arrivals if arrival.rounds > 0]
-            for arrival in end.arrivals:
-                arrival.rounds -= 1
-            for arrival in due:
-                if arrival.copy is not None:
-                    arrival.copy.run()
-            return [(arrival.sender, arrival.message) for arrival in due if arrival.message is not None]
-
-    def source_blocks(self, engine_id: str) -> frozenset[int]:
-        """The blocks of this engine that WRITEs on their way are still going to read."""
-        with self._lock:
-            cache = self._end(engine_id).kv_cache
-            arrivals = (arrival for end in self._ends.values() for arrival in end.arrivals)
-            copies = [arrival.copy for arrival in arrivals if arrival.copy is not None]
-            return frozenset(block for copy in copies if copy.source is cache for block in copy.src)
-
-    def _arrive(self, end: _End, arrival: _Arrival) -> None:
-        end.arrivals.append(arrival)
-        if self._random.random() < self.faults.duplicate:
-            end.arrivals.append(_Arrival(arrival.rounds + self._delay(), arrival.sender, arrival.message))
-
-    def _delay(self) -> int:
-        return self._random.randint(0, self.faults.max_delay)
-
-    def _end(self, engine_id: str) -> _End:
-        if engine_id not in self._ends:
-            raise PeerError(f"{engine_id} is gone")
-        return self._ends[engine_id]
-
-
-class LocalTransfer(Transfer):
-    """A WRITE under way in a `LocalFabric`."""
-
-    def __init__(self) -> None:
-        self.ended = TransferState.IN_FLIGHT
-
-    def state(self) -> TransferState:
-        """See `Transfer.state`."""
-        return self.ended
-
-
-@dataclass
-class _Copy:
-    source: torch.Tensor
-    target: torch.Tensor
-    layers: range
-    src: tuple[int, ...]
-    dst: tuple[int, ...]
-    transfer: LocalTransfer
-    outcome: TransferState = TransferState.DONE
-
-    def run(self) -> None:
-        layers = slice(self.layers.start, self.layers.stop)
-        self.target[layers, list(self.dst)] = self.source[layers, list(self.src)]
-        self.transfer.ended = self.outcome
-
-
-@dataclass
-class _Arrival:
-    rounds: int
-    sender: str
-    message: bytes | None
-    copy: _Copy | None = None
-
-
-@dataclass
-class _End:
-    kv_cache: torch.Tensor
-    arrivals: list[_Arrival]
+__all__ = ["Faults", "LocalFabric", "LocalTransport"]
 
 
 class LocalTransport(Transport):
@@ -176,51 +22,97 @@ class LocalTransport(Transport):
 
     def __init__(self, fabric: LocalFabric) -> None:
         self._fabric = fabric
-        self._engine_id = ""
-        self._peers: set[str] = set()
+        self._info: EngineInfo | None = None
+        self._numbers = itertools.count(1)
+        self._private: dict[str, str] = {}
+        self._peers: dict[str, tuple[str, str]] = {}
+        self._reached_shared: set[str] = set()  # peers who have had a connection to the endpoint that stays
+        self._broken: set[str] = set()
 
-    def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register(
+        self, engine_id: str, incarnation: int, kv_caches: Sequence[torch.Tensor], layout: KVLayout
+    ) -> EngineInfo:
         """See `Transport.register`."""
-        self._engine_id = engine_id
-        self._fabric.attach(engine_id, kv_cache)
-        return EngineInfo(
-            engine_id, incarnation, layout, kv_cache.shape[1], kv_cache.data_ptr(), kv_cache.device.type, 0, b""
-        )
+        regions, device = regions_of(kv_caches, layout), kv_caches[0].device.type
+        self._fabric.attach(engine_id, kv_caches)
+        self._info = EngineInfo(engine_id, incarnation, layout, regions, device, 0, b"", endpoint=engine_id)
+        return self._info
+
+    def new_endpoint(self, engine_id: str) -> EngineInfo:
+        """See `Transport.new_endpoint`."""
+        self.remove_peer(engine_id)
+        name = f"{self._own.engine_id}#{next(self._numbers)}"
+        self._private[engine_id] = name
+        self._fabric.open(name)
+        return replace(self._own, endpoint=name)
 
     def add_peer(self, peer: EngineInfo) -> None:
         """See `Transport.add_peer`."""
-        self._peers.add(peer.engine_id)
+        own = self._private.get(peer.engine_id, self._own.endpoint)
+        self._peers[peer.engine_id] = (own, peer.endpoint)
+        self._broken.discard(peer.engine_id)
 
     def remove_peer(self, engine_id: str) -> None:
         """See `Transport.remove_peer`."""
-        self._peers.discard(engine_id)
-        self._fabric.cut(engine_id, self._engine_id)
+        own, _ = self._peers.pop(engine_id, ("", ""))
+        if own == self._own.engine_id:
+            self._reached_shared.add(engine_id)
+        self._broken.discard(engine_id)
+        if (private := self._private.pop(engine_id, None)) is not None:
+            self._fabric.close(private)
+
+    def may_land(self, engine_id: str, confirmed_dead: bool) -> bool:
+        """See `Transport.may_land`."""
+        if self._fabric.has_data(engine_id, self._own.engine_id):
+            return True
+        reaches = self._fabric.direct or engine_id in self._reached_shared
+        return reaches and not confirmed_dead and self._fabric.runs(engine_id)
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """See `Transport.broken_peers`."""
+        return frozenset(self._broken)
 
     def write(
-        self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes
+        self,
+        peer: str,
+        group: int,
+        layers: range,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        message: bytes,
     ) -> Transfer:
         """See `Transport.write`."""
-        self._check(peer)
-        return self._fabric.write(self._engine_id, peer, layers, src_blocks, dst_blocks, message)
+        return self._fabric.write(*self._link(peer), group, layers, src_blocks, dst_blocks, message)
 
     def probe_bandwidth(self, peer: str, pieces: range, message: bytes) -> Transfer:
         """Within one process nothing is dear the first time, and nothing is written."""
-        self._check(peer)
+        self._link(peer)
         return Landed()
 
     def send(self, peer: str, message: bytes) -> None:
         """See `Transport.send`."""
-        self._check(peer)
-        self._fabric.send(self._engine_id, peer, message)
+        self._fabric.send(*self._link(peer), message)
 
     def receive(self) -> list[tuple[str, bytes]]:
         """See `Transport.receive`."""
-        return self._fabric.receive(self._engine_id)
+        return self._fabric.receive(self._own.engine_id) if self._info is not None else []
 
     def close(self) -> None:
         """See `Transport.close`."""
-        self._fabric.detach(self._engine_id)
+        if self._info is not None:
+            self._fabric.detach(self._info.engine_id)
 
-    def _check(self, peer: str) -> None:
-        if peer not in self._peers:
-            raise PeerError(f"{peer} is not connected")
+    @property
+    def _own(self) -> EngineInfo:
+        if self._info is None:
+            raise NotConnectedError("the transport has no registered memory yet")
+        return self._info
+
+    def _link(self, peer: str) -> tuple[str, str]:
+        """The endpoints here and there."""
+        if (link := self._peers.get(peer)) is None:
+            raise NotConnectedError(f"{peer} is not connected")
+        if self._fabric.is_broken(*link):
+            self._broken.add(peer)
+        return link

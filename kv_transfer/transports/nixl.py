@@ -1,48 +1,27 @@
-"""The NIXL agent as a transport: the only file that imports NIXL."""
+"""NIXL as a transport: which endpoint leads to which peer."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import numpy as np
 import torch
 
-from kv_transfer.errors import PeerError
+from kv_transfer.errors import NotConnectedError, PeerError
 from kv_transfer.layout import KVLayout
+from kv_transfer.process import ProcessId
+from kv_transfer.region import regions_of
 from kv_transfer.transports.base import (
     PROBE_PIECE_BYTES,
     PROBE_PIECES,
     EngineInfo,
     Transfer,
-    TransferState,
     Transport,
 )
+from kv_transfer.transports.nixl_endpoint import NixlEndpoint
 
-try:
-    from nixl._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle, nixl_xfer_handle
-except ModuleNotFoundError:
-    # The package `nixl` only picks one of nixl_cu13 and nixl_cu12; the first is what Baton depends on.
-    from nixl_cu13._api import nixl_agent, nixl_agent_config, nixl_prepped_dlist_handle, nixl_xfer_handle
-
-_LOCAL_SIDE = "NIXL_INIT_AGENT"
-_STATES = {"DONE": TransferState.DONE, "PROC": TransferState.IN_FLIGHT, "ERR": TransferState.FAILED}
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A worker's memory, ready to be written from or to.
-
-    Attributes:
-        info: the worker.
-        blocks: a descriptor for every (layer, block), layer-major.
-        pieces: a descriptor for every piece of its rehearsal memory.
-    """
-
-    info: EngineInfo
-    blocks: nixl_prepped_dlist_handle
-    pieces: nixl_prepped_dlist_handle
+_SEPARATOR = "#"
 
 
 class NixlTransport(Transport):
@@ -50,212 +29,160 @@ class NixlTransport(Transport):
 
     No progress thread: it would burn a core. The owner's calls to `receive` and `Transfer.state` make progress.
 
-    Descriptors are prepared once, one for every (layer, block). NIXL joins those of a transfer that are neighbours on
-    both sides when it makes the transfer, at 4 ns each, so blocks that lie together travel as one.
+    One agent is shared by the peers that were added without more ado; `new_endpoint` makes one for a peer alone, which
+    costs some 30 ms, 5 MB and 3 µs a look.
 
     Args:
         count_descriptors: have every transfer say how many descriptors it became.
-        may_write: asked before every WRITE; where it says no, the WRITE fails.
+        guard: called before every use of NIXL, see `kv_transfer.lease.lease_guard`.
     """
 
-    def __init__(self, *, count_descriptors: bool = False, may_write: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, *, count_descriptors: bool = False, guard: Callable[[], None] = lambda: None) -> None:
         self._count_descriptors = count_descriptors
-        self._may_write = may_write
-        self._agent: nixl_agent | None = None
-        self._registrations: list[object] = []
-        self._probe_memory: torch.Tensor | None = None
-        self._own: _Side | None = None
-        self._peers: dict[str, _Side] = {}
+        self._guard = guard
+        self._process = ProcessId.own()
+        self._memory: list[torch.Tensor] = []
+        self._info: EngineInfo | None = None
+        self._shared: NixlEndpoint | None = None
+        self._private: dict[str, NixlEndpoint] = {}
+        self._numbers = itertools.count(1)
+        self._peers: dict[str, NixlEndpoint] = {}
+        self._processes: dict[str, ProcessId | None] = {}
+        self._reached_shared: set[str] = set()  # peers who have had a connection to the endpoint that stays
 
-    def register(self, engine_id: str, incarnation: int, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register(
+        self, engine_id: str, incarnation: int, kv_caches: Sequence[torch.Tensor], layout: KVLayout
+    ) -> EngineInfo:
         """See `Transport.register`. Afterwards the calling thread has the cache's device as its current one."""
-        if kv_cache.is_cuda:  # without a CUDA context on this thread UCX silently drops NVLink
-            torch.cuda.set_device(kv_cache.device)
-            torch.cuda.synchronize(kv_cache.device)
-        agent = nixl_agent(
-            engine_id, nixl_agent_config(enable_prog_thread=False, capture_telemetry=self._count_descriptors)
-        )
-        self._agent = agent
-        self._probe_memory = torch.empty(PROBE_PIECES * PROBE_PIECE_BYTES, dtype=torch.uint8, device=kv_cache.device)
-        self._registrations = [agent.register_memory(memory) for memory in (kv_cache, self._probe_memory)]
+        regions, device = regions_of(kv_caches, layout), kv_caches[0].device
+        if device.type == "cuda":  # without a CUDA context on this thread UCX silently drops NVLink
+            torch.cuda.set_device(device)
+            torch.cuda.synchronize(device)
+        probe_memory = torch.empty(PROBE_PIECES * PROBE_PIECE_BYTES, dtype=torch.uint8, device=device)
+        self._memory = [*kv_caches, probe_memory]
         info = EngineInfo(
             engine_id=engine_id,
             incarnation=incarnation,
             layout=layout,
-            num_blocks=kv_cache.shape[1],
-            address=kv_cache.data_ptr(),
-            device_type=kv_cache.device.type,
-            device_index=kv_cache.device.index or 0,
-            metadata=agent.get_agent_metadata(),
-            probe_address=self._probe_memory.data_ptr(),
+            regions=regions,
+            device_type=device.type,
+            device_index=device.index or 0,
+            metadata=b"",
+            probe_address=probe_memory.data_ptr(),
+            endpoint=engine_id,
+            process=self._process,
         )
-        self._own = self._prepare(_LOCAL_SIDE, info)
-        return info
+        self._shared = self._open(info)
+        self._info = self._shared.info
+        return self._info
 
-    def _prepare(self, agent_name: str, info: EngineInfo) -> _Side:
-        """Descriptors of a worker's memory, each list given as one strided row."""
-        size = info.layout.block_bytes
-        rows = (
-            [info.address, size, info.device_index, size, info.layout.num_layers * info.num_blocks],
-            [info.probe_address, PROBE_PIECE_BYTES, info.device_index, PROBE_PIECE_BYTES, PROBE_PIECES],
-        )
-        prepare, mem_type = self._started.prep_xfer_dlist, _mem_type(info)
-        return _Side(info, *(prepare(agent_name, np.array([row], dtype=np.uint64), mem_type) for row in rows))
+    def _open(self, info: EngineInfo) -> NixlEndpoint:
+        return NixlEndpoint(info, self._memory, self._guard, count_descriptors=self._count_descriptors)
 
-    @property
-    def _started(self) -> nixl_agent:
-        if self._agent is None:
+    def new_endpoint(self, engine_id: str) -> EngineInfo:
+        """See `Transport.new_endpoint`."""
+        if self._info is None:
             raise PeerError("the NIXL agent has no registered memory yet")
-        return self._agent
+        self._disconnect(engine_id)
+        name = f"{self._info.engine_id}{_SEPARATOR}{next(self._numbers)}"
+        endpoint = self._private[engine_id] = self._open(replace(self._info, endpoint=name))
+        return endpoint.info
 
     def add_peer(self, peer: EngineInfo) -> None:
         """See `Transport.add_peer`."""
-        if peer.engine_id in self._peers:
+        endpoint = self._private.get(peer.engine_id, self._shared)
+        if endpoint is None:
+            raise PeerError("the NIXL agent has no registered memory yet")
+        known = self._peers.get(peer.engine_id)
+        if known is endpoint and endpoint.peer_endpoint(peer.engine_id) == peer.endpoint:
             return
-        try:
-            self._started.add_remote_agent(peer.metadata)
-            self._peers[peer.engine_id] = self._prepare(peer.engine_id, peer)
-        except Exception as error:  # NIXL's exception types share no base
-            raise PeerError(f"NIXL cannot reach {peer.engine_id}: {error}") from error
+        if known is not None:
+            known.remove(peer.engine_id)
+        endpoint.add(peer)
+        self._peers[peer.engine_id] = endpoint
+        self._processes[peer.engine_id] = peer.process
 
     def remove_peer(self, engine_id: str) -> None:
         """See `Transport.remove_peer`."""
-        side = self._peers.pop(engine_id, None)
-        if side is None:
-            return
-        for handle in (side.blocks, side.pieces):
-            with contextlib.suppress(Exception):  # a lost peer may have taken its half with it
-                handle.release()
-        with contextlib.suppress(Exception):
-            self._started.remove_remote_agent(engine_id)
+        self._disconnect(engine_id)
+
+    def _disconnect(self, engine_id: str) -> None:
+        endpoint = self._peers.pop(engine_id, None)
+        if endpoint is not None:
+            endpoint.remove(engine_id)
+        if endpoint is not None and endpoint is self._shared:
+            self._reached_shared.add(engine_id)
+        private = self._private.pop(engine_id, None)
+        if private is not None:
+            private.close()
+
+    def may_land(self, engine_id: str, confirmed_dead: bool) -> bool:
+        """See `Transport.may_land`."""
+        process = self._processes.get(engine_id)
+        runs = process.may_run(self._process) if process is not None else None
+        if runs is None:
+            same_host = process is None or process.host == self._process.host
+            runs = not confirmed_dead and (same_host or engine_id in self._reached_shared)
+        if not runs:
+            self._processes.pop(engine_id, None)
+            self._reached_shared.discard(engine_id)
+        return runs
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """See `Transport.broken_peers`."""
+        return frozenset().union(*(endpoint.broken for endpoint in self._endpoints))
 
     def write(
-        self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int], message: bytes
+        self,
+        peer: str,
+        group: int,
+        layers: range,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        message: bytes,
     ) -> Transfer:
         """See `Transport.write`."""
-        own, other = self._sides(peer)
-        src = _indices(layers, src_blocks, own.info.num_blocks)
-        dst = _indices(layers, dst_blocks, other.info.num_blocks)
-        return self._start("WRITE", own.blocks, src, other, other.blocks, dst, message)
+        return self._to(peer).blocks("WRITE", peer, group, layers, src_blocks, dst_blocks, message)
 
-    def read(self, peer: str, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int]) -> Transfer:
+    def read(
+        self, peer: str, group: int, layers: range, src_blocks: Sequence[int], dst_blocks: Sequence[int]
+    ) -> Transfer:
         """Start reading a peer's blocks into one's own; handoffs never do, see `docs/design.md`.
 
         Raises:
             PeerError: the peer is unknown or gone.
         """
-        own, other = self._sides(peer)
-        src = _indices(layers, src_blocks, other.info.num_blocks)
-        dst = _indices(layers, dst_blocks, own.info.num_blocks)
-        return self._start("READ", own.blocks, dst, other, other.blocks, src, b"")
+        return self._to(peer).blocks("READ", peer, group, layers, dst_blocks, src_blocks, b"")
 
     def probe_bandwidth(self, peer: str, pieces: range, message: bytes) -> Transfer:
         """See `Transport.probe_bandwidth`."""
-        own, other = self._sides(peer)
-        indices = np.asarray(pieces, dtype=np.int32)
-        return self._start("WRITE", own.pieces, indices, other, other.pieces, indices, message)
-
-    def _sides(self, peer: str) -> tuple[_Side, _Side]:
-        other = self._peers.get(peer)
-        if other is None or self._own is None:
-            raise PeerError(f"{peer} is not connected")
-        return self._own, other
-
-    def _start(
-        self,
-        operation: str,
-        own: nixl_prepped_dlist_handle,
-        own_indices: _Indices,
-        peer: _Side,
-        other: nixl_prepped_dlist_handle,
-        other_indices: _Indices,
-        message: bytes,
-    ) -> NixlTransfer:
-        agent = self._started
-        try:
-            handle = agent.make_prepped_xfer(operation, own, own_indices, other, other_indices, message)
-            if not self._may_write():
-                handle.release()
-                raise PeerError("this worker has not been heard for so long that others may use that memory")
-            state = _STATES[agent.transfer(handle)]
-        except Exception as error:
-            raise PeerError(f"{operation} with {peer.info.engine_id} failed: {error}") from error
-        return NixlTransfer(agent, handle, state, count_descriptors=self._count_descriptors)
+        return self._to(peer).pieces(peer, pieces, message)
 
     def send(self, peer: str, message: bytes) -> None:
         """See `Transport.send`."""
-        if peer not in self._peers:
-            raise PeerError(f"{peer} is not connected")
-        try:
-            self._started.send_notif(peer, message)
-        except Exception as error:
-            raise PeerError(f"sending to {peer} failed: {error}") from error
+        self._to(peer).send(peer, message)
+
+    def _to(self, peer: str) -> NixlEndpoint:
+        if (endpoint := self._peers.get(peer)) is None:
+            raise NotConnectedError(f"{peer} is not connected")
+        return endpoint
+
+    @property
+    def _endpoints(self) -> list[NixlEndpoint]:
+        return [*([self._shared] if self._shared is not None else []), *self._private.values()]
 
     def receive(self) -> list[tuple[str, bytes]]:
         """See `Transport.receive`."""
-        arrived = self._started.get_new_notifs()
-        return [(peer, message) for peer, messages in arrived.items() for message in messages]
+        return [
+            (name.partition(_SEPARATOR)[0], message)
+            for endpoint in self._endpoints
+            for name, messages in endpoint.receive().items()
+            for message in messages
+        ]
 
     def close(self) -> None:
         """See `Transport.close`."""
-        if self._agent is None:
-            return
-        for engine_id in list(self._peers):
-            self.remove_peer(engine_id)
-        with contextlib.suppress(Exception):
-            if self._own is not None:
-                self._own.blocks.release()
-                self._own.pieces.release()
-            for registration in self._registrations:
-                self._agent.deregister_memory(registration)
-        self._agent = None
-
-
-_Indices = np.ndarray[tuple[int], np.dtype[np.int32]]
-
-
-def _mem_type(info: EngineInfo) -> str:
-    return "VRAM" if info.device_type == "cuda" else "DRAM"
-
-
-def _indices(layers: range, blocks: Sequence[int], num_blocks: int) -> _Indices:
-    """Descriptor numbers of these blocks in these layers, layer-major."""
-    starts = np.arange(layers.start, layers.stop, dtype=np.int32)[:, None] * num_blocks
-    return (starts + np.asarray(blocks, dtype=np.int32)[None, :]).reshape(-1)
-
-
-class NixlTransfer(Transfer):
-    """A transfer of NIXL's.
-
-    Attributes:
-        num_descriptors: that it became, once it has ended; 0 when nobody counts.
-    """
-
-    def __init__(
-        self, agent: nixl_agent, handle: nixl_xfer_handle, state: TransferState, *, count_descriptors: bool
-    ) -> None:
-        self.num_descriptors = 0
-        self._agent = agent
-        self._handle = handle
-        self._state = state
-        self._count = count_descriptors
-        if state is not TransferState.IN_FLIGHT:
-            self._release()
-
-    def state(self) -> TransferState:
-        """See `Transfer.state`."""
-        if self._state is TransferState.IN_FLIGHT:
-            try:
-                self._state = _STATES[self._agent.check_xfer_state(self._handle)]
-            except Exception:  # nixlRemoteDisconnectError and its like: the peer is gone, so the transfer has ended
-                self._state = TransferState.FAILED
-            if self._state is not TransferState.IN_FLIGHT:
-                self._release()
-        return self._state
-
-    def _release(self) -> None:
-        with contextlib.suppress(Exception):
-            if self._count:
-                self.num_descriptors = int(self._agent.get_xfer_telemetry(self._handle).descCount)
-        with contextlib.suppress(Exception):
-            self._handle.release()
+        for endpoint in self._endpoints:
+            endpoint.close()
+        self._shared, self._private, self._peers = None, {}, {}

@@ -10,7 +10,7 @@ from attention.kv_cache import KVCacheSpec, reshape_and_cache
 from attention.metadata import build_encoder_metadata, build_metadata
 from attention.spec import FP8, Feature
 
-SPEC = KVCacheSpec(num_layers=3, num_kv_heads=2, head_size=8, block_size=16, dtype=torch.bfloat16)
+SPEC = KVCacheSpec(layers=(0, 1, 2), num_kv_heads=2, head_size=8, block_size=16, dtype=torch.bfloat16)
 
 
 def test_sizes() -> None:
@@ -52,7 +52,7 @@ def test_metadata_describes_the_batch() -> None:
     assert metadata.seq_lens.tolist() == [18, 5]
     assert metadata.block_tables.tolist() == [[7, 2], [4, 0]]
     assert metadata.slot_mapping.tolist() == [7 * 16 + 15, 2 * 16, 2 * 16 + 1, 4 * 16 + 4]
-    assert not metadata.decode_only
+    assert not metadata[0].decode_only
     assert build_metadata([1, 1], [18, 5], [[7, 2], [4]], 16).decode_only
 
 
@@ -68,7 +68,7 @@ def test_impossible_batches_are_refused(
 
 
 def test_an_fp8_cache_holds_what_is_divided_by_the_scale_and_clamped() -> None:
-    cache = KVCacheSpec(1, 2, 8, 4, FP8).allocate(3, "cpu")[0]
+    cache = KVCacheSpec((0,), 2, 8, 4, FP8).allocate(3, "cpu")[0]
     key, value = torch.randn(2, 2, 2, 8).unbind(0)
     key[0, 0, 0] = 1e6
     slots = torch.tensor([9, 2])

@@ -100,6 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--no-enable-prefix-caching", action="store_true")
     parser.add_argument("--disable-uvicorn-access-log", action="store_true")
+    parser.add_argument("--kv-cache-memory-bytes", type=int)
     parser.add_argument("--kv-transfer-config", type=json.loads, default={})
     args = parser.parse_args()
     asyncio.run(serve(args.host, args.port, args.kv_transfer_config.get("kv_role")))

@@ -40,7 +40,7 @@ class _Stream:
         self._left -= count
         finish = FinishReason.LENGTH if self._left == 0 else None
         ends = [None] * (count - 1) + [finish]
-        return TokenChunk(tuple(TokenOutput("r", 65, finish_reason=end) for end in ends))
+        return TokenChunk(tuple(TokenOutput("r", 65, finish_reason=end, attempt_id="r") for end in ends))
 
     async def report(self) -> RequestReport:
         return REPORT
@@ -127,7 +127,7 @@ async def test_the_same_seed_sends_the_same_requests_under_any_load(tokenizer: T
     for load in (("--concurrency", "1"), ("--rate", "1000")):
         engine = _Engine(failing=range(0))
         assert await _bench(engine, tokenizer, *load, "--requests", "6", "--seed", "5", "--warmup", "0") == 0
-        sent.append({(request.prompt_token_ids, request.sampling) for request in engine.requests})
+        sent.append({(tuple(request.prompt_token_ids), request.sampling) for request in engine.requests})
     assert sent[0] == sent[1]
     assert len(sent[0]) == 6
     assert all(sampling.ignore_eos and sampling.max_tokens == 5 and sampling.greedy for _, sampling in sent[0])
@@ -136,7 +136,7 @@ async def test_the_same_seed_sends_the_same_requests_under_any_load(tokenizer: T
 async def test_warm_up_is_sent_but_not_counted(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     engine = _Engine(failing=range(0))
     assert await _bench(engine, tokenizer, "--requests", "2", "--warmup", "3") == 0
-    assert len({request.prompt_token_ids for request in engine.requests}) == 5
+    assert len({tuple(request.prompt_token_ids) for request in engine.requests}) == 5
     assert "2 requests: 2 OK" in capsys.readouterr().out
 
 

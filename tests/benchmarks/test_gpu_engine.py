@@ -10,7 +10,11 @@ import pytest
 
 from benchmarks import gpu_engine
 from benchmarks.engine_points import Plan, Point, full_steps, measure_decode, measure_prefill
-from benchmarks.llama_8b import SHAPE, Work, save_shape
+from benchmarks.llama_8b import SHAPE, save_shape
+from benchmarks.model_shapes import GPT_OSS_20B, QWEN3_30B_A3B, SHAPES, model_folder
+from benchmarks.model_work import Work
+from workers.models.loader import weight_map
+from workers.models.registry import parse_model
 
 TINY = {
     **SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -28,6 +32,43 @@ def test_the_work_of_the_shape_is_that_of_llama_3_1_8b() -> None:
     assert work.prefill_flops(2, 100) == 2 * work.prefill_flops(1, 100)
     longer = work.prefill_flops(1, 2000) - 2 * work.prefill_flops(1, 1000)
     assert longer == 1000 * 1000 * work.attention_flops_per_pair - 2 * work.head_parameters
+
+
+@pytest.mark.parametrize(("name", "total"), [("qwen3-30b-a3b", 30_532_122_624), ("gpt-oss-20b", 20_914_757_184)])
+def test_shapes_with_experts_are_those_of_the_models(name: str, total: int) -> None:
+    model_class, config = parse_model(SHAPES[name])
+    assert weight_map(model_class, config).num_elements == total
+    work = Work.of(SHAPES[name])
+    embedding = config.vocab_size * config.hidden_size
+    in_matrices = work.layer_parameters + (work.num_experts - work.top_k) * work.expert_parameters
+    assert in_matrices + work.head_parameters + embedding == pytest.approx(total, rel=1e-3)  # norms and biases are left
+
+
+def test_a_step_reads_the_experts_that_its_tokens_go_to() -> None:
+    work = Work.of(QWEN3_30B_A3B)
+    assert work.decode_bytes(1, 0) == 2 * (work.layer_parameters + work.head_parameters)
+    assert work.experts_of(1) == pytest.approx(8)
+    assert work.experts_of(2) == pytest.approx(8 + 8 * 120 / 128)
+    assert work.experts_of(1000) == pytest.approx(128)
+    everything = work.layer_parameters + work.head_parameters + 120 * work.expert_parameters
+    assert work.decode_bytes(1000, 0) == pytest.approx(2 * everything)
+
+
+def test_a_window_bounds_what_is_read_and_computed() -> None:
+    work = Work.of(GPT_OSS_20B)
+    assert (work.window, work.windowed, work.kv_bytes_per_token) == (128, 0.5, 48 * 1024)
+    grown = work.decode_bytes(4, 1000) - work.decode_bytes(4, 200)
+    assert grown == pytest.approx(4 * 800 * work.kv_bytes_per_token / 2)
+    pairs = sum(i + min(i, 128) for i in range(1, 301)) / 2
+    matrices = 2 * work.layer_parameters * 300 + 2 * work.head_parameters
+    assert work.prefill_flops(1, 300) == pytest.approx(matrices + pairs * work.attention_flops_per_pair)
+
+
+def test_a_model_is_a_folder_or_a_name(tmp_path: Path) -> None:
+    assert model_folder(tmp_path / "mine", tmp_path) == tmp_path / "mine"
+    (tmp_path / "gpt-oss-20b").mkdir()
+    (tmp_path / "gpt-oss-20b" / "config.json").write_text("{}")  # so that no tokenizer is made
+    assert model_folder(Path("gpt-oss-20b"), tmp_path) == tmp_path / "gpt-oss-20b"
 
 
 def test_only_steps_with_a_token_for_everybody_are_timed() -> None:

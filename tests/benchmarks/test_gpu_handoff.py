@@ -13,7 +13,7 @@ import pytest
 from benchmarks import gpu_handoff
 from benchmarks.llama_8b import SHAPE, save_shape
 from benchmarks.server_process import descendants, server_process
-from benchmarks.service_points import Load
+from benchmarks.service_points import Load, LongPrompts
 from workers.errors import ConfigError
 
 TINY = {
@@ -31,7 +31,8 @@ def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
             "--max-model-len", "256", "--max-num-batched-tokens", "64", "--max-num-seqs", "4", "--start-timeout", "90",
             "--lengths", "20", "100", "--requests", "2", "--warmup", "1", "--output-tokens", "5", "--alone",
             "--pause", "0",
-            "--load", "8:24:6:1", "--short", "8:8:4:1", "--kernel-cache", str(tmp_path / "kernels"),
+            "--load", "8:24:6:1", "--first-tokens", "8", "--short", "8:8:4:1",
+            "--kernel-cache", str(tmp_path / "kernels"),
             "--output", str(output), "--run", "test", *(f"--set={setting}" for setting in settings),
         ]
     )  # fmt: skip
@@ -47,11 +48,10 @@ def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
         assert row["alone_ttft_s"] > 0
         assert 0 <= row["hidden_share"] <= 1
         assert len(row["requests"]) == len(row["alone"]) == 2
-    for name, tokens in (("load", 6), ("short", 4)):
-        summary = result[name]["summary"]
-        assert summary["by_status"] == {"OK": summary["requests"]}
-        assert {row["output_tokens"] for row in result[name]["requests"]} == {tokens}
-        assert len(result[name]["itl_quantiles_s"]) == 201
+    for load, tokens in ((result["loads"][0], 6), (result["short"], 4)):
+        assert load["summary"]["by_status"] == {"OK": load["summary"]["requests"]}
+        assert {row["output_tokens"] for row in load["requests"]} == {tokens}
+        assert len(load["itl_quantiles_s"]) == 201
 
 
 def test_compiled_kernels_are_looked_for_where_they_will_be_put(tmp_path: Path) -> None:
@@ -67,6 +67,12 @@ def test_compiled_kernels_are_looked_for_where_they_will_be_put(tmp_path: Path) 
 def test_a_load_is_four_positive_numbers(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         Load.parse(text)
+
+
+@pytest.mark.parametrize("text", ["100", "100:0:1", "100:1:-1", "a:1:1"])
+def test_long_prompts_are_three_numbers_with_a_request(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        LongPrompts.parse(text)
 
 
 def test_a_server_that_ends_or_takes_too_long_is_reported_with_its_log(tmp_path: Path) -> None:

@@ -38,8 +38,10 @@ def _service(folder: Path, engine: str, gpus: int, ttft_s: float, rate: float, c
         "prompt_tokens": 2048, "ttft_s": ttft_s, "second_token_s": ttft_s + 0.006, "alone_ttft_s": ttft_s,
         "exposed_s": 0.001, "hidden_share": 0.97 if engine == "baton" else None,
     }  # fmt: skip
-    content = {"first_token_s": 40.0, "lengths": [length], "load": asked}
-    _write(folder, f"gpu_service_{engine}_{gpus}gpu.json", engine, content, cold_caches=cold)
+    first = {"prompt_tokens": 512, "ttft_s": [2 * ttft_s, 1.1 * ttft_s, ttft_s], "second_token_s": [0.3, 0.1, 0.2]}
+    content = {"lengths": [length], "loads": [asked, {**asked, "load": {**load, "rate": 2 * rate}}], "first": first}
+    _write(folder, f"gpu_service_{engine}_{gpus}gpu.json", engine, content)
+    _write(folder, f"gpu_start_{engine}_{gpus}gpu.json", engine, {"first_token_s": 40.0}, cold_caches=cold)
 
 
 def _rows(text: str) -> list[list[str]]:
@@ -81,11 +83,24 @@ def test_the_handoff_is_the_difference_between_two_gpus_and_one(tmp_path: Path) 
     assert row[6:] == ["—", "52.0", "51.0", "73.5", "22.5", "**0.71**"]
     (row,) = _rows(gpu_tables.second_token(tmp_path))[2:]
     assert row[1:] == ["56.0", "58.0", "2.00", "57.0", "79.5", "22.5", "1.00", "97.0%", "≥ 95%", "yes"]
-    rows = {row[0]: row[1:] for row in _rows(gpu_tables.load(tmp_path))}
+    loads = _rows(gpu_tables.load(tmp_path))
+    assert [row[0] for row in loads if "in, " in row[0]] == [
+        "4000 in, 200 out, 8/s for 45 s", "4000 in, 200 out, 16/s for 45 s",
+    ]  # fmt: skip
+    rows = {row[0]: row[1:] for row in loads}
     assert rows["TTFT p50, ms"] == ["52.0", "73.5", "**0.71**", "≤ 73.5", "yes"]
     assert rows["ITL p99, ms"] == ["7.50", "7.50", "**1.00**", "≤ 8", "yes"]
     assert rows["requests that succeeded"][:2] == ["9 of 10", "9 of 10"]
     assert "| one | empty | 40.0 s | 40.0 s | **1.00** | < 60 s | yes |" in gpu_tables.start(tmp_path)
+
+
+def test_the_first_request_of_a_pair_stands_beside_a_later_one(tmp_path: Path) -> None:
+    _service(tmp_path, "baton", 2, 0.05, 8.0)
+    _service(tmp_path, "vllm", 2, 0.2, 8.0)
+    (tmp_path / "gpu_service_vllm_2gpu.json").rename(tmp_path / "gpu_service_vllm_push_2gpu.json")
+    baton, push = _rows(gpu_tables.first_request(tmp_path))[2:]
+    assert baton == ["Baton, 1P1D", "512 tokens", "100.0", "50.0", "50.0", "300.0", "100.0", "200.0"]
+    assert push[0] == "vLLM, 1P1D, NixlPushConnector"
 
 
 def test_one_worker_for_both_and_writes_of_many_layers_stand_beside_the_pair(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_the_tables(tmp_path: Path) -> None:
         "config": {"gpu_names": ["H"] * 4, "devices": "0,1,2,3", "note": ""},
     }
     asked = {"name": "w", "prompt_tokens": 10, "output_tokens": 5, "objective": {"ttft": 1.0, "tpot": 0.01}}
-    tried = {"rate": 9.0, "ttft": {"p90": 0.2}, "tpot": {"p90": 0.005}, "gateway_cores": 0.5}
+    tried = {"rate": 9.0, "share": 0.95, "ttft": {"p90": 0.2}, "tpot": {"p90": 0.005}, "gateway_cores": 0.5}
 
     def split(name: str, rate: float) -> dict[str, Any]:
         plans = [{"split": name, "goodput_per_s": 2 * rate, "bound_by": "decode"}]
@@ -150,15 +150,18 @@ def test_the_tables(tmp_path: Path) -> None:
     assert "3P1D | —" in text
     low = {"summary": {"ttft": {"p50": 0.01, "p99": 0.02}}}
     sides = [
-        {"split": "1P1D", "low": low, "goodput": {"rate": 5.0, "relation": "="}},
-        {"split": "2 mixed", "low": low, "goodput": {"rate": 8.0, "relation": "="}},
+        {"disaggregation": "always", "low": low, "goodput": {"rate": 5.0, "relation": "="}, "tried": [tried]},
+        {"disaggregation": "never", "low": low, "goodput": {"rate": 8.0, "relation": "="}},
     ]
     load = {"rate": 4.0, "prompt_tokens": 1, "output_tokens": 1, "duration_s": 1.0}
     (tmp_path / "gpu_losing_case.json").write_text(json.dumps({**about, "low": load, "asked": asked, "sides": sides}))
     text = pool_tables.losing_case(tmp_path)
-    assert "| goodput/s | **5.0** | **8.0** | **0.62** |" in text
-    assert "| TTFT p50, ms | 10.00 | 10.00 | **1.00** |" in text
-    assert "| ITL p99, ms | — | — | — |" in text
+    assert "| goodput/s | **5.0** | **8.0** | — | **0.62** |" in text
+    assert "| TTFT p50, ms | 10.00 | 10.00 | — | **1.00** |" in text
+    assert "| ITL p99, ms | — | — | — | — |" in text
+    assert "| 1P1D | 9.0 | 95% | 200 | 5.00 | 0.50 |" in text
+    (tmp_path / "gpu_losing_case.json").write_text(json.dumps({**about, "low": None, "asked": asked, "sides": sides}))
+    assert "TTFT p50" not in pool_tables.losing_case(tmp_path)
 
 
 def test_a_split_is_started_planned_and_measured(tmp_path: Path) -> None:

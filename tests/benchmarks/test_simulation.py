@@ -85,7 +85,7 @@ def test_no_request_is_lost_when_workers_are_killed():
 
 def test_predicted_time_beats_turns_on_uneven_workers():
     slower = (tuple((n, 4 * seconds) for n, seconds in points) for points in (CAPABILITY.prefill, CAPABILITY.decode))
-    slow = replace(HARDWARE, capability=StepTimes(*slower))
+    slow = replace(HARDWARE, step_times=StepTimes(*slower))
     trace = make_trace(200, 1.2, 3, prompt_scale=0.01, output_scale=0.1)
     pool = [HARDWARE, slow]
     mean = {name: sum(simulate(Plan(pool, pool), trace, make()).ttft_s) for name, make in POLICIES.items()}

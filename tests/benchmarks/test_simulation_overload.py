@@ -13,7 +13,7 @@ from benchmarks.simulation.service import Plan, simulate
 from benchmarks.simulation.trace import Arrival, make_trace
 from benchmarks.simulation.workers import Hardware
 from cluster.routing.router import place
-from workers.messages import DecodeRequest
+from made_requests import worker_request
 from workers.runner.step_times import StepTimes
 from workers.sampling_params import SamplingParams
 
@@ -22,7 +22,7 @@ HARDWARE = Hardware(CAPABILITY, load_s=1.0, link_bytes_per_s=131_072e3, steps_at
 
 
 def sequence(name: str, num_tokens: int, remaining: int = 100) -> Sequence:
-    request = DecodeRequest(name, b"", (0,) * (num_tokens - 1), SamplingParams(max_tokens=remaining), "p", 60.0)
+    request = worker_request(name, (0,) * (num_tokens - 1), SamplingParams(max_tokens=remaining), "p")
     return Sequence(request, num_tokens, remaining, handed_over=True)
 
 
@@ -63,8 +63,8 @@ def test_growing_beyond_the_cache_costs_time_and_loses_nothing():
     assert cramped.seconds > roomy.seconds + 1
 
 
-def _first(demand, prefill, decode, pairs):
-    return place(replace(demand, outlook=None), prefill, decode, pairs)
+def _first(routing_request, prefill, decode, links):
+    return place(replace(routing_request, outlook=None), prefill, decode, links)
 
 
 def test_room_for_growth_avoids_preemption():

@@ -14,6 +14,7 @@ from benchmarks.simulation.trace import Arrival, make_trace
 from benchmarks.simulation.workers import Hardware
 from cluster.routing.router import place
 from workers.runner.step_times import StepTimes
+from workers.token_ids import as_token_ids
 
 CAPABILITY = StepTimes(((10, 0.1), (10_000, 100.0)), ((1, 0.01), (100, 0.01)))
 """10 ms a prompt token, and a step."""
@@ -37,7 +38,7 @@ def test_prompts_of_a_family_are_alike_as_far_as_they_say():
     assert not set(hashes[2]) & {*hashes[0], *hashes[1]}
     assert content_hashes(prompt_of(100), 10) == ()
     assert ContentPrefix(one).hashes(10) == hashes[0][:9], "the block with the last token is always computed"
-    assert ContentPrefix(one).followed_by((0,) * 15).hashes(10)[:10] == hashes[0]
+    assert ContentPrefix(one).followed_by(as_token_ids((0,) * 15)).hashes(10)[:10] == hashes[0]
 
 
 def test_the_store_forgets_what_was_not_used_and_says_so():

@@ -143,7 +143,10 @@ def answer(byte_tokenizer: Tokenizer) -> Callable[..., list[Step]]:
         ids = byte_tokenizer.encode(text)
         if finish is FinishReason.STOP:
             ids.append(EOS)
-        tokens = [TokenOutput("r", i, finish_reason=finish if n == len(ids) else None) for n, i in enumerate(ids, 1)]
+        tokens = [
+            TokenOutput("r", i, finish_reason=finish if n == len(ids) else None, attempt_id="r")
+            for n, i in enumerate(ids, 1)
+        ]
         chunks = [TokenChunk(tuple(tokens[at : at + chunk])) for at in range(0, len(tokens), chunk)]
         return list(chunks)
 
@@ -255,4 +258,4 @@ def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
 def like_workers(monkeypatch) -> None:
     """Every worker measures the same."""
     measured = StepTimes(prefill=((100, 0.1),), decode=((1, 0.01), (16, 0.02)))
-    monkeypatch.setattr("workers.builder.measure_capability", lambda *args, **kwargs: measured)
+    monkeypatch.setattr("workers.builder.measure_step_times", lambda *args, **kwargs: measured)

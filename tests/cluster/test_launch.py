@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from cluster.api import EngineRequest
 from cluster.config.load import load_config
 from cluster.launch import launch
+from made_requests import engine_request
 from workers.errors import CheckpointError, ConfigError
 from workers.sampling_params import SamplingParams
 
@@ -64,7 +64,7 @@ async def test_a_whole_service_in_one_process(tiny_checkpoint, reference_greedy)
         assert service.model_info.architecture == "qwen3"
         prompt = tuple(range(3, 90))
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=9, ignore_eos=True)
-        stream = service.engine.generate(EngineRequest("r", prompt, sampling, 30.0))
+        stream = service.engine.generate(engine_request("r", prompt, sampling, 30.0))
         tokens = [token.token_id async for chunk in stream for token in chunk.tokens]
     assert tokens == reference_greedy(checkpoint, list(prompt), 9)
     assert any("into 1 prefill workers on cpu and 1 decode workers on cpu, 0." in line for line in lines)
@@ -83,7 +83,7 @@ async def test_a_pool_of_groups_says_what_each_is(tiny_checkpoint, reference_gre
     lines: list[str] = []
     async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=5, ignore_eos=True)
-        stream = service.engine.generate(EngineRequest("r", tuple(range(3, 40)), sampling, 30.0))
+        stream = service.engine.generate(engine_request("r", tuple(range(3, 40)), sampling, 30.0))
         tokens = [token.token_id async for chunk in stream for token in chunk.tokens]
         targets = [(target.key, target.target) for target in service.engine.scale({})]
         names = [worker.engine_id.partition(".")[0] for worker in service.engine.workers()]
@@ -105,7 +105,7 @@ async def test_without_prefill_workers_every_prompt_is_computed_where_it_is_deco
     lines: list[str] = []
     async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=9, ignore_eos=True)
-        stream = service.engine.generate(EngineRequest("r", tuple(range(3, 90)), sampling, 30.0))
+        stream = service.engine.generate(engine_request("r", tuple(range(3, 90)), sampling, 30.0))
         tokens = [token.token_id async for chunk in stream for token in chunk.tokens]
         report = await stream.report()
     assert tokens == reference_greedy(checkpoint, list(range(3, 90)), 9)

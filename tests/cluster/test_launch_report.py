@@ -6,13 +6,22 @@ from dataclasses import replace
 
 from cluster.launch_report import progress_lines, worker_line
 from cluster.worker_handle import StartProgress
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
+from kv_transfer.region import Region
 from kv_transfer.transports.base import EngineInfo
 from workers.builder import WorkerMemory
 from workers.runner.step_times import StepTimes
 from workers.worker_host import WorkerInfo
 
-ENGINE = EngineInfo("decode-0.1", 1, KVLayout("mha", 32, 64, 8, 128, "bfloat16"), 1000, 0, "cuda", 0, b"")
+ENGINE = EngineInfo(
+    "decode-0.1",
+    1,
+    KVLayout((GroupLayout("full", tuple(range(32)), 64, 8, 128, "bfloat16"),)),
+    (Region(0, 32, 1000, 1 << 18),),
+    "cuda",
+    0,
+    b"",
+)
 WORKER = WorkerInfo(
     "decode-0",
     "decode",

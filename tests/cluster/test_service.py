@@ -189,7 +189,7 @@ async def test_a_killed_worker(role, running, reference_greedy):
 
 async def test_every_answer_has_the_report_of_its_handoff(running, monkeypatch):
     """Also short ones, whose last token may overtake the prefill worker's report, on a busy machine by much."""
-    for module in ("cluster.gateway.engine", "cluster.gateway.request"):
+    for module in ("cluster.gateway.attempts", "cluster.gateway.request"):
         monkeypatch.setattr(f"{module}.REPORT_PATIENCE_S", PATIENCE_S)
     pool = prompts(40, seed=6, longest=30)
     answers = await asyncio.gather(*(running.generate(prompt, 2) for prompt in pool))

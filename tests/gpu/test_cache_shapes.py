@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attention.spec import FP8
+from cache_groups import group_caches
 from local_cluster import LocalCluster
 from near_ties import NEAR_TIE, Float32Reference, logit_error
 from request_load import mixed_requests, run_under_load
@@ -74,8 +75,8 @@ def scaled_checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
 def logits_of(checkpoint: Path, tokens: list[int], dtype: str, device: str, kv_cache_dtype: str) -> torch.Tensor:
     """(n, vocab): the first half of the tokens as a prompt, the others one by one over the cache, one worker."""
     model = load_model(checkpoint, dtype, device, kv_cache_dtype=kv_cache_dtype)
-    runner = ModelRunner(model, model.kv_cache_spec.allocate(32, device))
-    half, blocks = len(tokens) // 2, list(range(32))
+    runner = ModelRunner(model, group_caches(model, 32))
+    half, blocks = len(tokens) // 2, [range(32)]
     logits = [runner.forward([Row(tokens[:half], 0, blocks)])]
     logits += [runner.forward([Row(tokens[i : i + 1], i, blocks)]) for i in range(half, len(tokens))]
     return torch.cat(logits).cpu()
@@ -109,7 +110,7 @@ def test_a_pair_with_an_fp8_cache(dtype, device, scaled_checkpoint):
         decode_blocks=pool,
         max_num_batched_tokens=64,
     )
-    assert cluster.model.kv_cache_spec.dtype == FP8
+    assert cluster.model.kv_cache_groups[0].dtype == FP8
     answers = run_under_load(cluster, requests)
     cluster.assert_all_blocks_free()
     reference = Float32Reference(scaled_checkpoint, getattr(torch, dtype), device)

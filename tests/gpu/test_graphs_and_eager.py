@@ -158,7 +158,7 @@ def test_prefill_has_the_same_bits(dtype, tiny_checkpoint):
         else:  # a longer prompt that begins with it, computed in as many rows
             behind = Decoding([*prompt, *([5] * (padded - length))], rng.sample(range(40), blocks_for(padded, 16)))
             eager.prefill(behind)
-            ours, theirs = (one.runner.kv_cache[:, s.blocks[: len(blocks)]] for one, s in (
+            ours, theirs = (one.runner.kv_caches[0][:, s.blocks[: len(blocks)]] for one, s in (
                 (graphs, Decoding(prompt, blocks)), (eager, behind)))  # fmt: skip
             assert torch.equal(tokens_of(ours, length), tokens_of(theirs, length))
 

@@ -23,6 +23,8 @@ FLOAT32_ERROR = 2e-4
 BF16_ERROR = 0.06
 """Root mean square, in standard deviations of the logits; usual for bf16 through 16 to 28 layers of random weights."""
 
+TINY = ["cohere2", "glm", "glm4", "granite", "llama", "llama3", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"]
+
 
 def prompts(lengths: tuple[int, ...], vocab: int) -> list[list[int]]:
     rng = random.Random(1)
@@ -91,7 +93,7 @@ def check(folder: Path, vocab: int, lengths: tuple[int, ...], name: str, record_
         torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", TINY)
 def test_a_tiny_model(family, tiny_checkpoint, tmp_path, record_property):
     folder = Path(shutil.copytree(tiny_checkpoint(family), tmp_path / "rounded"))
     file = folder / "model.safetensors"

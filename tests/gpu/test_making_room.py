@@ -23,13 +23,13 @@ def raw(cache: torch.Tensor) -> torch.Tensor:
 def test_blocks_come_back_byte_for_byte(dtype, kv_cache_dtype, device, tiny_checkpoint):
     model = load_model(tiny_checkpoint("llama"), dtype, device, kv_cache_dtype=kv_cache_dtype)
     runner = OneGpu(model, num_blocks=24, max_num_seqs=4, max_model_len=128, enforce_eager=True).runner
-    bits = torch.randint(0, 256, raw(runner.kv_cache).shape, dtype=torch.uint8)
-    raw(runner.kv_cache).copy_(bits)
+    bits = torch.randint(0, 256, raw(runner.kv_caches[0]).shape, dtype=torch.uint8)
+    raw(runner.kv_caches[0]).copy_(bits)
     away, home = [3, 17, 4, 22, 9], [11, 0, 23, 5, 12]
     data = runner.read_blocks(away)
-    raw(runner.kv_cache)[:, away] = 0x55  # somebody else has them now
+    raw(runner.kv_caches[0])[:, away] = 0x55  # somebody else has them now
     runner.write_blocks(home, data)
-    after = raw(runner.kv_cache).cpu()
+    after = raw(runner.kv_caches[0]).cpu()
     assert torch.equal(after[:, home], bits[:, away])
     untouched = [block for block in range(24) if block not in (*away, *home)]
     assert torch.equal(after[:, untouched], bits[:, untouched])
@@ -43,15 +43,15 @@ class RoundTrips:
         self.changed = 0
         read, write = ModelRunner.read_blocks, ModelRunner.write_blocks
 
-        def keep_read(runner, blocks):
-            data = read(runner, blocks)
-            self.changed += not torch.equal(data.view(torch.uint8), raw(runner.kv_cache)[:, list(blocks)].cpu())
+        def keep_read(runner, blocks, group=0):
+            data = read(runner, blocks, group)
+            self.changed += not torch.equal(data.view(torch.uint8), raw(runner.kv_caches[group])[:, list(blocks)].cpu())
             return data
 
-        def keep_write(runner, blocks, data):
-            write(runner, blocks, data)
+        def keep_write(runner, blocks, data, group=0):
+            write(runner, blocks, data, group)
             self.count += 1
-            self.changed += not torch.equal(data.view(torch.uint8), raw(runner.kv_cache)[:, list(blocks)].cpu())
+            self.changed += not torch.equal(data.view(torch.uint8), raw(runner.kv_caches[group])[:, list(blocks)].cpu())
 
         monkeypatch.setattr(ModelRunner, "read_blocks", keep_read)
         monkeypatch.setattr(ModelRunner, "write_blocks", keep_write)
@@ -90,7 +90,7 @@ def test_who_was_away_has_the_bits_of_who_was_not(device, tiny_checkpoint):
         logits = [next(steps) for _ in range(6)]
         if leaves:  # to host memory, other blocks, and home again, all while nobody looks
             data = one.runner.read_blocks(list(range(6)))
-            raw(one.runner.kv_cache)[:, :6] = 0x55
+            raw(one.runner.kv_caches[0])[:, :6] = 0x55
             one.runner.write_blocks([20, 25, 21, 30, 22, 29], data)
             again = one.runner.read_blocks([20, 25, 21, 30, 22, 29])
             one.runner.write_blocks(list(range(6)), again)

@@ -23,10 +23,10 @@ _SCRIPT = Path(__file__).with_name("nixl_peer.py")
 class Peer:
     """A `NixlConnector` in another process; `peer.method(...)` calls it there."""
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
+    def __init__(self, name: str, device: str = "cpu", environment: dict[str, str] | None = None) -> None:
         listener = Listener(("127.0.0.1", 0), authkey=b"nixl-peer")
         host, port = listener.address
-        arguments = {"ARGUMENTS": (name, device, host, port)}
+        arguments = {"ARGUMENTS": (name, device, host, port, environment or {})}
         self.process = FORKED.Process(target=runpy.run_path, args=(str(_SCRIPT), arguments, "__main__"), daemon=True)
         self.process.start()
         listener._listener._socket.settimeout(60)  # type: ignore[attr-defined]  # it offers no other way
@@ -59,11 +59,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make_peer(device: str) -> Iterator[Callable[[str], Peer]]:
+def make_peer(device: str) -> Iterator[Callable[..., Peer]]:
     peers: list[Peer] = []
 
-    def make(name: str) -> Peer:
-        peers.append(Peer(name, device))
+    def make(name: str, environment: dict[str, str] | None = None) -> Peer:
+        peers.append(Peer(name, device, environment))
         return peers[-1]
 
     yield make

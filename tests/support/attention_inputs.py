@@ -77,7 +77,9 @@ def draw(case: Case, device: torch.device | str) -> Inputs:
     common = _metadata(case, tables, slots[new], device, masks)
     cache = None
     if spec.attn_type.cached:
-        cache_spec = KVCacheSpec(_LAYERS, case.num_kv_heads, size, case.block_size, spec.kv_cache_dtype or case.dtype)
+        cache_spec = KVCacheSpec(
+            tuple(range(_LAYERS)), case.num_kv_heads, size, case.block_size, spec.kv_cache_dtype or case.dtype
+        )
         cache = poison(cache_spec.allocate(num_blocks, device))
         stored = ~new if case.new_keys != "none" else torch.ones_like(new)
         put(cache[LAYER], slots[stored], keys[stored], values[stored], case.scales)

@@ -9,11 +9,11 @@ from itertools import count
 
 import pytest
 
-from cluster.api import EngineRequest
 from cluster.gateway.engine import ServingEngine
 from cluster.inprocess_worker import InProcessWorker
 from cluster.pools.groups import Places
 from kv_transfer.transports.local import LocalFabric
+from made_requests import engine_request
 from workers.sampling_params import SamplingParams
 
 PATIENCE_S = 60.0
@@ -32,7 +32,7 @@ class Fleet:
         params = SamplingParams(
             **{"temperature": 0.0, "seed": 0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
         )
-        return self.engine.generate(EngineRequest(f"client-{next(_numbers)}", tuple(prompt), params, timeout_s))
+        return self.engine.generate(engine_request(f"client-{next(_numbers)}", prompt, params, timeout_s))
 
     async def run(self, prompt: list[int], max_tokens: int, **kwargs) -> list[int]:
         return [token async for token in tokens_of(self.start(prompt, max_tokens, **kwargs))]
@@ -60,7 +60,7 @@ class Fleet:
                 for w in workers
             )
         )
-        assert self.engine.num_flights == 0
+        assert self.engine.num_attempts == 0
         assert self.engine.num_queued == 0
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from attention.spec import Phase
+from cache_groups import unwritten_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.local import Faults, LocalFabric
+from made_requests import worker_request
 from workers.decode_worker import DecodeWorker
 from workers.kv_cache.sizing import kv_layout
 from workers.messages import (
     DecodeReport,
-    DecodeRequest,
     HandoffReport,
-    PrefillRequest,
     RequestFailed,
     TokenOutput,
     WorkerEvent,
@@ -45,8 +45,8 @@ class LocalCluster:
         num_prefill: int = 1,
         num_decode: int = 1,
         block_size: int = 16,
-        prefill_blocks: int = 64,
-        decode_blocks: int = 64,
+        prefill_blocks: int | Sequence[int] = 64,
+        decode_blocks: int | Sequence[int] = 64,
         max_num_batched_tokens: int = 256,
         decode_batched_tokens: int | None = None,
         max_num_seqs: int = 16,
@@ -111,13 +111,11 @@ class LocalCluster:
                 if peer is not own:
                     connector.connect(peer, 1.0)
 
-    def _end(self, name: str, num_blocks: int, connector_class: Callable[[LocalFabric], PushConnector]):
-        spec = self.model.kv_cache_spec
-        cache = spec.allocate(num_blocks, self.model.device)
-        cache.fill_(float("nan"))  # a block that was never written must never matter
+    def _end(self, name: str, num_blocks: int | Sequence[int], connector_class: Callable[[LocalFabric], PushConnector]):
+        caches = unwritten_caches(self.model, num_blocks)
         connector = connector_class(self.fabric)
-        info = connector.register_kv_caches(name, cache, kv_layout(spec))
-        return ModelRunner(self.model, cache), connector, info
+        info = connector.register_kv_caches(name, caches, kv_layout(self.model.kv_cache_groups))
+        return ModelRunner(self.model, caches), connector, info
 
     def submit(
         self,
@@ -132,12 +130,10 @@ class LocalCluster:
         """Send one request to a pair of workers, both at once, in either order; returns its handoff's id."""
         p = list(self.prefill)[prefill if prefill is not None else self.random.randrange(len(self.prefill))]
         d = list(self.decode)[decode if decode is not None else self.random.randrange(len(self.decode))]
-        handoff_id = self.random.randbytes(16)
+        handoff_id, asked = self.random.randbytes(16), (request_id, prompt, sampling)
         sides: list[Callable[[], None]] = [
-            lambda: self.prefill[p].add(PrefillRequest(request_id, handoff_id, tuple(prompt), sampling, d, timeout_s)),
-            lambda: self.decode[d].reserve(
-                DecodeRequest(request_id, handoff_id, tuple(prompt), sampling, p, timeout_s)
-            ),
+            lambda: self.prefill[p].add(worker_request(*asked, d, handoff_id=handoff_id, timeout_s=timeout_s)),
+            lambda: self.decode[d].add(worker_request(*asked, p, handoff_id=handoff_id, timeout_s=timeout_s)),
         ]
         self.random.shuffle(sides)
         for side in sides:
@@ -155,9 +151,15 @@ class LocalCluster:
         num_output_tokens: int = 0,
     ) -> None:
         """Send one request to a decode worker, which computes the prompt itself."""
-        name, handoff_id = list(self.decode)[decode], self.random.randbytes(16)
-        self.decode[name].reserve(
-            DecodeRequest(request_id, handoff_id, tuple(prompt), sampling, None, timeout_s, num_output_tokens)
+        self.decode[list(self.decode)[decode]].add(
+            worker_request(
+                request_id,
+                prompt,
+                sampling,
+                handoff_id=self.random.randbytes(16),
+                timeout_s=timeout_s,
+                num_output_tokens=num_output_tokens,
+            )
         )
 
     def abort(self, request_id: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cache_groups import unwritten_caches
 from kv_transfer.connector import ConnectorEvent
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.base import EngineInfo
@@ -25,7 +26,7 @@ from workers.kv_cache.sizing import kv_layout
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
 from workers.lockstep.replica import Replica, StepClock
-from workers.messages import DecodeRequest, Load, PrefillRequest, WorkerEvent
+from workers.messages import Load, WorkerEvent, WorkerRequest
 from workers.models.causal_lm import CausalLM
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
@@ -59,26 +60,22 @@ class Ranks:
         self.engines: list[EngineInfo] = []
         self.replicas: list[Replica] = []
         for connector in self.connectors:
-            cache = model.kv_cache_spec.allocate(num_blocks, model.device)
-            cache.fill_(float("nan"))
-            layout = kv_layout(model.kv_cache_spec, size)
-            self.engines.append(connector.register_kv_caches(name, cache, layout))
+            caches = unwritten_caches(model, num_blocks)
+            layout = kv_layout(model.kv_cache_groups, size)
+            self.engines.append(connector.register_kv_caches(name, caches, layout))
             clock = StepClock()
-            self.replicas.append(Replica(make(ModelRunner(model, cache), connector, clock), connector, clock))
+            self.replicas.append(Replica(make(ModelRunner(model, caches), connector, clock), connector, clock))
         self.channel = DirectChannel(self.replicas[1:])
         self.lead = Lead(self.replicas[0], self.connectors[0], self.channel, size, self._crashed)
         self.lead.listen(lambda: None)
         self.connectors[0].set_listener(lambda: None)  # the lead's own rank reports late, too
         self.unreported: list[list[ConnectorEvent]] = [[] for _ in range(size)]
 
-    def add(self, request: PrefillRequest) -> None:
+    def add(self, request: WorkerRequest) -> None:
         self._take(Submit(request))
 
-    def reserve(self, request: DecodeRequest) -> None:
-        self._take(Submit(request))
-
-    def abort(self, request_id: str) -> None:
-        self._take(Abort(request_id))
+    def abort(self, attempt_id: str) -> None:
+        self._take(Abort(attempt_id))
 
     def disconnect(self, engine_id: str) -> None:
         self._take(Disconnect(engine_id))

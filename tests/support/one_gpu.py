@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from cache_groups import ListedTables, unwritten_caches
 from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.tables import SequenceTables
 from workers.models.causal_lm import CausalLM
 from workers.runner.decode_runner import DecodeRunner
 from workers.runner.model_runner import ModelRunner, Row
@@ -19,6 +21,11 @@ class Decoding:
 
     tokens: list[int]
     blocks: list[int]
+    listed: ListedTables = field(default_factory=ListedTables)
+
+    @property
+    def tables(self) -> SequenceTables:
+        return self.listed.over(self.blocks, 1)
 
     @property
     def num_scheduled(self) -> int:
@@ -54,9 +61,7 @@ class OneGpu:
         enforce_eager: bool = False,
         batch_sizes: Sequence[int] | None = None,
     ) -> None:
-        cache = model.kv_cache_spec.allocate(num_blocks, model.device)
-        cache.fill_(float("nan"))
-        self.runner = ModelRunner(model, cache)
+        self.runner = ModelRunner(model, unwritten_caches(model, num_blocks))
         if longest_prefill is not None:
             self.runner.capture_prefill(longest_prefill)
         self.decoder = DecodeRunner[Decoding](
@@ -74,7 +79,7 @@ class OneGpu:
         logits = torch.empty(0)
         for start in range(0, end, step):
             disconnect = sequence.tokens[start : min(start + step, end)]
-            logits = self.runner.forward([Row(disconnect, start, sequence.blocks, wants_logits=start + step >= end)])
+            logits = self.runner.forward([Row(disconnect, start, [sequence.blocks], wants_logits=start + step >= end)])
         return logits[0].clone()
 
     def decode(self, batch: Sequence[Decoding]) -> torch.Tensor:

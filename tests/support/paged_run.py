@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attention.metadata import build_metadata
+from cache_groups import group_caches
 from workers.models.causal_lm import CausalLM
 
 
@@ -20,7 +21,7 @@ class PagedRun:
         per_sequence = -(-max_tokens // decoder.block_size)
         blocks = list(range(num_sequences * per_sequence + 2))
         random.Random(seed).shuffle(blocks)
-        self.cache = decoder.kv_cache_spec.allocate(len(blocks), decoder.device).fill_(float("nan"))
+        self.caches = [cache.fill_(float("nan")) for cache in group_caches(decoder, len(blocks))]
         self.tables = [blocks[i * per_sequence : (i + 1) * per_sequence] for i in range(num_sequences)]
         self.lengths = [0] * num_sequences
 
@@ -37,7 +38,7 @@ class PagedRun:
         metadata = build_metadata(query_lens, contexts, tables, self.decoder.block_size, device)
         with torch.inference_mode():
             inputs = torch.tensor([ids, positions], device=device)
-            hidden = self.decoder(inputs[0], inputs[1], self.cache, metadata, on_layer)
+            hidden = self.decoder(inputs[0], inputs[1], self.caches, [metadata] * len(self.caches), on_layer)
             logits = self.decoder.compute_logits(hidden)
         return list(logits.split(query_lens))
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
+from made_requests import worker_request
 from worker_process import WorkerProcess
-from workers.messages import DecodeRequest, Load, PrefillRequest, RequestFailed, TokenOutput, WorkerEvent
+from workers.messages import Load, RequestFailed, TokenOutput, WorkerEvent
 from workers.sampling_params import SamplingParams
 
 
@@ -64,8 +65,8 @@ class PairGateway:
         prefill, decode = self._prefill.info.engine.engine_id, self._decode.info.engine.engine_id
         handoff = self._rng.randbytes(16)
         sides = [
-            (self._prefill, PrefillRequest(name, handoff, tuple(prompt), sampling, decode, timeout_s)),
-            (self._decode, DecodeRequest(name, handoff, tuple(prompt), sampling, prefill, timeout_s)),
+            (worker, worker_request(name, prompt, sampling, peer, handoff_id=handoff, timeout_s=timeout_s))
+            for worker, peer in ((self._prefill, decode), (self._decode, prefill))
         ]
         self._rng.shuffle(sides)
         for worker, request in sides:

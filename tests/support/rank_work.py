@@ -35,7 +35,7 @@ def run_model(group: TensorParallelGroup, folder: Path, **settings: Any) -> Mode
     run = PagedRun(decoder, num_sequences=len(PROMPTS) + 1, max_tokens=64)
     last = len(PROMPTS)
     logits = torch.cat([run.step({last: PROMPTS[-1][:25]})[0], run.step({last: PROMPTS[-1][25:]})[0]])
-    return ModelRun(logits.cpu(), run.greedy(PROMPTS, NUM_TOKENS), decoder.kv_cache_spec.num_kv_heads)
+    return ModelRun(logits.cpu(), run.greedy(PROMPTS, NUM_TOKENS), decoder.kv_cache_groups[0].num_kv_heads)
 
 
 def run_models(group: TensorParallelGroup, jobs: dict[str, tuple[Path, dict[str, Any]]]) -> dict[str, ModelRun]:

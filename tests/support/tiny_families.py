@@ -29,6 +29,13 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64, "truncate": False}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + i / 8 for i in range(6)],
+    "long_factor": [1.5 + i for i in range(6)],
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,19 @@ FAMILIES: dict[str, TinyFamily] = {
         },
         config="Gemma3Text",
     ),
+    "cohere2": TinyFamily(
+        "Cohere2",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 24,
+            "logit_scale": 0.25,
+        },
+        {"untied-biased": {"tie_word_embeddings": False, "attention_bias": True}},
+    ),
+    "glm": TinyFamily(
+        "Glm", variations={"whole-unbiased": {"attention_bias": False, "partial_rotary_factor": 1.0, "head_dim": 32}}
+    ),
+    "glm4": TinyFamily("Glm4", variations={"tied-unbiased": {"tie_word_embeddings": True, "attention_bias": False}}),
     "gpt_oss": TinyFamily(
         "GptOss",
         {
@@ -154,6 +174,16 @@ FAMILIES: dict[str, TinyFamily] = {
             "unbiased": {"attention_bias": False, "swiglu_limit": 2.0, "swiglu_alpha": 1.2},
             "upside-down": {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
         },
+    ),
+    "granite": TinyFamily(
+        "Granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.125,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+        {"tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}},
     ),
     "llama": TinyFamily(
         "Llama",
@@ -192,6 +222,19 @@ FAMILIES: dict[str, TinyFamily] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2},
         {"window": {"sliding_window": 20, "num_experts_per_tok": 1}},
     ),
+    "olmo2": TinyFamily("Olmo2", variations={"biased-mha": {"attention_bias": True, "num_key_value_heads": 4}}),
+    "phi3": TinyFamily(
+        "Phi3",
+        variations={
+            "window": {"sliding_window": 24, "num_key_value_heads": 4},
+            "tied-longrope": {
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+                "rope_parameters": _LONGROPE,
+                "original_max_position_embeddings": 2048,  # all that is served: its short set is for every length
+            },
+        },
+    ),
     "qwen2": TinyFamily(
         "Qwen2",
         variations={
@@ -226,6 +269,14 @@ FAMILIES: dict[str, TinyFamily] = {
         {
             "some-dense": {"mlp_only_layers": [1], "norm_topk_prob": False, "attention_bias": True},
             "window": {"use_sliding_window": True, "sliding_window": 20},
+        },
+    ),
+    "smollm3": TinyFamily(
+        "SmolLM3",
+        {"no_rope_layers": [1, 0, 1]},
+        {
+            "window": {"use_sliding_window": True, "sliding_window": 20},
+            "untied-biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
         },
     ),
 }

@@ -252,7 +252,7 @@ def test_broken_logits_fail_a_row_whose_next_step_is_in_flight(pair, monkeypatch
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
-        return hidden.masked_fill((positions == 25)[:, None], float("nan")) if metadata.decode_only else hidden
+        return hidden.masked_fill((positions == 25)[:, None], float("nan")) if metadata[0].decode_only else hidden
 
     monkeypatch.setattr(CausalLM, "forward", broken)
     cluster, _ = pair()

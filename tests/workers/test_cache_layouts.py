@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention.errors import AttentionBackendError
+from attention.kv_cache import as_stored
 from attention.platform import Platform
 from attention.selection.registry import get_backend
 from attention.selection.selector import force_attn_backend
 from attention.spec import AttentionNeeds, AttentionSpec, Phase
 from kv_transfer.errors import LayoutMismatchError
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
 from odd_caches import REGISTRY
@@ -56,7 +56,7 @@ def test_the_handoff_carries_a_cache_of_another_layout(name, tiny_checkpoint, lo
         cluster.submit(request_id, tokens, SamplingParams(temperature=0.0, seed=0, max_tokens=8, ignore_eos=True))
     expected = {r: reference_greedy(tiny_checkpoint("llama"), tokens, 8) for r, tokens in prompts.items()}
     assert cluster.run() == expected, cluster.failures
-    assert cluster.reports["r3"].num_bytes == 5 * cluster.model.kv_cache_spec.bytes_per_block
+    assert cluster.reports["r3"].num_bytes == 5 * cluster.model.kv_cache_groups[0].bytes_per_block
     cluster.assert_all_blocks_free()
 
 
@@ -64,9 +64,9 @@ def test_the_handoff_carries_a_cache_of_another_layout(name, tiny_checkpoint, lo
 def test_workers_whose_caches_are_laid_out_in_different_ways_refuse_each_other(here, there, tiny_checkpoint):
     fabric, infos, connectors = LocalFabric(), [], []
     for name, backend in (("prefill-0", here), ("decode-0", there)):
-        spec = load_model(tiny_checkpoint("llama"), "float32", backend_name=backend).kv_cache_spec
+        (spec,) = load_model(tiny_checkpoint("llama"), "float32", backend_name=backend).kv_cache_groups
         connectors.append(LocalConnector(fabric))
-        infos.append(connectors[-1].register_kv_caches(name, spec.allocate(4, "cpu"), kv_layout(spec)))
+        infos.append(connectors[-1].register_kv_caches(name, [as_stored(spec.allocate(4, "cpu"))], kv_layout([spec])))
     orders = {"CPU_ATTN": "kv,slot,head,element"}
     first, second = (orders.get(backend, "kv,head,slot,element") for backend in (here, there))
     with pytest.raises(LayoutMismatchError, match=f"order is {first} here and {second} there"):
@@ -74,13 +74,14 @@ def test_workers_whose_caches_are_laid_out_in_different_ways_refuse_each_other(h
 
 
 def test_a_layout_says_how_many_bytes_a_block_has(tiny_checkpoint):
-    spec = load_model(tiny_checkpoint("llama"), "float32", backend_name="HEADS_FIRST").kv_cache_spec
-    layout = kv_layout(spec)
+    (spec,) = load_model(tiny_checkpoint("llama"), "float32", backend_name="HEADS_FIRST").kv_cache_groups
+    (layout,) = kv_layout([spec]).groups
     assert layout.block_bytes * spec.num_layers == spec.bytes_per_block
     assert layout.block_shape == (2, 2, 16, 16)
-    assert KVLayout("mla", 3, 64, 1, 576, "bfloat16").block_bytes == 64 * 576 * 2
-    latents = dataclasses.replace(spec, num_kv_heads=1, head_size=576, block_size=64, mla=True, backend=None)
-    assert kv_layout(latents) == KVLayout("mla", 3, 64, 1, 576, "float32", order="slot,element", block_shape=(64, 576))
+    assert GroupLayout("mla", (0, 1, 2), 64, 1, 576, "bfloat16").block_bytes == 64 * 576 * 2
+    latents = dataclasses.replace(spec, num_kv_heads=1, head_size=576, block_size=64, kind="mla", backend=None)
+    (layout,) = kv_layout([latents]).groups
+    assert (layout.kind, layout.order, layout.block_shape) == ("mla", "slot,element", (64, 576))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "CPU_ATTN"])
@@ -143,12 +144,10 @@ class TestByKind:
         with pytest.raises(ConfigError, match="FULL_ONLY cannot run this model: no windows"):
             choose("FULL_ONLY", FULL, WINDOW)
 
-    def test_kinds_that_share_a_cache_agree_on_it(self, monkeypatch):
+    def test_kinds_need_not_agree_on_a_layout(self, monkeypatch):
         monkeypatch.setattr("attention.selection.selector.candidates", lambda *_: ("FULL_ONLY", "CPU_ATTN"))
-        alone = choose_backends(self.needs(FULL, dtype=torch.float32), CPU)
-        assert [backend.name for backend in alone.values()] == ["FULL_ONLY"]
         both = choose_backends(self.needs(FULL, WINDOW, dtype=torch.float32), CPU)
-        assert [backend.name for backend in both.values()] == ["CPU_ATTN", "CPU_ATTN"]
+        assert [backend.name for backend in both.values()] == ["FULL_ONLY", "CPU_ATTN"]
 
     def test_each_layer_holds_its_own(self, tiny_checkpoint, reference_greedy):
         folder = tiny_checkpoint("qwen2", **MIXED)
@@ -168,9 +167,16 @@ class TestByKind:
         answers = PagedRun(model, num_sequences=2, max_tokens=60).greedy(prompts, 6)
         assert answers == [reference_greedy(folder, tokens, 6) for tokens in prompts]
 
-    def test_backends_that_cannot_share_the_models_cache_are_refused(self, tiny_checkpoint):
-        model_class, config = read_model(tiny_checkpoint("qwen2", **MIXED))
+    def test_layers_of_unlike_layouts_have_cache_groups_of_their_own(self, tiny_checkpoint, reference_greedy):
+        folder = tiny_checkpoint("qwen2", **MIXED)
+        model_class, config = read_model(folder)
         full, window = attention_specs(config)
         backends = {full: get_backend("TORCH_SDPA"), window: get_backend("HEADS_FIRST")}
-        with pytest.raises(AttentionBackendError, match="TORCH_SDPA and HEADS_FIRST cannot share a KV cache"):
-            model_class(config, backends, 16, torch.float32, CPU)
+        model = model_class(config, backends, 16, torch.float32, CPU)
+        with torch.inference_mode():
+            load_weights(model, weight_map(model_class, config), folder)
+            model.process_weights()
+        assert [spec.layers for spec in model.kv_cache_groups] == [(0,), (1, 2)]
+        assert model.kv_cache_groups[0].layout != model.kv_cache_groups[1].layout
+        answer = PagedRun(model, num_sequences=1, max_tokens=60).greedy([prompt(40, 1)], 6)
+        assert answer == [reference_greedy(folder, prompt(40, 1), 6)]

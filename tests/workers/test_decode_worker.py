@@ -222,7 +222,7 @@ def test_reports(one_pair, clock, steps_ahead):
         events += decode.step()
         clock.now += 1.0
     assert [type(event) for event in events] == [DecodeReport, TokenOutput, TokenOutput, TokenOutput]
-    assert events[0] == DecodeReport("r", first_decode_s=steps_ahead), (
+    assert events[0] == DecodeReport("r", first_decode_s=steps_ahead, attempt_id="r"), (
         "the first step came with the cache; what is launched ahead is looked at one step, one second, later"
     )
     assert [event.finish_reason is not None for event in events[1:]] == [False, False, True]
@@ -233,7 +233,7 @@ def test_broken_logits_fail_one_sequence_alone(one_pair, monkeypatch, reference_
 
     def broken(self, input_ids, positions, kv_cache, metadata, on_layer=None):
         hidden = forward(self, input_ids, positions, kv_cache, metadata, on_layer)
-        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata.decode_only else hidden
+        return hidden.masked_fill((positions == 25)[:, None], torch.nan) if metadata[0].decode_only else hidden
 
     monkeypatch.setattr(CausalLM, "forward", broken)
     cluster, _, _ = one_pair()

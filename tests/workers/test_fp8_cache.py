@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attention.spec import FP8
+from cache_groups import group_caches
 from kv_transfer.errors import LayoutMismatchError
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
@@ -29,13 +30,13 @@ def prompts(count: int, seed: int, longest: int = 90) -> list[list[int]]:
     return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def one_worker(model, num_blocks: int = 16) -> ModelRunner:
-    return ModelRunner(model, model.kv_cache_spec.allocate(num_blocks, "cpu"))
+def one_worker(model, num_blocks: int = 17) -> ModelRunner:
+    return ModelRunner(model, group_caches(model, num_blocks))
 
 
 def alone(model, prompt: list[int], num_tokens: int) -> list[int]:
     """What one worker generates, prefill and decode over one cache."""
-    runner, tokens, blocks = one_worker(model), list(prompt), list(range(16))
+    runner, tokens, blocks = one_worker(model), list(prompt), [range(1, 17)]
     logits = runner.forward([Row(prompt, 0, blocks)])
     for _ in range(num_tokens):
         tokens.append(int(logits[0].argmax()))
@@ -48,19 +49,19 @@ class Remembering(LocalConnector):
 
     caches: dict[str, torch.Tensor]
 
-    def register_kv_caches(self, name, kv_cache, layout):
-        self.caches[name] = kv_cache
-        return super().register_kv_caches(name, kv_cache, layout)
+    def register_kv_caches(self, name, kv_caches, layout):
+        (self.caches[name],) = kv_caches
+        return super().register_kv_caches(name, kv_caches, layout)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_logits_stay_close_to_those_of_a_full_cache(family, tiny_checkpoint):
     checkpoint = tiny_checkpoint(family)
     full, half = (load_model(checkpoint, "float32", kv_cache_dtype=dtype) for dtype in ("auto", "fp8"))
-    assert half.kv_cache_spec.dtype == FP8
-    assert half.kv_cache_spec.bytes_per_block * 4 == full.kv_cache_spec.bytes_per_block
+    assert half.kv_cache_groups[0].dtype == FP8
+    assert half.kv_cache_groups[0].bytes_per_block * 4 == full.kv_cache_groups[0].bytes_per_block
     for prompt in prompts(3, seed=1):
-        rows = [Row(prompt, 0, range(16))]
+        rows = [Row(prompt, 0, [range(1, 17)])]
         expected, found = (one_worker(model).forward(rows) for model in (full, half))
         assert not torch.equal(expected, found)
         assert float(torch.nn.functional.cosine_similarity(expected, found)) > 0.97
@@ -82,7 +83,7 @@ def test_the_handoff_carries_the_bytes_as_they_are(tiny_checkpoint, local_cluste
     cluster = local_cluster(tiny_checkpoint("llama"), kv_cache_dtype="fp8", connector_class=Remembering)
     cluster.submit("r", prompts(1, seed=3)[0] + [7] * 48, greedy(2))
     cluster.run()
-    spec = cluster.model.kv_cache_spec
+    spec = cluster.model.kv_cache_groups[0]
     prefill, decode = (Remembering.caches[name].view(torch.uint8) for name in ("prefill-0", "decode-0"))
     sent = 0
     for layer in range(spec.num_layers):
@@ -112,8 +113,8 @@ def test_preemption_loses_nothing(tiny_checkpoint, local_cluster):
 def test_workers_that_store_in_different_dtypes_refuse_each_other(tiny_checkpoint):
     fabric, infos, connectors = LocalFabric(), [], []
     for name, dtype in (("prefill-0", "fp8"), ("decode-0", "auto")):
-        spec = load_model(tiny_checkpoint("llama"), "float32", kv_cache_dtype=dtype).kv_cache_spec
+        spec = load_model(tiny_checkpoint("llama"), "float32", kv_cache_dtype=dtype).kv_cache_groups[0]
         connectors.append(LocalConnector(fabric))
-        infos.append(connectors[-1].register_kv_caches(name, spec.allocate(4, "cpu"), kv_layout(spec)))
+        infos.append(connectors[-1].register_kv_caches(name, [spec.allocate(4, "cpu")], kv_layout([spec])))
     with pytest.raises(LayoutMismatchError, match="dtype is float8_e4m3fn here and float32 there"):
         connectors[0].connect(infos[1], 1.0)

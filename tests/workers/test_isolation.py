@@ -10,6 +10,7 @@ from workers.sampling.results import SampledToken
 from workers.sampling.sampler import launch_sample, sample
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 PARAMS = [
     SamplingParams(temperature=0.0, seed=1),
@@ -20,7 +21,7 @@ PARAMS = [
 
 
 def states() -> list[SamplingState]:
-    return [SamplingState(params, (1, 2), frozenset({0}), 100) for params in PARAMS]
+    return [SamplingState(params, as_token_ids((1, 2)), frozenset({0}), 100) for params in PARAMS]
 
 
 def logits() -> torch.Tensor:

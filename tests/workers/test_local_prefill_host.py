@@ -1,4 +1,4 @@
-"""A decode worker that computes prompts, built from its configuration: backends, memory, capability, answers."""
+"""A decode worker that computes prompts, built from its configuration: backends, memory, step times, answers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 
 from attention.selection.selector import force_attn_backend
 from attention.spec import Phase
+from cache_groups import group_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
+from made_requests import worker_request
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
-from workers.messages import DecodeReport, DecodeRequest, PrefillReport, TokenOutput
+from workers.messages import DecodeReport, PrefillReport, TokenOutput
 from workers.models.loader import load_model
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
@@ -57,7 +59,7 @@ def start(tiny_checkpoint) -> Iterator:
 def answer(host: WorkerHost, outputs: queue.SimpleQueue, prompt_token_ids, max_tokens: int) -> list:
     """All that it says of one request, up to its last token."""
     sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
-    host.submit(DecodeRequest("r", b"h" * 16, prompt_token_ids, sampling, None, PATIENCE_S))
+    host.submit(worker_request("r", prompt_token_ids, sampling, timeout_s=PATIENCE_S))
     events: list = []
     while not any(isinstance(event, TokenOutput) and event.finish_reason for event in events):
         events += outputs.get(timeout=PATIENCE_S).events
@@ -75,10 +77,10 @@ def test_it_serves_without_any_peer(start, reference_greedy, tiny_checkpoint):
 
 
 def test_it_measures_both_of_its_phases(start):
-    capability = start()[0].info.capability
-    assert [tokens for tokens, _ in capability.prefill] == [32]
-    assert [sequences for sequences, _ in capability.decode] == [1, 4, 16]
-    assert start(local_prefill=False)[0].info.capability.prefill == ()
+    step_times = start()[0].info.step_times
+    assert [tokens for tokens, _ in step_times.prefill] == [32]
+    assert [sequences for sequences, _ in step_times.decode] == [1, 4, 16]
+    assert start(local_prefill=False)[0].info.step_times.prefill == ()
 
 
 def test_each_phase_has_the_backend_that_is_chosen_for_it(start):
@@ -109,7 +111,7 @@ def test_memory_is_planned_for_the_largest_chunk_and_the_largest_step(tiny_check
 @pytest.mark.parametrize(("max_model_len", "chunks"), [(512, [(16, 2), (16, 32)]), (20, [(16, 2), (16, 4)]), (16, [])])
 def test_chunks_behind_a_prefix_are_warm_before_anybody_waits_for_them(max_model_len, chunks, tiny_checkpoint):
     model = load_model(tiny_checkpoint("llama"), dtype="float32")
-    runner = ModelRunner(model, model.kv_cache_spec.allocate(8, "cpu"))
+    runner = ModelRunner(model, group_caches(model, 8))
     batches: list = []
     hook = model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[3]))
     warm_up_chunks(runner, 32, max_model_len)

@@ -6,11 +6,13 @@ import random
 
 import pytest
 
+from cache_groups import group_caches
 from workers.messages import TokenOutput
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.sampler import sample
 from workers.sampling.state import SamplingState, finish_reason
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 PROMPT = [random.Random(21).randrange(3, 512) for _ in range(45)]
 MAX_MODEL_LEN = 512
@@ -31,15 +33,15 @@ CASES = {
 
 def in_one_process(model, sampling: SamplingParams) -> list[TokenOutput]:
     """The same request on one runner: no handoff, nothing else in the batch."""
-    runner = ModelRunner(model, model.kv_cache_spec.allocate(MAX_MODEL_LEN // model.block_size, "cpu"))
-    blocks = range(MAX_MODEL_LEN // model.block_size)
-    state = SamplingState(sampling, tuple(PROMPT), frozenset(model.config.eos_token_ids), MAX_MODEL_LEN)
+    runner = ModelRunner(model, group_caches(model, MAX_MODEL_LEN // model.block_size))
+    blocks = [range(MAX_MODEL_LEN // model.block_size)]
+    state = SamplingState(sampling, as_token_ids(PROMPT), frozenset(model.config.eos_token_ids), MAX_MODEL_LEN)
     outputs: list[TokenOutput] = []
     tokens, start = PROMPT, 0
     while not outputs or outputs[-1].finish_reason is None:
         (chosen,) = sample(runner.forward([Row(tokens, start, blocks)]), [state])
         state.output_token_ids.append(chosen.token_id)
-        outputs.append(TokenOutput("r", *chosen, finish_reason(state)))
+        outputs.append(TokenOutput("r", *chosen, finish_reason(state), attempt_id="r"))
         start += len(tokens)
         tokens = [chosen.token_id]
     return outputs

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kv_transfer.transports.local import Faults
+from made_requests import worker_request
 from workers.errors import DeadlineExceededError, HandoffError, SamplingError
-from workers.messages import PrefillReport, PrefillRequest, RequestFailed, TokenOutput
+from workers.messages import PrefillReport, RequestFailed, TokenOutput, WorkerRequest
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
 
@@ -22,8 +23,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 512) for _ in range(length)]
 
 
-def alone(request_id: str, token_ids: list[int], sampling: SamplingParams = GREEDY) -> PrefillRequest:
-    return PrefillRequest(request_id, request_id.encode().ljust(16, b"."), tuple(token_ids), sampling, None, 60.0)
+def alone(request_id: str, token_ids: list[int], sampling: SamplingParams = GREEDY) -> WorkerRequest:
+    return worker_request(request_id, token_ids, sampling)
 
 
 def tokens_of(events) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kv_transfer.transports.local import Faults
+from made_requests import worker_request
 from workers.errors import (
     CapacityError,
     DeadlineExceededError,
@@ -15,7 +16,7 @@ from workers.errors import (
     InvalidRequestError,
     SamplingError,
 )
-from workers.messages import HandoffReport, PrefillReport, PrefillRequest, RequestFailed, TokenOutput
+from workers.messages import HandoffReport, PrefillReport, RequestFailed, TokenOutput, WorkerRequest
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
 
@@ -39,8 +40,8 @@ def step_until(worker, condition, others=(), max_steps: int = 2000) -> list:
     raise AssertionError("it never happened")
 
 
-def alone(request_id: str, token_ids: list[int], sampling: SamplingParams = GREEDY) -> PrefillRequest:
-    return PrefillRequest(request_id, request_id.encode().ljust(16, b"."), tuple(token_ids), sampling, None, 60.0)
+def alone(request_id: str, token_ids: list[int], sampling: SamplingParams = GREEDY) -> WorkerRequest:
+    return worker_request(request_id, token_ids, sampling)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +88,11 @@ def test_reports(one_pair, clock):
         clock.now += 1.0
     prefill_report, token, handoff_report = events
     assert isinstance(token, TokenOutput)
-    assert prefill_report == PrefillReport("r", queue_s=3.0, prefill_s=2.0, num_chunks=3)
+    assert prefill_report == PrefillReport("r", queue_s=3.0, prefill_s=2.0, num_chunks=3, attempt_id="r")
     assert isinstance(handoff_report, HandoffReport)
     # Two layer groups; the chunks end after 16, 32 and 40 tokens, each with full blocks to push.
     assert handoff_report.num_parts == 2 * 3
-    assert handoff_report.num_bytes == 3 * 3 * prefill.runner.kv_cache[0, 0].nbytes
+    assert handoff_report.num_bytes == 3 * 3 * prefill.runner.kv_caches[0][0, 0].nbytes
     assert handoff_report.transfer_s >= 0.0
     assert handoff_report.exposed_s >= 0.0
 
@@ -205,7 +206,7 @@ def test_source_blocks_are_not_reused_while_a_write_reads_them(one_pair, referen
         while cluster.busy:
             cluster.step()
             read = cluster.fabric.source_blocks(engine_id)
-            assert read <= prefill.blocks.used_blocks
+            assert read <= prefill.cache.groups[0].pool.used_blocks
             seen |= read
         assert {r: cluster.token_ids(r) for r in expected} == expected
         assert seen

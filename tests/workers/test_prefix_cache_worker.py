@@ -10,12 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cached_blocks import check_cached_blocks, poison_free_blocks
+from cached_blocks import check_cached_blocks, found_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
+from made_requests import worker_request
+from workers.block_hashes import block_hashes
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import block_hashes
-from workers.messages import PrefillReport, PrefillRequest, RequestFailed
+from workers.messages import PrefillReport, RequestFailed, WorkerRequest
 from workers.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=6, ignore_eos=True)
@@ -32,8 +33,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 512) for _ in range(length)]
 
 
-def alone(request_id: str, token_ids: list[int]) -> PrefillRequest:
-    return PrefillRequest(request_id, request_id.encode().ljust(16, b"."), tuple(token_ids), GREEDY, None, 60.0)
+def alone(request_id: str, token_ids: list[int]) -> WorkerRequest:
+    return worker_request(request_id, token_ids, GREEDY)
 
 
 def report(prefill, token_ids: list[int]) -> PrefillReport:
@@ -68,7 +69,7 @@ def test_what_is_cached_is_not_computed_again(first, second, cached, one_pair, r
     ((start, length),) = [(row.start, len(row.token_ids)) for row in rows]
     assert (start, length) == (cached, len(second) - cached)
     count = blocks_for(len(second), 16)
-    assert cluster.reports["second"].num_bytes == 3 * count * prefill.runner.kv_cache[0, 0].nbytes, "all go over"
+    assert cluster.reports["second"].num_bytes == 3 * count * prefill.runner.kv_caches[0][0, 0].nbytes, "all go over"
     assert cluster.reports["second"].num_parts == 3 + bool(cached), "what is cached goes at once, in all layers"
     cluster.assert_all_blocks_free()
 
@@ -123,8 +124,8 @@ def test_broken_logits_take_their_blocks_with_them(one_pair, monkeypatch, refere
     """Also those that were found in the cache: else whatever is wrong there fails every prompt that begins so."""
     cluster, prefill, _ = one_pair()
     report(prefill, prompt(64))
-    (block, *_) = prefill.blocks.find(block_hashes(prompt(64), 16))
-    prefill.runner.kv_cache[:, block] = torch.nan
+    (block, *_) = found_blocks(prefill, prompt(64))
+    prefill.runner.kv_caches[0][:, block] = torch.nan
     prefill.add(alone("broken", prompt(70)))
     assert [type(event) for event in prefill.step()] == [RequestFailed]
     assert report(prefill, prompt(70)).cached_tokens == 0

@@ -9,9 +9,10 @@ import pytest
 
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
+from made_requests import worker_request
 from workers.config import WorkerConfig
 from workers.errors import CheckpointError, ConfigError
-from workers.messages import DecodeReport, DecodeRequest, HandoffReport, PrefillReport, PrefillRequest, TokenOutput
+from workers.messages import DecodeReport, HandoffReport, PrefillReport, TokenOutput
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
 from workers.worker_host import WorkerHost
@@ -36,11 +37,9 @@ class Running:
         self.loads = {}
 
     def submit(self, name: str, prompt: list[int], sampling: SamplingParams) -> None:
-        handoff_id = name.encode().ljust(16, b".")
         ids = {role: host.info.engine.engine_id for role, host in self.hosts.items()}
-        args = (name, handoff_id, tuple(prompt), sampling)
-        self.hosts["decode"].submit(DecodeRequest(*args, ids["prefill"], PATIENCE_S))
-        self.hosts["prefill"].submit(PrefillRequest(*args, ids["decode"], PATIENCE_S))
+        self.hosts["decode"].submit(worker_request(name, prompt, sampling, ids["prefill"], timeout_s=PATIENCE_S))
+        self.hosts["prefill"].submit(worker_request(name, prompt, sampling, ids["decode"], timeout_s=PATIENCE_S))
 
     def collect(self, done) -> list:
         """Everything said until `done(events)`."""
@@ -91,20 +90,12 @@ def test_what_a_worker_says_of_itself(running):
         assert (info.name, info.role, info.device) == (f"{role}-0", role, "cpu")
         assert (info.num_blocks, info.max_model_len) == (128, 512)
         assert info.engine.engine_id.startswith(f"{role}-0.")
-        assert info.engine.layout.block_size == 16
-        assert info.engine.layout.dtype == "float32"
-        assert (info.engine.layout.num_layers, info.engine.layout.num_kv_heads) == (3, 2)
-    assert running.hosts["prefill"].info.capability.prefill
-    assert running.hosts["decode"].info.capability.decode
+        (group,) = info.engine.layout.groups
+        assert (group.block_size, group.dtype, group.num_layers, group.num_kv_heads) == (16, "float32", 3, 2)
+    assert running.hosts["prefill"].info.step_times.prefill
+    assert running.hosts["decode"].info.step_times.decode
     one, other = (host.info.engine for host in running.hosts.values())
     assert one.incarnation != other.incarnation
-
-
-def test_a_request_for_the_other_role_is_refused(running):
-    request = DecodeRequest("r", b"h" * 16, (5,), SamplingParams(seed=0), "prefill", 1.0)
-    with pytest.raises(TypeError, match="DecodeRequest sent to prefill-0"):
-        running.hosts["prefill"].submit(request)
-    assert running.crashes.empty()
 
 
 def test_peers_answer_each_other(running):

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from threads import wait_for_the_end
-from workers.messages import CacheUpdate, Load, StepOutput, TokenOutput, WorkerEvent
+from workers.errors import HandoffError
+from workers.messages import CacheUpdate, Load, RequestFailed, StepOutput, TokenOutput, WorkerEvent
 from workers.worker_loop import WorkerLoop
 
 PATIENCE_S = 20.0
@@ -25,6 +26,7 @@ class CountingWorker:
         self.threads: set[int] = set()
         self.blocked = False
         self.error: Exception | None = None
+        self.failing: RequestFailed | None = None
 
     @property
     def has_work(self) -> bool:
@@ -39,7 +41,10 @@ class CountingWorker:
         self.threads.add(threading.get_ident())
         if self.error is not None:
             raise self.error
-        return [TokenOutput("r", self.todo.pop(0))] if self.has_work else []
+        if self.failing is not None:
+            failed, self.failing = self.failing, None
+            return [failed]
+        return [TokenOutput("r", self.todo.pop(0), attempt_id="r")] if self.has_work else []
 
     def take_cache_update(self) -> CacheUpdate | None:
         return None
@@ -137,3 +142,11 @@ def test_stopping_from_its_own_thread_does_not_wait_for_itself(running):
     running.loop.post(lambda worker: running.loop.stop())
     wait_for_the_end("worker-w.1", PATIENCE_S)
     assert running.crashes.empty()
+
+
+def test_a_request_that_fails_is_logged_by_its_clients_name_and_its_attempt(running, caplog):
+    failed = RequestFailed("order-17", HandoffError("lost a part"), attempt_id="5f3a")
+    running.call(lambda worker: setattr(worker, "failing", failed))
+    while failed not in running.outputs.get(timeout=PATIENCE_S).events:
+        pass
+    assert "request order-17 (attempt 5f3a) failed on w.1: lost a part" in caplog.text

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kv_transfer.connector import HandoffFailed, HandoffReceived, HandoffReleased, KVConnector
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 from workers.errors import HandoffError
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.manager import KVCacheManager
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
 
@@ -33,13 +34,13 @@ class RemotePrefill:
 
     Args:
         connector: with the cache registered.
-        blocks: of the cache, the worker's.
+        cache: which blocks of it belong to whom.
         kept: what is in them.
     """
 
-    def __init__(self, connector: KVConnector, blocks: PrefixCache, kept: SequenceBlocks) -> None:
+    def __init__(self, connector: KVConnector, cache: KVCacheManager, kept: SequenceBlocks) -> None:
         self._connector = connector
-        self._blocks = blocks
+        self._cache = cache
         self._kept = kept
         self._expected: dict[HandoffKey, Sequence] = {}
         self._wanted: dict[Sequence, HandoffKey] = {}
@@ -65,12 +66,16 @@ class RemotePrefill:
     @property
     def num_reserved_blocks(self) -> int:
         """Blocks that are granted for somebody who waits for them."""
-        return sum(len(sequence.blocks) - sequence.num_cached_blocks for sequence in self._wanted)
+        primary = self._cache.primary
+        return sum(
+            self._cache.num_held(sequence.tables) - sequence.num_cached_blocks[primary] for sequence in self._wanted
+        )
 
     @property
     def num_quarantined_blocks(self) -> int:
         """Blocks that nobody waits for any more, and somebody may still write to."""
-        return sum(len(sequence.blocks) for sequence in self._expected.values() if sequence not in self._wanted)
+        lost = [sequence for sequence in self._expected.values() if sequence not in self._wanted]
+        return sum(self._cache.num_held(sequence.tables) for sequence in lost)
 
     @property
     def in_flight(self) -> bool:
@@ -84,12 +89,14 @@ class RemotePrefill:
     def admit(self, sequence: Sequence) -> None:
         """Take the blocks of a prompt that `fits`, and grant its prefill worker those whose content is not here."""
         request = sequence.request
-        if request.prefill_engine is None:
-            raise ValueError(f"{request.request_id} has no prefill worker")
+        if request.peer_engine is None:
+            raise ValueError(f"{request.log_name} has no prefill worker")
         self._kept.take(sequence)
-        cached = sequence.num_cached_blocks
-        granted = sequence.blocks[cached:]
-        key = self._connector.expect(request.handoff_id, request.prefill_engine, granted, cached)
+        granted = [
+            GroupBlocks(first, table.blocks[first:])
+            for first, table in zip(self._kept.granted_from(sequence), sequence.tables.groups, strict=True)
+        ]
+        key = self._connector.expect(request.handoff_id, request.peer_engine, granted)
         self._expected[key], self._wanted[sequence] = sequence, key
 
     def remove(self, sequence: Sequence) -> None:
@@ -107,13 +114,13 @@ class RemotePrefill:
                         self._kept.received(sequence)
                         yield Arrival(sequence, first_token)
                     else:  # aborted while the last part was on its way
-                        self._blocks.release(sequence.blocks)
+                        self._cache.release(sequence.tables)
                 case HandoffFailed(key, reason):
                     sequence = self._expected[key]
                     if self._wanted.pop(sequence, None) is not None:
                         yield Arrival(sequence, HandoffError(reason))
                     self._kept.give_back_cached(sequence)
                 case HandoffReleased(key):
-                    self._blocks.release(self._expected.pop(key).blocks)
+                    self._cache.release(self._expected.pop(key).tables)
                 case _:
                     raise TypeError(f"a decode worker has no use for {event}")

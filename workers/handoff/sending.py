@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError
 from workers.handoff.layers_per_write import LayersPerWrite
-from workers.kv_cache.prefix_cache import block_hashes
-from workers.messages import PrefillRequest
+from workers.kv_cache.manager import KVCacheManager
+from workers.messages import WorkerRequest
 from workers.runner.model_runner import ModelRunner
 from workers.sampling.state import SamplingState
-from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
+from workers.scheduling.prefill_scheduler import Chunk, PromptProgress
+from workers.token_ids import TokenIds
 
 
 @dataclass(eq=False)
@@ -23,7 +22,6 @@ class Prompt:
 
     Attributes:
         request: as it came.
-        token_ids: (n,) int64, the prompt.
         progress: how much of it is computed, as the schedule knows it: steps in flight included.
         state: for its first token.
         deadline: when it fails, by the worker's clock.
@@ -34,8 +32,7 @@ class Prompt:
         cancelled: whether its blocks go back as soon as no step is in flight.
     """
 
-    request: PrefillRequest
-    token_ids: np.ndarray
+    request: WorkerRequest
     progress: PromptProgress
     state: SamplingState
     deadline: float
@@ -48,23 +45,26 @@ class Prompt:
     @classmethod
     def of(
         cls,
-        request: PrefillRequest,
+        request: WorkerRequest,
         eos_token_ids: Iterable[int],
         max_model_len: int,
         now: float,
         cached_block_size: int | None = None,
     ) -> Prompt:
         """A request that has just come and is in order; its blocks have hashes if a block size is given."""
-        token_ids = np.asarray(request.prompt_token_ids, dtype=np.int64)
-        hashes = block_hashes(token_ids, cached_block_size) if cached_block_size is not None else ()
+        hashes = request.hashes_for(cached_block_size) if cached_block_size is not None else ()
         return cls(
             request,
-            token_ids,
-            PromptProgress(request.request_id, len(token_ids), hashes),
+            PromptProgress(request.attempt_id, len(request.prompt_token_ids), hashes),
             SamplingState.of(request, eos_token_ids, max_model_len),
             deadline=now + request.timeout_s,
             arrived=now,
         )
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """(n,) int32, the prompt."""
+        return self.request.prompt_token_ids
 
     def overdue(self, now: float, handoff_timeout_s: float) -> BatonError:
         """Why it failed when its deadline passed: the request's own, or the handoff's."""
@@ -80,59 +80,64 @@ class CompleteBlocks:
 
     Attributes:
         handoff_id: whose.
+        group: the cache group.
         start: the first one's place in the prompt.
         blocks: the blocks.
         layers_per_write: layers of them that one WRITE carries.
     """
 
     handoff_id: bytes
+    group: int
     start: int
     blocks: Sequence[int]
     layers_per_write: int
 
 
 def complete_blocks(
-    chunks: Sequence[Chunk], prompts: Sequence[Prompt], scheduler: PrefillScheduler, layers_per_write: LayersPerWrite
+    chunks: Sequence[Chunk], prompts: Sequence[Prompt], cache: KVCacheManager, layers_per_write: LayersPerWrite
 ) -> list[CompleteBlocks]:
     """What the step of these chunks completes of the prompts that decode elsewhere.
 
     Args:
         chunks: of the step, not yet `advance`d.
         prompts: whose they are.
-        scheduler: that made them.
+        cache: of the worker.
         layers_per_write: chooses how many layers go together.
     """
     num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
     parts = []
     for chunk, prompt in zip(chunks, prompts, strict=True):
-        engine, span = prompt.request.decode_engine, scheduler.pushable(chunk)
-        if engine is not None and span:
-            layers = layers_per_write.choose(engine, len(span), num_tokens)
-            blocks = prompt.progress.blocks[span.start : span.stop]
-            parts.append(CompleteBlocks(prompt.request.handoff_id, span.start, blocks, layers))
+        if (engine := prompt.request.peer_engine) is None:
+            continue
+        for group, span, blocks in _handed_over(cache, chunk.prompt, chunk.start, chunk.end):
+            layers = layers_per_write.choose(engine, group, len(span), num_tokens)
+            parts.append(CompleteBlocks(prompt.request.handoff_id, group, span.start, blocks, layers))
     return parts
 
 
-def push_cached(connector: KVConnector, num_layers: int, chunks: Sequence[Chunk], prompts: Sequence[Prompt]) -> None:
+def push_cached(
+    connector: KVConnector, cache: KVCacheManager, chunks: Sequence[Chunk], prompts: Sequence[Prompt]
+) -> None:
     """Hand over what prompts that begin with these chunks have found in the cache: it is complete, in all layers.
 
     Args:
         connector: of the worker.
-        num_layers: of the model.
+        cache: of the worker.
         chunks: of a step, not yet `advance`d.
         prompts: whose they are.
     """
     for chunk, prompt in zip(chunks, prompts, strict=True):
-        cached = chunk.prompt.num_pushed_blocks
-        if chunk.prompt.num_chunks == 0 and cached and prompt.request.decode_engine is not None:
-            blocks = chunk.prompt.blocks[:cached]
-            connector.push(prompt.request.handoff_id, range(num_layers), 0, blocks, None)
+        if chunk.prompt.num_chunks or prompt.request.peer_engine is None:
+            continue
+        for group, span, blocks in _handed_over(cache, chunk.prompt, 0, chunk.start):
+            layers = range(cache.groups[group].num_layers)
+            connector.push(prompt.request.handoff_id, group, layers, span.start, blocks, None)
 
 
 def layer_pusher(
     connector: KVConnector, runner: ModelRunner, parts: Sequence[CompleteBlocks]
 ) -> Callable[[int], None] | None:
-    """What `ModelRunner.forward` calls for each layer, to push these blocks group by group; None: nothing to push.
+    """What `ModelRunner.forward` calls for each layer, to push these blocks, some layers together; None: nothing.
 
     Args:
         connector: of the worker.
@@ -141,15 +146,26 @@ def layer_pusher(
     """
     if not parts:
         return None
+    of_group = [[part for part in parts if part.group == group] for group in range(len(runner.groups))]
 
     def on_layer(layer: int) -> None:
-        last = layer + 1 == runner.num_layers
-        due = [part for part in parts if last or (layer + 1) % part.layers_per_write == 0]
+        group, index = runner.places[layer]
+        last = index + 1 == runner.groups[group].num_layers
+        due = [part for part in of_group[group] if last or (index + 1) % part.layers_per_write == 0]
         if not due:
             return
         ready = runner.ready_event()
         for part in due:
-            layers = range(layer // part.layers_per_write * part.layers_per_write, layer + 1)
-            connector.push(part.handoff_id, layers, part.start, part.blocks, ready)
+            layers = range(index // part.layers_per_write * part.layers_per_write, index + 1)
+            connector.push(part.handoff_id, group, layers, part.start, part.blocks, ready)
 
     return on_layer
+
+
+def _handed_over(
+    cache: KVCacheManager, prompt: PromptProgress, start: int, end: int
+) -> Iterator[tuple[int, range, Sequence[int]]]:
+    """For each cache group the places of the blocks that these tokens complete, as far as decode sees them; blocks."""
+    for index, (group, table) in enumerate(zip(cache.groups, prompt.tables.groups, strict=True)):
+        if span := group.handed_over(start, end, prompt.num_tokens):
+            yield index, span, table.blocks[span.start : span.stop]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -24,22 +25,24 @@ class BlockPool:
     one moves up to e entries of a list.
 
     Args:
-        num_blocks: blocks 0 to `num_blocks` - 1 are managed.
+        num_blocks: so many blocks are managed.
+        first: the id of the first of them.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
         self.num_blocks = num_blocks
-        self._used: set[int] = set()
+        self._used = bytearray(first + num_blocks)  # 1 for each block that is handed out
+        self._num_free = num_blocks
         self._length: dict[int, int] = {}  # of the extent that starts here
         self._start: dict[int, int] = {}  # of the extent that ends before this block
         self._by_size: list[tuple[int, int]] = []  # (length, start), sorted
         if num_blocks:
-            self._add(0, num_blocks)
+            self._add(first, num_blocks)
 
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out."""
-        return self.num_blocks - len(self._used)
+        return self._num_free
 
     @property
     def largest_extent(self) -> int:
@@ -52,13 +55,25 @@ class BlockPool:
         Raises:
             ValueError: more than there are; ask `num_free` first.
         """
+        return list(chain.from_iterable(self.allocate_runs(count)))
+
+    def allocate_runs(self, count: int) -> list[range]:
+        """The same, run by run.
+
+        Raises:
+            ValueError: more than there are; ask `num_free` first.
+        """
         if count > self.num_free:
             raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
-        blocks: list[int] = []
-        while len(blocks) < count:
-            blocks.extend(self._take(count - len(blocks)))
-        self._used.update(blocks)
-        return blocks
+        runs: list[range] = []
+        missing = count
+        while missing:
+            run = self._take(missing)
+            self._used[run.start : run.stop] = b"\1" * len(run)
+            runs.append(run)
+            missing -= len(run)
+        self._num_free -= count
+        return runs
 
     def free(self, blocks: Iterable[int]) -> None:
         """Give blocks back.
@@ -70,11 +85,12 @@ class BlockPool:
         returned: list[int] = []
         try:
             for block in given:
-                if block not in self._used:
+                if not (0 <= block < len(self._used) and self._used[block]):
                     raise ValueError(f"block {block} is not in use")
-                self._used.remove(block)
+                self._used[block] = 0
                 returned.append(block)
         finally:
+            self._num_free += len(returned)
             for start, length in _runs(sorted(returned)):
                 self._join(start, length)
 

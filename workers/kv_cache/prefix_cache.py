@@ -8,63 +8,16 @@ Plain integers and bytes; knows neither tensors nor requests.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
-
-import numpy as np
 
 from workers.kv_cache.block_pool import BlockPool
 from workers.messages import CacheUpdate
 
-_HASH_BYTES = 16
 MAX_HASHES_TOLD = 4096
 """Of one `CacheUpdate`, stored and removed each: 64 KiB; what is left goes with the next one."""
-
-
-class BlockHashes:
-    """The hashes of a sequence's full blocks, continued as it grows.
-
-    BLAKE2b, 128 bits, over all token ids up to the block's end: the hash of a block thus covers its ancestors. Finding
-    two sequences with one hash takes about 2^64 attempts.
-
-    Attributes:
-        hashes: one for each full block so far.
-
-    Args:
-        block_size: tokens in a block.
-    """
-
-    def __init__(self, block_size: int) -> None:
-        self.hashes: list[bytes] = []
-        self._width = 8 * block_size
-        self._running = hashlib.blake2b(digest_size=_HASH_BYTES)
-
-    def extend(self, token_ids: Sequence[int] | np.ndarray) -> None:
-        """Go on with these tokens, the first of which begins a block; what fills no block at their end is left out.
-
-        Args:
-            token_ids: an array must be int64.
-        """
-        data = token_ids.tobytes() if isinstance(token_ids, np.ndarray) else array("q", token_ids).tobytes()
-        for end in range(self._width, len(data) + 1, self._width):
-            self._running.update(data[end - self._width : end])
-            self.hashes.append(self._running.digest())
-
-
-def block_hashes(token_ids: Sequence[int] | np.ndarray, block_size: int) -> tuple[bytes, ...]:
-    """One hash for each full block of a prompt; see `BlockHashes`.
-
-    Args:
-        token_ids: the prompt; an array must be int64.
-        block_size: tokens in a block.
-    """
-    running = BlockHashes(block_size)
-    running.extend(token_ids)
-    return tuple(running.hashes)
 
 
 class PrefixCache:
@@ -74,12 +27,13 @@ class PrefixCache:
     block that was stored keeps its hash; a second one with the same content is its prompt's alone.
 
     Args:
-        num_blocks: blocks 0 to `num_blocks` - 1 are managed.
+        num_blocks: so many blocks are managed.
+        first: the id of the first of them.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self._free = BlockPool(num_blocks)
-        self._users: dict[int, int] = {}  # prompts that use a block
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
+        self._free = BlockPool(num_blocks, first)
+        self._users = [0] * (first + num_blocks)  # prompts that use a block
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # stored, without users; the least recently used first
@@ -104,7 +58,7 @@ class PrefixCache:
     @property
     def used_blocks(self) -> frozenset[int]:
         """Blocks in use by some prompts."""
-        return frozenset(self._users)
+        return frozenset(block for block, users in enumerate(self._users) if users)
 
     @property
     def stored_blocks(self) -> Mapping[bytes, int]:
@@ -112,8 +66,8 @@ class PrefixCache:
         return MappingProxyType(self._block_of)
 
     def num_users(self, block: int) -> int:
-        """Prompts that use a block."""
-        return self._users.get(block, 0)
+        """Prompts that use a block; none of one that is not managed here."""
+        return self._users[block] if 0 <= block < self.num_blocks else 0
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest beginning that is here."""
@@ -130,7 +84,7 @@ class PrefixCache:
         if count <= self.num_free:
             return True
         found = self.find(hashes)
-        return count - len(found) <= self.num_free - sum(block in self._unused for block in found)
+        return count - len(found) <= self.num_free - sum(map(self.share_cost, found))
 
     def allocate(self, hashes: Sequence[bytes], count: int) -> tuple[list[int], int]:
         """Take the blocks of a prompt: those that hold its beginning, and others for the rest.
@@ -148,15 +102,38 @@ class PrefixCache:
         if not self.fits(hashes, count):
             raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
         found = self.find(hashes)
-        for block in found:
+        self.share(found)
+        return found + self.take(count - len(found)), len(found)
+
+    def share_cost(self, block: int) -> int:
+        """How many free blocks it takes to share this one, which was found: 1 if nobody uses it, else 0."""
+        return int(block in self._unused)
+
+    def find_each(self, hashes: Sequence[bytes]) -> list[int | None]:
+        """For each of these hashes the block that has it, if one is here."""
+        return [self._block_of.get(content) for content in hashes]
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Use blocks that were found, beside those who use them already."""
+        for block in blocks:
             self._unused.pop(block, None)
-            self._users[block] = self._users.get(block, 0) + 1
-        wanted = count - len(found)
-        if evicted := [self._evict() for _ in range(wanted - self._free.num_free)]:
+            self._users[block] += 1
+
+    def take(self, count: int) -> list[int]:
+        """Use so many other blocks, which hold nothing that can be found.
+
+        Raises:
+            ValueError: there are not enough.
+        """
+        if count > self._free.num_free + len(self._unused):
+            raise ValueError(f"{count} blocks asked for, {self._free.num_free + len(self._unused)} are free")
+        if evicted := [self._evict() for _ in range(count - self._free.num_free)]:
             self._free.free(evicted)
-        own = self._free.allocate(wanted)
-        self._users.update(dict.fromkeys(own, 1))
-        return found + own, len(found)
+        blocks: list[int] = []
+        for run in self._free.allocate_runs(count):
+            self._users[run.start : run.stop] = [1] * len(run)
+            blocks.extend(run)
+        return blocks
 
     def store(self, block: int, content: bytes) -> None:
         """A block in use holds this content completely, and nobody writes to it any more.
@@ -164,7 +141,7 @@ class PrefixCache:
         Raises:
             ValueError: the block is not in use.
         """
-        if block not in self._users:
+        if not self.num_users(block):
             raise ValueError(f"block {block} is not in use")
         if content not in self._block_of and block not in self._hash_of:
             self._block_of[content], self._hash_of[block] = block, content
@@ -182,12 +159,11 @@ class PrefixCache:
         free = []
         try:
             for block in reversed(blocks):
-                if block not in self._users:
+                if not self.num_users(block):
                     raise ValueError(f"block {block} is not in use")
                 self._users[block] -= 1
                 if self._users[block]:
                     continue
-                del self._users[block]
                 if block in self._hash_of:
                     self._unused[block] = None
                 else:
@@ -200,6 +176,17 @@ class PrefixCache:
         for block in blocks:
             if block in self._hash_of:
                 self._remove(block)
+
+    def forget_content(self, hashes: Iterable[bytes]) -> None:
+        """What has these hashes is not to be found any more, whoever uses it."""
+        for content in hashes:
+            block = self._block_of.get(content)
+            if block is None:
+                continue
+            self._remove(block)
+            if block in self._unused:
+                del self._unused[block]
+                self._free.free((block,))
 
     def take_update(self) -> CacheUpdate | None:
         """What can be found now and could not at the last update, and the other way round; None: nothing."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from attention.kv_cache import KVCacheSpec
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
-from workers.kv_cache.block_pool import blocks_for
+from workers.kv_cache.cache_split import CacheSplit, most_blocks
 from workers.kv_cache.gpu_memory import GpuMemory, measure_gpu_memory
 
 logger = logging.getLogger(__name__)
@@ -26,60 +26,75 @@ class KVCachePlan:
     """The size of a worker's KV cache, and what it is beside.
 
     Attributes:
-        num_blocks: in each layer.
+        num_blocks: of the primary group, in each layer, for sequences to have.
         num_tokens: that they hold.
-        kv_bytes: all layers together.
+        kv_bytes: all groups and layers together.
         gpu: what was measured; None on a CPU.
+        counts: blocks of each group's tensor. A sliding group has one that no sequence gets, see `KVCacheManager`.
     """
 
     num_blocks: int
     num_tokens: int
     kv_bytes: int
     gpu: GpuMemory | None = None
+    counts: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         cache = f"KV cache {_gb(self.kv_bytes)}: {self.num_blocks} blocks, {self.num_tokens} tokens"
+        if len(self.counts) > 1:
+            cache += f" (blocks of all cache groups: {', '.join(map(str, self.counts))})"
         if self.gpu is None:
             return cache
         gpu = self.gpu
         return f"model {_gb(gpu.allocated)}, activations {_gb(gpu.activations)}, CUDA {_gb(gpu.context)}, {cache}"
 
 
-def kv_layout(spec: KVCacheSpec, tp_size: int = 1) -> KVLayout:
+def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1) -> KVLayout:
     """The cache of one of `tp_size` ranks as two workers compare it when they meet."""
     return KVLayout(
-        kind="mla" if spec.mla else "mha",
-        num_layers=spec.num_layers,
-        block_size=spec.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
-        dtype=str(spec.dtype).removeprefix("torch."),
-        order=",".join(spec.layout.dims),
-        tp_size=tp_size,
-        block_shape=spec.layout.block_shape,
+        tuple(
+            GroupLayout(
+                kind=spec.kind,
+                layers=spec.layers,
+                block_size=spec.block_size,
+                num_kv_heads=spec.num_kv_heads,
+                head_size=spec.head_size,
+                dtype=str(spec.dtype).removeprefix("torch."),
+                window=spec.window,
+                order=",".join(spec.layout.dims),
+                shape=spec.layout.block_shape,
+            )
+            for spec in groups
+        ),
+        tp_size,
     )
 
 
-def allocate_kv_cache(
+def allocate_kv_caches(
     config: WorkerConfig,
-    spec: KVCacheSpec,
+    groups: Sequence[KVCacheSpec],
     max_model_len: int,
     profile: Callable[[], object] | None = None,
     agree_min: Callable[[int], int] = int,
-) -> torch.Tensor:
-    """A cache of the size that `plan_kv_cache` finds, which is logged.
+) -> list[torch.Tensor]:
+    """A cache for each group, of the size that `plan_kv_cache` finds, which is logged.
 
     Raises:
         ConfigError: see `plan_kv_cache`.
     """
-    plan = plan_kv_cache(config, spec, max_model_len, profile, agree_min)
+    plan = plan_kv_cache(config, groups, max_model_len, profile, agree_min)
     logger.info("%s: %s", config.name, plan)
-    return spec.allocate(plan.num_blocks, config.device)
+    return [spec.allocate(count, config.device) for spec, count in zip(groups, plan.counts, strict=True)]
+
+
+def allocate_groups(groups: Sequence[KVCacheSpec], num_blocks: int, device: torch.device | str) -> list[torch.Tensor]:
+    """A cache for each group in which sequences have so many blocks; with a window it has a null block besides."""
+    return [spec.allocate(num_blocks + (spec.window is not None), device) for spec in groups]
 
 
 def plan_kv_cache(
     config: WorkerConfig,
-    spec: KVCacheSpec,
+    groups: Sequence[KVCacheSpec],
     max_model_len: int,
     profile: Callable[[], object] | None = None,
     agree_min: Callable[[int], int] = int,
@@ -87,11 +102,12 @@ def plan_kv_cache(
     """The size that the configuration gives, or that the worker's share of the memory leaves.
 
     On a GPU the share is `gpu_memory_utilization` of the card, less the weights, the most that `profile` needed, and
-    the CUDA context; never more than is free. On a CPU it is a tenth of the free memory.
+    the CUDA context; never more than is free. On a CPU it is a tenth of the free memory. Groups with a window get what
+    a full batch holds at once, and never room for more tokens than the others; these share the rest.
 
     Args:
         config: the worker's; the model is loaded already.
-        spec: of the cache.
+        groups: of the model's cache.
         max_model_len: tokens of the longest sequence.
         profile: runs the worker's largest batches, on a GPU, see `workers.runner.profile_run`; None: nothing is run.
         agree_min: the smallest of what all ranks of the worker have room for; each keeps as many blocks.
@@ -100,27 +116,30 @@ def plan_kv_cache(
         ConfigError: the batches or the cache do not fit, or the cache cannot hold a sequence of `max_model_len` tokens.
     """
     gpu = _measured(config, profile) if torch.device(config.device).type == "cuda" else None
-    longest = blocks_for(max_model_len, spec.block_size)
-    num_blocks = _configured_blocks(config, spec)
+    split = CacheSplit(groups, [most_blocks(config, spec, max_model_len) for spec in groups], config.max_num_seqs)
+    longest = split.most_blocks[split.primary]
+    num_blocks = _configured_blocks(config, split)
     if num_blocks is None:  # no more than a full batch of the longest sequences can use
         free = _cpu_memory_share() if gpu is None else _gpu_memory_share(config, gpu)
-        num_blocks = min(spec.blocks_that_fit(free), longest * config.max_num_seqs)
-    elif gpu is not None and num_blocks * spec.bytes_per_block > gpu.available:
+        num_blocks = min(split.blocks_that_fit(free), longest * config.max_num_seqs)
+    elif gpu is not None and split.num_bytes(num_blocks) > gpu.available:
         raise ConfigError(
-            f"{config.role} worker: a KV cache of {num_blocks} blocks takes {_gb(num_blocks * spec.bytes_per_block)}, "
+            f"{config.role} worker: a KV cache of {num_blocks} blocks takes {_gb(split.num_bytes(num_blocks))}, "
             f"{_gb(max(0, gpu.available))} of the GPU's {_gb(gpu.total)} are left beside the model and other "
             f"processes; lower {_size_key(config)}"
         )
     num_blocks = agree_min(num_blocks)
+    block_size = groups[split.primary].block_size
     if num_blocks < longest:
-        raise ConfigError(_too_small(config, spec, num_blocks, max_model_len, longest, gpu))
-    return KVCachePlan(num_blocks, num_blocks * spec.block_size, num_blocks * spec.bytes_per_block, gpu)
+        raise ConfigError(_too_small(config, block_size, num_blocks, max_model_len, longest, gpu))
+    counts = split.counts(num_blocks)
+    return KVCachePlan(num_blocks, num_blocks * block_size, split.num_bytes(num_blocks), gpu, counts)
 
 
-def _configured_blocks(config: WorkerConfig, spec: KVCacheSpec) -> int | None:
+def _configured_blocks(config: WorkerConfig, split: CacheSplit) -> int | None:
     if config.num_blocks is not None:
         return config.num_blocks
-    return spec.blocks_that_fit(config.kv_cache_bytes) if config.kv_cache_bytes is not None else None
+    return split.blocks_that_fit(config.kv_cache_bytes) if config.kv_cache_bytes is not None else None
 
 
 def _measured(config: WorkerConfig, profile: Callable[[], object] | None) -> GpuMemory:
@@ -160,18 +179,18 @@ def _cpu_memory_share() -> int:
 
 
 def _too_small(
-    config: WorkerConfig, spec: KVCacheSpec, num_blocks: int, max_model_len: int, longest: int, gpu: GpuMemory | None
+    config: WorkerConfig, block_size: int, num_blocks: int, max_model_len: int, longest: int, gpu: GpuMemory | None
 ) -> str:
     role = config.role
     measured = ""
     larger = f"{role}.num_blocks or {role}.kv_cache_gb"
-    if gpu is not None and _configured_blocks(config, spec) is None:
+    if gpu is not None and config.num_blocks is None and config.kv_cache_bytes is None:
         kept = (
             f"{config.gpu_memory_utilization:g} of {_gb(gpu.total)}, {_gb(gpu.own)} of it taken, {_gb(gpu.free)} free"
         )
         measured, larger = f" ({kept})", f"{role}.gpu_memory_utilization"
     return (
-        f"{role} worker: a KV cache of {num_blocks} blocks of {spec.block_size} tokens{measured} cannot hold one "
+        f"{role} worker: a KV cache of {num_blocks} blocks of {block_size} tokens{measured} cannot hold one "
         f"sequence of max_model_len {max_model_len} ({longest} blocks); enlarge {larger}, or lower model.max_model_len"
     )
 

@@ -112,24 +112,35 @@ class HeadNorm(nn.Module):
 
 
 class WideNorm(nn.Module):
-    """RMS normalisation over the features of all heads of all ranks together (OLMo-2).
+    """RMS normalisation of queries and of keys, each over the features of all their heads on all ranks (OLMo-2).
 
     Args:
-        size: features of this rank.
-        total: features of all ranks.
+        query_size: features of this rank's queries.
+        key_size: features of this rank's keys. Several ranks may have the same ones: that changes no mean.
         eps: added to the mean square.
         context: of the model.
+
+    Attributes:
+        weight: (query_size + key_size,), those of queries first.
     """
 
-    def __init__(self, size: int, total: int, eps: float, context: LayerContext) -> None:
+    def __init__(self, query_size: int, key_size: int, eps: float, context: LayerContext) -> None:
         super().__init__()
-        self.weight = empty_parameter(size, dtype=context.dtype, device=context.device)
+        self.weight = empty_parameter(query_size + key_size, dtype=context.dtype, device=context.device)
         self.eps = eps
-        self._total = total
+        self._sizes = (query_size, key_size)
         self._group: TensorParallelGroup = context.group
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, size) normalised, in float32, rounded once."""
-        wide = x.float()
-        squares = self._group.all_reduce(wide.square().sum(-1, keepdim=True))
-        return (wide * torch.rsqrt(squares / self._total + self.eps) * self.weight.float()).to(x.dtype)
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, query_size) and (T, key_size) normalised, in float32, rounded once; ranks sum their squares together."""
+        of_query, of_key = self.weight.split(self._sizes)
+        if self._group.size == 1:
+            return rms_norm(query, of_query, self.eps), rms_norm(key, of_key, self.eps)
+        wide_query, wide_key = query.float(), key.float()
+        means = torch.stack((wide_query.square().mean(-1), wide_key.square().mean(-1)), dim=-1)
+        means = self._group.all_reduce(means) / self._group.size
+        by_query, by_key = torch.rsqrt(means + self.eps).unsqueeze(1).unbind(-1)
+        return (
+            (wide_query * by_query * of_query.float()).to(query.dtype),
+            (wide_key * by_key * of_key.float()).to(key.dtype),
+        )

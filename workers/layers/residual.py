@@ -49,12 +49,26 @@ class ResidualStream:
         """Add (T, H), the same on all ranks."""
         self._value, self._summand = self.value, summand
 
-    def add_product(self, projection: RowParallelLinear, x: torch.Tensor) -> None:
-        """Add the product of (T, K), this rank's share of the features, with a projection."""
-        if projection.group.size == 1:
+    def add_product(self, projection: RowParallelLinear, x: torch.Tensor, scale: float = 1.0) -> None:
+        """Add `scale` times the product of (T, K), this rank's share of the features, with a projection."""
+        if scale != 1.0:
+            self.value.add_(projection(x), alpha=scale)
+        elif projection.group.size == 1:
             self._value = projection.add_to(self.value, x)
         else:
             self.add(projection(x))
+
+    def add_products(self, *factors: tuple[RowParallelLinear, torch.Tensor]) -> None:
+        """Add several products, of a parallel block (GPT-J): several ranks sum all of them in one collective."""
+        group = factors[0][0].group
+        if group.size == 1:
+            for projection, x in factors:
+                self.add_product(projection, x)
+            return
+        first, *others = (projection.partial(x) for projection, x in factors)
+        for other in others:
+            first.add_(other)
+        self.add(group.all_reduce(first))
 
     def normalized(self, norm: Norm) -> torch.Tensor:
         """(T, H), the stream behind a norm."""

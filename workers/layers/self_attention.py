@@ -44,8 +44,7 @@ class SelfAttention(nn.Module):
         qkv_bias: whether the query, key and value projections have a bias.
         o_bias: whether the output projection has one.
         qk_norm: of each head of queries and keys, before they are rotated.
-        q_norm: of all query heads together, before they are rotated; with `k_norm`, in place of `qk_norm`.
-        k_norm: the same of all key heads.
+        wide_norm: of all query heads together and all key heads together, before they are rotated.
         temperature: what queries are multiplied by, behind the rotation.
     """
 
@@ -59,15 +58,14 @@ class SelfAttention(nn.Module):
         qkv_bias: bool = False,
         o_bias: bool = False,
         qk_norm: HeadNorm | None = None,
-        q_norm: WideNorm | None = None,
-        k_norm: WideNorm | None = None,
+        wide_norm: WideNorm | None = None,
         temperature: AttentionTemperature | None = None,
     ) -> None:
         super().__init__()
         spec = attention.spec
         self.attention = attention
         self.rotation = rotation
-        self.qk_norm, self.q_norm, self.k_norm = qk_norm, q_norm, k_norm
+        self.qk_norm, self.wide_norm = qk_norm, wide_norm
         self.temperature = temperature
         self._head_size = spec.head_size
         self._sizes = [heads * spec.head_size for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
@@ -85,9 +83,9 @@ class SelfAttention(nn.Module):
             (T, Hq * D), of this rank's heads.
         """
         qkv = self.qkv_proj(x)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.wide_norm is not None:
             wide_q, wide_k, wide_v = qkv.split(self._sizes, dim=-1)
-            qkv = torch.cat((self.q_norm(wide_q), self.k_norm(wide_k), wide_v), dim=-1)
+            qkv = torch.cat((*self.wide_norm(wide_q, wide_k), wide_v), dim=-1)
         heads = qkv.view(x.shape[0], -1, self._head_size)
         prepared, cache_write = batch.rotations[self.rotation], batch.cache_writes.get(self.attention.name)
         query, key, value = self.rotation.apply(heads, prepared, self.qk_norm, cache_write)

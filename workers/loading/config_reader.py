@@ -79,6 +79,20 @@ class ConfigReader:
         """An error that names the file and the key."""
         return CheckpointError(f"{self.source}: {self.prefix}{key}: {problem}")
 
+    def refuse_others(self, supported: Mapping[str, Any]) -> None:
+        """Let keys that only some values are supported of be absent or have them.
+
+        Args:
+            supported: the value of each key.
+
+        Raises:
+            CheckpointError: another value; names file, key, and both values.
+        """
+        for key, value in supported.items():
+            stated = self.get(key)
+            if stated is not None and stated != value:
+                raise self.error(key, f"{stated!r} is not supported for this architecture, only {value!r}")
+
     def get(self, key: str) -> Any:
         """The value as it is, None when absent."""
         return self._stated(key)
@@ -87,16 +101,6 @@ class ConfigReader:
         """The value as it is, or what `defaults` has, where the key is absent; a null stays one."""
         self.asked.add(key)
         return self.values[key] if key in self.values else self._default(key)
-
-    def supports(self, key: str, only: Any) -> None:
-        """Refuse another value than `only`, where one is stated.
-
-        Raises:
-            CheckpointError: names file, key and value.
-        """
-        value = self._stated(key)
-        if value is not None and (value != only or isinstance(value, bool) != isinstance(only, bool)):
-            raise self.error(key, f"{value!r} is not supported, only {only!r}")
 
     def inside(self, key: str, shared: Iterable[str] = ()) -> ConfigReader:
         """The object at `key`, such as that of the text model in a multi-modal one's.

@@ -10,7 +10,7 @@ from attention.backend import KVScales
 from workers.errors import CheckpointError
 from workers.loading.checkpoint import StoredTensor, read_tensor
 
-_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:(?:attn|[kv]_proj)\.)?([kv])_scale")
+_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:(?:attn|[kv]_proj|qkv_proj)\.)?([kv])_scale")
 
 Place = tuple[int, str]
 """A layer's number, and "k" or "v"."""
@@ -19,8 +19,9 @@ Place = tuple[int, str]
 def kv_scale_place(name: str, num_layers: int) -> Place | None:
     """Which scale a checkpoint's tensor is, by its name; None where it is none.
 
-    Spellings: `self_attn.k_scale` (compressed-tensors), `self_attn.k_proj.k_scale` (ModelOpt) and, with vLLM's name for
-    the layer, `self_attn.attn.k_scale`.
+    Spellings: `self_attn.k_scale` (compressed-tensors), `self_attn.k_proj.k_scale` (ModelOpt; where the
+    projections are one tensor `self_attn.qkv_proj.k_scale`) and, with vLLM's name for the layer,
+    `self_attn.attn.k_scale`.
     """
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) >= num_layers:

@@ -15,6 +15,7 @@ from kv_transfer.connector import (
     KVConnector,
     ReadyEvent,
 )
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
 from kv_transfer.link_cost import LinkCost
@@ -73,11 +74,24 @@ class AgreedConnector(KVConnector):
         self._own.connect(peer, timeout_s)
         self._peers[peers[0].engine_id] = peer.engine_id
 
-    def register_kv_caches(self, name: str, kv_cache: torch.Tensor, layout: KVLayout) -> EngineInfo:
+    def register_kv_caches(self, name: str, kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> EngineInfo:
         """See `KVConnector.register_kv_caches`; ranks after the lead have their number in their name."""
-        info = self._own.register_kv_caches(f"{name}-rank{self._rank}" if self._rank else name, kv_cache, layout)
+        info = self._own.register_kv_caches(f"{name}-rank{self._rank}" if self._rank else name, kv_caches, layout)
         self._incarnation = info.incarnation
         return info
+
+    def new_endpoint_for(self, peers: Sequence[EngineInfo], timeout_s: float) -> EngineInfo:
+        """Begin to meet the same rank of a peer, whose ranks are all given; see `KVConnector.new_endpoint`."""
+        return self._own.new_endpoint(peers[self._rank % len(peers)], timeout_s)
+
+    def new_endpoint(self, peer: EngineInfo, timeout_s: float) -> EngineInfo:
+        """Begin to meet a peer of one rank; see `new_endpoint_for`."""
+        return self.new_endpoint_for([peer], timeout_s)
+
+    @property
+    def broken_peers(self) -> frozenset[str]:
+        """See `KVConnector.broken_peers`: those of this rank, by their leads' engine ids."""
+        return frozenset(lead for lead, own in self._peers.items() if own in self._own.broken_peers)
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """Meet a peer of one rank; see `handshake`."""
@@ -91,15 +105,13 @@ class AgreedConnector(KVConnector):
         """See `KVConnector.link_to`: to the same rank of the peer."""
         return self._own.link_to(self._peer(engine_id))
 
-    def disconnect(self, engine_id: str, may_write_s: float = 0.0) -> None:
-        """See `KVConnector.disconnect`."""
-        self._own.disconnect(self._peers.pop(engine_id, engine_id), may_write_s)
+    def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
+        """See `KVConnector.disconnect`; may be called again when the peer's end is confirmed."""
+        self._own.disconnect(self._peer(engine_id), confirmed_dead)
 
-    def expect(
-        self, handoff_id: bytes, prefill_engine: str, block_ids: Sequence[int], first_block: int = 0
-    ) -> HandoffKey:
+    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
         """See `KVConnector.expect`."""
-        key = self._own.expect(handoff_id, self._peer(prefill_engine), block_ids, first_block)
+        key = self._own.expect(handoff_id, self._peer(prefill_engine), blocks)
         return replace(key, incarnation=_GROUP)
 
     def cancel(self, key: HandoffKey) -> None:
@@ -111,16 +123,28 @@ class AgreedConnector(KVConnector):
         self._own.begin(handoff_id, self._peer(decode_engine))
 
     def push(
-        self, handoff_id: bytes, layers: range, first_block: int, src_blocks: Sequence[int], ready: ReadyEvent | None
+        self,
+        handoff_id: bytes,
+        group: int,
+        layers: range,
+        first_block: int,
+        src_blocks: Sequence[int],
+        ready: ReadyEvent | None,
     ) -> None:
         """See `KVConnector.push`."""
-        self._own.push(handoff_id, layers, first_block, src_blocks, ready)
+        self._own.push(handoff_id, group, layers, first_block, src_blocks, ready)
 
     def layers_per_write(
-        self, peer: str, layer_bytes: int, layer_s: float = 0.0, slack_s: float = 0.0, tail_s: float = 0.0
+        self,
+        peer: str,
+        group: int,
+        layer_bytes: int,
+        layer_s: float = 0.0,
+        slack_s: float = 0.0,
+        tail_s: float = 0.0,
     ) -> int:
         """See `KVConnector.layers_per_write`; each rank has its own path, and may group otherwise than the others."""
-        return self._own.layers_per_write(self._peer(peer), layer_bytes, layer_s, slack_s, tail_s)
+        return self._own.layers_per_write(self._peer(peer), group, layer_bytes, layer_s, slack_s, tail_s)
 
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""

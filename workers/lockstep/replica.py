@@ -97,6 +97,6 @@ class Replica:
 def digest_of(load: Load, events: Sequence[WorkerEvent]) -> int:
     """A number that two steps with the same outcome have in common, and two others hardly ever: a CRC-32."""
     tokens = array("q", [event.token_id if isinstance(event, TokenOutput) else -1 for event in events])
-    names = "\n".join([event.request_id for event in events])
+    names = "\n".join([event.attempt_id for event in events])
     counts = (load.free_blocks, load.reserved_blocks, load.running, load.waiting, load.waiting_tokens, load.preempted)
     return zlib.crc32(array("q", counts), zlib.crc32(names.encode(), zlib.crc32(tokens)))

@@ -10,7 +10,6 @@ import torch
 
 from attention.backend import AttentionBackend
 from attention.backends.common.per_phase import backend_by_phase
-from attention.cache_layout import shared_layout
 from attention.errors import AttentionBackendError
 from attention.platform import Platform
 from attention.selection.by_kind import select_by_kind
@@ -33,8 +32,6 @@ def choose_backends(
 ) -> Backends:
     """A backend for each of these kinds of layers; see `select_backend` for what decides.
 
-    They share a cache: where the best for each would lay it out in different ways, it is one that can do all.
-
     Args:
         kinds: every kind of layer that the model has, all with the same phase and block size.
         device: where the model will run.
@@ -52,9 +49,7 @@ def choose_backends(
         if len(chosen) == 1:
             return chosen[0]
         prefill, decode = chosen
-        both = {kind.spec: backend_by_phase(prefill[kind.spec], decode[kind.spec], [kind]) for kind in kinds}
-        shared_layout(both, kinds[0].block_size)
-        return both
+        return {kind.spec: backend_by_phase(prefill[kind.spec], decode[kind.spec], [kind]) for kind in kinds}
     except AttentionBackendError as error:
         raise ConfigError(str(error)) from error
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from attention.backend import AttentionBackend, AttentionMetadata, KVScales
-from attention.cache_layout import shared_layout
 from attention.forward_context import ForwardContext, forward_context
-from attention.kv_cache import KVCacheSpec
+from attention.kv_cache import layer_places
 from attention.layers.attention import Attention
 from attention.layers.chunked_local_attention import ChunkedLocalAttention
 from attention.layers.mla_attention import MLAAttention
@@ -31,6 +30,7 @@ from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.residual import Norm, ResidualStream
 from workers.layers.rotation import HeadShape, Rotation, make_rotation
 from workers.layers.self_attention import LayerBatch
+from workers.models.cache_groups import cache_groups
 from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.model_config import ModelConfig
 from workers.models.weight_map import WeightMap
@@ -55,6 +55,7 @@ class CausalLM(nn.Module, ABC):
         config: the architecture of the whole model.
         context: what its modules have in common.
         max_model_len: context window, tokens.
+        kv_cache_groups: the caches that `forward` expects, of this rank's heads.
 
     Args:
         config: the architecture of the whole model.
@@ -70,7 +71,7 @@ class CausalLM(nn.Module, ABC):
     Raises:
         ConfigError: the group's size does not divide the model, or the block size not the chunks that its layers
             attend within.
-        AttentionBackendError: the backends lay out a KV cache in different ways, and the layers share one.
+        AttentionBackendError: a backend whose KV cache does not lie in blocks.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -90,7 +91,6 @@ class CausalLM(nn.Module, ABC):
         super().__init__()
         config.check_divisible(group.size)
         self.config = config
-        self._cache_owner = shared_layout(backends, block_size)
         self.context = LayerContext(dtype, device, group, linear_method_for(device))
         self.block_size = block_size
         self.kv_cache_dtype = kv_cache_dtype
@@ -104,6 +104,9 @@ class CausalLM(nn.Module, ABC):
         ]
         self._builders = _builders(self._attention, dtype, block_size, device)
         self._layer_index = {attention.name: i for i, attention in enumerate(self._attention)}
+        kinds = [(attention.spec, attention.backend) for attention in self._attention]
+        self.kv_cache_groups = cache_groups(kinds, block_size, kv_cache_dtype or dtype)
+        self._places = dict(zip(self._layer_index, layer_places(self.kv_cache_groups), strict=True))
         self._in_order = [
             self.make_layer(i, attention, self._rotation(config.attention[i].sharded(group.size)))
             for i, attention in enumerate(self._attention)
@@ -153,20 +156,6 @@ class CausalLM(nn.Module, ABC):
         """The attention backends of its layers, each once."""
         return "; ".join(dict.fromkeys(attention.backend.name for attention in self._attention))
 
-    @property
-    def kv_cache_spec(self) -> KVCacheSpec:
-        """The KV cache that `forward` expects: of this rank's heads."""
-        spec, dtype = self._attention[0].spec, self.kv_cache_dtype or self.dtype
-        return KVCacheSpec(
-            len(self._attention),
-            spec.num_kv_heads,
-            spec.head_size,
-            self.block_size,
-            dtype,
-            mla=spec.mla is not None,
-            backend=self._cache_owner,
-        )
-
     def set_kv_scales(self, layer: int, scales: KVScales) -> None:
         """Use these scales for a layer's FP8 cache, as its checkpoint says; before anything is in the cache."""
         self._attention[layer].impl.kv_scales = scales
@@ -200,8 +189,8 @@ class CausalLM(nn.Module, ABC):
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: CommonAttentionMetadata,
+        kv_caches: Sequence[torch.Tensor],
+        metadata: Sequence[CommonAttentionMetadata],
         on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Run one batch through the model.
@@ -209,15 +198,16 @@ class CausalLM(nn.Module, ABC):
         Args:
             input_ids: (T,) int64.
             positions: (T,) int64, of each token in its sequence.
-            kv_cache: of `kv_cache_spec`; this batch's keys and values are written to it.
-            metadata: the batch.
+            kv_caches: one for each of `kv_cache_groups`; this batch's keys and values are written to it.
+            metadata: the batch, for each cache group.
             on_layer: called with a layer's index as soon as the layer's keys and values are in the cache (on a GPU:
                 as soon as the kernels that put them there are queued), before the rest of the layer runs.
 
         Returns:
             (T, hidden_size), normalised, for `compute_logits`.
         """
-        caches = dict(zip(self._layer_index, kv_cache.unbind(0), strict=True))
+        of_layers = [kv_cache.unbind(0) for kv_cache in kv_caches]
+        caches = {name: of_layers[group][index] for name, (group, index) in self._places.items()}
         batch = LayerBatch(
             positions,
             {rotation: rotation.prepare(positions) for rotation in self._rotations.values()},
@@ -283,17 +273,19 @@ class CausalLM(nn.Module, ABC):
         return self._rotations[key]
 
     def _cache_writes(
-        self, caches: Mapping[str, torch.Tensor], common: CommonAttentionMetadata
+        self, caches: Mapping[str, torch.Tensor], common: Sequence[CommonAttentionMetadata]
     ) -> Mapping[str, CacheWrite]:
         """Where rotations store keys and values, by layer; none where attention does.
 
         In decode nobody needs them but the cache. Prefill attends to its own, too, and not by way of the cache. A
         backend whose cache is another than the kernel writes stores them itself.
         """
-        if not (common.decode_only and all(rotation.can_store for rotation in self._rotations.values())):
+        if not (common[0].decode_only and all(rotation.can_store for rotation in self._rotations.values())):
             return {}
         return {
-            attention.name: CacheWrite(caches[attention.name], common.slot_mapping, attention.impl.kv_scales)
+            attention.name: CacheWrite(
+                caches[attention.name], common[self._places[attention.name][0]].slot_mapping, attention.impl.kv_scales
+            )
             for attention in self._attention
             if attention.backend.accepts_stored_keys()
         }
@@ -301,12 +293,13 @@ class CausalLM(nn.Module, ABC):
     def _forward_context(
         self,
         caches: Mapping[str, torch.Tensor],
-        common: CommonAttentionMetadata,
+        common: Sequence[CommonAttentionMetadata],
         on_layer: Callable[[int], None] | None,
     ) -> ForwardContext:
         metadata: dict[str, AttentionMetadata] = {}
         for builder, names in self._builders:
-            metadata.update(dict.fromkeys(names, builder.build(common)))
+            group, _ = self._places[names[0]]
+            metadata.update(dict.fromkeys(names, builder.build(common[group])))
         return ForwardContext(
             layers={attention.name: attention for attention in self._attention},
             metadata=metadata,

@@ -84,9 +84,7 @@ class DeepseekConfig(ModelConfig):
     @classmethod
     def read(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> Self:
         """See `ModelConfig.read`."""
-        read.supports("scoring_func", "softmax")
-        read.supports("norm_topk_prob", False)
-        read.supports("mlp_bias", False)
+        read.refuse_others({"scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False})
         method = read.get_or_default("topk_method")
         if method not in ("greedy", "group_limited_greedy"):
             raise read.error("topk_method", f"{method!r} is not supported, only greedy and group_limited_greedy")

@@ -26,8 +26,7 @@ class DeepseekV3Config(DeepseekConfig):
         Raises:
             CheckpointError: a value is missing, wrong or not supported; names file and key.
         """
-        read.supports("scoring_func", "sigmoid")
-        read.supports("topk_method", "noaux_tc")
+        read.refuse_others({"scoring_func": "sigmoid", "topk_method": "noaux_tc"})
         moe, interleaved = read_moe(read, limits_groups=True, sigmoid=True), read.flag("rope_interleave", True)
         return {
             **cls.read_deepseek(read, generation_config, moe, interleaved),

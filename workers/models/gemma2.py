@@ -50,8 +50,7 @@ class Gemma2Config(ModelConfig):
         Raises:
             CheckpointError: a value is missing, wrong or not supported; names file and key.
         """
-        if read.flag("use_bidirectional_attention", False):
-            raise read.error("use_bidirectional_attention", "True is not supported, only attention to what came before")
+        read.refuse_others({"use_bidirectional_attention": False})
         common = cls.read_common(read, generation_config, activation_key="hidden_activation")
         return {
             **common,

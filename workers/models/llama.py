@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (arXiv:2302.13971, arXiv:2407.21783), and the layer that families like it share."""
+"""Llama 2 and 3 (arXiv:2302.13971, arXiv:2407.21783), and what families like it share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from attention.layers.attention import Attention
 from workers.layers.context import LayerContext
 from workers.layers.gated_mlp import GatedMLP
-from workers.layers.norm import HeadNorm, RMSNorm
+from workers.layers.norm import HeadNorm, RMSNorm, WideNorm
 from workers.layers.residual import ResidualStream
 from workers.layers.rotation import Rotation
 from workers.layers.self_attention import LayerBatch, SelfAttention
@@ -31,12 +31,18 @@ class LlamaConfig(ModelConfig):
         o_bias: whether the attention's output projection has one.
         mlp_bias: whether the MLP's projections have one.
         qk_norm: whether each head of queries and keys is normalised before it is rotated.
+        residual_scale: multiplies what attention and MLP add to the residual stream.
+        fused_qkv: whether checkpoints hold queries', keys' and values' projections as one tensor.
+        fused_gate_up: whether they hold the MLP's gate and up as one.
     """
 
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    residual_scale: float = 1.0
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
 
     @classmethod
     def read(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> Self:
@@ -52,38 +58,56 @@ class LlamaConfig(ModelConfig):
         )
 
 
+def make_self_attention(
+    config: LlamaConfig,
+    attention: Attention,
+    rotation: Rotation,
+    context: LayerContext,
+    wide_norm: WideNorm | None = None,
+) -> SelfAttention:
+    """The attention of a layer, with its projections."""
+    spec = attention.spec
+    num_rotated = spec.num_heads + spec.num_kv_heads
+    return SelfAttention(
+        config.hidden_size,
+        attention,
+        rotation,
+        context,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        qk_norm=HeadNorm(num_rotated, spec.head_size, config.norm_eps, context) if config.qk_norm else None,
+        wide_norm=wide_norm,
+    )
+
+
+def make_mlp(config: LlamaConfig, context: LayerContext) -> GatedMLP:
+    """The MLP of a layer, or one rank's share of it."""
+    return GatedMLP(
+        config.hidden_size,
+        config.intermediate_size // context.group.size,
+        context,
+        bias=config.mlp_bias,
+        activation=config.activation,
+    )
+
+
 class LlamaLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, attention: Attention, rotation: Rotation, context: LayerContext) -> None:
         super().__init__()
-        hidden, eps, spec = config.hidden_size, config.norm_eps, attention.spec
-        num_rotated = spec.num_heads + spec.num_kv_heads
-        self.input_norm = RMSNorm(hidden, eps, context)
-        self.self_attention = SelfAttention(
-            hidden,
-            attention,
-            rotation,
-            context,
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            qk_norm=HeadNorm(num_rotated, spec.head_size, eps, context) if config.qk_norm else None,
-        )
-        self.post_attention_norm = RMSNorm(hidden, eps, context)
-        self.mlp = GatedMLP(
-            hidden,
-            config.intermediate_size // context.group.size,
-            context,
-            bias=config.mlp_bias,
-            activation=config.activation,
-        )
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
+        self.self_attention = make_self_attention(config, attention, rotation, context)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
+        self.mlp = make_mlp(config, context)
+        self._residual_scale = config.residual_scale
 
     def forward(self, stream: ResidualStream, batch: LayerBatch) -> None:
         """See `CausalLM.make_layer`."""
         attended = self.self_attention(stream.normalized(self.input_norm), batch)
-        stream.add_product(self.self_attention.o_proj, attended)
+        stream.add_product(self.self_attention.o_proj, attended, self._residual_scale)
         inner = self.mlp.inner(stream.normalized(self.post_attention_norm))
-        stream.add_product(self.mlp.down_proj, inner)
+        stream.add_product(self.mlp.down_proj, inner, self._residual_scale)
 
 
 class LlamaForCausalLM(CausalLM):
@@ -91,6 +115,11 @@ class LlamaForCausalLM(CausalLM):
 
     config_class: ClassVar[type[ModelConfig]] = LlamaConfig
     config: LlamaConfig
+    norms: ClassVar[Mapping[str, str]] = {
+        "input_layernorm": "input_norm",
+        "post_attention_layernorm": "post_attention_norm",
+    }
+    """Of a layer: their names in checkpoints, and those of the modules."""
 
     def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
         """See `CausalLM.make_layer`."""
@@ -104,8 +133,8 @@ class LlamaForCausalLM(CausalLM):
         weights.outside_layers(config)
         for i, attention in enumerate(config.attention):
             theirs, ours = f"model.layers.{i}", f"layers.{i}"
-            weights.vector(f"{theirs}.input_layernorm.weight", f"{ours}.input_norm.weight", hidden)
-            weights.vector(f"{theirs}.post_attention_layernorm.weight", f"{ours}.post_attention_norm.weight", hidden)
+            for name, norm in cls.norms.items():
+                weights.vector(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight", hidden)
             ours_attention, theirs_attention = f"{ours}.self_attention", f"{theirs}.self_attn"
             weights.attention(
                 theirs_attention,
@@ -114,6 +143,7 @@ class LlamaForCausalLM(CausalLM):
                 hidden,
                 qkv_bias=config.qkv_bias,
                 o_bias=config.o_bias,
+                fused=config.fused_qkv,
             )
             if config.qk_norm:
                 weights.head_norms(theirs_attention, ours_attention, attention)
@@ -132,4 +162,6 @@ class LlamaForCausalLM(CausalLM):
         """
         assert isinstance(config, LlamaConfig)
         hidden, inner = config.hidden_size, config.intermediate_size
-        weights.gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", hidden, inner, bias=config.mlp_bias)
+        weights.gated_mlp(
+            f"{theirs}.mlp", f"{ours}.mlp", hidden, inner, bias=config.mlp_bias, fused=config.fused_gate_up
+        )

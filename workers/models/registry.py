@@ -29,22 +29,29 @@ class Family:
 
 
 ARCHITECTURES: Mapping[str, Family] = {
+    "Cohere2ForCausalLM": Family("cohere2", "cohere2"),
     "DeepseekV2ForCausalLM": Family("deepseek_v2", "deepseek_v2"),
     "DeepseekV3ForCausalLM": Family("deepseek_v3", "deepseek_v3"),
     "Gemma2ForCausalLM": Family("gemma2", "gemma2"),
     "Gemma3ForCausalLM": Family("gemma3_text", "gemma3"),
     "Gemma3ForConditionalGeneration": Family("gemma3", "gemma3"),
+    "Glm4ForCausalLM": Family("glm4", "glm4"),
     "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", "glm4_moe_lite"),
+    "GlmForCausalLM": Family("glm", "glm"),
     "GptOssForCausalLM": Family("gpt_oss", "gpt_oss"),
+    "GraniteForCausalLM": Family("granite", "granite"),
     "Llama4ForCausalLM": Family("llama4_text", "llama4"),
     "Llama4ForConditionalGeneration": Family("llama4", "llama4"),
     "LlamaForCausalLM": Family("llama", "llama"),
     "MistralForCausalLM": Family("mistral", "mistral"),
     "MixtralForCausalLM": Family("mixtral", "mixtral"),
+    "Olmo2ForCausalLM": Family("olmo2", "olmo2"),
+    "Phi3ForCausalLM": Family("phi3", "phi3"),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", "qwen2_moe"),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3"),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", "qwen3_moe"),
+    "SmolLM3ForCausalLM": Family("smollm3", "smollm3"),
 }
 """Every architecture that Baton runs."""
 

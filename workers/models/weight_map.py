@@ -243,14 +243,13 @@ class WeightMap:
         *,
         qkv_bias: bool = False,
         o_bias: bool = False,
+        fused: bool = False,
     ) -> None:
-        """`q_proj`, `k_proj` and `v_proj` into one `qkv_proj`, and `o_proj`, of a layer of the whole model."""
+        """`q_proj`, `k_proj` and `v_proj`, or a fused tensor, into `qkv_proj`, and `o_proj`; of the whole model."""
         q = self.heads(config.num_heads, config.head_size)
         kv = self.heads(config.num_kv_heads, config.head_size)
-        qkv = f"{ours}.qkv_proj"
-        self.matrix(f"{theirs}.q_proj", qkv, q, hidden_size, bias=qkv_bias)
-        self.matrix(f"{theirs}.k_proj", qkv, kv, hidden_size, begin=q.length, bias=qkv_bias)
-        self.matrix(f"{theirs}.v_proj", qkv, kv, hidden_size, begin=q.length + kv.length, bias=qkv_bias)
+        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self._stacked(theirs, parts, f"{ours}.qkv_proj", hidden_size, bias=qkv_bias, fused="qkv_proj" if fused else "")
         self.matrix(f"{theirs}.o_proj", f"{ours}.o_proj", Share.all(hidden_size), q, bias=o_bias)
 
     def head_norms(self, theirs: str, ours: str, config: AttentionConfig) -> None:
@@ -260,19 +259,45 @@ class WeightMap:
         for name, rows in (("q_norm", (0, num_heads)), ("k_norm", (num_heads, num_all))):
             self.vector(f"{theirs}.{name}.weight", f"{ours}.qk_norm.weight", size, rows=rows)
 
+    def wide_norms(self, theirs: str, ours: str, config: AttentionConfig) -> None:
+        """`q_norm` and `k_norm`, a weight for each feature of all heads of a kind, into one `wide_norm`."""
+        begin = 0
+        for name, num_heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+            share = self.heads(num_heads, config.head_size)
+            rows = (begin, begin + share.length)
+            self.vector(f"{theirs}.{name}.weight", f"{ours}.wide_norm.weight", share, rows=rows)
+            begin = rows[1]
+
     def gated_mlp(
-        self, theirs: str, ours: str, hidden_size: int, intermediate_size: int, *, bias: bool = False
+        self,
+        theirs: str,
+        ours: str,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool = False,
+        fused: bool = False,
     ) -> None:
-        """`gate_proj` and `up_proj` into one `gate_up_proj`, and `down_proj`, of a layer of the whole model."""
-        inner, gate_up = self.share(intermediate_size), f"{ours}.gate_up_proj"
-        self.matrix(f"{theirs}.gate_proj", gate_up, inner, hidden_size, bias=bias)
-        self.matrix(f"{theirs}.up_proj", gate_up, inner, hidden_size, begin=inner.length, bias=bias)
+        """`gate_proj` and `up_proj`, or a fused tensor, into `gate_up_proj`, and `down_proj`."""
+        inner = self.share(intermediate_size)
+        parts, name = {"gate_proj": inner, "up_proj": inner}, "gate_up_proj"
+        self._stacked(theirs, parts, f"{ours}.{name}", hidden_size, bias=bias, fused=name if fused else "")
         self.matrix(f"{theirs}.down_proj", f"{ours}.down_proj", Share.all(hidden_size), inner, bias=bias)
 
     def extend(self, targets: Mapping[str, WeightTarget], theirs: str, ours: str) -> None:
         """Targets whose names are within a layer: `theirs` in the checkpoint, `ours` in the model."""
         for name, target in targets.items():
             self._add(f"{theirs}.{name}", of_layer(target, f"{theirs}.", f"{ours}."))
+
+    def _stacked(
+        self, theirs: str, parts: Mapping[str, Share], ours: str, hidden_size: int, *, bias: bool, fused: str
+    ) -> None:
+        """Projections into one parameter, from a tensor each, or all from a `fused` one that has them in this order."""
+        begin, first, size = 0, 0, sum(share.size for share in parts.values())
+        for name, share in parts.items():
+            rows = share.within(first, size) if fused else share
+            self.matrix(f"{theirs}.{fused or name}", ours, rows, hidden_size, begin=begin, bias=bias)
+            begin, first = begin + share.length, first + share.size
 
     def _add(self, name: str, target: WeightTarget) -> None:
         self.targets.setdefault(name, []).append(target)

@@ -30,9 +30,29 @@ def decode_inputs_torch(
 ) -> DecodeInputs:
     """`decode_inputs` in plain torch."""
     lens = seq_lens.clone()
-    positions = lens.long() - 1
-    padding = lens == PADDING_LEN
+    slots = decode_slots_torch(lens, block_tables, block_size)
+    seq_lens.add_(lens != PADDING_LEN)
+    return DecodeInputs(tokens.clamp_min(0), lens.long() - 1, slots, lens)
+
+
+def decode_slots(seq_lens: torch.Tensor, block_tables: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Where the last token of every row is stored in a further cache group: (n,) int64, -1 in padding rows.
+
+    Args:
+        seq_lens: (n,) int32, as `DecodeInputs` has them.
+        block_tables: (n, max_blocks) int32, of the group; the elements of a row contiguous.
+        block_size: tokens in a block of it.
+    """
+    if not seq_lens.is_cuda:
+        return decode_slots_torch(seq_lens, block_tables, block_size)
+    from workers.ops.triton.decode_inputs import launch_decode_slots
+
+    return launch_decode_slots(seq_lens, block_tables, block_size)
+
+
+def decode_slots_torch(seq_lens: torch.Tensor, block_tables: torch.Tensor, block_size: int) -> torch.Tensor:
+    """`decode_slots` in plain torch."""
+    positions = seq_lens.long() - 1
     blocks = block_tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1)
-    slots = torch.add(positions % block_size, blocks, alpha=block_size).masked_fill_(padding, -1)
-    seq_lens.add_(~padding)
-    return DecodeInputs(tokens.clamp_min(0), positions, slots, lens)
+    slots = torch.add(positions % block_size, blocks, alpha=block_size)
+    return slots.masked_fill_(seq_lens == PADDING_LEN, -1)

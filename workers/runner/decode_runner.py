@@ -9,7 +9,6 @@ from typing import Generic
 import torch
 
 from attention.metadata import CommonAttentionMetadata
-from workers.kv_cache.block_pool import blocks_for
 from workers.runner.decode_batch_state import DecodeRows, S
 from workers.runner.decode_graphs import DecodeGraphs, Progress, ladder, next_size
 from workers.runner.model_runner import ModelRunner
@@ -64,10 +63,10 @@ class DecodeRunner(Generic[S]):
         progress: Progress | None = None,
     ) -> None:
         self._model = runner.model
-        self._kv_cache = runner.kv_cache
+        self._kv_caches = runner.kv_caches
+        self.groups = runner.groups
         self._max_model_len = max_model_len
-        max_blocks = blocks_for(max_model_len, runner.block_size)
-        self._rows = DecodeRows[S](max_num_seqs, max_blocks, runner.block_size, runner.device)
+        self._rows = DecodeRows[S](max_num_seqs, max_model_len, runner.groups, runner.device)
         self._cu_seqlens_q = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=runner.device)
         sizes = ladder(max_num_seqs) if batch_sizes is None else list(batch_sizes)
         self._sizes = sizes if self._model.decodes_in_graphs else None
@@ -119,26 +118,34 @@ class DecodeRunner(Generic[S]):
     def _padded_step(self, num_rows: int) -> None:
         """A step that can be captured: beside its size, it depends on what the rows hold on the device alone."""
         lens = (self._max_model_len,) * num_rows
-        self._step(lens, self._rows.block_tables[:num_rows], self._logits[:num_rows])
+        self._step(lens, [tables[:num_rows] for tables in self._rows.block_tables], self._logits[:num_rows])
 
     def _exact_step(self, batch: Sequence[S]) -> torch.Tensor:
         lens = tuple(sequence.num_scheduled for sequence in batch)
-        longest = max(len(sequence.blocks) for sequence in batch)
-        return self._step(lens, self._rows.block_tables[: len(batch), :longest], None)
+        tables = [
+            group_tables[: len(batch), : max(len(sequence.tables.groups[i].blocks) for sequence in batch)]
+            for i, group_tables in enumerate(self._rows.block_tables)
+        ]
+        return self._step(lens, tables, None)
 
-    def _step(self, lens: tuple[int, ...], block_tables: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _step(
+        self, lens: tuple[int, ...], block_tables: Sequence[torch.Tensor], out: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the first `len(lens)` rows, which are at most `lens` tokens long; returns their logits."""
         num_rows = len(lens)
-        token_ids, positions, slot_mapping, seq_lens = self._rows.inputs(num_rows)
-        metadata = CommonAttentionMetadata(
-            cu_seqlens_q=self._cu_seqlens_q[: num_rows + 1],
-            seq_lens=seq_lens,
-            block_tables=block_tables,
-            slot_mapping=slot_mapping,
-            query_lens=(1,) * num_rows,
-            context_lens=lens,
-        )
-        hidden = self._model(token_ids, positions, self._kv_cache, metadata)
+        inputs = self._rows.inputs(num_rows)
+        metadata = [
+            CommonAttentionMetadata(
+                cu_seqlens_q=self._cu_seqlens_q[: num_rows + 1],
+                seq_lens=inputs.seq_lens,
+                block_tables=tables,
+                slot_mapping=slots,
+                query_lens=(1,) * num_rows,
+                context_lens=lens,
+            )
+            for tables, slots in zip(block_tables, self._rows.slot_mappings(inputs), strict=True)
+        ]
+        hidden = self._model(inputs.token_ids, inputs.positions, self._kv_caches, metadata)
         logits: torch.Tensor = self._model.project(hidden, out)
         greedy_sample(logits, self._rows.tokens[:num_rows])
         return logits

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from attention.kv_cache import layer_places
 from workers.host_copies import to_device
 from workers.models.causal_lm import CausalLM
 from workers.runner.input_batch import Row, batch_inputs
@@ -19,15 +20,27 @@ class ModelRunner:
 
     Args:
         model: the decoder.
-        kv_cache: of the model's `kv_cache_spec`, (num_layers, num_blocks, ...).
+        kv_caches: of each of its cache groups, (layers of the group, num_blocks, *block).
+
+    Attributes:
+        groups: what each of these holds.
+        places: for each layer of the model its group and its index there.
+        block_size: tokens in the smallest blocks.
+
+    Raises:
+        ValueError: there is not one cache for each group.
     """
 
-    def __init__(self, model: CausalLM, kv_cache: torch.Tensor) -> None:
+    def __init__(self, model: CausalLM, kv_caches: Sequence[torch.Tensor]) -> None:
         self.model = model
-        self.kv_cache = kv_cache
-        self.block_size = model.block_size
-        self.num_layers = kv_cache.shape[0]
-        self.device = kv_cache.device
+        self.groups = model.kv_cache_groups
+        if len(kv_caches) != len(self.groups):
+            raise ValueError(f"{len(kv_caches)} KV caches for {len(self.groups)} cache groups")
+        self.kv_caches = tuple(kv_caches)
+        self.places = layer_places(self.groups)
+        self.block_size = min(group.block_size for group in self.groups)
+        self.device = self.kv_caches[0].device
+        self._block_sizes = [group.block_size for group in self.groups]
         self._prefill_graphs: PrefillGraphs | None = None
 
     def capture_prefill(self, longest: int, progress: Progress | None = None) -> None:
@@ -39,7 +52,7 @@ class ModelRunner:
         """
         sizes = ladder(longest, self.model.max_model_len)
         if self.device.type == "cuda" and self.model.prefills_in_graphs and sizes:
-            self._prefill_graphs = PrefillGraphs(self.model, self.kv_cache, sizes, progress)
+            self._prefill_graphs = PrefillGraphs(self.model, self.kv_caches, sizes, progress)
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
@@ -54,8 +67,8 @@ class ModelRunner:
         """
         if self._prefill_graphs is not None and self._prefill_graphs.fits(rows):
             return self._prefill_graphs.run(rows[0], on_layer)
-        inputs = batch_inputs(rows, self.block_size, self.device)
-        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_cache, inputs.metadata, on_layer)
+        inputs = batch_inputs(rows, self._block_sizes, self.device)
+        hidden = self.model(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata, on_layer)
         if inputs.wanted is not None:
             hidden = hidden[inputs.wanted]
         logits: torch.Tensor = self.model.compute_logits(hidden)
@@ -70,16 +83,16 @@ class ModelRunner:
         return event
 
     @torch.inference_mode()
-    def read_blocks(self, blocks: Sequence[int]) -> torch.Tensor:
-        """Copy blocks of all layers to host memory: (num_layers, len(blocks), ...), FP8 as bytes.
+    def read_blocks(self, blocks: Sequence[int], group: int = 0) -> torch.Tensor:
+        """Copy blocks of all layers of a group to host memory: (layers, len(blocks), *block), FP8 as bytes.
 
         Comes after everything queued on the device, and is done on return: from then on the blocks may be given to
         somebody who writes to them from elsewhere.
         """
         index = to_device(torch.tensor(blocks), self.device)
         on_gpu = self.device.type == "cuda"
-        shape = (self.num_layers, len(blocks), *self.kv_cache.shape[2:])
-        layers = _indexable(self.kv_cache)
+        layers = _indexable(self.kv_caches[group])
+        shape = (layers.shape[0], len(blocks), *layers.shape[2:])
         data = torch.empty(shape, dtype=layers.dtype, pin_memory=on_gpu)
         for layer, copy in zip(layers, data, strict=True):  # one by one: what is gathered takes little memory
             copy.copy_(layer[index], non_blocking=True)
@@ -88,10 +101,10 @@ class ModelRunner:
         return data
 
     @torch.inference_mode()
-    def write_blocks(self, blocks: Sequence[int], data: torch.Tensor) -> None:
+    def write_blocks(self, blocks: Sequence[int], data: torch.Tensor, group: int = 0) -> None:
         """Copy what `read_blocks` returned into these blocks, before whatever is queued on the device from now on."""
         index = to_device(torch.tensor(blocks), self.device)
-        for layer, copy in zip(_indexable(self.kv_cache), data, strict=True):
+        for layer, copy in zip(_indexable(self.kv_caches[group]), data, strict=True):
             layer[index] = copy.to(self.device, non_blocking=True)
 
 

@@ -56,12 +56,12 @@ class _Pass:
 
     Attributes:
         pieces: graphs, one behind each other: up to each layer's attention, and the rest.
-        common: what they read as the batch, and nobody else keeps.
+        common: what they read as the batch, for each cache group, and nobody else keeps.
         logits: (1, vocab) float32, written by the last one.
     """
 
     pieces: Sequence[torch.cuda.CUDAGraph]
-    common: CommonAttentionMetadata
+    common: Sequence[CommonAttentionMetadata]
     logits: torch.Tensor
 
 
@@ -73,22 +73,24 @@ class PrefillGraphs:
 
     Args:
         model: on a GPU, its backend with `graph_safe_prefill`.
-        kv_cache: of the worker.
+        kv_caches: of the worker, one a cache group.
         sizes: prompt lengths, multiples of 32.
         progress: told how far capturing is.
     """
 
     def __init__(
-        self, model: CausalLM, kv_cache: torch.Tensor, sizes: Sequence[int], progress: Progress | None = None
+        self, model: CausalLM, kv_caches: Sequence[torch.Tensor], sizes: Sequence[int], progress: Progress | None = None
     ) -> None:
         self.sizes = sorted(sizes)
-        self._model, self._kv_cache = model, kv_cache
-        longest = self.sizes[-1]
-        self._input = torch.empty(_HEAD + 2 * longest, dtype=torch.int64, device=kv_cache.device)
-        self._positions = torch.arange(longest, device=kv_cache.device)
-        self._block_tables = torch.zeros(
-            (1, -(-longest // model.block_size)), dtype=torch.int32, device=kv_cache.device
-        )
+        self._model, self._kv_caches = model, kv_caches
+        self._block_sizes = [group.block_size for group in model.kv_cache_groups]
+        longest, device = self.sizes[-1], kv_caches[0].device
+        self._input = torch.empty(_HEAD + (1 + len(self._block_sizes)) * longest, dtype=torch.int64, device=device)
+        self._positions = torch.arange(longest, device=device)
+        self._block_tables = [
+            torch.zeros((1, -(-longest // block_size)), dtype=torch.int32, device=device)
+            for block_size in self._block_sizes
+        ]
         self._passes: dict[int, _Pass] = {}
         recorder, started = _Recorder(), time.monotonic()
         for size in reversed(self.sizes):
@@ -120,35 +122,49 @@ class PrefillGraphs:
 
     def _load(self, row: Row, size: int) -> None:
         """Bring a prompt to where the graphs of that size read it, in one copy."""
-        length, block_size = len(row.token_ids), self._model.block_size
-        host = np.zeros(_HEAD + 2 * size, dtype=np.int64)
+        length = len(row.token_ids)
+        host = np.zeros(_HEAD + (1 + len(self._block_sizes)) * size, dtype=np.int64)
         host[0] = length - 1
         host[_HEAD : _HEAD + length] = row.token_ids
-        blocks = np.asarray(row.block_table, dtype=np.int64)
         positions = np.arange(length)
-        slots = host[_HEAD + size :]
-        slots[:length] = blocks[positions // block_size] * block_size + positions % block_size
-        slots[length:] = _NOWHERE
+        for i, (table, block_size) in enumerate(zip(row.block_tables, self._block_sizes, strict=True)):
+            blocks = np.asarray(table, dtype=np.int64)
+            slots = host[self._slots(i, size)]
+            slots[:length] = blocks[positions // block_size] * block_size + positions % block_size
+            slots[length:] = _NOWHERE
         self._input[: len(host)].copy_(to_device(torch.from_numpy(host), self._input.device), non_blocking=True)
 
-    def _forward(self, size: int, common: CommonAttentionMetadata, on_layer: Callable[[int], None]) -> torch.Tensor:
+    @staticmethod
+    def _slots(group: int, size: int) -> slice:
+        """Where the slots of a cache group lie in the input of a pass."""
+        begin = _HEAD + (1 + group) * size
+        return slice(begin, begin + size)
+
+    def _forward(
+        self, size: int, common: Sequence[CommonAttentionMetadata], on_layer: Callable[[int], None]
+    ) -> torch.Tensor:
         token_ids = self._input[_HEAD : _HEAD + size]
-        hidden = self._model(token_ids, self._positions[:size], self._kv_cache, common, on_layer)
+        hidden = self._model(token_ids, self._positions[:size], self._kv_caches, common, on_layer)
         logits: torch.Tensor = self._model.compute_logits(hidden.index_select(0, self._input[:1]))
         return logits
 
     @torch.inference_mode()
     def _capture(self, size: int, recorder: _Recorder) -> _Pass:
         device = self._input.device
-        common = CommonAttentionMetadata(
-            cu_seqlens_q=torch.tensor([0, size], dtype=torch.int32, device=device),
-            seq_lens=torch.tensor([size], dtype=torch.int32, device=device),
-            block_tables=self._block_tables,
-            slot_mapping=self._input[_HEAD + size : _HEAD + 2 * size],
-            query_lens=(size,),
-            context_lens=(size,),
-            lasting=True,
-        )
+        cu_seqlens_q = torch.tensor([0, size], dtype=torch.int32, device=device)
+        seq_lens = torch.tensor([size], dtype=torch.int32, device=device)
+        common = [
+            CommonAttentionMetadata(
+                cu_seqlens_q=cu_seqlens_q,
+                seq_lens=seq_lens,
+                block_tables=tables,
+                slot_mapping=self._input[self._slots(i, size)],
+                query_lens=(size,),
+                context_lens=(size,),
+                lasting=True,
+            )
+            for i, tables in enumerate(self._block_tables)
+        ]
         self._input.zero_()[_HEAD + size :].fill_(_NOWHERE)
         self._forward(size, common, _nothing)  # what kernels and plans need at first cannot be captured
         with recorder.recording():

@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.kv_cache.block_pool import blocks_for
+from attention.kv_cache import KVCacheSpec
+from workers.kv_cache.tables import BlockTable, SequenceTables
 from workers.runner.decode_runner import DecodeRunner
+from workers.runner.measured_tables import measured_tables, most_measured_tokens
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _PREFILL_LENGTHS = (32, 128, 512, 2048)
 _DECODE_BATCHES = (1, 4, 16, 64, 256)
@@ -62,9 +65,9 @@ def measure_prefill(runner: ModelRunner, *, max_tokens: int, budget_s: float = 1
         budget_s: no longer one is tried after so many seconds of trying; the first one always is.
         agree: between ranks.
     """
-    capacity = runner.kv_cache.shape[1] * runner.block_size
-    smallest = min(_PREFILL_LENGTHS[0], max_tokens, capacity)
-    sizes = sorted({smallest, *(n for n in _PREFILL_LENGTHS if n <= min(max_tokens, capacity))})
+    capacity = most_measured_tokens(runner.groups, _num_blocks(runner))
+    most = max_tokens if capacity is None else min(max_tokens, capacity)
+    sizes = sorted({min(_PREFILL_LENGTHS[0], most), *(n for n in _PREFILL_LENGTHS if n <= most)})
 
     def run(size: int) -> float:
         rows = _prompt(runner, size)
@@ -76,8 +79,8 @@ def measure_prefill(runner: ModelRunner, *, max_tokens: int, budget_s: float = 1
 def measure_decode(
     decoder: DecodeRunner[Any],
     *,
-    num_blocks: int,
-    block_size: int,
+    groups: Sequence[KVCacheSpec],
+    num_blocks: Sequence[int],
     max_num_seqs: int,
     max_model_len: int,
     budget_s: float = 1.5,
@@ -91,8 +94,8 @@ def measure_decode(
 
     Args:
         decoder: of the worker, with nothing in flight.
-        num_blocks: of its cache.
-        block_size: tokens in a block.
+        groups: of its cache.
+        num_blocks: of each group's tensor.
         max_num_seqs: the largest batch to try.
         max_model_len: tokens that a sequence may have; where it is short, fewer steps are timed in a row, and none
             where no token can follow a prompt.
@@ -102,20 +105,25 @@ def measure_decode(
     steps = min(_STEPS_IN_A_ROW, max_model_len - _PROBE_TOKENS + 1)
     if steps < 1:
         return StepTimes()
-    blocks_each = blocks_for(_PROBE_TOKENS + steps - 1, block_size)
+
+    def batch_of(size: int, num_tokens: int) -> list[_Probe]:
+        slots = num_tokens + steps - 1
+        return [_Probe(_tables(groups, num_blocks, slots, i), num_tokens) for i in range(size)]
 
     def run(size: int) -> float:
-        return _decode_seconds(decoder, [_Probe([block] * blocks_each) for block in range(size)], steps)
+        return _decode_seconds(decoder, batch_of(size, _PROBE_TOKENS), steps)
 
-    sizes = [n for n in _DECODE_BATCHES if n == 1 or n <= min(max_num_seqs, num_blocks)]
+    fewest = min(num_blocks)
+    sizes = [n for n in _DECODE_BATCHES if n == 1 or n <= min(max_num_seqs, fewest)]
     decode = _measure(sizes, run, budget_s / 2, agree)
     batch_size = decode[-1][0]
-    most = min(max_model_len - steps, num_blocks // batch_size * block_size - steps)
+    most = max_model_len - steps
+    for spec, count in zip(groups, num_blocks, strict=True):
+        if spec.window is None:
+            most = min(most, count // batch_size * spec.block_size - steps)
 
     def run_long(kv_tokens: int) -> float:
-        length = kv_tokens // batch_size
-        blocks = blocks_for(length + steps, block_size)
-        batch = [_Probe([*range(i * blocks, (i + 1) * blocks)], length) for i in range(batch_size)]
+        batch = batch_of(batch_size, kv_tokens // batch_size)
         _decode_seconds(decoder, batch, 1)  # their block tables get to the device
         return _decode_seconds(decoder, batch, steps - 1)
 
@@ -145,7 +153,7 @@ def _slope(points: Sequence[tuple[int, float]]) -> float:
     return max(0.0, most_s - few_s) / (most - few) if most > few else 0.0
 
 
-_GREEDY = SamplingState(SamplingParams(temperature=0.0, seed=0), (0,), frozenset(), _PROBE_TOKENS)
+_GREEDY = SamplingState(SamplingParams(temperature=0.0, seed=0), as_token_ids((0,)), frozenset(), _PROBE_TOKENS)
 """As decode's sampler sees every probe; nothing changes it."""
 
 
@@ -153,7 +161,7 @@ _GREEDY = SamplingState(SamplingParams(temperature=0.0, seed=0), (0,), frozenset
 class _Probe:
     """A sequence that is only there to be timed: the shortest that decodes, a prompt's token and an output's."""
 
-    blocks: list[int]
+    tables: SequenceTables
     num_scheduled: int = _PROBE_TOKENS
     last_token: int | None = 0
     state: SamplingState = field(default_factory=lambda: _GREEDY)
@@ -189,7 +197,17 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _prompt(runner: ModelRunner, num_tokens: int) -> list[Row]:
     tokens = [i % runner.model.config.vocab_size for i in range(num_tokens)]
-    return [Row(tokens, 0, range(-(-num_tokens // runner.block_size)))]
+    return [Row(tokens, 0, measured_tables(runner.groups, _num_blocks(runner), num_tokens))]
+
+
+def _num_blocks(runner: ModelRunner) -> list[int]:
+    return [kv_cache.shape[1] for kv_cache in runner.kv_caches]
+
+
+def _tables(groups: Sequence[KVCacheSpec], num_blocks: Sequence[int], num_tokens: int, index: int) -> SequenceTables:
+    tables = SequenceTables([BlockTable(blocks) for blocks in measured_tables(groups, num_blocks, num_tokens, index)])
+    tables.num_slots = num_tokens
+    return tables
 
 
 def _interpolate(points: tuple[tuple[int, float], ...], size: int) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from workers.messages import DecodeRequest, FinishReason, PrefillRequest
+from workers.messages import FinishReason, WorkerRequest
 from workers.sampling_params import SamplingParams
+from workers.token_ids import TokenIds
 
 
 @dataclass(eq=False)
@@ -18,7 +19,7 @@ class SamplingState:
 
     Attributes:
         params: the request's parameters, with `seed` set.
-        prompt_token_ids: the prompt.
+        prompt_token_ids: (n,) int32, the prompt: nothing here looks at it but for its length and a penalty.
         eos_token_ids: the model's end-of-sequence tokens.
         max_model_len: the context window in tokens, prompt and output together.
         output_token_ids: tokens generated so far; the worker appends each one that it accepts.
@@ -28,7 +29,7 @@ class SamplingState:
     """
 
     params: SamplingParams
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: TokenIds
     eos_token_ids: frozenset[int]
     max_model_len: int
     output_token_ids: list[int] = field(default_factory=list)
@@ -50,9 +51,7 @@ class SamplingState:
         self._plain = params.greedy and not self.penalized and params.logprobs is None
 
     @classmethod
-    def of(
-        cls, request: PrefillRequest | DecodeRequest, eos_token_ids: Iterable[int], max_model_len: int
-    ) -> SamplingState:
+    def of(cls, request: WorkerRequest, eos_token_ids: Iterable[int], max_model_len: int) -> SamplingState:
         """Of a request that has just come, with the tokens that other workers have generated for it before."""
         num_prompt = len(request.prompt_token_ids) - request.num_output_tokens
         return cls(
@@ -60,7 +59,7 @@ class SamplingState:
             request.prompt_token_ids[:num_prompt],
             frozenset(eos_token_ids),
             max_model_len,
-            list(request.prompt_token_ids[num_prompt:]),
+            request.prompt_token_ids[num_prompt:].tolist(),
         )
 
     @property

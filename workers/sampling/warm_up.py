@@ -7,6 +7,7 @@ import torch
 from workers.sampling.sampler import launch_sample
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 _BATCHES = (
     (SamplingParams(seed=0),),
@@ -20,5 +21,5 @@ def warm_up_sampling(vocab_size: int, dtype: torch.dtype, device: torch.device) 
     if device.type != "cuda":
         return
     for batch in _BATCHES:
-        states = [SamplingState(params, (0,), frozenset(), 2) for params in batch]
+        states = [SamplingState(params, as_token_ids((0,)), frozenset(), 2) for params in batch]
         launch_sample(torch.zeros(len(states), vocab_size, dtype=dtype, device=device), states).tokens(states)

@@ -7,21 +7,19 @@ from typing import Protocol
 
 import torch
 
-from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.manager import KVCacheManager
+from workers.kv_cache.tables import SequenceTables
 from workers.scheduling.sequence import Sequence
 
 
 class BlockStore(Protocol):
     """Reads and writes the contents of blocks."""
 
-    block_size: int
-
-    def read_blocks(self, blocks: list[int]) -> torch.Tensor:
-        """Copy blocks to host memory."""
+    def read_blocks(self, blocks: list[int], group: int = 0) -> torch.Tensor:
+        """Copy blocks of a cache group to host memory: (layers, len(blocks), ...)."""
         ...
 
-    def write_blocks(self, blocks: list[int], data: torch.Tensor) -> None:
+    def write_blocks(self, blocks: list[int], data: torch.Tensor, group: int = 0) -> None:
         """Copy them back, into other blocks."""
         ...
 
@@ -34,14 +32,14 @@ class DecodeBatch:
     preempted while any step is in flight.
 
     Args:
-        blocks: of the worker's cache.
+        cache: the worker's.
         store: moves blocks to and from host memory.
         max_num_seqs: sequences that may run at once.
     """
 
-    def __init__(self, blocks: PrefixCache, store: BlockStore, max_num_seqs: int) -> None:
+    def __init__(self, cache: KVCacheManager, store: BlockStore, max_num_seqs: int) -> None:
         self.max_num_seqs = max_num_seqs
-        self._blocks = blocks
+        self._cache = cache
         self._store = store
         self._running: list[Sequence] = []
         self._preempted: list[Sequence] = []
@@ -73,7 +71,7 @@ class DecodeBatch:
             if sequence.in_flight:
                 self._leaving.add(sequence)
             else:
-                self._blocks.release(sequence.blocks)
+                self._cache.release(sequence.tables)
         else:
             self._preempted.remove(sequence)
             sequence.host_copy = None
@@ -81,8 +79,12 @@ class DecodeBatch:
     @property
     def lacks_blocks(self) -> bool:
         """Whether `schedule` would have to preempt somebody."""
-        missing = sum(self._missing(sequence) for sequence in self._running if not sequence.ends_in_flight)
-        return missing > self._blocks.num_free
+        growing = [
+            (sequence.tables, sequence.num_scheduled)
+            for sequence in self._running
+            if sequence.num_scheduled > sequence.tables.num_slots and not sequence.ends_in_flight
+        ]
+        return bool(growing) and not self._cache.can_extend(growing)
 
     def schedule(self) -> list[Sequence]:
         """Everybody who runs this step, each with a block for its next token; the newest make room if they must.
@@ -94,14 +96,15 @@ class DecodeBatch:
         pending = [sequence for sequence in self._running if not sequence.ends_in_flight]
         while pending:
             sequence = pending.pop(0)
-            missing = self._missing(sequence)
-            while missing > self._blocks.num_free and pending:
-                self._preempt(pending.pop())
-            if missing > self._blocks.num_free:
-                self._preempt(sequence)
-            else:
-                sequence.blocks += self._blocks.allocate((), missing)[0]
-                ready.append(sequence)
+            if sequence.num_scheduled > sequence.tables.num_slots:
+                wanted = [(sequence.tables, sequence.num_scheduled)]
+                while not (room := self._cache.can_extend(wanted)) and pending:
+                    self._preempt(pending.pop())
+                if not room:
+                    self._preempt(sequence)
+                    continue
+                self._cache.extend(sequence.tables, sequence.num_scheduled)
+            ready.append(sequence)
         return ready
 
     def launched(self, batch: Iterable[Sequence]) -> None:
@@ -116,7 +119,7 @@ class DecodeBatch:
             return True
         if sequence.in_flight == 0:
             self._leaving.remove(sequence)
-            self._blocks.release(sequence.blocks)
+            self._cache.release(sequence.tables)
         return False
 
     @property
@@ -125,32 +128,31 @@ class DecodeBatch:
         if not self._preempted or len(self._running) >= self.max_num_seqs:
             return False
         oldest = self._preempted[0]
-        return self._blocks.fits(oldest.hashes, blocks_for(oldest.num_tokens, self._store.block_size))
+        return self._cache.fits(oldest.hashes, oldest.num_tokens - 1, oldest.num_tokens)
 
     def resume_preempted(self) -> None:
         """Bring sequences back, oldest first, while there is room: from host memory what is not here any more."""
         while self.can_resume:
             sequence = self._preempted.pop(0)
-            data, sequence.host_copy = sequence.host_copy, None
-            if data is None:
-                raise RuntimeError(f"{sequence.request.request_id} was preempted without a copy of its cache")
-            count = blocks_for(sequence.num_tokens, self._store.block_size)
-            sequence.blocks, num_found = self._blocks.allocate(sequence.hashes, count)
-            if num_found < data.shape[1]:
-                self._store.write_blocks(sequence.blocks[num_found : data.shape[1]], data[:, num_found:])
+            copies, sequence.host_copy = sequence.host_copy, None
+            if copies is None:
+                raise RuntimeError(f"{sequence.request.log_name} was preempted without a copy of its cache")
+            num_tokens = sequence.num_tokens
+            sequence.tables, found = self._cache.admit(sequence.hashes, num_tokens - 1, num_tokens)
+            for group, (table, data, here) in enumerate(zip(sequence.tables.groups, copies, found, strict=True)):
+                if here < data.shape[1]:
+                    self._store.write_blocks(table.held[here : data.shape[1]], data[:, here:], group)
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.received)
 
-    def _missing(self, sequence: Sequence) -> int:
-        """Blocks that it lacks for its next token."""
-        return blocks_for(sequence.num_scheduled, self._store.block_size) - len(sequence.blocks)
-
     def _preempt(self, sequence: Sequence) -> None:
         if sequence.in_flight or self._leaving:
-            raise RuntimeError(f"{sequence.request.request_id} has to make room while a step is in flight")
-        sequence.host_copy = self._store.read_blocks(sequence.blocks)
-        self._blocks.release(sequence.blocks)
-        sequence.blocks = []
+            raise RuntimeError(f"{sequence.request.log_name} has to make room while a step is in flight")
+        tables = sequence.tables
+        self._cache.land(tables, sequence.num_tokens - 1)
+        sequence.host_copy = [self._store.read_blocks(table.held, i) for i, table in enumerate(tables.groups)]
+        self._cache.release(tables)
+        sequence.tables = SequenceTables()
         self._running.remove(sequence)
         self._preempted.append(sequence)
         self._preempted.sort(key=lambda s: s.received)

@@ -12,18 +12,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from workers.errors import SamplingError
-from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.manager import KVCacheManager
 from workers.messages import PrefillReport
+from workers.runner.measured_tables import measured_tables, most_measured_tokens
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState
 from workers.scheduling.prefill_scheduler import PrefillScheduler, PromptProgress
 from workers.scheduling.prefill_step import Launch, launch_chunks
 from workers.scheduling.sequence import Sequence
+from workers.token_ids import TokenIds
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class _Prompt:
 
     Attributes:
         sequence: whose.
-        token_ids: (n,) int64.
         progress: how much of it is computed, steps in flight included.
         started: when its first chunk was launched; None before.
         in_flight: steps that compute some of it and have not been waited for.
@@ -55,7 +53,6 @@ class _Prompt:
     """
 
     sequence: Sequence
-    token_ids: np.ndarray
     progress: PromptProgress
     started: float | None = None
     in_flight: int = 0
@@ -66,6 +63,11 @@ class _Prompt:
         """For its first token."""
         return self.sequence.state
 
+    @property
+    def token_ids(self) -> TokenIds:
+        """(n,) int32, the prompt."""
+        return self.sequence.request.prompt_token_ids
+
 
 class LocalPrefill:
     """The prompts that a decode worker computes, first come, first served.
@@ -74,7 +76,7 @@ class LocalPrefill:
 
     Args:
         runner: the model and its cache.
-        blocks: of the cache, the worker's.
+        cache: which blocks of it belong to whom.
         max_num_batched_tokens: prompt tokens that a step computes at most.
         max_num_seqs: prompts in a step.
         clock: the worker's.
@@ -83,21 +85,21 @@ class LocalPrefill:
     def __init__(
         self,
         runner: ModelRunner,
-        blocks: PrefixCache,
+        cache: KVCacheManager,
         *,
         max_num_batched_tokens: int,
         max_num_seqs: int,
         clock: Callable[[], float],
     ) -> None:
         self._runner = runner
-        self._blocks = blocks
+        self._cache = cache
         self._clock = clock
-        self._scheduler = PrefillScheduler(blocks, runner.block_size, max_num_batched_tokens, max_num_seqs)
+        self._scheduler = PrefillScheduler(cache, max_num_batched_tokens, max_num_seqs)
         self._prompts: dict[str, _Prompt] = {}
         self._launches: deque[Launch[_Prompt]] = deque()
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence.request.request_id in self._prompts
+        return sequence.request.attempt_id in self._prompts
 
     @property
     def num_admitted(self) -> int:
@@ -106,9 +108,9 @@ class LocalPrefill:
 
     @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks of every prompt that holds some, those that only steps in flight still write to included."""
+        """The blocks, of the primary group, of each prompt that holds some: also what only steps in flight write to."""
         prompts = {prompt for launch in self._launches for prompt in launch.prompts}.union(self._prompts.values())
-        return tuple(tuple(prompt.progress.blocks) for prompt in prompts)
+        return tuple(tuple(self._cache.held(prompt.progress.tables)) for prompt in prompts)
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -141,13 +143,12 @@ class LocalPrefill:
         """
         progress = _progress_of(sequence)
         self._scheduler.admit(progress)
-        sequence.blocks = progress.blocks
-        token_ids = np.asarray(sequence.request.prompt_token_ids, dtype=np.int64)
-        self._prompts[progress.request_id] = _Prompt(sequence, token_ids, progress)
+        sequence.tables = progress.tables
+        self._prompts[progress.attempt_id] = _Prompt(sequence, progress)
 
     def remove(self, sequence: Sequence) -> None:
         """Nobody wants it any more; its blocks are free as soon as no step that writes to them is in flight."""
-        prompt = self._prompts.pop(sequence.request.request_id)
+        prompt = self._prompts.pop(sequence.request.attempt_id)
         self._scheduler.remove(prompt.progress)
         prompt.cancelled = True
         self._give_back(prompt)
@@ -157,10 +158,10 @@ class LocalPrefill:
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
-        prompts = [self._prompts[chunk.prompt.request_id] for chunk in chunks]
+        prompts = [self._prompts[chunk.prompt.attempt_id] for chunk in chunks]
         for prompt in prompts:
             prompt.started = self._clock() if prompt.started is None else prompt.started
-        self._launches.append(launch_chunks(self._runner, self._scheduler, chunks, prompts))
+        self._launches.append(launch_chunks(self._runner, self._cache, self._scheduler, chunks, prompts))
         return True
 
     def collect(self, ahead: int) -> list[FirstToken]:
@@ -168,7 +169,7 @@ class LocalPrefill:
         ended = []
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
-            finished = launch.wait(self._blocks, self._runner.block_size)
+            finished = launch.wait(self._cache)
             for prompt in launch.prompts:
                 if prompt.cancelled:
                     self._give_back(prompt)
@@ -179,21 +180,21 @@ class LocalPrefill:
 
     def _end(self, prompt: _Prompt, sampled: SampledToken | SamplingError) -> FirstToken:
         progress, now = prompt.progress, self._clock()
-        del self._prompts[progress.request_id]
+        del self._prompts[progress.attempt_id]
         started = now if prompt.started is None else prompt.started
         report = PrefillReport(
-            progress.request_id,
+            prompt.sequence.request.request_id,
             started - prompt.sequence.arrived,
             now - started,
             progress.num_chunks,
             progress.num_cached_tokens,
+            attempt_id=progress.attempt_id,
         )
         return FirstToken(prompt.sequence, sampled, report)
 
     def _give_back(self, prompt: _Prompt) -> None:
         if prompt.in_flight == 0:
-            blocks, prompt.progress.blocks = prompt.progress.blocks, []
-            self._blocks.release(blocks)
+            self._cache.release(prompt.progress.tables)
 
 
 def warm_up_chunks(runner: ModelRunner, longest: int, max_model_len: int) -> None:
@@ -207,14 +208,16 @@ def warm_up_chunks(runner: ModelRunner, longest: int, max_model_len: int) -> Non
         max_model_len: tokens of the longest prompt.
     """
     prefix = runner.block_size
-    room = min(max_model_len, runner.kv_cache.shape[1] * runner.block_size) - prefix
+    num_blocks = [kv_cache.shape[1] for kv_cache in runner.kv_caches]
+    capacity = most_measured_tokens(runner.groups, num_blocks)
+    room = (max_model_len if capacity is None else min(max_model_len, capacity)) - prefix
     for length in sorted({min(length, room) for length in (2, longest)}):
         if length > 0:
-            blocks = range(blocks_for(prefix + length, runner.block_size))
-            runner.forward([Row([0] * length, prefix, blocks)])
+            tables = measured_tables(runner.groups, num_blocks, prefix + length)
+            runner.forward([Row([0] * length, prefix, tables)])
 
 
 def _progress_of(sequence: Sequence) -> PromptProgress:
     """Of a prompt that has not been begun."""
     request = sequence.request
-    return PromptProgress(request.request_id, len(request.prompt_token_ids), sequence.hashes)
+    return PromptProgress(request.attempt_id, len(request.prompt_token_ids), sequence.hashes)

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.manager import KVCacheManager
+from workers.kv_cache.tables import SequenceTables
 
 
 @dataclass(eq=False)
@@ -15,23 +15,20 @@ class PromptProgress:
     """How far a prompt has come.
 
     Attributes:
-        request_id: whose prompt it is.
+        attempt_id: whose prompt it is.
         num_tokens: its length.
-        hashes: of its full blocks, see `block_hashes`; empty where nothing is cached.
-        blocks: its block table; empty until it is admitted.
-        num_computed_tokens: tokens that are in the cache.
-        num_pushed_blocks: blocks whose tokens have all been computed and handed to the connector, or are cached: those
-            are handed over with the first chunk.
+        hashes: of its full blocks, see `workers.block_hashes`; empty where nothing is cached.
+        tables: its block tables; none until it is admitted.
+        num_computed_tokens: tokens that are in the cache, or will be when the steps in flight have landed.
         num_cached_tokens: of the computed ones, those that were in the cache when it was admitted.
         num_chunks: steps that it took so far.
     """
 
-    request_id: str
+    attempt_id: str
     num_tokens: int
     hashes: Sequence[bytes] = ()
-    blocks: list[int] = field(default_factory=list)
+    tables: SequenceTables = field(default_factory=SequenceTables)
     num_computed_tokens: int = 0
-    num_pushed_blocks: int = 0
     num_cached_tokens: int = 0
     num_chunks: int = 0
 
@@ -58,20 +55,20 @@ class Chunk:
 class PrefillScheduler:
     """First come, first served, in chunks under a token budget.
 
-    A prompt is admitted when blocks for all of it are free, so that one under way always ends. Prompts under way go
+    A prompt is admitted when the blocks that it needs until its end are free, so that one under way always ends: where
+    a model keeps all of its tokens, these are blocks for all of it; of a sliding window, the most that it will hold at
+    once, which are promised to it and taken chunk by chunk. Prompts under way go
     before new ones. Of a prompt that begins like one that is cached, only what is missing is computed, and its last
     token in any case: the first output token is chosen from that token's logits.
 
     Args:
-        blocks: of the worker's cache.
-        block_size: tokens in a block.
+        cache: the worker's.
         max_num_batched_tokens: token budget of a step.
         max_num_seqs: prompts in a step.
     """
 
-    def __init__(self, blocks: PrefixCache, block_size: int, max_num_batched_tokens: int, max_num_seqs: int) -> None:
-        self._blocks = blocks
-        self._block_size = block_size
+    def __init__(self, cache: KVCacheManager, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        self._cache = cache
         self._budget = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._waiting: deque[PromptProgress] = deque()
@@ -102,7 +99,7 @@ class PrefillScheduler:
         self._waiting.append(prompt)
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks; empty when there is nothing to do or no block to do it in."""
+        """The next step's chunks, with blocks for them; empty when there is nothing to do or no block to do it in."""
         budget = self._budget
         chunks: list[Chunk] = []
         for prompt in self._running[: self._max_num_seqs]:
@@ -113,24 +110,13 @@ class PrefillScheduler:
             budget -= self._take(prompt, budget, chunks)
         return chunks
 
-    def advance(self, chunk: Chunk) -> range:
-        """A chunk has been computed. Returns which of the prompt's blocks are now complete and not yet pushed."""
+    def advance(self, chunk: Chunk) -> None:
+        """A chunk is launched."""
         prompt = chunk.prompt
         prompt.num_computed_tokens = chunk.end
         prompt.num_chunks += 1
         if chunk.last:
             self._running.remove(prompt)
-        complete = self.pushable(chunk)
-        prompt.num_pushed_blocks = complete.stop
-        return complete
-
-    def pushable(self, chunk: Chunk) -> range:
-        """The prompt's blocks that this chunk completes; a half-filled one only with the last chunk.
-
-        A block is pushed once: two WRITEs of one block could land in either order.
-        """
-        end = blocks_for(chunk.end, self._block_size) if chunk.last else chunk.end // self._block_size
-        return range(chunk.prompt.num_pushed_blocks, end)
 
     def remove(self, prompt: PromptProgress) -> None:
         """Forget a prompt that is waiting or under way; its blocks stay the caller's to free."""
@@ -141,23 +127,23 @@ class PrefillScheduler:
 
     def fits(self, prompt: PromptProgress, more_tokens: int = 0) -> bool:
         """Whether there are blocks for all of a prompt, and for so many tokens behind it."""
-        count = blocks_for(prompt.num_tokens + more_tokens, self._block_size)
-        return self._blocks.fits(self._reusable(prompt), count)
+        return self._cache.fits_prompt(self._reusable(prompt), prompt.num_tokens + more_tokens)
 
     def admit(self, prompt: PromptProgress) -> None:
         """Take the blocks of a prompt that `fits` and is not queued here (any more); it is under way from now on."""
-        count = blocks_for(prompt.num_tokens, self._block_size)
-        prompt.blocks, num_cached = self._blocks.allocate(self._reusable(prompt), count)
-        prompt.num_pushed_blocks = num_cached
-        prompt.num_computed_tokens = prompt.num_cached_tokens = num_cached * self._block_size
+        prompt.tables, num_cached = self._cache.admit_prompt(self._reusable(prompt), prompt.num_tokens)
+        prompt.num_computed_tokens = prompt.num_cached_tokens = num_cached
         self._running.append(prompt)
 
     def _reusable(self, prompt: PromptProgress) -> Sequence[bytes]:
         """Hashes of the blocks that need not be computed: not of the one with the last token."""
-        return prompt.hashes[: (prompt.num_tokens - 1) // self._block_size]
+        return prompt.hashes[: (prompt.num_tokens - 1) // self._cache.block_size]
 
     def _take(self, prompt: PromptProgress, budget: int, chunks: list[Chunk]) -> int:
         length = min(budget, prompt.num_tokens - prompt.num_computed_tokens)
         if length > 0:
-            chunks.append(Chunk(prompt, prompt.num_computed_tokens, prompt.num_computed_tokens + length))
+            chunk = Chunk(prompt, prompt.num_computed_tokens, prompt.num_computed_tokens + length)
+            if chunk.end > prompt.tables.num_slots:
+                self._cache.extend(prompt.tables, chunk.end)
+            chunks.append(chunk)
         return length

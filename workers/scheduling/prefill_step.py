@@ -6,27 +6,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
 from workers.errors import SamplingError
-from workers.kv_cache.prefix_cache import PrefixCache
+from workers.kv_cache.manager import KVCacheManager
 from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState
 from workers.scheduling.first_tokens import FirstTokens
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
+from workers.token_ids import TokenIds
 
 
 class StepPrompt(Protocol):
     """A prompt as its steps see it.
 
     Attributes:
-        token_ids: (n,) int64.
         in_flight: steps that compute some of it and have not been waited for.
     """
 
-    token_ids: np.ndarray
     in_flight: int
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """(n,) int32, the prompt."""
+        ...
 
     @property
     def state(self) -> SamplingState:
@@ -53,10 +55,19 @@ class Launch(Generic[P]):
     finished: Sequence[P]
     first_tokens: FirstTokens
 
-    def wait(self, cache: PrefixCache, block_size: int) -> list[tuple[P, SampledToken | SamplingError]]:
-        """Wait for it, and keep the full blocks that it has completed; the finished prompts with their first tokens."""
+    def wait(self, cache: KVCacheManager) -> list[tuple[P, SampledToken | SamplingError]]:
+        """Wait for it, and keep the full blocks that it has completed; the finished prompts with their first tokens.
+
+        What lies behind a window by now is given back.
+        """
         sampled = self.first_tokens.wait()
-        store_complete(cache, self.chunks, block_size)
+        for chunk in self.chunks:
+            progress = chunk.prompt
+            if progress.hashes:
+                cache.store(progress.tables, progress.hashes, chunk.start, chunk.end)
+            cache.land(progress.tables, chunk.end)
+            if chunk.last:
+                cache.settle(progress.tables)
         for prompt in self.prompts:
             prompt.in_flight -= 1
         return list(zip(self.finished, sampled, strict=True))
@@ -64,6 +75,7 @@ class Launch(Generic[P]):
 
 def launch_chunks(
     runner: ModelRunner,
+    cache: KVCacheManager,
     scheduler: PrefillScheduler,
     chunks: Sequence[Chunk],
     prompts: Sequence[P],
@@ -73,6 +85,7 @@ def launch_chunks(
 
     Args:
         runner: the model and its cache.
+        cache: which blocks of it belong to whom.
         scheduler: that made the chunks.
         chunks: of the step, not yet `advance`d.
         prompts: whose they are, one each.
@@ -83,19 +96,11 @@ def launch_chunks(
     for chunk, prompt in pairs:
         prompt.in_flight += 1
         tokens = prompt.token_ids[chunk.start : chunk.end]
-        rows.append(Row(tokens, chunk.start, chunk.prompt.blocks, wants_logits=chunk.last))
+        tables = cache.row_tables(chunk.prompt.tables, chunk.start)
+        rows.append(Row(tokens, chunk.start, tables, wants_logits=chunk.last))
     logits = runner.forward(rows, on_layer)
     for chunk in chunks:
         scheduler.advance(chunk)
     finished = [prompt for chunk, prompt in pairs if chunk.last]
     first_tokens = FirstTokens(logits, [prompt.state for prompt in finished], runner.ready_event())
     return Launch(chunks, prompts, finished, first_tokens)
-
-
-def store_complete(cache: PrefixCache, chunks: Sequence[Chunk], block_size: int) -> None:
-    """Keep the full blocks that a step has completed. The step must be done, and their prompts must still hold them."""
-    for chunk in chunks:
-        progress = chunk.prompt
-        full = range(chunk.start // block_size, chunk.end // block_size) if progress.hashes else ()
-        for place in full:
-            cache.store(progress.blocks[place], progress.hashes[place])

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from workers.kv_cache.prefix_cache import BlockHashes
-from workers.messages import DecodeRequest
+from workers.block_hashes import BlockHashes
+from workers.kv_cache.tables import SequenceTables
+from workers.messages import WorkerRequest
 from workers.sampling.state import SamplingState
+from workers.token_ids import TokenIds, as_token_ids
 
 
 @dataclass(eq=False)
@@ -21,24 +24,25 @@ class Sequence:
         state: its tokens, as the sampler sees them.
         deadline: monotonic time.
         arrived: when its request came, monotonic time.
-        blocks: its block table; empty while preempted. Grows in place; after preemption it is another list.
+        tables: its block tables; none while preempted. They grow in place; after preemption they are others.
         content: the hashes of its full blocks; None: they are not kept.
-        num_cached_blocks: leading blocks of its prompt that were here when it was admitted.
+        num_cached_blocks: for each cache group, how many of the blocks that it needs of its prompt, the first ones,
+            were here when it was admitted.
         received: when its KV cache was complete, monotonic time.
-        host_copy: its cache while preempted.
+        host_copy: its cache while preempted: of each cache group the blocks that it held.
         in_flight: tokens that are being computed: launched, and not looked at yet.
         max_output: output tokens after which it ends at the latest.
     """
 
-    request: DecodeRequest
+    request: WorkerRequest
     state: SamplingState
     deadline: float
     arrived: float = 0.0
-    blocks: list[int] = field(default_factory=list)
+    tables: SequenceTables = field(default_factory=SequenceTables)
     content: BlockHashes | None = None
-    num_cached_blocks: int = 0
+    num_cached_blocks: Many[int] = ()
     received: float = 0.0
-    host_copy: torch.Tensor | None = None
+    host_copy: Many[torch.Tensor] | None = None
     in_flight: int = 0
     max_output: int = field(init=False)
 
@@ -55,13 +59,13 @@ class Sequence:
     @property
     def hashes(self) -> Many[bytes]:
         """Of its full blocks, as far as they are known."""
-        return self.content.hashes if self.content is not None else ()
+        return self.content if self.content is not None else ()
 
-    def token_ids(self, start: int, end: int) -> list[int]:
+    def token_ids(self, start: int, end: int) -> TokenIds:
         """Its tokens from `start` to before `end`."""
         prompt, output = self.state.prompt_token_ids, self.state.output_token_ids
         cut = len(prompt)
-        return [*prompt[start:end], *output[max(0, start - cut) : max(0, end - cut)]]
+        return np.concatenate((prompt[start:end], as_token_ids(output[max(0, start - cut) : max(0, end - cut)])))
 
     @property
     def num_scheduled(self) -> int:

@@ -7,64 +7,76 @@ to a kept block again. What failed or is quarantined was never entered.
 
 from __future__ import annotations
 
-from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import BlockHashes, PrefixCache
+from workers.kv_cache.manager import KVCacheManager
 from workers.scheduling.sequence import Sequence
 
 
 class SequenceBlocks:
-    """Takes blocks for sequences, and enters what they hold.
+    """Takes blocks for sequences, enters what they hold, and gives back what no query will see.
 
     Args:
-        blocks: of the worker's cache.
-        block_size: tokens in a block.
+        cache: the worker's.
         enabled: whether anything is kept.
     """
 
-    def __init__(self, blocks: PrefixCache, block_size: int, *, enabled: bool) -> None:
-        self._blocks = blocks
-        self._block_size = block_size
+    def __init__(self, cache: KVCacheManager, *, enabled: bool) -> None:
+        self._cache = cache
+        self._block_size = cache.block_size
         self._enabled = enabled
 
     def begin(self, sequence: Sequence) -> None:
         """A request has come: what its prompt's blocks hold."""
         if self._enabled:
-            sequence.content = BlockHashes(self._block_size)
-            sequence.content.extend(sequence.request.prompt_token_ids)
+            sequence.content = sequence.request.hashes_for(self._block_size)
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether there are blocks for its prompt and its next token now."""
-        count = blocks_for(len(sequence.request.prompt_token_ids) + 1, self._block_size)
-        return self._blocks.fits(sequence.hashes, count)
+        num_tokens = len(sequence.request.prompt_token_ids)
+        return self._cache.fits(sequence.hashes, num_tokens, num_tokens + 1)
 
     def take(self, sequence: Sequence) -> None:
-        """Take the blocks of its prompt: as many leading ones as are here, and others for the rest."""
-        count = blocks_for(len(sequence.request.prompt_token_ids), self._block_size)
-        sequence.blocks, sequence.num_cached_blocks = self._blocks.allocate(sequence.hashes, count)
+        """Take the blocks of its prompt that decode sees: as many of the first as are here, and others for the rest."""
+        num_tokens = len(sequence.request.prompt_token_ids)
+        sequence.tables, sequence.num_cached_blocks = self._cache.admit(sequence.hashes, num_tokens, num_tokens)
 
     def received(self, sequence: Sequence) -> None:
         """The blocks that its prompt lacked have arrived, whole."""
-        hashes = sequence.hashes
-        for place in range(sequence.num_cached_blocks, len(hashes)):
-            self._blocks.store(sequence.blocks[place], hashes[place])
+        if sequence.content is None:
+            return
+        end = len(sequence.hashes) * self._block_size
+        groups, tables = self._cache.groups, sequence.tables.groups
+        for group, table, first in zip(groups, tables, self.granted_from(sequence), strict=True):
+            group.store(table, sequence.hashes, first * group.block_size, end)
 
     def grown(self, sequence: Sequence) -> None:
         """It has one more token. The token itself is not in the cache yet; all before it are."""
-        if sequence.content is None:
-            return
-        hashes, size = sequence.content.hashes, self._block_size
-        for place in range(len(hashes), (sequence.num_tokens - 1) // size):
-            sequence.content.extend(sequence.token_ids(place * size, (place + 1) * size))
-            self._blocks.store(sequence.blocks[place], hashes[place])
+        num_computed, hashes = sequence.num_tokens - 1, sequence.content
+        if hashes is not None:
+            known = len(hashes) * self._block_size
+            end = num_computed // self._block_size * self._block_size
+            if end > known:
+                hashes.extend(sequence.token_ids(known, end))
+                self._cache.store(sequence.tables, hashes, known, end)
+        self._cache.land(sequence.tables, num_computed)
 
     def give_back_cached(self, sequence: Sequence) -> None:
         """Nobody wants its handoff any more: what was here before was not granted to anybody, and goes back at once."""
-        cached = sequence.blocks[: sequence.num_cached_blocks]
-        del sequence.blocks[: sequence.num_cached_blocks]
-        sequence.num_cached_blocks = 0
-        self._blocks.release(cached)
+        if sequence.tables.groups:
+            self._cache.drop(sequence.tables, self.granted_from(sequence))
+        sequence.num_cached_blocks = ()
+
+    def granted_from(self, sequence: Sequence) -> list[int]:
+        """For each cache group the place of the first of its prompt's blocks that was not here when it was admitted."""
+        num_tokens = len(sequence.request.prompt_token_ids)
+        cached = sequence.num_cached_blocks or (0,) * len(self._cache.groups)
+        return [group.first_needed(num_tokens) + count for group, count in zip(self._cache.groups, cached, strict=True)]
+
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens of its prompt whose cache was here when it was admitted."""
+        cached = sequence.num_cached_blocks
+        return cached[self._cache.primary] * self._cache.groups[self._cache.primary].block_size if cached else 0
 
     def forget(self, sequence: Sequence) -> None:
         """Its logits are not valid: what is in its blocks may be wrong itself, and is not to be found any more."""
+        self._cache.forget(sequence.tables, sequence.hashes)
         sequence.content = None
-        self._blocks.forget(sequence.blocks)

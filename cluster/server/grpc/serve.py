@@ -16,8 +16,9 @@ from grpc_reflection.v1alpha import reflection
 from cluster.api import Engine, ModelInfo
 from cluster.config.schema import ServerConfig
 from cluster.gateway.text_generation import Generation
+from cluster.server.grpc.access import BearerTokenInterceptor
 from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
-from cluster.wire.auth import BearerTokenInterceptor, bearer
+from cluster.wire.auth import bearer
 from workers.errors import ConfigError
 
 MAX_REQUEST_BYTES = 64 * 2**20

@@ -6,23 +6,28 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import fields
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cluster.api import Engine, ModelInfo
-from cluster.errors import status_of, trailing_metadata_of
 from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.server.grpc.errors import status_of, trailing_metadata_of
 from cluster.server.grpc.prompts import prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.wire import convert
 from protos import baton_pb2
 from workers.errors import DeadlineExceededError, InvalidRequestError
+from workers.messages import RequestOptions
 
 SERVICE = baton_pb2.DESCRIPTOR.services_by_name["Baton"]
 MAX_NAME_BYTES = 128
 _NO_DEADLINE_S = 1e9
+_ON_THE_WIRE = set(baton_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) - {"request_id", "sampling"}
+_OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name in _ON_THE_WIRE)
+"""What a request says on the wire as it does inside; strings have at most `MAX_NAME_BYTES`."""
 
 
 class BatonService:
@@ -57,7 +62,7 @@ class BatonService:
     ) -> baton_pb2.TokenizeResponse:
         """Turn a prompt into token ids."""
         token_ids = await self._generation.tokenize(prompt_from_proto(request), request.model)
-        return baton_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=self._model_info.max_model_len)
+        return baton_pb2.TokenizeResponse(token_ids=token_ids.tolist(), max_model_len=self._model_info.max_model_len)
 
     async def GetModelInfo(  # noqa: N802
         self, request: baton_pb2.GetModelInfoRequest, timeout_s: float
@@ -171,12 +176,13 @@ def _short(field: str, text: str) -> str:
 
 
 def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
+    options: dict[str, Any] = {name: getattr(request, name) for name in _OPTIONS}
+    options.update({name: _short(name, value) for name, value in options.items() if isinstance(value, str)})
     return GenerationRequest(
         request_id=request_id,
         prompt=prompt_from_proto(request),
         sampling=convert.sampling_from_proto(request.sampling),
         timeout_s=timeout_s,
         model=request.model,
-        priority=request.priority,
-        user=_short("user", request.user),
+        **options,
     )

@@ -36,7 +36,7 @@ def test_other_batches_leave_its_plan_alone(name: str, device: str) -> None:
     backend = get_backend(name)
     builder = backend.builder_class(SPEC, dtype, 16, torch.device(device))
     impl = backend.impl_class(SPEC)
-    cache = KVCacheSpec(1, 2, 64, 16, dtype).allocate(32, device)[0]
+    cache = KVCacheSpec((0,), 2, 64, 16, dtype).allocate(32, device)[0]
     generator = torch.Generator(device).manual_seed(0)
 
     def check(common: CommonAttentionMetadata) -> None:

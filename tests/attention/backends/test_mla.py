@@ -147,7 +147,7 @@ def test_latents_are_stored_and_nothing_else_is_touched() -> None:
 
 
 def test_the_size_of_a_cache_of_latents() -> None:
-    spec = KVCacheSpec(num_layers=3, num_kv_heads=1, head_size=576, block_size=64, dtype=torch.bfloat16, mla=True)
+    spec = KVCacheSpec(layers=(0, 1, 2), num_kv_heads=1, head_size=576, block_size=64, dtype=torch.bfloat16, kind="mla")
     assert spec.bytes_per_token == 3 * 576 * 2
     assert spec.bytes_per_block == 64 * 3 * 576 * 2
     assert spec.blocks_that_fit(10 * spec.bytes_per_block + 1) == 10

@@ -26,7 +26,7 @@ def outcome(backend, phase: Phase, spec: AttentionSpec = SPEC, scales: KVScales 
     lens = BATCHES[phase]
     tables = [list(range(3 * i, 3 * i + 3)) for i in range(len(lens))]
     common = build_metadata([q for q, _ in lens], [k for _, k in lens], tables, 16)
-    shape = KVCacheSpec(1, 2, 16, 16, spec.kv_cache_dtype or torch.float32).shape(9)
+    shape = KVCacheSpec((0,), 2, 16, 16, spec.kv_cache_dtype or torch.float32).shape(9)
     cache = torch.randn(shape, generator=generator).to(spec.kv_cache_dtype or torch.float32)[0]
     num_tokens = sum(common.query_lens)
     query = torch.randn(num_tokens, 4, 16, generator=generator)

@@ -45,7 +45,7 @@ def run(
 
 
 def poisoned_cache(num_blocks: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    cache = KVCacheSpec(1, KV_HEADS, SIZE, BLOCK, dtype).allocate(num_blocks, "cpu")[0]
+    cache = KVCacheSpec((0,), KV_HEADS, SIZE, BLOCK, dtype).allocate(num_blocks, "cpu")[0]
     if dtype == FP8:
         cache.view(torch.uint8).fill_(0x7F)
         return cache

@@ -60,7 +60,7 @@ class TwoLayers(nn.Module):
 
 
 def make_caches(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return list(KVCacheSpec(2, KV_HEADS, SIZE, BLOCK, dtype).allocate(8, "cpu").unbind(0))
+    return list(KVCacheSpec((0, 1), KV_HEADS, SIZE, BLOCK, dtype).allocate(8, "cpu").unbind(0))
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.simulation.virtual_time import run_simulated
 from benchmarks.simulation.workers import Fabric, Hardware, SimulatedWorker
-from cluster.api import EngineRequest, PoolTarget
+from cluster.api import PoolTarget
 from cluster.autoscaling.autoscaler import Autoscaler, policies_of, share_change
 from cluster.autoscaling.policy import PoolSignals
 from cluster.clock import now
@@ -20,6 +20,7 @@ from cluster.config.schema import AutoscalerConfig
 from cluster.gateway.engine import ServingEngine
 from cluster.pools.groups import PoolLimits
 from fleet import prompt
+from made_requests import engine_request
 from workers.runner.step_times import StepTimes
 from workers.sampling_params import SamplingParams
 
@@ -77,7 +78,7 @@ class Day:
     async def _request(self, engine: ServingEngine) -> None:
         sampling = SamplingParams(max_tokens=60, seed=60, ignore_eos=True)
         try:
-            async for _ in engine.generate(EngineRequest("r", (0,) * 600, sampling, 600.0)):
+            async for _ in engine.generate(engine_request("r", (0,) * 600, sampling, 600.0)):
                 pass
             self.finished += 1
         except Exception as error:

@@ -38,7 +38,7 @@ def test_what_workers_measured_goes_over_the_wire_and_into_a_file(kept: Path) ->
 
 
 def test_the_slowest_worker_counts() -> None:
-    slow = replace(PREFILL, capability=StepTimes(prefill=((100, 0.03), (1000, 0.2))))
+    slow = replace(PREFILL, step_times=StepTimes(prefill=((100, 0.03), (1000, 0.2))))
     fleet = fleet_of([PREFILL, slow, DECODE], tokens=1000)
     assert fleet.prefill.seconds(1000) == pytest.approx(0.2)
     assert (fleet.decode.max_num_seqs, fleet.decode.kv_tokens) == (32, 640_000)
@@ -47,10 +47,10 @@ def test_the_slowest_worker_counts() -> None:
 
 def test_who_has_not_measured_cannot_be_planned_with() -> None:
     with pytest.raises(ConfigError, match="how long decode takes"):
-        fleet_of([PREFILL, replace(DECODE, capability=StepTimes())])
+        fleet_of([PREFILL, replace(DECODE, step_times=StepTimes())])
     with pytest.raises(ConfigError, match="how long prefill takes"):
         fleet_of([DECODE])
-    both = replace(DECODE, capability=replace(DECODE.capability, prefill=((1000, 0.2),)))
+    both = replace(DECODE, step_times=replace(DECODE.step_times, prefill=((1000, 0.2),)))
     assert fleet_of([both]).prefill.seconds(1000) == pytest.approx(0.2), "a service without a prefill pool"
 
 

@@ -25,7 +25,7 @@ class Stream:
     def __init__(self, token):
         self.token = token
     async def __aiter__(self):
-        yield TokenChunk((TokenOutput("r", self.token, finish_reason=FinishReason.LENGTH),))
+        yield TokenChunk((TokenOutput("r", self.token, finish_reason=FinishReason.LENGTH, attempt_id="r"),))
     async def report(self):
         return RequestReport("p-0", "d-0")
     async def aclose(self):
@@ -34,7 +34,7 @@ class Stream:
 class Engine:
     block_sizes = frozenset()
     def generate(self, request):
-        return Stream(request.prompt_token_ids[0])
+        return Stream(int(request.prompt_token_ids[0]))
     def workers(self):
         return []
 

@@ -17,7 +17,7 @@ def test_auto_leaves_it_to_the_path(value):
 def test_a_file_may_say_auto_or_a_number(tmp_path):
     for text, expected in (("auto", None), ("4", 4)):
         path = tmp_path / "service.yaml"
-        path.write_text(f"handoff:\n  layers_per_group: {text}\n")
+        path.write_text(f"handoff:\n  layers_per_write: {text}\n")
         assert load_config(path, environ={}).handoff.layers_per_write == expected
 
 

@@ -18,7 +18,7 @@ def attempt(arrived: float | None = None) -> Attempt:
 
 
 def token(token_id: int, reason: FinishReason | None = None) -> TokenOutput:
-    return TokenOutput("f", token_id, finish_reason=reason)
+    return TokenOutput("f", token_id, finish_reason=reason, attempt_id="f")
 
 
 async def ids(one: Attempt) -> list[int]:
@@ -52,7 +52,7 @@ async def test_each_token_is_given_once():
 async def test_an_error_comes_after_the_tokens_that_are_here():
     one = attempt()
     one.take("p", token(1))
-    one.take("p", RequestFailed("f", HandoffError("lost a part")))
+    one.take("p", RequestFailed("f", HandoffError("lost a part"), attempt_id="f"))
     one.fail(WorkerLostError("only the first error counts"))
     assert await ids(one) == [1]
     with pytest.raises(HandoffError, match="lost a part"):
@@ -95,10 +95,10 @@ async def test_the_report():
     one = attempt(arrived=now() - 5.0)
     one.dispatched = one.arrived + 2.0
     assert one.report().ttft_s == 0.0, "no token has come yet"
-    one.take("p", PrefillReport("f", queue_s=0.5, prefill_s=0.25, num_chunks=2, cached_tokens=48))
+    one.take("p", PrefillReport("f", queue_s=0.5, prefill_s=0.25, num_chunks=2, cached_tokens=48, attempt_id="f"))
     one.take("p", token(1))
-    one.take("p", HandoffReport("f", num_bytes=4096, num_parts=3, transfer_s=0.2, exposed_s=0.05))
-    one.take("d", DecodeReport("f", first_decode_s=0.01, cached_tokens=32))
+    one.take("p", HandoffReport("f", num_bytes=4096, num_parts=3, transfer_s=0.2, exposed_s=0.05, attempt_id="f"))
+    one.take("d", DecodeReport("f", first_decode_s=0.01, cached_tokens=32, attempt_id="f"))
     one.take("d", token(2, FinishReason.LENGTH))
     await one.handoff_reported(0.0)
     report = one.report()
@@ -133,6 +133,6 @@ async def test_the_cause_of_a_failed_handoff_is_what_prefill_says(first):
     one = attempt()
     said = {"p": SamplingError("row 0 has no finite logit"), "d": HandoffError("the prefill worker has given up")}
     for engine_id in sorted(said, key=lambda name: name != first):
-        one.take(engine_id, RequestFailed("f", said[engine_id]))
+        one.take(engine_id, RequestFailed("f", said[engine_id], attempt_id="f"))
     with pytest.raises(SamplingError):
         await one.next_chunk()

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster.api import EngineRequest
 from cluster.errors import QueueFullError, WorkerLostError
 from cluster.inprocess_worker import InProcessWorker
 from fleet import prompt, tokens_of
 from kv_transfer.transports.local import Faults
+from made_requests import engine_request
 from random_clients import serve_random_clients
 from workers.errors import BatonError, CapacityError, ConfigError, DeadlineExceededError, HandoffError
 from workers.messages import StepOutput, TokenOutput
@@ -93,7 +93,7 @@ async def test_what_never_fits_is_refused(make_fleet):
 @pytest.mark.usefixtures("like_workers")
 async def test_the_explanation_follows_the_load(make_fleet):
     fleet = await make_fleet(1, 2, max_num_seqs=1)
-    request = EngineRequest("r", tuple(prompt(20)), SamplingParams(max_tokens=200, seed=0, ignore_eos=True), 60.0)
+    request = engine_request("r", prompt(20), SamplingParams(max_tokens=200, seed=0, ignore_eos=True))
 
     def where() -> list[tuple[str, bool, str]]:
         reports = fleet.engine.explain(request)

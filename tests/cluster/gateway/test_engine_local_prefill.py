@@ -28,8 +28,8 @@ def in_turns(*ways: str) -> Callable:
     """A policy that has prompts computed where these say, over and over."""
     turns = itertools.cycle(ways)
 
-    def choose(demand: RoutingRequest, prefill, decode, pairs):
-        return place(replace(demand, disaggregation=next(turns)), prefill, decode, pairs)
+    def choose(routing_request: RoutingRequest, prefill, decode, links):
+        return place(replace(routing_request, disaggregation=next(turns)), prefill, decode, links)
 
     return choose
 
@@ -213,10 +213,10 @@ def local_flight() -> Attempt:
 
 async def test_all_tokens_of_a_local_flight_come_from_its_decode_worker():
     one = local_flight()
-    one.take("d", PrefillReport("f", queue_s=0.5, prefill_s=0.25, num_chunks=2, cached_tokens=16))
-    one.take("d", TokenOutput("f", 1))
+    one.take("d", PrefillReport("f", queue_s=0.5, prefill_s=0.25, num_chunks=2, cached_tokens=16, attempt_id="f"))
+    one.take("d", TokenOutput("f", 1, attempt_id="f"))
     assert one.first_token_at > 0
-    one.take("d", TokenOutput("f", 2, finish_reason=FinishReason.LENGTH))
+    one.take("d", TokenOutput("f", 2, finish_reason=FinishReason.LENGTH, attempt_id="f"))
     assert [token.token_id for token in (await one.next_chunk()).tokens] == [1, 2]
     assert one.finished
     assert one.reported
@@ -235,5 +235,5 @@ async def test_who_a_local_flight_needs():
 
 async def test_an_error_of_the_decode_worker_ends_a_local_flight_at_once():
     one = local_flight()
-    one.take("d", RequestFailed("f", CapacityError("too large")))
+    one.take("d", RequestFailed("f", CapacityError("too large"), attempt_id="f"))
     assert isinstance(one.error, CapacityError)

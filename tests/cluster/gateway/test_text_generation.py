@@ -4,18 +4,20 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 from cluster.api import TokenChunk, Usage
 from cluster.gateway.text_generation import Conversation, Generation, GenerationRequest, TextChunk
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.tokenizer import ChatMessage, Tokenizer
+from workers.block_hashes import BlockHashes, PromptHashes, block_hashes
 from workers.errors import DeadlineExceededError
-from workers.kv_cache.prefix_cache import BlockHashes, block_hashes
-from workers.messages import FinishReason, TokenOutput
+from workers.messages import FinishReason, RequestOptions, TokenOutput
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 Answer = Callable[..., list]
 
@@ -25,7 +27,7 @@ def run(byte_tokenizer: Tokenizer, scripted: Callable) -> Callable:
     async def generate(script: list, **sampling: object) -> list[TextChunk]:
         engine, model = scripted(script)
         generation = Generation(engine, byte_tokenizer, model)
-        request = GenerationRequest("r", "hi", SamplingParams(**sampling), timeout_s=5.0)
+        request = GenerationRequest(request_id="r", prompt="hi", sampling=SamplingParams(**sampling), timeout_s=5.0)
         return [chunk async for chunk in generation.generate(request)]
 
     return generate
@@ -62,8 +64,8 @@ async def test_a_stop_string_does_not_count_before_min_tokens(run: Callable, ans
 
 
 async def test_a_stop_token_counts_but_its_text_is_not_shown(run: Callable, byte_tokenizer: Tokenizer) -> None:
-    tokens = [TokenOutput("r", i) for i in byte_tokenizer.encode("ab")]
-    last = TokenOutput("r", byte_tokenizer.encode(";")[0], finish_reason=FinishReason.STOP)
+    tokens = [TokenOutput("r", i, attempt_id="r") for i in byte_tokenizer.encode("ab")]
+    last = TokenOutput("r", byte_tokenizer.encode(";")[0], finish_reason=FinishReason.STOP, attempt_id="r")
     chunks = await run([TokenChunk((*tokens, last))], stop_token_ids=(last.token_id,))
     assert text_of(chunks) == "ab"
     assert chunks[-1].usage == Usage(2, 3)
@@ -71,7 +73,7 @@ async def test_a_stop_token_counts_but_its_text_is_not_shown(run: Callable, byte
 
 async def test_an_unfinished_character_at_the_end_is_shown_as_one(run: Callable, answer: Answer) -> None:
     chunk = answer("é")[0]
-    cut = TokenOutput("r", chunk.tokens[0].token_id, finish_reason=FinishReason.LENGTH)
+    cut = TokenOutput("r", chunk.tokens[0].token_id, finish_reason=FinishReason.LENGTH, attempt_id="r")
     assert text_of(await run([TokenChunk((cut,))])) == "\ufffd"
 
 
@@ -85,7 +87,7 @@ async def test_closing_the_generator_closes_the_engine(
     byte_tokenizer: Tokenizer, answer: Answer, scripted: Callable
 ) -> None:
     engine, model = scripted([answer("ab")[0], asyncio.Event()])
-    request = GenerationRequest("r", (1, 2), SamplingParams(), timeout_s=5.0)
+    request = GenerationRequest(request_id="r", prompt=as_token_ids((1, 2)), sampling=SamplingParams(), timeout_s=5.0)
     async with aclosing(Generation(engine, byte_tokenizer, model).generate(request)) as chunks:
         await anext(chunks)
         assert not engine.closed.is_set()
@@ -96,7 +98,7 @@ async def test_a_deadline_that_passed_while_tokenising_starts_nothing(
     byte_tokenizer: Tokenizer, answer: Answer, scripted: Callable
 ) -> None:
     engine, model = scripted(answer("ab"))
-    request = GenerationRequest("r", "hi", SamplingParams(), timeout_s=0.0)
+    request = GenerationRequest(request_id="r", prompt="hi", sampling=SamplingParams(), timeout_s=0.0)
     with pytest.raises(DeadlineExceededError):
         await anext(Generation(engine, byte_tokenizer, model).generate(request))
     assert not engine.requests
@@ -109,16 +111,22 @@ async def test_a_conversation_is_tokenised_by_the_template(byte_tokenizer: Token
     assert byte_tokenizer.decode(token_ids) == "[user]hi[assistant]"
 
 
-@pytest.mark.parametrize("length", [40, 3000])
-async def test_a_prompt_is_hashed_before_the_engine_sees_it(
-    byte_tokenizer: Tokenizer, scripted: Callable, answer: Answer, monkeypatch: pytest.MonkeyPatch, length: int
+@pytest.mark.parametrize(("length", "as_ids"), [(40, True), (40, False), (3000, True), (3000, False)])
+async def test_a_prompt_is_hashed_once_and_before_the_engine_sees_it(
+    byte_tokenizer: Tokenizer,
+    scripted: Callable,
+    answer: Answer,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    as_ids: bool,
 ) -> None:
+    """On the tokeniser's threads, but for a few token ids, which are hashed before a thread could hear of them."""
     engine, model = scripted(answer("ab"))
     engine.block_sizes = frozenset({16, 64})
     generation = Generation(engine, byte_tokenizer, replace(model, max_model_len=5000))
-    text = "x" * length
-    token_ids = byte_tokenizer.encode(text)
+    token_ids = byte_tokenizer.encode("x" * length)
     expected = {size: block_hashes(token_ids, size)[: (len(token_ids) - 1) // size] for size in engine.block_sizes}
+    whole = {size: b"".join(block_hashes(token_ids, size)) for size in engine.block_sizes}
     hashed_by: list[threading.Thread] = []
     prepare = PromptPrefix.prepare
 
@@ -127,11 +135,28 @@ async def test_a_prompt_is_hashed_before_the_engine_sees_it(
         prepare(prefix, block_sizes)
 
     monkeypatch.setattr(PromptPrefix, "prepare", watched)
-    [_ async for _ in generation.generate(GenerationRequest("r", text, SamplingParams(), timeout_s=5.0))]
-    await generation.explain(GenerationRequest("r", text, SamplingParams(), timeout_s=5.0))
+    prompt = as_token_ids(token_ids) if as_ids else "x" * length
+    asked = GenerationRequest(request_id="r", prompt=prompt, sampling=SamplingParams(), timeout_s=5.0)
+    [_ async for _ in generation.generate(asked)]
+    await generation.explain(asked)
     assert len(engine.requests) == len(hashed_by) == 2
-    assert all((thread is threading.main_thread()) == (length == 40) for thread in hashed_by)
+    assert all((thread is threading.main_thread()) == (as_ids and length == 40) for thread in hashed_by)
+    monkeypatch.setattr(BlockHashes, "extend", None)  # what is asked for now is there
     for request in engine.requests:
-        monkeypatch.setattr(BlockHashes, "extend", None)  # what is asked for now is there
         for block_size in (16, 64):
             assert request.prefix.hashes(block_size) == expected[block_size]
+            assert request.prefix.carried(block_size) == PromptHashes(block_size, whole[block_size])
+        assert request.prefix.carried(32) is None, "which no worker has"
+
+
+async def test_what_a_door_is_asked_reaches_the_engine(byte_tokenizer: Tokenizer, scripted: Callable, answer) -> None:
+    """All that is known of a request but for its prompt, sampling and deadline is passed on as it is."""
+    engine, model = scripted(answer("a"))
+    said = {"priority": -3, "user": "ann", "cache_salt": b"tenant"}
+    assert said.keys() == {f.name for f in fields(RequestOptions)} - {"request_id", "sampling", "timeout_s"}
+    asked = GenerationRequest(request_id="one\ntwo", prompt="hi", sampling=SamplingParams(), timeout_s=5.0, **said)
+    [_ async for _ in Generation(engine, byte_tokenizer, model).generate(asked)]
+    (request,) = engine.requests
+    assert {name: getattr(request, name) for name in said} == said
+    assert request.request_id == "one\\ntwo", "on one line"
+    assert (request.prompt_token_ids.dtype, request.prompt_token_ids.flags.writeable) == (np.int32, False)

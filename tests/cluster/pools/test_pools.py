@@ -10,11 +10,11 @@ import pytest
 from cluster.errors import WorkerLostError
 from cluster.pools import handshake, supervisor
 from cluster.pools.pools import WorkerPools
-from cluster.pools.router_view import ways_of
-from cluster.routing.links import Way
+from cluster.pools.router_view import links_of
 from kv_transfer.errors import LayoutMismatchError, PeerError
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.link_cost import LinkCost
+from kv_transfer.region import Region
 from kv_transfer.transports.base import EngineInfo
 from workers.errors import CheckpointError, ConfigError
 from workers.messages import Load, StepOutput
@@ -47,12 +47,12 @@ class FakeWorker:
         await asyncio.sleep(0)
         if self._error is not None:
             raise self._error
-        layout = KVLayout("mha", 2, self._block_size, 2, 16, "float32")
-        engine = EngineInfo(self.engine_id, 1, layout, 8, 0, "cpu", 0, b"")
+        layout = KVLayout((GroupLayout("full", tuple(range(2)), self._block_size, 2, 16, "float32"),))
+        engine = EngineInfo(self.engine_id, 1, layout, (Region(0, 2, 8, 1024),), "cpu", 0, b"")
         return WorkerInfo(self.name, self.role, (engine,), "cpu", "TORCH_SDPA", 100, 4, 8, StepTimes(), 0)
 
     async def connect(self, peer: Sequence[EngineInfo]) -> None:
-        there = peer[0].layout.block_size
+        there = peer[0].layout.primary.block_size
         if there != self._block_size:
             raise LayoutMismatchError(f"block_size is {self._block_size} here and {there} there")
         self._log.append(("connect", self.engine_id, peer[0].engine_id))
@@ -141,14 +141,14 @@ async def test_everybody_of_one_pool_meets_everybody_of_the_other():
 async def test_the_router_is_told_what_the_ways_cost():
     stage = Stage(2, 2)
     await stage.pools.start()
-    ways = ways_of(stage.pools.pool("prefill"))
+    links = links_of(stage.pools.pool("prefill"))
     everybody = ("decode-0.0", "decode-1.0")
-    way = Way(delay_s=0.002 + 0.001 / 2, bytes_per_s=1e9)
-    assert ways == {f"prefill-{i}.0": dict.fromkeys(everybody, way) for i in range(2)}
-    assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(ways), "prefill workers have measured them"
+    link = LinkCost(0.002 + 0.001 / 2, 0.0, 1e9)
+    assert links == {f"prefill-{i}.0": dict.fromkeys(everybody, link) for i in range(2)}
+    assert {entry[1] for entry in stage.log if entry[0] == "path"} == set(links), "prefill workers have measured them"
     stage.replica("decode-1").handle.said.put_nowait(WorkerLostError("killed"))
     await until(lambda: stage.states().get("decode-1.1") == "ready")
-    assert set(ways_of(stage.pools.pool("prefill"))["prefill-0.0"]) == {"decode-0.0", "decode-1.1"}
+    assert set(links_of(stage.pools.pool("prefill"))["prefill-0.0"]) == {"decode-0.0", "decode-1.1"}
     await stage.pools.stop()
 
 

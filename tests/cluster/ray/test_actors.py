@@ -12,9 +12,9 @@ import pytest
 from cluster.ray.actors import WorkerActor
 from cluster.worker_handle import StartProgress
 from kv_transfer.lease import Lease
+from made_requests import worker_request
 from workers.config import WorkerConfig
-from workers.messages import Load, PrefillRequest, StepOutput
-from workers.sampling_params import SamplingParams
+from workers.messages import Load, StepOutput, WorkerRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,8 +32,8 @@ class RecordingHost:
         self.progress, self.capture_progress = progress, capture_progress
         return self
 
-    def submit(self, request: PrefillRequest) -> None:
-        self.calls.append(("submit", request.request_id))
+    def submit(self, request: WorkerRequest) -> None:
+        self.calls.append(("submit", request.attempt_id))
 
     def abort(self, request_id: str) -> None:
         self.calls.append(("abort", request_id))
@@ -51,8 +51,8 @@ async def actor(host) -> WorkerActor:
     return actor
 
 
-def request(request_id: str) -> PrefillRequest:
-    return PrefillRequest(request_id, b"h" * 16, (5,), SamplingParams(seed=0), None, 1.0)
+def request(request_id: str) -> WorkerRequest:
+    return worker_request(request_id, (5,))
 
 
 def output(free: int) -> StepOutput:

@@ -9,20 +9,24 @@ from dataclasses import dataclass
 import pytest
 
 from cluster.routing.arrival_rate import ArrivalRate
-from cluster.routing.links import Way
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.output_lengths import OutputLengths
 from cluster.routing.prefill_times import PROMPT_LENGTHS
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import Incompatibility, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
-from workers.kv_cache.prefix_cache import block_hashes
+from kv_transfer.link_cost import LinkCost
+from workers.block_hashes import block_hashes
 from workers.messages import CacheUpdate
 from workers.runner.step_times import StepTimes
 
 TOLERANCE = 0.01
 """By which a pair may be more expensive than the cheapest."""
 PROMPT = tuple(range(4000))
+
+
+def random_link(rng: random.Random) -> LinkCost:
+    return LinkCost(rng.uniform(0, 0.3), 0.0, 10 ** rng.uniform(5, 10))
 
 
 @dataclass
@@ -35,10 +39,10 @@ class Load:
     queued_s: float = 0.0
 
     def prefill_s(self, num_tokens: int) -> float:
-        capability = self.traits.capability
+        step_times = self.traits.step_times
         low = max((n for n in PROMPT_LENGTHS if n <= num_tokens), default=PROMPT_LENGTHS[0])
         share = max(0.0, num_tokens / low - 1.0)
-        before, after = capability.prefill_seconds(low), capability.prefill_seconds(2 * low)
+        before, after = step_times.prefill_seconds(low), step_times.prefill_seconds(2 * low)
         return before * (1.0 - share) + after * share
 
     def cached(self, num_tokens: int) -> int:
@@ -50,9 +54,9 @@ class Load:
         return max(whole - self.prefill_s(cached), self.prefill_s(num_tokens - cached)) if cached else whole
 
     def steps_s(self, num_tokens: int, max_tokens: int, held: float) -> float:
-        steps, capability = min(max_tokens, 64), self.traits.capability
+        steps, step_times = min(max_tokens, 64), self.traits.step_times
         kv_tokens = held + num_tokens + steps / 2
-        return steps * capability.decode_seconds(len(self.requests) + 1, kv_tokens)
+        return steps * step_times.decode_seconds(len(self.requests) + 1, kv_tokens)
 
 
 class Plain:
@@ -65,14 +69,17 @@ class Plain:
             disaggregation=disaggregation, max_queued_s=self.max_queued_s, clock=lambda: 0.0
         )
         self.prefill, self.decode = (self.pool(role, rng.choice([1, 3, 30])) for role in "pd")
-        ways = {p: {d: Way(rng.uniform(0, 0.3), 10 ** rng.uniform(5, 10)) for d in self.decode} for p in self.prefill}
-        self.ways = ways if rng.random() < 0.8 else {}
+        links = {
+            p: {d: LinkCost(rng.uniform(0, 0.3), 0.0, 10 ** rng.uniform(5, 10)) for d in self.decode}
+            for p in self.prefill
+        }
+        self.links = links if rng.random() < 0.8 else {}
         unlike = [(p, d) for p in self.prefill for d in self.decode if rng.random() < 0.1]
         self.incompatibilities = (
             dict.fromkeys(unlike, Incompatibility("unlike", forever=True)) if rng.random() < 0.5 else {}
         )
         pools = [{load.traits: True for load in pool.values()} for pool in (self.prefill, self.decode)]
-        self.load_tracker.update_pools(*pools, self.incompatibilities, self.ways)
+        self.load_tracker.update_pools(*pools, self.incompatibilities, self.links)
         for name, load in (self.prefill | self.decode).items():
             stored = block_hashes(PROMPT[: load.stored_tokens], load.traits.block_size)
             self.load_tracker.cache_update(name, CacheUpdate(stored, ()))
@@ -81,14 +88,14 @@ class Plain:
         made = {}
         for i in range(count):
             speed = self.rng.uniform(0.5, 2.0)
-            capability = StepTimes(
+            step_times = StepTimes(
                 ((16, 0.02 * speed), (256, 0.05 * speed), (4096, 1.6 * speed)),
                 ((1, 0.01 * speed), (16, 0.02 * speed)),
                 self.rng.choice([0.0, 1e-6]) * speed,
             )
             traits = WorkerTraits(
                 f"{role}-{i}", self.rng.choice([3000, 8000]), self.rng.choice([16, 48]), 400,
-                self.rng.randint(2, 9), capability, 1000.0, self.rng.randint(1, 9), self.rng.choice([256, 2048]),
+                self.rng.randint(2, 9), step_times, 1000.0, self.rng.randint(1, 9), self.rng.choice([256, 2048]),
             )  # fmt: skip
             made[traits.engine_id] = Load(traits, self.rng.choice([0, 0, 500, 4000]), {})
         return made
@@ -102,7 +109,7 @@ class Plain:
         seconds = worker.missing_s(num_tokens, cached)
         if worker is decode and decode.requests:
             chunks = math.ceil((num_tokens - cached) / decode.traits.chunk_tokens)
-            seconds += chunks * decode.traits.capability.decode_seconds(len(decode.requests) + 1)
+            seconds += chunks * decode.traits.step_times.decode_seconds(len(decode.requests) + 1)
         worker.queued_s += seconds
         decode.requests[name] = num_tokens
 
@@ -118,7 +125,7 @@ class Plain:
             steps_s, cached = decode.steps_s(num_tokens, max_tokens, held), decode.cached(num_tokens) * known
             compute_s, busy_s = decode.missing_s(num_tokens, cached), 0.0
             if decode.requests:
-                step_s = decode.traits.capability.decode_seconds(len(decode.requests) + 1)
+                step_s = decode.traits.step_times.decode_seconds(len(decode.requests) + 1)
                 busy_s = math.ceil((num_tokens - cached) / decode.traits.chunk_tokens) * step_s
             held_up = len(decode.requests) + 0.5 * compute_s * arrivals_per_s / len(self.decode)
             if modes != "always" and decode.queued_s <= self.max_queued_s:
@@ -150,11 +157,11 @@ class Plain:
         )
 
     def handoff_s(self, p: str, d: str, missing: int, compute_s: float) -> float:
-        if not self.ways:
+        if not self.links:
             return 0.0
-        traits, way = self.decode[d].traits, self.ways[p][d]
-        moving_s = missing * traits.kv_token_bytes / way.bytes_per_s
-        return way.delay_s + max(moving_s - compute_s, moving_s / traits.num_layers)
+        traits, link = self.decode[d].traits, self.links[p][d]
+        moving_s = missing * traits.kv_token_bytes / link.bytes_per_s
+        return link.write_s + max(moving_s - compute_s, moving_s / traits.num_layers)
 
 
 @pytest.mark.parametrize("disaggregation", ["always", "auto", "never"])
@@ -181,7 +188,7 @@ def test_the_placement_is_as_cheap_as_the_cheapest_of_all(seed, disaggregation):
 def test_where_pairs_do_not_differ_it_is_the_cheapest_itself(seed):
     plain = Plain(random.Random(seed), "always")
     pools = [{load.traits: True for load in pool.values()} for pool in (plain.prefill, plain.decode)]
-    plain.load_tracker, plain.ways, plain.incompatibilities = LoadTracker(), {}, {}
+    plain.load_tracker, plain.links, plain.incompatibilities = LoadTracker(), {}, {}
     plain.load_tracker.update_pools(*pools, {})
     costs = plain.costs(1000, 64, False, "always")
     placement = plain.load_tracker.place(RoutingRequest(1000, 64))

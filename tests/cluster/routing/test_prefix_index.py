@@ -14,9 +14,10 @@ from cluster.routing.prefix_index import PrefixIndex, PromptPrefix
 from cluster.routing.router import Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTable, WorkerTraits
 from local_cluster import LocalCluster
+from made_requests import worker_request
+from workers.block_hashes import block_hashes
 from workers.commands import Alone
-from workers.kv_cache.prefix_cache import block_hashes
-from workers.messages import CacheUpdate, PrefillReport, PrefillRequest
+from workers.messages import CacheUpdate, PrefillReport
 from workers.runner.step_times import StepTimes
 from workers.sampling_params import SamplingParams
 
@@ -24,8 +25,8 @@ CAPABILITY = StepTimes(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (1
 PROMPT = tuple(range(1000))
 
 
-def traits(engine_id: str, block_size: int = 16, capability: StepTimes = CAPABILITY) -> WorkerTraits:
-    return WorkerTraits(engine_id, 4096, block_size, 1000, 8, capability)
+def traits(engine_id: str, block_size: int = 16, step_times: StepTimes = CAPABILITY) -> WorkerTraits:
+    return WorkerTraits(engine_id, 4096, block_size, 1000, 8, step_times)
 
 
 def load_tracker(*prefill: WorkerTraits) -> LoadTracker:
@@ -76,7 +77,7 @@ def test_the_rest_of_a_prompt_takes_no_less_than_a_prompt_of_its_length():
     """Launching takes what it takes; and a late token attends to all before it, which a short prompt's does not."""
     flat = StepTimes(prefill=((16, 0.1), (512, 0.1), (1024, 0.1), (2048, 0.4)))
     table = WorkerTable()
-    table.add(traits("p", capability=flat))
+    table.add(traits("p", step_times=flat))
     assert table.prefill_seconds_of("p", 1024, 512) == pytest.approx(0.1)
     assert table.prefill_seconds_of("p", 2048, 1024) == pytest.approx(0.3)
     assert table.prefill_seconds_of("p", 2048) == pytest.approx(0.4)
@@ -211,11 +212,11 @@ def test_what_the_gateway_predicts_is_what_workers_find(tiny_checkpoint):
         kept = rng.randrange(100)
         prompt = (*family[:kept], *(rng.randrange(3, 512) for _ in range(rng.randrange(1, 40))))
         engine_id = rng.choice(list(cluster.prefill))
-        demand = RoutingRequest(len(prompt), 1, prefix=PromptPrefix(prompt))
-        predicted = {report.prefill: report.cached_tokens for report in made.explain(demand)}[engine_id]
+        routing_request = RoutingRequest(len(prompt), 1, prefix=PromptPrefix(prompt))
+        predicted = {report.prefill: report.cached_tokens for report in made.explain(routing_request)}[engine_id]
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
         worker = cluster.prefill[engine_id]
-        worker.add(PrefillRequest(f"r{number}", number.to_bytes(16), prompt, sampling, None, 60.0))
+        worker.add(worker_request(f"r{number}", prompt, sampling))
         (report,) = (event for event in worker.step() if isinstance(event, PrefillReport))
         assert report.cached_tokens == predicted
         found += predicted

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.routing.links import Pairs
+from cluster.routing.links import Links
 from cluster.routing.prefill_times import PROMPT_LENGTHS
 from cluster.routing.router import (
     Incompatibility,
@@ -23,14 +23,14 @@ from workers.runner.step_times import StepTimes
 FAST = StepTimes(prefill=((16, 0.016), (1600, 1.6)), decode=((1, 0.01), (10, 0.02)))
 SLOW = StepTimes(prefill=((16, 0.16), (1600, 16.0)), decode=((1, 0.1), (10, 0.2)))
 UNKNOWN = StepTimes()
-DEMAND = RoutingRequest(100, 64)
+ASKED = RoutingRequest(100, 64)
 
 
 def pool(*workers: dict) -> WorkerTable:
     """A table of workers: traits, and `ready`, `running`, `used` blocks and `queued_s` on top."""
     table = WorkerTable()
     for changes in workers:
-        given = {"max_model_len": 1000, "block_size": 16, "total_blocks": 64, "max_num_seqs": 8, "capability": FAST}
+        given = {"max_model_len": 1000, "block_size": 16, "total_blocks": 64, "max_num_seqs": 8, "step_times": FAST}
         given |= changes
         ready, running = given.pop("ready", True), given.pop("running", 0)
         used, queued_s = given.pop("used", 0), given.pop("queued_s", 0.0)
@@ -44,35 +44,35 @@ def worker(engine_id: str, **changes) -> dict:
     return {"engine_id": engine_id, **changes}
 
 
-def known(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None, ways=None) -> Pairs:
-    pairs = Pairs()
-    pairs.update(prefill, decode, incompatibilities or {}, ways)
-    return pairs
+def known(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None, links=None) -> Links:
+    made = Links()
+    made.update(prefill, decode, incompatibilities or {}, links)
+    return made
 
 
-def chosen(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None, demand=DEMAND) -> tuple[str, str]:
-    placement = place(demand, prefill, decode, known(prefill, decode, incompatibilities))
+def chosen(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None, asked=ASKED) -> tuple[str, str]:
+    placement = place(asked, prefill, decode, known(prefill, decode, incompatibilities))
     assert isinstance(placement, Placement), placement
     return placement.prefill, placement.decode
 
 
 def refused(prefill: WorkerTable, decode: WorkerTable, incompatibilities=None) -> tuple[bool, tuple[str, ...]]:
-    placement = place(DEMAND, prefill, decode, known(prefill, decode, incompatibilities))
+    placement = place(ASKED, prefill, decode, known(prefill, decode, incompatibilities))
     assert isinstance(placement, NoPlacement), placement
-    return placement.hopeless, unsupported_reasons(DEMAND, prefill, decode, known(prefill, decode, incompatibilities))
+    return placement.hopeless, unsupported_reasons(ASKED, prefill, decode, known(prefill, decode, incompatibilities))
 
 
 def test_the_faster_pair_is_chosen():
-    prefill = pool(worker("p-slow", capability=SLOW), worker("p-fast"))
-    decode = pool(worker("d-slow", capability=SLOW), worker("d-fast"))
+    prefill = pool(worker("p-slow", step_times=SLOW), worker("p-fast"))
+    decode = pool(worker("d-slow", step_times=SLOW), worker("d-fast"))
     assert chosen(prefill, decode) == ("p-fast", "d-fast")
-    placement = place(DEMAND, prefill, decode, known(prefill, decode))
+    placement = place(ASKED, prefill, decode, known(prefill, decode))
     assert isinstance(placement, Placement)
     assert (placement.ttft_s, placement.itl_s) == (pytest.approx(0.1, rel=0.02), pytest.approx(0.01))
 
 
 def test_prompts_that_are_queued_count():
-    prefill = pool(worker("p-0", queued_s=2.0), worker("p-1", capability=SLOW))
+    prefill = pool(worker("p-0", queued_s=2.0), worker("p-1", step_times=SLOW))
     assert chosen(prefill, pool(worker("d"))) == ("p-1", "d")
 
 
@@ -81,19 +81,19 @@ def test_the_batch_counts():
 
 
 def test_unmeasured_workers_share_the_load():
-    unknown = pool(worker("d-0", running=3, capability=UNKNOWN), worker("d-1", running=2, capability=UNKNOWN))
-    assert chosen(pool(worker("p", capability=UNKNOWN)), unknown) == ("p", "d-1")
+    unknown = pool(worker("d-0", running=3, step_times=UNKNOWN), worker("d-1", running=2, step_times=UNKNOWN))
+    assert chosen(pool(worker("p", step_times=UNKNOWN)), unknown) == ("p", "d-1")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 100, 1000, 100_000, 2**20, 2**21])
 def test_the_time_of_a_prompt_is_the_one_that_was_measured(num_tokens):
-    capability = StepTimes(prefill=tuple((n, 1e-6 * n) for n in PROMPT_LENGTHS))
-    (seconds,) = pool(worker("p", capability=capability)).prefill_seconds(num_tokens)
+    step_times = StepTimes(prefill=tuple((n, 1e-6 * n) for n in PROMPT_LENGTHS))
+    (seconds,) = pool(worker("p", step_times=step_times)).prefill_seconds(num_tokens)
     assert seconds == pytest.approx(max(1e-6 * num_tokens, 16e-6))
 
 
 def test_only_pairs_that_can_work_together_are_used():
-    prefill = pool(worker("p-16"), worker("p-32", block_size=32, capability=SLOW))
+    prefill = pool(worker("p-16"), worker("p-32", block_size=32, step_times=SLOW))
     decode = pool(worker("d-32", block_size=32))
     incompatibilities = {("p-16", "d-32"): Incompatibility("block_size is 32 here and 16 there", forever=True)}
     assert chosen(prefill, decode, incompatibilities) == ("p-32", "d-32")
@@ -163,10 +163,13 @@ def test_workers_come_and_go():
 
 
 def test_the_explanation_names_every_pair():
-    prefill = pool(worker("p-0"), worker("p-1", capability=SLOW), worker("p-2", ready=False))
+    prefill = pool(worker("p-0"), worker("p-1", step_times=SLOW), worker("p-2", ready=False))
     decode = pool(worker("d-0"), worker("d-1", running=8))
     reports = explain(
-        DEMAND, prefill, decode, known(prefill, decode, {("p-1", "d-0"): Incompatibility("no answer", forever=False)})
+        ASKED,
+        prefill,
+        decode,
+        known(prefill, decode, {("p-1", "d-0"): Incompatibility("no answer", forever=False)}),
     )
     assert [(r.prefill, r.decode) for r in reports if r.chosen] == [("p-0", "d-0")]
     assert reports[0].chosen
@@ -193,7 +196,7 @@ workers = st.lists(
             "max_num_seqs": st.integers(1, 4),
             "running": st.integers(0, 5),
             "queued_s": st.sampled_from([0.0, 0.2]),
-            "capability": st.sampled_from([FAST, SLOW, UNKNOWN]),
+            "step_times": st.sampled_from([FAST, SLOW, UNKNOWN]),
         }
     ),
     max_size=4,
@@ -206,15 +209,15 @@ pairs = st.dictionaries(
 
 
 @given(st.builds(RoutingRequest, st.integers(1, 120), st.integers(1, 100)), workers, workers, pairs)
-def test_the_cheapest_pair_that_fits_is_chosen(demand, prefill, decode, incompatibilities):
+def test_the_cheapest_pair_that_fits_is_chosen(routing_request, prefill, decode, incompatibilities):
     p_table, d_table = pool(*prefill), pool(*decode)
-    pairs = known(p_table, d_table, incompatibilities)
-    placement = place(demand, p_table, d_table, pairs)
-    reports = explain(demand, p_table, d_table, pairs)
+    links = known(p_table, d_table, incompatibilities)
+    placement = place(routing_request, p_table, d_table, links)
+    reports = explain(routing_request, p_table, d_table, links)
     fitting = [r for r in reports if not r.refusal]
     for r in reports:  # the refusals, from first principles
         p, d = (next(w for w in ws if w["engine_id"] == e) for ws, e in ((prefill, r.prefill), (decode, r.decode)))
-        needs = demand.prompt_tokens + 1
+        needs = routing_request.prompt_tokens + 1
         fits = (
             p["ready"]
             and d["ready"]

@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.routing.links import Way
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import CandidateReport, NoPlacement, Placement, RoutingRequest
 from cluster.routing.worker_table import WorkerTraits
-from workers.kv_cache.prefix_cache import block_hashes
+from kv_transfer.link_cost import LinkCost
+from workers.block_hashes import block_hashes
 from workers.messages import CacheUpdate
 from workers.runner.step_times import StepTimes
 
 MEASURED = StepTimes(((16, 0.016), (16_000, 16.0)), ((1, 0.010), (101, 0.110)), kv_token_s=1e-6)
 """A prompt token takes 1 ms, a sequence more in the batch 1 ms, and each token in its cache 1 µs."""
 TRAITS = WorkerTraits("", 20_000, 16, 4000, 64, MEASURED, kv_token_bytes=1000, num_layers=10, chunk_tokens=100)
-QUICK = Way(0.001, 1e9)
+QUICK = LinkCost(0.001, 0.0, 1e9)
 
 
 class Clock:
@@ -33,11 +33,11 @@ class Clock:
 
 
 def load_tracker(
-    prefill=("p",), decode=("d",), ways=None, disaggregation: str = "always", step_s: float = 3e6, **settings
+    prefill=("p",), decode=("d",), links=None, disaggregation: str = "always", step_s: float = 3e6, **settings
 ) -> LoadTracker:
     made = LoadTracker(disaggregation=disaggregation, clock=Clock(step_s), **settings)
     pools = [{replace(TRAITS, engine_id=name): True for name in names} for names in (prefill, decode)]
-    made.update_pools(*pools, {}, {p: dict.fromkeys(decode, QUICK) for p in prefill} if ways is None else ways)
+    made.update_pools(*pools, {}, {p: dict.fromkeys(decode, QUICK) for p in prefill} if links is None else links)
     return made
 
 
@@ -47,8 +47,8 @@ def placed(made: LoadTracker, num_tokens: int, max_tokens: int = 64, **more) -> 
     return placement.prefill, placement.decode
 
 
-def report(made: LoadTracker, demand: RoutingRequest, prefill: str | None = "p", decode: str = "d") -> CandidateReport:
-    (found,) = (r for r in made.explain(demand) if (r.prefill, r.decode) == (prefill, decode))
+def report(made: LoadTracker, asked: RoutingRequest, prefill: str | None = "p", decode: str = "d") -> CandidateReport:
+    (found,) = (r for r in made.explain(asked) if (r.prefill, r.decode) == (prefill, decode))
     return found
 
 
@@ -87,7 +87,7 @@ def test_a_worker_whose_sequences_are_long_is_avoided():
     ],
 )
 def test_what_prefill_does_not_hide_of_a_handoff(bytes_per_s, handoff_s):
-    made = load_tracker(ways={"p": {"d": Way(0.001, bytes_per_s)}})
+    made = load_tracker(links={"p": {"d": LinkCost(0.001, 0.0, bytes_per_s)}})
     shown = report(made, RoutingRequest(10_000, 64))
     assert shown.handoff_s == pytest.approx(handoff_s, rel=0.01)
     assert shown.cost_s == pytest.approx(shown.ttft_s + shown.handoff_s + 64 * shown.itl_s)
@@ -95,19 +95,21 @@ def test_what_prefill_does_not_hide_of_a_handoff(bytes_per_s, handoff_s):
 
 
 def test_without_a_second_token_there_is_no_handoff():
-    made = load_tracker(ways={"p": {"d": Way(1.0, 1.0)}})
+    made = load_tracker(links={"p": {"d": LinkCost(1.0, 0.0, 1.0)}})
     assert report(made, RoutingRequest(1000, 1)).handoff_s == 0.0
 
 
 def test_a_slow_way_is_avoided_where_there_is_much_to_move():
-    slow, quick = Way(0.0, 0.8e6), Way(0.3, 1e9)
-    made = load_tracker(prefill=("p-slow", "p-quick"), ways={"p-slow": {"d": slow}, "p-quick": {"d": quick}})
+    slow, quick = LinkCost(0.0, 0.0, 0.8e6), LinkCost(0.3, 0.0, 1e9)
+    made = load_tracker(prefill=("p-slow", "p-quick"), links={"p-slow": {"d": slow}, "p-quick": {"d": quick}})
     assert placed(made, 8000) == ("p-quick", "d"), "2 s more than computing hides, against 0.3 s"
     assert placed(made, 200) == ("p-slow", "d")
 
 
-def test_a_slow_way_is_taken_rather_than_a_long_wait():
-    made = load_tracker(prefill=("p-slow", "p-quick"), ways={"p-slow": {"d": Way(0.0, 0.8e6)}, "p-quick": {"d": QUICK}})
+def test_a_slow_link_is_taken_rather_than_a_long_wait():
+    made = load_tracker(
+        prefill=("p-slow", "p-quick"), links={"p-slow": {"d": LinkCost(0.0, 0.0, 0.8e6)}, "p-quick": {"d": QUICK}}
+    )
     made.reserve("r", "p-quick", "d", 1500)
     assert placed(made, 8000) == ("p-quick", "d")
     made.reserve("s", "p-quick", "d", 1500)
@@ -123,19 +125,19 @@ def stores(made: LoadTracker, engine_id: str, num_tokens: int) -> None:
 
 @pytest.mark.parametrize(("bytes_per_s", "there"), [(0.5e6, "d-knows"), (1e12, "d-idle")])
 def test_where_the_way_is_slow_what_the_decode_worker_has_is_worth_a_busier_batch(bytes_per_s, there):
-    way = Way(0.0, bytes_per_s)
-    made = load_tracker(decode=("d-knows", "d-idle"), ways={"p": {"d-knows": way, "d-idle": way}})
+    link = LinkCost(0.0, 0.0, bytes_per_s)
+    made = load_tracker(decode=("d-knows", "d-idle"), links={"p": {"d-knows": link, "d-idle": link}})
     decoding(made, "d-knows", 5)
     stores(made, "d-knows", 7200)
-    demand = RoutingRequest(8000, 64, prefix=PromptPrefix(PROMPT))
-    assert placed(made, 8000, prefix=demand.prefix) == ("p", there)
-    shown = report(made, demand, "p", "d-knows")
+    asked = RoutingRequest(8000, 64, prefix=PromptPrefix(PROMPT))
+    assert placed(made, 8000, prefix=asked.prefix) == ("p", there)
+    shown = report(made, asked, "p", "d-knows")
     assert (shown.cached_tokens, shown.decode_cached_tokens) == (0, 7200)
 
 
 def test_only_what_neither_has_takes_time():
     """Prefill has cached so much that it hides nothing; the decode worker has the half of it."""
-    made = load_tracker(ways={"p": {"d": Way(0.0, 1e6)}})
+    made = load_tracker(links={"p": {"d": LinkCost(0.0, 0.0, 1e6)}})
     stores(made, "p", 7984)
     stores(made, "d", 4000)
     shown = report(made, RoutingRequest(8000, 64, prefix=PromptPrefix(PROMPT)))
@@ -172,7 +174,7 @@ def test_a_busy_one_is_not_stopped_for_a_prompt_that_others_can_compute(num_toke
 
 def test_a_short_rest_of_a_prompt_is_computed_where_the_others_decode():
     """Moving a long prompt that is cached on either side costs more than to stop two sequences for a block."""
-    made = load_tracker(disaggregation="auto", ways={"p": {"d": Way(0.06, 1e9)}})
+    made = load_tracker(disaggregation="auto", links={"p": {"d": LinkCost(0.06, 0.0, 1e9)}})
     decoding(made, "d", 2)
     prefix = PromptPrefix(PROMPT)
     assert placed(made, 8000, prefix=prefix) == ("p", "d"), "16 s of standstill"

@@ -43,7 +43,7 @@ async def test_text_streams_and_the_last_message_says_how_it_went(serve: Serve, 
     assert last.usage == Usage(prompt_tokens=4, completion_tokens=8)
     assert last.report == RequestReport("p-1", "d-1", 0.01, 0.02, 0.035, 0.004, 0.001, 0.005, 4096, 1)
     assert {chunk.request_id for chunk in chunks} == {"mine"}
-    assert served.engine.requests[0].prompt_token_ids == tuple(served.tokenizer.encode("ping"))
+    assert served.engine.requests[0].prompt_token_ids.tolist() == served.tokenizer.encode("ping")
 
 
 async def test_tokens_are_sent_before_the_answer_is_complete(serve: Serve, answer: Answer) -> None:
@@ -80,13 +80,15 @@ async def test_token_ids_and_chat_are_prompts_too(serve: Serve, answer: Answer) 
     async with AsyncBatonClient(served.connection) as client:
         await collect(client, token_ids=[1, 2, 256])
         await collect(client, chat=[("system", "be brief"), ("user", "hi")])
-    prompts = [request.prompt_token_ids for request in served.engine.requests]
+    prompts = [tuple(request.prompt_token_ids) for request in served.engine.requests]
     assert prompts[0] == (1, 2, 256)
     assert served.tokenizer.decode(prompts[1]) == "[system]be brief[user]hi[assistant]"
 
 
 async def test_log_probabilities_carry_their_tokens_text(serve: Serve) -> None:
-    token = TokenOutput("r", 65, -0.5, (TokenLogprob(65, -0.5), TokenLogprob(66, -1.5)), FinishReason.LENGTH)
+    token = TokenOutput(
+        "r", 65, -0.5, (TokenLogprob(65, -0.5), TokenLogprob(66, -1.5)), FinishReason.LENGTH, attempt_id="r"
+    )
     served = await serve([TokenChunk((token,))])
     async with AsyncBatonClient(served.connection) as client:
         chunks = await collect(client, "x", sampling=SamplingParams(logprobs=2))
@@ -127,7 +129,7 @@ async def test_the_blocking_client_and_the_unary_methods(serve: Serve, answer: A
             assert client.workers() == served.engine.workers()
             explanation = client.explain("abc", sampling=SamplingParams(max_tokens=99))
             asked = served.engine.requests[-1]
-            assert asked.prompt_token_ids == tuple(served.tokenizer.encode("abc"))
+            assert asked.prompt_token_ids.tolist() == served.tokenizer.encode("abc")
             assert explanation == Explanation(3, 61, tuple(served.engine.explain(asked)))
 
     await asyncio.to_thread(talk)

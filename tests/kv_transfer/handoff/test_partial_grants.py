@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReceived, HandoffReleased, HandoffSent
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Grant, encode
 from kv_transfer.handoff_key import HandoffKey
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import Faults, LocalFabric
 
 LAYERS, NUM_BLOCKS = 3, 32
-LAYOUT = KVLayout("mha", LAYERS, 1, 1, 1, "float32")
+LAYOUT = KVLayout((GroupLayout("full", tuple(range(LAYERS)), 1, 1, 1, "float32"),))
 HANDOFF = b"h" * 16
 
 
@@ -27,7 +28,7 @@ class End:
     def __init__(self, fabric: LocalFabric, name: str) -> None:
         self.cache = torch.full((LAYERS, NUM_BLOCKS, 2, 1, 1, 1), -1.0)
         self.connector = LocalConnector(fabric)
-        self.info = self.connector.register_kv_caches(name, self.cache, LAYOUT)
+        self.info = self.connector.register_kv_caches(name, [self.cache], LAYOUT)
         self.id = self.info.engine_id
 
     def meet(self, *others: End) -> None:
@@ -54,7 +55,7 @@ def push(p: End, src: list[int], cuts: tuple[int, ...] = (), groups: tuple[range
     bounds = (0, *cuts, len(src))
     for start, end in pairwise(bounds):
         for layers in groups:
-            p.connector.push(HANDOFF, layers, start, src[start:end], None)
+            p.connector.push(HANDOFF, 0, layers, start, src[start:end], None)
 
 
 SRC = [4, 5, 6, 20, 21, 2, 1]
@@ -67,22 +68,22 @@ def test_the_granted_tail_arrives_and_nothing_else(order, first_block, cuts, end
     _, p, d = ends
     dst = [11, 10, 30, 31, 0, 9, 8][: len(SRC) - first_block]
     if order == "grant first":
-        key = d.connector.expect(HANDOFF, p.id, dst, first_block)
+        key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(first_block, dst)])
         poll(d, p)
     p.connector.begin(HANDOFF, d.id)
     if order == "grant between":
         p.connector.poll()
-        key = d.connector.expect(HANDOFF, p.id, dst, first_block)
+        key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(first_block, dst)])
     push(p, SRC, cuts, (range(1), range(1, LAYERS)))
     p.connector.finish(HANDOFF, 7)
     if order == "grant last":
         p.connector.poll()
-        key = d.connector.expect(HANDOFF, p.id, dst, first_block)
+        key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(first_block, dst)])
     events = poll(p, d)
     assert HandoffReceived(key, 7) in events
     (sent,) = [event for event in events if isinstance(event, HandoffSent)]
     chunks = sum(end > first_block for end in (*cuts, len(SRC)))
-    assert (sent.num_parts, sent.num_bytes) == (2 * chunks, LAYERS * len(dst) * LAYOUT.block_bytes)
+    assert (sent.num_parts, sent.num_bytes) == (2 * chunks, LAYERS * len(dst) * LAYOUT.primary.block_bytes)
     assert len(events) == 2
     expected = torch.full_like(d.cache, -1.0)
     expected[:, dst] = p.cache[:, SRC[first_block:]]
@@ -97,10 +98,10 @@ class Never:
 def test_what_is_not_wanted_is_not_waited_for(ends):
     _, p, d = ends
     p.connector.begin(HANDOFF, d.id)
-    p.connector.push(HANDOFF, range(LAYERS), 0, [1, 2], Never())
-    p.connector.push(HANDOFF, range(LAYERS), 2, [3], None)
+    p.connector.push(HANDOFF, 0, range(LAYERS), 0, [1, 2], Never())
+    p.connector.push(HANDOFF, 0, range(LAYERS), 2, [3], None)
     p.connector.finish(HANDOFF, 7)
-    key = d.connector.expect(HANDOFF, p.id, [9], 2)
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(2, [9])])
     assert HandoffReceived(key, 7) in poll(p, d)
 
 
@@ -122,12 +123,12 @@ def test_a_grant_that_does_not_end_where_the_sequence_ends_fails_on_both_sides(
     """At once, and not by a deadline."""
     _, p, d = ends
     if grant_first:
-        key = d.connector.expect(HANDOFF, p.id, list(range(blocks)), first_block)
+        key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(first_block, list(range(blocks)))])
     p.connector.begin(HANDOFF, d.id)
     push(p, [1, 2, 3])
     p.connector.finish(HANDOFF, 7)
     if not grant_first:
-        key = d.connector.expect(HANDOFF, p.id, list(range(blocks)), first_block)
+        key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(first_block, list(range(blocks)))])
     events = poll(p, d)
     assert [event.reason for event in events if isinstance(event, HandoffAborted)] == [f"the decode worker {reason}"]
     assert [event for event in events if isinstance(event, HandoffFailed)] == [
@@ -139,18 +140,18 @@ def test_a_grant_that_does_not_end_where_the_sequence_ends_fails_on_both_sides(
 def test_a_negative_first_block_is_refused(ends):
     _, p, d = ends
     with pytest.raises(ValueError, match="first_block is -1"):
-        d.connector.expect(HANDOFF, p.id, [1], -1)
+        d.connector.expect(HANDOFF, p.id, [GroupBlocks(-1, [1])])
 
 
 def test_a_repeated_grant_with_another_first_block_changes_nothing(ends):
     """The first one counts: a reservation is granted once."""
     fabric, p, d = ends
-    key = d.connector.expect(HANDOFF, p.id, [9, 8], 1)
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(1, [9, 8])])
     poll(d, p)
     p.connector.begin(HANDOFF, d.id)
     push(p, [1, 2, 3], (2,))
     p.connector.poll()
-    fabric.send(d.id, p.id, encode(Grant(key, (20, 21, 22), 0)))
+    fabric.send(d.id, p.id, encode(Grant(key, (GroupBlocks(0, (20, 21, 22)),))))
     p.connector.finish(HANDOFF, 7)
     assert HandoffReceived(key, 7) in poll(p, d)
     assert torch.equal(d.cache[:, [9, 8]], p.cache[:, [2, 3]])
@@ -160,8 +161,8 @@ def test_a_repeated_grant_with_another_first_block_changes_nothing(ends):
 def test_a_second_reservation_with_more_of_it_is_closed_and_the_first_goes_on(ends):
     _, p, d = ends
     p.connector.begin(HANDOFF, d.id)
-    first = d.connector.expect(HANDOFF, p.id, [4, 5, 6])
-    second = d.connector.expect(HANDOFF, p.id, [7], 2)
+    first = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, [4, 5, 6])])
+    second = d.connector.expect(HANDOFF, p.id, [GroupBlocks(2, [7])])
     events = poll(p, d)
     assert {event.key for event in events} == {second}
     push(p, [1, 2, 3])
@@ -172,7 +173,7 @@ def test_a_second_reservation_with_more_of_it_is_closed_and_the_first_goes_on(en
 
 def test_a_cancelled_grant_of_nothing_is_released(ends):
     _, p, d = ends
-    key = d.connector.expect(HANDOFF, p.id, [], 3)
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(3, [])])
     d.connector.cancel(key)
     assert poll(d, p) == [HandoffReleased(key)]
     p.connector.begin(HANDOFF, d.id)
@@ -186,7 +187,7 @@ def test_a_part_that_is_lost_is_missed_behind_a_held_beginning():
     fabric = LocalFabric(Faults(seed=1, drop=1.0))
     p, d = End(fabric, "p"), End(fabric, "d")
     p.meet(d)
-    key = d.connector.expect(HANDOFF, p.id, [4], 2)
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(2, [4])])
     p.connector.begin(HANDOFF, d.id)
     push(p, [1, 2, 3])
     p.connector.finish(HANDOFF, 7)
@@ -223,7 +224,7 @@ def test_thousands_of_partial_handoffs(seed):
             p.cache[:, handoff.src] = 0.5
             free[id(p)] |= set(handoff.src)
             if isinstance(event, HandoffSent):
-                assert event.num_bytes == LAYERS * len(handoff.dst) * LAYOUT.block_bytes
+                assert event.num_bytes == LAYERS * len(handoff.dst) * LAYOUT.primary.block_bytes
                 assert bool(event.num_parts) == bool(handoff.dst)
         for event in d.connector.poll():
             if isinstance(event, HandoffFailed):
@@ -252,7 +253,7 @@ def test_thousands_of_partial_handoffs(seed):
             open_by_id[handoff_id] = handoff
             for side in rng.sample([0, 1], 2):
                 if side:
-                    handoff.key = d.connector.expect(handoff_id, p.id, dst, first_block)
+                    handoff.key = d.connector.expect(handoff_id, p.id, [GroupBlocks(first_block, dst)])
                     open_by_key[handoff.key] = handoff
                 else:
                     push_rectangles(rng, p, d, handoff_id, src)
@@ -282,7 +283,7 @@ def push_rectangles(rng: random.Random, p: End, d: End, handoff_id: bytes, src: 
         layer = 0
         while layer < LAYERS:
             last = rng.randint(layer + 1, LAYERS)
-            p.connector.push(handoff_id, range(layer, last), start, src[start:end], None)
+            p.connector.push(handoff_id, 0, range(layer, last), start, src[start:end], None)
             layer = last
         start = end
     p.connector.finish(handoff_id, 7)

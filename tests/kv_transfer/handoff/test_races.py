@@ -11,15 +11,16 @@ import torch
 
 from kv_transfer.connector import HandoffAborted, HandoffFailed, HandoffReceived, HandoffReleased, HandoffSent
 from kv_transfer.errors import KVTransferError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Final, Grant, decode, encode
 from kv_transfer.handoff_key import HandoffKey
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.local import Faults, LocalFabric, LocalTransport
 
 LAYERS, NUM_BLOCKS = 2, 24
-LAYOUT = KVLayout("mha", LAYERS, 1, 1, 1, "float32")
+LAYOUT = KVLayout((GroupLayout("full", tuple(range(LAYERS)), 1, 1, 1, "float32"),))
 HANDOFF = b"h" * 16
 PATIENCE_S = 20.0
 
@@ -32,7 +33,7 @@ class End:
     ) -> None:
         self.cache = torch.zeros(LAYERS, NUM_BLOCKS, 2, 1, 1, 1)
         self.connector = connector or LocalConnector(fabric, threaded=threaded)
-        self.info = self.connector.register_kv_caches(name, self.cache, LAYOUT)
+        self.info = self.connector.register_kv_caches(name, [self.cache], LAYOUT)
         self.id = self.info.engine_id
 
     def meet(self, *others: End) -> None:
@@ -52,7 +53,7 @@ def ends() -> tuple[LocalFabric, End, End]:
 def push_all(p: End, d: End, blocks=(0, 1)) -> None:
     p.connector.begin(HANDOFF, d.id)
     for layer in range(LAYERS):
-        p.connector.push(HANDOFF, range(layer, layer + 1), 0, blocks, None)
+        p.connector.push(HANDOFF, 0, range(layer, layer + 1), 0, blocks, None)
     p.connector.finish(HANDOFF, 7)
 
 
@@ -80,13 +81,13 @@ def test_a_repeated_grant_does_not_end_a_handoff_that_went_well():
     transport = LateFinal(fabric)
     p, d = End(fabric, "p"), End(fabric, "d", PushConnector(transport, drain_s=0.0, threaded=False))
     p.meet(d)
-    key = d.connector.expect(HANDOFF, p.id, (4, 5))
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])
     d.connector.poll()
     push_all(p, d)
     p.connector.poll()
     assert d.connector.poll() == []
     assert [type(event) for event in p.connector.poll()] == [HandoffSent]
-    fabric.send(d.id, p.id, encode(Grant(key, (4, 5))))
+    fabric.send(d.id, p.id, encode(Grant(key, (GroupBlocks(0, (4, 5)),))))
     assert poll(p, d) == []
     transport.late = False
     assert poll(d) == [HandoffReceived(key, 7)]
@@ -95,14 +96,14 @@ def test_a_repeated_grant_does_not_end_a_handoff_that_went_well():
 def test_a_second_reservation_is_closed_and_the_first_goes_on(ends):
     _, p, d = ends
     p.connector.begin(HANDOFF, d.id)
-    first = d.connector.expect(HANDOFF, p.id, (4, 5))
-    second = d.connector.expect(HANDOFF, p.id, (6, 7))
+    first = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])
+    second = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (6, 7))])
     events = poll(p, d)
     assert [type(event) for event in events] == [HandoffFailed, HandoffReleased]
     assert {event.key for event in events} == {second}
     p.cache[:, :2] = 3.0
     for layer in range(LAYERS):
-        p.connector.push(HANDOFF, range(layer, layer + 1), 0, (0, 1), None)
+        p.connector.push(HANDOFF, 0, range(layer, layer + 1), 0, (0, 1), None)
     p.connector.finish(HANDOFF, 7)
     assert HandoffReceived(first, 7) in poll(p, d)
     assert d.cache[:, (4, 5)].unique().tolist() == [3.0]
@@ -113,7 +114,10 @@ def test_of_two_early_grants_the_first_counts_and_the_other_is_closed():
     fabric = LocalFabric()
     p, d, e = (End(fabric, name) for name in "pde")
     p.meet(d, e)
-    first, other = d.connector.expect(HANDOFF, p.id, (4, 5)), e.connector.expect(HANDOFF, p.id, (4, 5))
+    first, other = (
+        d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))]),
+        e.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))]),
+    )
     poll(d, p, rounds=1)
     events = poll(e, p, e)
     assert [type(event) for event in events] == [HandoffFailed, HandoffReleased]
@@ -125,19 +129,19 @@ def test_of_two_early_grants_the_first_counts_and_the_other_is_closed():
 def test_a_cancel_of_another_reservation_stops_nothing(ends):
     fabric, p, d = ends
     p.connector.begin(HANDOFF, d.id)
-    key = d.connector.expect(HANDOFF, p.id, (4, 5))
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])
     poll(d, p)
     fabric.send(d.id, p.id, encode(Cancel(HandoffKey(HANDOFF, key.incarnation, key.generation + 1))))
     poll(p)
     for layer in range(LAYERS):
-        p.connector.push(HANDOFF, range(layer, layer + 1), 0, (0, 1), None)
+        p.connector.push(HANDOFF, 0, range(layer, layer + 1), 0, (0, 1), None)
     p.connector.finish(HANDOFF, 7)
     assert HandoffReceived(key, 7) in poll(p, d)
 
 
 def test_what_a_lost_peer_said_while_it_lived_counts(ends):
     _, p, d = ends
-    key = d.connector.expect(HANDOFF, p.id, (4, 5))
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])
     d.connector.poll()
     push_all(p, d)
     p.connector.poll()
@@ -152,7 +156,7 @@ def test_nothing_of_a_lost_peer_lands_in_blocks_that_were_released():
         p, d = End(fabric, "p"), End(fabric, "d")
         p.meet(d)
         p.cache.fill_(1.0)
-        key = d.connector.expect(HANDOFF, p.id, (4, 5))
+        key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])
         push_all(p, d)
         while not fabric.source_blocks(p.id):
             poll(d, p, rounds=1)
@@ -175,12 +179,12 @@ class _Broken:
 
 def test_a_part_that_cannot_be_pushed_fails_its_handoff_alone(ends):
     _, p, d = ends
-    keys = [d.connector.expect(bytes([i]) * 16, p.id, (i,)) for i in range(2)]
+    keys = [d.connector.expect(bytes([i]) * 16, p.id, [GroupBlocks(0, (i,))]) for i in range(2)]
     poll(d, p)
     for i in range(2):
         p.connector.begin(bytes([i]) * 16, d.id)
         for layer in range(LAYERS):
-            p.connector.push(bytes([i]) * 16, range(layer, layer + 1), 0, (i,), _Broken() if i == 0 else None)
+            p.connector.push(bytes([i]) * 16, 0, range(layer, layer + 1), 0, (i,), _Broken() if i == 0 else None)
         p.connector.finish(bytes([i]) * 16, 7)
     events = poll(p, d)
     assert HandoffReceived(keys[1], 7) in events
@@ -205,7 +209,7 @@ def test_the_owner_thread_survives_what_it_does_not_expect():
     p.meet(d)
     p.connector.begin([], d.id)  # what is not hashable is no name
     fabric.send(p.id, d.id, None)  # nor is this a message
-    key = d.connector.expect(HANDOFF, p.id, (4, 5))
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])
     push_all(p, d)
     assert wait_for(d.connector, 1) == [HandoffReceived(key, 7)]
     assert len(wait_for(p.connector, 1)) == 1
@@ -251,7 +255,7 @@ def test_thousands_of_handoffs_never_touch_a_block_of_another(seed):
             sides = [
                 lambda s=sender, h=handoff_id, b=src: _push_randomly(rng, s.end, h, d.id, b),
                 lambda s=sender, h=handoff_id, b=dst, n=number: held.__setitem__(
-                    d.connector.expect(h, s.end.id, b), (float(n), b)
+                    d.connector.expect(h, s.end.id, [GroupBlocks(0, b)]), (float(n), b)
                 ),
             ]
             rng.shuffle(sides)
@@ -286,7 +290,7 @@ def _push_randomly(rng: random.Random, p: End, handoff_id: bytes, peer: str, blo
     for first, part in ((0, blocks[:cut]), (cut, blocks[cut:])):
         for layer in range(LAYERS):
             if part:
-                p.connector.push(handoff_id, range(layer, layer + 1), first, part, None)
+                p.connector.push(handoff_id, 0, range(layer, layer + 1), first, part, None)
     p.connector.finish(handoff_id, 7)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -9,21 +10,22 @@ import torch
 
 from kv_transfer.connector import HandoffReceived
 from kv_transfer.errors import PeerError
+from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Hello
 from kv_transfer.handoff_key import HandoffKey
-from kv_transfer.handshake import handshake
-from kv_transfer.layout import KVLayout
+from kv_transfer.handshake import bandwidth_probe, handshake
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.push_connector import PushConnector
-from kv_transfer.transports.base import EngineInfo, Transfer, TransferState
+from kv_transfer.transports.base import PROBE_PIECE_BYTES, EngineInfo, Transfer, TransferState
 from kv_transfer.transports.local import LocalFabric, LocalTransport
 
-LAYOUT = KVLayout("mha", 2, 1, 1, 1, "float32")
+LAYOUT = KVLayout((GroupLayout("full", tuple(range(2)), 1, 1, 1, "float32"),))
 CACHE = torch.zeros(2, 8, 2, 1, 1, 1)
 
 
 def register(connector: PushConnector, name: str) -> EngineInfo:
-    return connector.register_kv_caches(name, torch.zeros(2, 8, 2, 1, 1, 1), LAYOUT)
+    return connector.register_kv_caches(name, [torch.zeros(2, 8, 2, 1, 1, 1)], LAYOUT)
 
 
 def start(*both: tuple[PushConnector, EngineInfo]) -> None:
@@ -110,13 +112,13 @@ def test_a_part_waits_for_its_event_and_holds_nobody_up(grant_first):
     keys = {}
     for number, (handoff, (first, second)) in enumerate(events.items()):
         if grant_first:
-            keys[handoff] = d.expect(handoff, p_info.engine_id, [number])
+            keys[handoff] = d.expect(handoff, p_info.engine_id, [GroupBlocks(0, [number])])
         p.begin(handoff, d_info.engine_id)
-        p.push(handoff, range(1), 0, [number], first)
-        p.push(handoff, range(1, 2), 0, [number], second)
+        p.push(handoff, 0, range(1), 0, [number], first)
+        p.push(handoff, 0, range(1, 2), 0, [number], second)
         p.finish(handoff, 5)
         if not grant_first:
-            keys[handoff] = d.expect(handoff, p_info.engine_id, [number])
+            keys[handoff] = d.expect(handoff, p_info.engine_id, [GroupBlocks(0, [number])])
     assert pump(p, d) == []
     for event in events[b"b" * 16]:
         event.happened = True
@@ -161,7 +163,7 @@ def test_two_meet_although_first_messages_get_lost(lost_questions, lost_answers,
 def test_who_is_asked_again_while_it_gets_ready_answers_once():
     fabric = LocalFabric()
     answering = Forgetful(fabric, 0)
-    asking_info, info = register(LocalConnector(fabric), "a"), answering.register("b", 2, CACHE, LAYOUT)
+    asking_info, info = register(LocalConnector(fabric), "a"), answering.register("b", 2, [CACHE], LAYOUT)
     answering.add_peer(asking_info)
     answers = handshake.Handshakes(answering, info.incarnation)
     question = Hello(HandoffKey(b"q" * 16, asking_info.incarnation, 0), reply=False)
@@ -170,3 +172,63 @@ def test_who_is_asked_again_while_it_gets_ready_answers_once():
     while answers.active:
         answers.progress()
     assert answering.num_sent == 1
+
+
+class Clock:
+    """Goes a microsecond forward whenever it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+class Arriving(Transfer):
+    def __init__(self, clock: Clock, lands_at: float) -> None:
+        self._clock, self._lands_at = clock, lands_at
+
+    def state(self) -> TransferState:
+        return TransferState.DONE if self._clock.now >= self._lands_at else TransferState.IN_FLIGHT
+
+
+class SeenNowAndThen(LocalTransport):
+    """Data moves at `rate`, and has landed when the peer looks next, every `look_s`."""
+
+    def __init__(self, clock: Clock, rate: float, look_s: float) -> None:
+        super().__init__(LocalFabric())
+        self._clock, self._rate, self._look_s, self._moved_at = clock, rate, look_s, 0.0
+
+    def probe_bandwidth(self, peer: str, pieces: range, message: bytes) -> Transfer:
+        num_bytes = len(pieces) * PROBE_PIECE_BYTES
+        self._clock.now += 5e-6
+        self._moved_at = max(self._moved_at, self._clock.now) + num_bytes / self._rate
+        return Arriving(self._clock, math.ceil(self._moved_at / self._look_s) * self._look_s)
+
+
+def _result_of(steps):
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return ended.value
+
+
+@pytest.mark.parametrize("rate", [1e9, 2.5e10, 3e11])
+def test_how_fast_data_moves_is_not_how_often_the_peer_looks(rate, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bandwidth_probe, "time", clock)
+    steps = bandwidth_probe.probe_bandwidth(SeenNowAndThen(clock, rate, 2.5e-4), "peer", b"")
+    assert _result_of(steps).bytes_per_s == pytest.approx(rate, rel=0.25)
+
+
+def test_who_has_heard_of_a_peer_looks_often_for_a_while(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(handshake, "time", clock)
+    own = handshake.Handshakes(LocalTransport(LocalFabric()), 1)
+    assert not own.active
+    own.on_hello("peer", Hello(HandoffKey(b"k" * 16, 2, 0), reply=True))
+    assert own.active
+    clock.now += 1.0
+    assert not own.active

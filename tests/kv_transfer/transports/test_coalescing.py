@@ -10,14 +10,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.transports.base import TransferState
-from kv_transfer.transports.nixl import NixlTransfer, NixlTransport
+from kv_transfer.transports.nixl import NixlTransport
+from kv_transfer.transports.nixl_endpoint import NixlTransfer
 
 pytestmark = pytest.mark.nixl
 
 LAYERS, NUM_BLOCKS = 3, 32
-LAYOUT = KVLayout("mha", LAYERS, 4, 2, 8, "float32")
+LAYOUT = KVLayout((GroupLayout("full", tuple(range(LAYERS)), 4, 2, 8, "float32"),))
 Ends = tuple[list[NixlTransport], list[torch.Tensor], list[str]]
 
 
@@ -27,7 +28,7 @@ def ends() -> Iterator[Ends]:
     transports = [NixlTransport(count_descriptors=True) for _ in range(2)]
     caches = [torch.zeros(LAYERS, NUM_BLOCKS, 2, 4, 2, 8) for _ in range(2)]
     infos = [
-        transport.register(name, 1, cache, LAYOUT)
+        transport.register(name, 1, [cache], LAYOUT)
         for transport, name, cache in zip(transports, ("coalescing-p", "coalescing-d"), caches, strict=True)
     ]
     transports[0].add_peer(infos[1])
@@ -39,7 +40,7 @@ def ends() -> Iterator[Ends]:
 
 def write(ends: Ends, layers: range, src: list[int], dst: list[int]) -> NixlTransfer:
     (sender, receiver), _, ids = ends
-    transfer = sender.write(ids[1], layers, src, dst, b"landed")
+    transfer = sender.write(ids[1], 0, layers, src, dst, b"landed")
     while transfer.state() is TransferState.IN_FLIGHT:
         receiver.receive()
     assert transfer.state() is TransferState.DONE
@@ -103,7 +104,7 @@ def test_reading_takes_a_peers_blocks(ends: Ends) -> None:
     (reader, other), (own, theirs), ids = ends
     own.zero_()
     theirs.copy_(torch.rand(theirs.shape))
-    transfer = reader.read(ids[1], range(1, 3), [4, 5, 9], [0, 7, 8])
+    transfer = reader.read(ids[1], 0, range(1, 3), [4, 5, 9], [0, 7, 8])
     while transfer.state() is TransferState.IN_FLIGHT:
         other.receive()
     assert torch.equal(own[1:3, [0, 7, 8]], theirs[1:3, [4, 5, 9]])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kv_transfer.layout import KVLayout
+from attention.kv_cache import KVCacheSpec, layer_places
+from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
@@ -15,7 +17,8 @@ from workers.handoff.layers_per_write import LayersPerWrite
 from workers.handoff.sending import CompleteBlocks, layer_pusher
 from workers.runner.step_times import StepTimes
 
-LAYERS, BLOCK_BYTES = 32, 256 * 1024
+LAYERS = 32
+SPEC = KVCacheSpec(tuple(range(LAYERS)), 8, 128, 64, torch.bfloat16)
 MEASURED = StepTimes(prefill=((32, 3e-3), (512, 8e-3), (2048, 40e-3)))
 
 
@@ -26,47 +29,52 @@ class Measured(LocalConnector):
         return LinkCost(write_s=40e-6, descriptor_s=5e-6, bytes_per_s=350e9) if engine_id == "d" else None
 
 
-def chooser(fixed: int | None = None, capability: StepTimes = MEASURED, after_attention: float = 0.0) -> LayersPerWrite:
+def chooser(fixed: int | None = None, step_times: StepTimes = MEASURED, after_attention: float = 0.0) -> LayersPerWrite:
     connector = Measured(LocalFabric())
-    connector.register_kv_caches("p", torch.zeros(1, 1, 2, 1, 1, 1), KVLayout("mha", LAYERS, 1, 1, 1, "float32"))
-    sizes = LayersPerWrite(connector, LAYERS, BLOCK_BYTES, fixed, lambda num_tokens: after_attention)
-    sizes.capability = capability
+    connector.register_kv_caches(
+        "p",
+        [torch.zeros(LAYERS, 1, 2, 1, 1, 1)],
+        KVLayout((GroupLayout("full", tuple(range(LAYERS)), 1, 1, 1, "float32"),)),
+    )
+    sizes = LayersPerWrite(connector, [SPEC], fixed, lambda num_tokens: after_attention)
+    sizes.step_times = step_times
     return sizes
 
 
 def test_a_number_forces_it():
-    assert chooser(fixed=5).choose("d", 1, 16) == 5
+    assert chooser(fixed=5).choose("d", 0, 1, 16) == 5
 
 
 def test_short_prompts_leave_in_few_groups_and_long_ones_layer_by_layer():
     sizes = chooser()
-    assert sizes.choose("d", 1, 32) > 8
-    assert sizes.choose("d", 32, 2048) == 1
+    assert sizes.choose("d", 0, 1, 32) > 8
+    assert sizes.choose("d", 0, 32, 2048) == 1
 
 
 def test_what_is_computed_behind_the_last_cache_hides_one_write_of_everything():
-    assert chooser(after_attention=0.8).choose("d", 32, 2048) == LAYERS
-    assert 1 < chooser(after_attention=0.1).choose("d", 32, 2048) < LAYERS
+    assert chooser(after_attention=0.8).choose("d", 0, 32, 2048) == LAYERS
+    assert 1 < chooser(after_attention=0.1).choose("d", 0, 32, 2048) < LAYERS
 
 
 def test_before_anything_is_known_every_layer_leaves_alone():
-    assert chooser().choose("a stranger", 1, 32) == 1
+    assert chooser().choose("a stranger", 0, 1, 32) == 1
 
 
 def test_without_a_capability_compute_hides_nothing():
-    assert chooser(capability=StepTimes()).choose("d", 32, 2048) > 1
+    assert chooser(step_times=StepTimes()).choose("d", 0, 32, 2048) > 1
 
 
 @pytest.mark.parametrize("num_layers", [1, 5, 6])
 def test_every_layer_is_pushed_once_in_groups_of_each_parts_own_size(num_layers):
     pushed: dict[bytes, list[range]] = {b"a": [], b"b": []}
 
-    def push(handoff_id, layers, start, blocks, ready):
-        assert (start, blocks) == (3, [7])
+    def push(handoff_id, group, layers, start, blocks, ready):
+        assert (group, start, blocks) == (0, 3, [7])
         pushed[handoff_id].append(layers)
 
-    runner = SimpleNamespace(num_layers=num_layers, ready_event=lambda: None)
-    parts = [CompleteBlocks(name, 3, [7], size) for name, size in ((b"a", 2), (b"b", 4))]
+    spec = replace(SPEC, layers=tuple(range(num_layers)))
+    runner = SimpleNamespace(groups=[spec], places=layer_places([spec]), ready_event=lambda: None)
+    parts = [CompleteBlocks(name, 0, 3, [7], size) for name, size in ((b"a", 2), (b"b", 4))]
     on_layer = layer_pusher(SimpleNamespace(push=push), runner, parts)
     for layer in range(num_layers):
         on_layer(layer)

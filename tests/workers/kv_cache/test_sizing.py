@@ -12,13 +12,14 @@ from attention.kv_cache import KVCacheSpec
 from workers.config import WorkerConfig
 from workers.errors import ConfigError
 from workers.kv_cache.gpu_memory import GpuMemory, measure_gpu_memory
-from workers.kv_cache.sizing import allocate_kv_cache, plan_kv_cache
+from workers.kv_cache.sizing import allocate_kv_caches, plan_kv_cache
 from workers.models.loader import load_model
 from workers.runner.profile_run import decode_rows, largest_batches_of, prefill_rows
 
 GB = 10**9
-SPEC = KVCacheSpec(num_layers=32, num_kv_heads=8, head_size=128, block_size=64, dtype=torch.bfloat16)
+SPEC = KVCacheSpec(layers=tuple(range(32)), num_kv_heads=8, head_size=128, block_size=64, dtype=torch.bfloat16)
 BLOCK = SPEC.bytes_per_block
+ROW_SPEC = KVCacheSpec((0, 1), 2, 16, 16, torch.float32)
 EIGHT_B = GpuMemory(total=140 * GB, free=123 * GB, allocated=16 * GB, reserved=16 * GB, peak=20 * GB)
 """A model of 16 GB alone on a card: 1 GB of CUDA, 4 GB of activations."""
 
@@ -37,7 +38,7 @@ def measured(monkeypatch):
 
 def test_the_cache_takes_what_the_share_leaves(measured):
     measured(EIGHT_B)
-    plan = plan_kv_cache(on_gpu(), SPEC, 8192)
+    plan = plan_kv_cache(on_gpu(), [SPEC], 8192)
     assert plan.num_blocks == (126 * GB - 20 * GB - 1 * GB - 768 * 2**20) // BLOCK
     assert plan.num_tokens == plan.num_blocks * 64
     assert plan.kv_bytes == plan.num_blocks * BLOCK
@@ -49,12 +50,12 @@ def test_the_cache_takes_what_the_share_leaves(measured):
 def test_two_workers_on_one_card_take_a_share_each_in_any_order(measured):
     """The second sees a card that the first has filled to its share; both get the same."""
     measured(EIGHT_B)
-    first = plan_kv_cache(on_gpu(gpu_memory_utilization=0.45), SPEC, 8192)
+    first = plan_kv_cache(on_gpu(gpu_memory_utilization=0.45), [SPEC], 8192)
     used_by_first = EIGHT_B.peak + EIGHT_B.context + first.kv_bytes
     beside = dataclasses.replace(EIGHT_B, free=EIGHT_B.free - used_by_first)
     assert beside.context == 1536 * 2**20  # what lies outside torch is mostly the other's: no more is counted than this
     measured(beside)
-    second = plan_kv_cache(on_gpu(gpu_memory_utilization=0.45), SPEC, 8192)
+    second = plan_kv_cache(on_gpu(gpu_memory_utilization=0.45), [SPEC], 8192)
     assert 0 <= first.num_blocks - second.num_blocks <= GB // BLOCK
     assert first.kv_bytes + second.kv_bytes + 2 * (EIGHT_B.peak + EIGHT_B.context) <= 0.9 * EIGHT_B.total
 
@@ -62,13 +63,13 @@ def test_two_workers_on_one_card_take_a_share_each_in_any_order(measured):
 def test_it_is_never_more_than_is_free(measured):
     crowded = dataclasses.replace(EIGHT_B, free=30 * GB)
     measured(crowded)
-    plan = plan_kv_cache(on_gpu(), SPEC, 8192)
+    plan = plan_kv_cache(on_gpu(), [SPEC], 8192)
     assert plan.kv_bytes <= 30 * GB - 4 * GB
 
 
 def test_it_is_no_larger_than_a_full_batch_can_use(measured):
     measured(EIGHT_B)
-    assert plan_kv_cache(on_gpu(), SPEC, 640).num_blocks == 256 * 10
+    assert plan_kv_cache(on_gpu(), [SPEC], 640).num_blocks == 256 * 10
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_it_is_no_larger_than_a_full_batch_can_use(measured):
 def test_what_does_not_fit_says_the_value_and_the_limit(settings, memory, message, measured):
     measured(memory)
     with pytest.raises(ConfigError, match=message):
-        plan_kv_cache(on_gpu(**settings), SPEC, 8192)
+        plan_kv_cache(on_gpu(**settings), [SPEC], 8192)
 
 
 def test_batches_that_do_not_fit_say_which(monkeypatch):
@@ -108,34 +109,34 @@ def test_batches_that_do_not_fit_say_which(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"largest batch \(2048 tokens of prefill, 256 .*16\.00 GB of weights.*24\.00"
     ):
-        plan_kv_cache(on_gpu("prefill"), SPEC, 8192)
+        plan_kv_cache(on_gpu("prefill"), [SPEC], 8192)
 
 
 def test_on_a_cpu_the_size_is_configured_or_bounded_by_the_batch(caplog):
-    spec = KVCacheSpec(2, 2, 16, 16, torch.float32)
+    spec = ROW_SPEC
     config = WorkerConfig("decode-0", "decode", "m", max_num_seqs=3)
     with caplog.at_level(logging.INFO, "workers.kv_cache.sizing"):
-        assert allocate_kv_cache(config, spec, 256).shape[1] == 3 * 16
+        assert allocate_kv_caches(config, [spec], 256)[0].shape[1] == 3 * 16
     assert "decode-0: KV cache" in caplog.text
     assert "48 blocks, 768 tokens" in caplog.text
     sized = dataclasses.replace(config, kv_cache_bytes=20 * spec.bytes_per_block + 1)
-    assert allocate_kv_cache(sized, spec, 256).shape[1] == 20
+    assert allocate_kv_caches(sized, [spec], 256)[0].shape[1] == 20
 
 
 @pytest.mark.parametrize(("budget", "seqs", "longest"), [(2048, 16, 512), (100, 16, 4), (7, 16, 512), (33, 2, 512)])
 def test_the_largest_prefill_fills_the_budget(budget, seqs, longest):
     config = WorkerConfig("p", "prefill", "m", max_num_batched_tokens=budget, max_num_seqs=seqs)
-    rows = prefill_rows(config, longest, 16)
+    rows = prefill_rows(config, longest, [ROW_SPEC])
     assert sum(len(row.token_ids) for row in rows) == min(budget, seqs * longest)
     assert len(rows) == min(seqs, budget)
     assert all(1 <= len(row.token_ids) <= longest for row in rows)
-    assert all(len(row.block_table) * 16 >= len(row.token_ids) for row in rows)
+    assert all(len(row.block_tables[0]) * 16 >= len(row.token_ids) for row in rows)
 
 
 def test_the_largest_decode_has_every_sequence():
-    rows = decode_rows(WorkerConfig("d", "decode", "m", max_num_seqs=9), 100, 16)
+    rows = decode_rows(WorkerConfig("d", "decode", "m", max_num_seqs=9), 100, [ROW_SPEC])
     assert len(rows) == 9
-    assert {(len(row.token_ids), row.start, len(row.block_table)) for row in rows} == {(1, 99, 7)}
+    assert {(len(row.token_ids), row.start, len(row.block_tables[0])) for row in rows} == {(1, 99, 7)}
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -160,21 +161,21 @@ def test_a_gpu_is_measured_and_the_cache_leaves_it_room(tiny_checkpoint):
     assert memory.peak > peak_before
     assert memory.allocated >= sum(parameter.nbytes for parameter in model.parameters())
     assert 0 < memory.own < memory.total
-    cache = allocate_kv_cache(config, model.kv_cache_spec, 2048, largest_batches_of(model, config, 2048))
+    (cache,) = allocate_kv_caches(config, model.kv_cache_groups, 2048, largest_batches_of(model, config, 2048))
     assert cache.shape[1] == 4 * 32
     with pytest.raises(ConfigError, match=r"lower prefill\.num_blocks"):
-        allocate_kv_cache(dataclasses.replace(config, num_blocks=10**9), model.kv_cache_spec, 2048)
+        allocate_kv_caches(dataclasses.replace(config, num_blocks=10**9), model.kv_cache_groups, 2048)
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_a_large_batch_that_cannot_fit_is_refused_and_the_memory_is_back(tiny_checkpoint):
     config = WorkerConfig("prefill-0", "prefill", "m", device="cuda")
-    spec = load_model(tiny_checkpoint("llama"), dtype="bfloat16", device="cuda").kv_cache_spec
+    spec = load_model(tiny_checkpoint("llama"), dtype="bfloat16", device="cuda").kv_cache_groups[0]
 
     def too_much() -> None:
         torch.empty(2 * torch.cuda.mem_get_info()[1], dtype=torch.uint8, device="cuda")
 
     with pytest.raises(ConfigError, match="largest batch"):
-        plan_kv_cache(config, spec, 2048, too_much)
-    assert plan_kv_cache(config, spec, 2048).num_blocks > 0
+        plan_kv_cache(config, [spec], 2048, too_much)
+    assert plan_kv_cache(config, [spec], 2048).num_blocks > 0

@@ -43,7 +43,15 @@ def test_without_any_they_are_one_and_stay_so(tiny_checkpoint: TinyCheckpoint, p
     assert model.kv_scales == [KVScales()] * 3
 
 
-@pytest.mark.parametrize("spelling", ["self_attn.{}_scale", "self_attn.{}_proj.{}_scale", "self_attn.attn.{}_scale"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "self_attn.{}_scale",
+        "self_attn.{}_proj.{}_scale",
+        "self_attn.qkv_proj.{}_scale",
+        "self_attn.attn.{}_scale",
+    ],
+)
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_checkpoints_own(with_tensors: Callable[..., Path], spelling: str, shape: tuple[int, ...]) -> None:
     values = {(0, "k"): 0.5, (0, "v"): 0.25, (2, "k"): 2.0, (2, "v"): 4.0}
@@ -74,7 +82,7 @@ def test_a_checkpoint_whose_cache_alone_is_quantized_loads(with_tensors: Callabl
     quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     assert scales_of(folder)[0] == KVScales(0.5, 2.0)
-    assert load_model(folder).kv_cache_spec.dtype == torch.float32
+    assert load_model(folder).kv_cache_groups[0].dtype == torch.float32
 
 
 def test_they_change_what_is_stored_and_hardly_what_is_attended(with_tensors: Callable[..., Path], paged_run) -> None:

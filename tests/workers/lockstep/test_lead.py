@@ -154,17 +154,21 @@ def test_ranks_that_are_not_equal_are_noticed_at_the_next_step(tiny_checkpoint):
 
 def test_a_digest_tells_outcomes_apart():
     load = Load(8, 4, running=1)
-    token = TokenOutput("a", 7)
+    token = TokenOutput("a", 7, attempt_id="a")
     outcomes = [
         (load, []),
         (load, [token]),
-        (load, [TokenOutput("a", 8)]),
-        (load, [TokenOutput("b", 7)]),
-        (load, [token, TokenOutput("b", 7)]),
-        (load, [TokenOutput("b", 7), token]),
-        (load, [RequestFailed("a", ValueError())]),
+        (load, [TokenOutput("a", 8, attempt_id="a")]),
+        (load, [TokenOutput("b", 7, attempt_id="b")]),
+        (load, [token, TokenOutput("b", 7, attempt_id="b")]),
+        (load, [TokenOutput("b", 7, attempt_id="b"), token]),
+        (load, [RequestFailed("a", ValueError(), attempt_id="a")]),
         (Load(8, 3, running=1), [token]),
     ]
     assert len({digest_of(*outcome) for outcome in outcomes}) == len(outcomes)
-    assert digest_of(load, [PrefillReport("a", 0.1, 0.2, 1)]) == digest_of(load, [PrefillReport("a", 0.3, 0.4, 1)])
-    assert digest_of(load, [DecodeReport("a", 0.1)]) == digest_of(load, [DecodeReport("a", 0.2)])
+    assert digest_of(load, [PrefillReport("a", 0.1, 0.2, 1, attempt_id="a")]) == digest_of(
+        load, [PrefillReport("a", 0.3, 0.4, 1, attempt_id="a")]
+    )
+    assert digest_of(load, [DecodeReport("a", 0.1, attempt_id="a")]) == digest_of(
+        load, [DecodeReport("a", 0.2, attempt_id="a")]
+    )

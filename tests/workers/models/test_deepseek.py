@@ -190,7 +190,11 @@ def test_published_configs() -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (V2_LITE, {"scoring_func": "sigmoid"}, "scoring_func: 'sigmoid' is not supported, only 'softmax'"),
+        (
+            V2_LITE,
+            {"scoring_func": "sigmoid"},
+            "scoring_func: 'sigmoid' is not supported for this architecture, only 'softmax'",
+        ),
         (V2_LITE, {"norm_topk_prob": True}, "norm_topk_prob: True is not supported"),
         (V2_LITE, {"mlp_bias": True}, "mlp_bias: True is not supported"),
         (V2_LITE, {"topk_method": "noaux_tc"}, "topk_method: 'noaux_tc' is not supported, only greedy and"),
@@ -198,8 +202,16 @@ def test_published_configs() -> None:
         (V2_LITE, {"qk_rope_head_dim": 63}, "qk_rope_head_dim: must be even"),
         (V2_LITE, {"kv_lora_rank": None}, "kv_lora_rank: is missing"),
         (V2_LITE, {"num_experts_per_tok": 65}, "n_routed_experts: 65 experts for each token of 64"),
-        (V3, {"scoring_func": "softmax"}, "scoring_func: 'softmax' is not supported, only 'sigmoid'"),
-        (V3, {"topk_method": "greedy"}, "topk_method: 'greedy' is not supported, only 'noaux_tc'"),
+        (
+            V3,
+            {"scoring_func": "softmax"},
+            "scoring_func: 'softmax' is not supported for this architecture, only 'sigmoid'",
+        ),
+        (
+            V3,
+            {"topk_method": "greedy"},
+            "topk_method: 'greedy' is not supported for this architecture, only 'noaux_tc'",
+        ),
         (V3, {"n_group": 7}, "n_routed_experts: 256 experts do not form 7 equal groups"),
         (V3, {"index_topk": 2048}, "index_topk: 2048 is not supported: sparse attention"),
         (GLM, {"mlp_layer_types": ["dense", "moe"]}, "mlp_layer_types: must be a list of 47 names, each dense"),
@@ -319,11 +331,12 @@ def test_experts_as_transformers_keeps_them(
 
 def test_the_cache_is_one_latent_a_token(tiny_checkpoint: TinyCheckpoint, reference: Any, paged_run: Any) -> None:
     folder = tiny_checkpoint("deepseek_v2")
-    spec = load_model(folder, dtype="bfloat16").kv_cache_spec
+    (spec,) = load_model(folder, dtype="bfloat16").kv_cache_groups
+    assert (spec.kind, spec.layers) == ("mla", (0, 1, 2))
     assert spec.bytes_per_token == 3 * (24 + 8) * 2
     assert spec.shape(5) == (3, 5, 16, 32)
     run = paged_run(load_model(folder, dtype="float32", kv_cache_dtype="fp8"), num_sequences=1, max_tokens=64)
-    assert run.cache.dtype == torch.float8_e4m3fn
+    assert run.caches[0].dtype == torch.float8_e4m3fn
     ours = torch.cat([run.step({0: IDS[:30]})[0], *(run.step({0: [token]})[0] for token in IDS[30:])])
     agreement = torch.nn.functional.cosine_similarity(ours, reference(folder).logits(IDS), dim=-1)
     assert float(agreement.min()) > 0.98

@@ -59,6 +59,6 @@ def test_a_model_is_loaded_in_it(
     turing = SimpleNamespace(of=lambda _: Platform.simulate("sm75"))
     monkeypatch.setattr(loader, "Platform", turing)
     decoder = load_model(tmp_path, load_format="dummy")
-    assert decoder.dtype is decoder.kv_cache_spec.dtype is torch.float16
+    assert decoder.dtype is decoder.kv_cache_groups[0].dtype is torch.float16
     monkeypatch.undo()
     assert load_model(tmp_path, load_format="dummy").dtype is torch.bfloat16

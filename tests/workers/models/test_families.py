@@ -52,16 +52,19 @@ _LONGROPE = {
 
 
 @pytest.mark.parametrize(
-    ("scaling", "num_tokens", "max_model_len"),
+    ("family", "scaling", "num_tokens", "max_model_len"),
     [
-        ({"rope_type": "linear", "factor": 4.0}, 75, None),
-        ({"rope_type": "dynamic", "factor": 4.0}, 75, None),
-        ({"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}, 75, None),
-        (_LONGROPE, 60, 64),
-        (_LONGROPE, 75, None),
+        ("llama", {"rope_type": "linear", "factor": 4.0}, 75, None),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}, 75, None),
+        ("llama", {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}, 75, None),
+        ("llama", _LONGROPE, 60, 64),
+        ("llama", _LONGROPE, 75, None),
+        ("phi3", _LONGROPE, 60, 64),
+        ("phi3", _LONGROPE, 75, None),
     ],
 )
 def test_logits_of_scaled_rope_equal_transformers(
+    family: str,
     scaling: dict[str, Any],
     num_tokens: int,
     max_model_len: int | None,
@@ -70,7 +73,8 @@ def test_logits_of_scaled_rope_equal_transformers(
     paged_run: Any,
 ) -> None:
     """LongRoPE's short set where nothing longer is served than it was made for, and its long set where it is."""
-    checkpoint = tiny_checkpoint("llama", rope_parameters={"rope_theta": 10000.0, **scaling})
+    beside = {"original_max_position_embeddings": 64} if family == "phi3" else {}
+    checkpoint = tiny_checkpoint(family, rope_parameters={"rope_theta": 10000.0, **scaling}, **beside)
     expected = reference(checkpoint).logits(prompt(num_tokens))
     decoder = load_model(checkpoint, dtype="float32", block_size=16, max_model_len=max_model_len)
     assert decoder.max_model_len == (max_model_len or decoder.config.max_position_embeddings)
@@ -128,7 +132,7 @@ def test_half_precision_stays_close(
     decoder = load_model(folder, dtype=dtype)
     run = paged_run(decoder, num_sequences=1, max_tokens=64)
     ours = torch.cat([run.step({0: ids[:30]})[0], run.step({0: ids[30:49]})[0], run.step({0: ids[49:]})[0]])
-    assert decoder.kv_cache_spec.dtype == getattr(torch, dtype)
+    assert decoder.kv_cache_groups[0].dtype == getattr(torch, dtype)
     assert ours.dtype == torch.float32
     expected = reference(folder).logits(ids)
     agreement = torch.nn.functional.cosine_similarity(ours, expected, dim=-1)
@@ -142,7 +146,7 @@ def test_on_layer_comes_in_order_when_the_layer_is_in_the_cache(
     seen: list[tuple[int, list[bool]]] = []
 
     def written() -> list[bool]:
-        return [not bool(layer[run.tables[0][0]].isnan().any()) for layer in run.cache]
+        return [not bool(layer[run.tables[0][0]].isnan().any()) for layer in run.caches[0]]
 
     run.step({0: prompt(18)}, on_layer=lambda i: seen.append((i, written())))
     assert seen == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]
@@ -167,6 +171,6 @@ def test_unpacked_weights_give_the_same_tokens(
 
 
 def test_the_kv_cache_that_a_model_needs(tiny_checkpoint: TinyCheckpoint) -> None:
-    spec = load_model(tiny_checkpoint("qwen3"), dtype="bfloat16", block_size=32).kv_cache_spec
+    spec = load_model(tiny_checkpoint("qwen3"), dtype="bfloat16", block_size=32).kv_cache_groups[0]
     assert (spec.num_layers, spec.num_kv_heads, spec.head_size, spec.block_size) == (3, 2, 32, 32)
     assert spec.dtype == torch.bfloat16

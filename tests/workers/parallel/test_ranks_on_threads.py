@@ -7,15 +7,17 @@ import threading
 
 import pytest
 
+from cache_groups import group_caches
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.local import LocalFabric
+from made_requests import worker_request
 from workers.commands import Abort, Submit
 from workers.kv_cache.sizing import kv_layout
 from workers.lockstep.channel import FollowerChannel, LeadChannel
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Follower, Lead
 from workers.lockstep.replica import Replica, StepClock
-from workers.messages import PrefillRequest, StepOutput, TokenOutput
+from workers.messages import StepOutput, TokenOutput
 from workers.models.loader import load_model
 from workers.parallel.errors import TensorParallelError
 from workers.prefill_worker import PrefillWorker
@@ -50,8 +52,8 @@ class Running:
     def _replica(self, rank: int) -> tuple[Replica, AgreedConnector]:
         clock = StepClock()
         connector = AgreedConnector(LocalConnector(self.fabric, threaded=True), rank)
-        runner = ModelRunner(self.model, self.model.kv_cache_spec.allocate(16, "cpu"))
-        connector.register_kv_caches("prefill-0", runner.kv_cache, kv_layout(self.model.kv_cache_spec, 2))
+        runner = ModelRunner(self.model, group_caches(self.model, 16))
+        connector.register_kv_caches("prefill-0", runner.kv_caches, kv_layout(self.model.kv_cache_groups, 2))
         worker = PrefillWorker(
             runner, connector, max_num_batched_tokens=64, max_num_seqs=4, max_model_len=200, clock=clock
         )
@@ -64,7 +66,7 @@ class Running:
 
     def ask(self, name: str) -> None:
         sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
-        request = PrefillRequest(name, name.encode().ljust(16), (5, 6, 7), sampling, None, PATIENCE_S)
+        request = worker_request(name, (5, 6, 7), sampling, timeout_s=PATIENCE_S)
         self.loop.post(lambda lead: lead.take(Submit(request)))
 
     def answer(self) -> TokenOutput:

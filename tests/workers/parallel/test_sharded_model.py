@@ -25,6 +25,10 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", {}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3", {}),
+    "cohere2": ("cohere2", {}),
+    "cohere2-untied-biased": ("cohere2", {"tie_word_embeddings": False, "attention_bias": True}),
+    "glm4": ("glm4", {}),
+    "granite-biased": ("granite", {"attention_bias": True, "mlp_bias": True}),
     "gpt_oss": ("gpt_oss", {}),
     "llama": ("llama", {}),
     "llama-uneven": ("llama", {"vocab_size": 517}),
@@ -32,6 +36,8 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
     "llama4-interleaved": ("llama4", {"interleave_moe_layer_step": 2}),
     "mistral": ("mistral", {}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {}),
     "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied-uneven": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 517}),
@@ -151,7 +157,7 @@ def test_a_rank_tells_of_the_bytes_that_it_reads(tiny_checkpoint: TinyCheckpoint
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
 def test_random_weights_are_shards_of_one_model(
     tiny_checkpoint: TinyCheckpoint, size: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

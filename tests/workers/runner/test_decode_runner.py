@@ -7,7 +7,10 @@ import random
 import pytest
 import torch
 
+from attention.kv_cache import KVCacheSpec
 from attention.platform import Platform
+from cache_groups import ListedTables, unwritten_caches
+from workers.kv_cache.tables import SequenceTables
 from workers.models.loader import load_model
 from workers.ops.decode_input_types import PADDING_LEN
 from workers.ops.decode_inputs import decode_inputs_torch
@@ -19,6 +22,7 @@ from workers.runner.model_runner import ModelRunner, Row
 
 BLOCK_SIZE = 4
 MAX_BLOCKS = 6
+GROUPS = [KVCacheSpec((0,), 1, 8, BLOCK_SIZE, torch.float32)]
 
 
 class Stub:
@@ -28,6 +32,11 @@ class Stub:
         self.tokens = tokens
         self.blocks = blocks
         self.in_flight = 0
+        self.listed = ListedTables()
+
+    @property
+    def tables(self) -> SequenceTables:
+        return self.listed.over(self.blocks, BLOCK_SIZE)
 
     @property
     def num_scheduled(self) -> int:
@@ -42,7 +51,7 @@ def check_rows(rows: DecodeRows, batch: list[Stub], device_tokens: dict[Stub, in
     for place, sequence in enumerate(batch):
         assert rows.tokens[place].item() == device_tokens[sequence]
         assert rows.seq_lens[place].item() == sequence.num_scheduled
-        assert rows.block_tables[place, : len(sequence.blocks)].tolist() == sequence.blocks
+        assert rows.block_tables[0][place, : len(sequence.blocks)].tolist() == sequence.blocks
     assert (rows.seq_lens[len(batch) :] == PADDING_LEN).all()
 
 
@@ -51,7 +60,7 @@ def check_rows(rows: DecodeRows, batch: list[Stub], device_tokens: dict[Stub, in
 def test_rows_follow_any_schedule(seed, lag, device):
     """Sequences join, grow, pause, come back with other blocks and leave; the host learns tokens `lag` steps late."""
     rng = random.Random(seed)
-    rows = DecodeRows(8, MAX_BLOCKS, BLOCK_SIZE, torch.device(device))
+    rows = DecodeRows(8, MAX_BLOCKS * BLOCK_SIZE, GROUPS, torch.device(device))
     alive: list[Stub] = []
     device_tokens: dict[Stub, int] = {}
     in_flight: list[dict[Stub, int]] = []
@@ -87,7 +96,7 @@ def test_rows_follow_any_schedule(seed, lag, device):
 
 
 def test_a_sequence_whose_token_is_lost_is_refused():
-    rows = DecodeRows(2, MAX_BLOCKS, BLOCK_SIZE, torch.device("cpu"))
+    rows = DecodeRows(2, MAX_BLOCKS * BLOCK_SIZE, GROUPS, torch.device("cpu"))
     sequence, other = Stub([1, 2], [0]), Stub([3, 4], [1])
     rows.arrange([sequence, other])
     sequence.in_flight = 1
@@ -97,7 +106,7 @@ def test_a_sequence_whose_token_is_lost_is_refused():
 
 
 def test_inputs_of_sequences_and_of_padding(device):
-    rows = DecodeRows(4, MAX_BLOCKS, BLOCK_SIZE, torch.device(device))
+    rows = DecodeRows(4, MAX_BLOCKS * BLOCK_SIZE, GROUPS, torch.device(device))
     rows.arrange([Stub([7, 8], [5]), Stub([9] * 9, [3, 1, 4])])
     inputs = rows.inputs(4)
     assert inputs.token_ids.tolist() == [8, 9, 0, 0]
@@ -166,15 +175,13 @@ class Engine:
 
     def __init__(self, checkpoint, device: str, backend: str | None, **options) -> None:
         model = load_model(checkpoint, "float32", device, 16, backend)
-        cache = model.kv_cache_spec.allocate(64, device)
-        cache.fill_(float("nan"))
-        self.runner = ModelRunner(model, cache)
+        self.runner = ModelRunner(model, unwritten_caches(model, 64))
         self.decoder = DecodeRunner(self.runner, max_num_seqs=6, max_model_len=128, **options)
         self._free = iter(range(1, 64))
 
     def prefill(self, prompt: list[int]) -> Stub:
         blocks = [next(self._free) for _ in range(-(-len(prompt) // 16))]
-        first = self.runner.forward([Row(prompt, 0, blocks)]).argmax(-1).item()
+        first = self.runner.forward([Row(prompt, 0, [blocks])]).argmax(-1).item()
         return Stub([*prompt, first], blocks)
 
     def step(self, sequences: list[Stub]):
@@ -233,7 +240,7 @@ def test_steps_continue_a_prompt_as_transformers_does(family, mode, ahead, devic
 def test_logits_and_tokens_of_a_launch(mode, device, tiny_checkpoint):
     engine = make_engine(tiny_checkpoint("qwen2"), device, mode)
     sequences = [engine.prefill(prompt) for prompt in prompts([5, 20, 9])]
-    rows = [Row(s.tokens[-1:], len(s.tokens) - 1, s.blocks) for s in sequences]
+    rows = [Row(s.tokens[-1:], len(s.tokens) - 1, [s.blocks]) for s in sequences]
     launch = engine.step(sequences)
     expected = engine.runner.forward(rows)
     torch.testing.assert_close(launch.logits.float(), expected, rtol=1e-4, atol=1e-4)
@@ -246,9 +253,9 @@ def test_padding_writes_nothing(device, tiny_checkpoint):
     """The cache holds what the sequences put there, and nothing else changes."""
     engine = Engine(tiny_checkpoint("llama"), device, "TRITON_ATTN")
     sequences = [engine.prefill(prompt) for prompt in prompts([5, 20, 9])]
-    before = engine.runner.kv_cache.clone()
+    before = engine.runner.kv_caches[0].clone()
     engine.step(sequences)
-    changed = ~(engine.runner.kv_cache == before) & ~(engine.runner.kv_cache.isnan() & before.isnan())
+    changed = ~(engine.runner.kv_caches[0] == before) & ~(engine.runner.kv_caches[0].isnan() & before.isnan())
     slots = {(s.blocks[(len(s.tokens) - 1) // 16], (len(s.tokens) - 1) % 16) for s in sequences}
     found = {(block, slot) for _, block, _, slot, _, _ in changed.nonzero().tolist()}
     assert found == slots
@@ -259,7 +266,7 @@ def test_a_row_without_a_token_harms_nobody(device, tiny_checkpoint, reference_g
     engine = Engine(checkpoint, device, "TRITON_ATTN" if device == "cuda" else None)
     texts = prompts([5, 20])
     broken, sound = (engine.prefill(prompt) for prompt in texts)
-    engine.runner.kv_cache[:, broken.blocks[0], :, 2] = float("nan")
+    engine.runner.kv_caches[0][:, broken.blocks[0], :, 2] = float("nan")
     for _ in range(3):
         engine.take(engine.step([broken, sound]))
     assert broken.tokens[-3:] == [-1, -1, -1]

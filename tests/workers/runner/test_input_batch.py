@@ -14,12 +14,12 @@ from workers.runner.input_batch import Row, batch_inputs
 @pytest.mark.parametrize("array", [list, tuple, lambda ids: np.asarray(ids, dtype=np.int64)])
 def test_rows_are_packed_one_behind_the_other(array, device):
     rows = [
-        Row(array([5, 6, 7]), 0, [3]),
-        Row(array([8, 9]), 6, (1, 0, 2), wants_logits=False),
-        Row(array([4]), 9, range(2, 5)),
+        Row(array([5, 6, 7]), 0, [[3]]),
+        Row(array([8, 9]), 6, [(1, 0, 2)], wants_logits=False),
+        Row(array([4]), 9, [range(2, 5)]),
     ]
-    inputs = batch_inputs(rows, block_size=4, device=torch.device(device))
-    common = inputs.metadata
+    inputs = batch_inputs(rows, [4], torch.device(device))
+    (common,) = inputs.metadata
     assert inputs.input_ids.tolist() == [5, 6, 7, 8, 9, 4]
     assert inputs.positions.tolist() == [0, 1, 2, 6, 7, 9]
     assert inputs.wanted is not None
@@ -35,19 +35,19 @@ def test_rows_are_packed_one_behind_the_other(array, device):
 
 
 def test_logits_after_every_token_need_no_choice():
-    inputs = batch_inputs([Row([5], 3, [0]), Row([6], 0, [1])], 4, torch.device("cpu"))
+    inputs = batch_inputs([Row([5], 3, [[0]]), Row([6], 0, [[1]])], [4], torch.device("cpu"))
     assert inputs.wanted is None
 
 
 def test_nobody_may_want_logits():
-    inputs = batch_inputs([Row([5, 6], 0, [0], wants_logits=False)], 4, torch.device("cpu"))
+    inputs = batch_inputs([Row([5, 6], 0, [[0]], wants_logits=False)], [4], torch.device("cpu"))
     assert inputs.wanted is not None
     assert inputs.wanted.tolist() == []
 
 
 def test_too_few_blocks_are_refused():
     with pytest.raises(AttentionInputError, match="sequence 0: 5 of 5 tokens in 1 blocks of 4"):
-        batch_inputs([Row([5] * 5, 0, [0])], 4, torch.device("cpu"))
+        batch_inputs([Row([5] * 5, 0, [[0]])], [4], torch.device("cpu"))
 
 
 def test_tensors_that_travel_together_arrive_as_they_were(device):

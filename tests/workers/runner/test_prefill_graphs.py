@@ -9,6 +9,7 @@ import torch
 
 from attention.selection.registry import get_backend
 from attention.spec import FP8
+from cache_groups import group_caches
 from workers.models.causal_lm import attention_specs
 from workers.models.loader import load_model
 from workers.models.registry import read_model
@@ -39,9 +40,9 @@ def test_a_model_with_few_positions_has_no_graphs():
 
 def test_a_cpu_captures_nothing(tiny_checkpoint):
     model = load_model(tiny_checkpoint("llama"), "float32", "cpu", BLOCK_SIZE)
-    runner = ModelRunner(model, model.kv_cache_spec.allocate(4, "cpu"))
+    runner = ModelRunner(model, group_caches(model, 4))
     runner.capture_prefill(512, lambda done, all_of_them: pytest.fail("nothing is captured"))
-    assert runner.forward([Row([5, 6], 0, [1])]).shape == (1, model.config.vocab_size)
+    assert runner.forward([Row([5, 6], 0, [[1]])]).shape == (1, model.config.vocab_size)
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "captured"), [(None, True), (FP8, False)])
@@ -64,51 +65,53 @@ class TestOnGpu:
     @pytest.fixture(params=["llama", "qwen3", "mistral"])
     def runner(self, request, tiny_checkpoint) -> ModelRunner:
         model = load_model(tiny_checkpoint(request.param), "float32", "cuda", BLOCK_SIZE, "TRITON_ATTN")
-        return ModelRunner(model, model.kv_cache_spec.allocate(64, "cuda").fill_(UNWRITTEN))
+        return ModelRunner(model, [cache.fill_(UNWRITTEN) for cache in group_caches(model, 64)])
 
     def test_graphs_and_single_kernels_agree(self, runner):
-        rows = [Row(prompt(n, n), 0, random.Random(n).sample(range(64), -(-n // BLOCK_SIZE))) for n in (1, 32, 33, 100)]
+        rows = [
+            Row(prompt(n, n), 0, [random.Random(n).sample(range(64), -(-n // BLOCK_SIZE))]) for n in (1, 32, 33, 100)
+        ]
         expected = []
         for row in rows:
             logits = runner.forward([row]).clone()
-            expected.append((logits, runner.kv_cache.clone()))
-            runner.kv_cache.fill_(UNWRITTEN)
+            expected.append((logits, runner.kv_caches[0].clone()))
+            runner.kv_caches[0].fill_(UNWRITTEN)
         told: list[tuple[int, int]] = []
         runner.capture_prefill(128, lambda done, total: told.append((done, total)))
         assert told == [(1, 3), (2, 3), (3, 3)]
-        assert (runner.kv_cache == UNWRITTEN).all(), "capturing stores nothing"
+        assert (runner.kv_caches[0] == UNWRITTEN).all(), "capturing stores nothing"
         torch.empty(1 << 22, device="cuda").fill_(-1)  # whatever the graphs read and nobody keeps is overwritten
         for row, (logits, cache) in zip(rows, expected, strict=True):
             layers: list[int] = []
             torch.testing.assert_close(runner.forward([row], layers.append), logits, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(runner.kv_cache, cache, rtol=1e-4, atol=1e-4)
-            assert layers == list(range(runner.num_layers))
-            runner.kv_cache.fill_(UNWRITTEN)
+            torch.testing.assert_close(runner.kv_caches[0], cache, rtol=1e-4, atol=1e-4)
+            assert layers == list(range(len(runner.places)))
+            runner.kv_caches[0].fill_(UNWRITTEN)
 
     def test_a_layer_is_announced_when_its_keys_are_stored(self, runner):
         runner.capture_prefill(64)
-        runner.forward([Row(prompt(40), 0, [3, 1, 2])])
-        stored = runner.kv_cache.clone()
-        runner.kv_cache.fill_(UNWRITTEN)
+        runner.forward([Row(prompt(40), 0, [[3, 1, 2]])])
+        stored = runner.kv_caches[0].clone()
+        runner.kv_caches[0].fill_(UNWRITTEN)
         seen = []
 
         def on_layer(layer: int) -> None:
-            seen.append(torch.equal(runner.kv_cache[layer], stored[layer]))
-            if layer + 1 < runner.num_layers:
-                seen.append(bool((runner.kv_cache[layer + 1] == UNWRITTEN).all()))
+            seen.append(torch.equal(runner.kv_caches[0][layer], stored[layer]))
+            if layer + 1 < len(runner.places):
+                seen.append(bool((runner.kv_caches[0][layer + 1] == UNWRITTEN).all()))
 
-        runner.forward([Row(prompt(40), 0, [3, 1, 2])], on_layer)
-        assert len(seen) == 2 * runner.num_layers - 1
+        runner.forward([Row(prompt(40), 0, [[3, 1, 2]])], on_layer)
+        assert len(seen) == 2 * len(runner.places) - 1
         assert all(seen)
 
     def test_what_is_no_short_prompt_alone_runs_kernel_by_kernel(self, runner, monkeypatch):
         runner.capture_prefill(64)
         monkeypatch.setattr(PrefillGraphs, "run", lambda *_: pytest.fail("it ran as graphs"))
         for rows in (
-            [Row(prompt(65), 0, range(5))],
-            [Row(prompt(20), 16, range(5))],
-            [Row(prompt(20), 0, range(5), wants_logits=False)],
-            [Row(prompt(20), 0, range(5)), Row(prompt(20), 0, range(5, 10))],
+            [Row(prompt(65), 0, [range(5)])],
+            [Row(prompt(20), 16, [range(5)])],
+            [Row(prompt(20), 0, [range(5)], wants_logits=False)],
+            [Row(prompt(20), 0, [range(5)]), Row(prompt(20), 0, [range(5, 10)])],
         ):
             runner.forward(rows)
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache_groups import group_caches
 from workers.models.loader import load_model
 from workers.runner.decode_runner import DecodeRunner
 from workers.runner.model_runner import ModelRunner, Row
@@ -39,9 +40,9 @@ def test_more_work_is_never_predicted_to_take_less(steps, one, other):
     for more_tokens, more_seconds in steps:  # measured times that rise with the size
         size, seconds = size + more_tokens, seconds + more_seconds
         points.append((size, seconds))
-    capability = StepTimes(prefill=tuple(points))
+    step_times = StepTimes(prefill=tuple(points))
     low, high = sorted((one, other))
-    assert 0 < capability.prefill_seconds(low) <= capability.prefill_seconds(high) * (1 + 1e-9)
+    assert 0 < step_times.prefill_seconds(low) <= step_times.prefill_seconds(high) * (1 + 1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +51,20 @@ def model(tiny_checkpoint):
 
 
 def runner(model, num_blocks: int) -> ModelRunner:
-    return ModelRunner(model, model.kv_cache_spec.allocate(num_blocks, "cpu"))
+    return ModelRunner(model, group_caches(model, num_blocks))
 
 
 def test_prefill_is_measured_at_lengths_that_fit(model):
-    capability = measure_prefill(runner(model, 40), max_tokens=600, budget_s=60)
-    assert [tokens for tokens, _ in capability.prefill] == [32, 128, 512]
-    assert all(seconds > 0 for _, seconds in capability.prefill)
-    assert capability.decode == ()
+    step_times = measure_prefill(runner(model, 40), max_tokens=600, budget_s=60)
+    assert [tokens for tokens, _ in step_times.prefill] == [32, 128, 512]
+    assert all(seconds > 0 for _, seconds in step_times.prefill)
+    assert step_times.decode == ()
 
 
 @pytest.mark.parametrize(("num_blocks", "max_tokens", "longest"), [(1, 2048, 16), (8, 5, 5), (200, 100, 32)])
 def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_tokens, longest):
-    capability = measure_prefill(runner(model, num_blocks), max_tokens=max_tokens, budget_s=60)
-    assert [tokens for tokens, _ in capability.prefill] == [longest]
+    step_times = measure_prefill(runner(model, num_blocks), max_tokens=max_tokens, budget_s=60)
+    assert [tokens for tokens, _ in step_times.prefill] == [longest]
 
 
 @pytest.mark.parametrize(
@@ -71,27 +72,27 @@ def test_a_small_worker_is_measured_at_what_it_can_hold(model, num_blocks, max_t
 )
 def test_decode_is_measured_at_batches_that_fit(model, num_blocks, max_num_seqs, batches):
     decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=max_num_seqs, max_model_len=600)
-    capability = measure_decode(
+    step_times = measure_decode(
         decoder,
-        num_blocks=num_blocks,
-        block_size=16,
+        groups=decoder.groups,
+        num_blocks=[num_blocks],
         max_num_seqs=max_num_seqs,
         max_model_len=600,
         budget_s=60,
     )
-    assert [sequences for sequences, _ in capability.decode] == batches
+    assert [sequences for sequences, _ in step_times.decode] == batches
 
 
 def test_a_spent_budget_leaves_one_point(model):
-    capability = measure_prefill(runner(model, 200), max_tokens=2048, budget_s=0)
-    assert len(capability.prefill) == 1
+    step_times = measure_prefill(runner(model, 200), max_tokens=2048, budget_s=0)
+    assert len(step_times.prefill) == 1
 
 
 def test_measuring_leaves_a_usable_runner(model):
     """What is left in the cache is overwritten by the first prompt."""
     measured, fresh = runner(model, 8), runner(model, 8)
     measure_prefill(measured, max_tokens=128, budget_s=60)
-    row = [Row([5, 6, 7], 0, [3])]
+    row = [Row([5, 6, 7], 0, [[3]])]
     assert torch.equal(measured.forward(row), fresh.forward(row))
 
 
@@ -104,7 +105,7 @@ class Watched:
 
     def launch(self, sequences):
         for sequence in sequences:
-            assert len(sequence.blocks) * BLOCK_SIZE >= sequence.num_scheduled
+            assert sequence.tables.num_slots >= sequence.num_scheduled
             self.reached.append(sequence.num_scheduled)
         return self.decoder.launch(sequences)
 
@@ -116,11 +117,16 @@ BLOCK_SIZE = 1
 def test_decode_is_measured_within_the_context_window(max_model_len, tiny_checkpoint):
     small = load_model(tiny_checkpoint("llama"), "float32", "cpu", BLOCK_SIZE)
     watched = Watched(DecodeRunner(runner(small, 64), max_num_seqs=4, max_model_len=max_model_len))
-    capability = measure_decode(
-        watched, num_blocks=64, block_size=BLOCK_SIZE, max_num_seqs=4, max_model_len=max_model_len, budget_s=60
+    step_times = measure_decode(
+        watched,
+        groups=watched.decoder.groups,
+        num_blocks=[64],
+        max_num_seqs=4,
+        max_model_len=max_model_len,
+        budget_s=60,
     )
-    assert [sequences for sequences, _ in capability.decode] == [1, 4]
-    assert all(seconds > 0 for _, seconds in capability.decode)
+    assert [sequences for sequences, _ in step_times.decode] == [1, 4]
+    assert all(seconds > 0 for _, seconds in step_times.decode)
     assert max(watched.reached) == min(5, max_model_len)
 
 
@@ -132,7 +138,7 @@ class Reckoned:
         self.seconds, self.longest = 0.0, 0
 
     def launch(self, sequences):
-        blocks = [block for sequence in sequences for block in sequence.blocks]
+        blocks = [block for sequence in sequences for block in sequence.tables.groups[0].blocks]
         tokens = sum(sequence.num_scheduled for sequence in sequences)
         self.longest = max(self.longest, tokens)
         assert tokens < 100 or len(set(blocks)) == len(blocks), "what is read has to come from memory"
@@ -146,30 +152,32 @@ class Reckoned:
 def test_what_a_token_in_the_cache_costs_is_measured(model, num_blocks, max_model_len, longest):
     decoder = DecodeRunner(runner(model, num_blocks), max_num_seqs=4, max_model_len=max_model_len)
     reckoned = Reckoned(decoder)
-    capability = measure_decode(
+    step_times = measure_decode(
         reckoned,
-        num_blocks=num_blocks,
-        block_size=16,
+        groups=decoder.groups,
+        num_blocks=[num_blocks],
         max_num_seqs=4,
         max_model_len=max_model_len,
         budget_s=10.0,
         agree=lambda _: reckoned.seconds,
     )
-    assert capability.kv_token_s == pytest.approx(2e-6, rel=0.01)
+    assert step_times.kv_token_s == pytest.approx(2e-6, rel=0.01)
     assert 0.98 * longest <= reckoned.longest <= longest
-    assert capability.decode_seconds(4, 1000) == pytest.approx(capability.decode_seconds(4) + 0.002, rel=0.01)
+    assert step_times.decode_seconds(4, 1000) == pytest.approx(step_times.decode_seconds(4) + 0.002, rel=0.01)
 
 
 def test_a_cache_that_is_too_small_to_tell_says_nothing_of_tokens(model):
     decoder = DecodeRunner(runner(model, 8), max_num_seqs=4, max_model_len=600)
-    capability = measure_decode(decoder, num_blocks=8, block_size=16, max_num_seqs=4, max_model_len=600)
-    assert capability.kv_token_s == 0.0
-    assert [sequences for sequences, _ in capability.decode] == [1, 4]
+    step_times = measure_decode(decoder, groups=decoder.groups, num_blocks=[8], max_num_seqs=4, max_model_len=600)
+    assert step_times.kv_token_s == 0.0
+    assert [sequences for sequences, _ in step_times.decode] == [1, 4]
 
 
 def test_where_no_token_can_follow_a_prompt_no_decode_is_measured(model):
     decoder = DecodeRunner(runner(model, 4), max_num_seqs=4, max_model_len=1)
-    assert measure_decode(decoder, num_blocks=4, block_size=16, max_num_seqs=4, max_model_len=1) == StepTimes()
+    assert (
+        measure_decode(decoder, groups=decoder.groups, num_blocks=[4], max_num_seqs=4, max_model_len=1) == StepTimes()
+    )
 
 
 @pytest.mark.parametrize(("agreed_s", "runs"), [(1e-6, 8), (0.02, 3), (1.0, 2)])
@@ -181,6 +189,6 @@ def test_ranks_repeat_as_often_as_they_agree(model, agreed_s, runs):
         measured.append(seconds)
         return agreed_s
 
-    capability = measure_prefill(runner(model, 4), max_tokens=32, budget_s=60, agree=agree)
+    step_times = measure_prefill(runner(model, 4), max_tokens=32, budget_s=60, agree=agree)
     assert len(measured) == runs
-    assert capability.prefill == ((32, agreed_s),)
+    assert step_times.prefill == ((32, agreed_s),)

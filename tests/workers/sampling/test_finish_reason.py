@@ -7,6 +7,7 @@ import pytest
 from workers.messages import FinishReason
 from workers.sampling.state import SamplingState, finish_reason
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 EOS = 2
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
@@ -14,7 +15,7 @@ STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
 def state(output: list[int], prompt_len: int = 4, window: int = 100, **params: object) -> SamplingState:
     sampling = SamplingParams(seed=0, **params)  # type: ignore[arg-type]
-    return SamplingState(sampling, tuple(range(10, 10 + prompt_len)), frozenset({EOS, 3}), window, output)
+    return SamplingState(sampling, as_token_ids(range(10, 10 + prompt_len)), frozenset({EOS, 3}), window, output)
 
 
 @pytest.mark.parametrize(
@@ -54,4 +55,4 @@ def test_min_tokens_does_not_outgrow_the_context_window() -> None:
 
 def test_a_state_without_a_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed"):
-        SamplingState(SamplingParams(), (1,), frozenset(), 10)
+        SamplingState(SamplingParams(), as_token_ids((1,)), frozenset(), 10)

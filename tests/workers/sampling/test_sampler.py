@@ -21,13 +21,14 @@ from workers.sampling.results import SampledToken
 from workers.sampling.sampler import sample
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 EOS = 0
 
 
 def state(output: Sequence[int] = (), prompt: Sequence[int] = (1, 2, 3), **params: object) -> SamplingState:
     sampling = SamplingParams(**{"seed": 0, **params})  # type: ignore[arg-type]
-    return SamplingState(sampling, tuple(prompt), frozenset({EOS}), 10_000, list(output))
+    return SamplingState(sampling, as_token_ids(prompt), frozenset({EOS}), 10_000, list(output))
 
 
 def random_logits(rows: int, vocab_size: int = 100, seed: int = 0) -> torch.Tensor:

@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cache_groups import whole_cache
+from made_requests import worker_request
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import PrefixCache
-from workers.messages import DecodeRequest
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
 from workers.scheduling.decode_scheduler import DecodeBatch
@@ -26,15 +26,13 @@ BLOCK_SIZE = 4
 class MemoryStore:
     """Blocks of one number for each slot; -1 where nothing was written since the block was given away."""
 
-    block_size = BLOCK_SIZE
-
     def __init__(self, num_blocks: int) -> None:
         self.slots = torch.full((1, num_blocks, BLOCK_SIZE), -1)
 
-    def read_blocks(self, blocks: list[int]) -> torch.Tensor:
+    def read_blocks(self, blocks: list[int], group: int = 0) -> torch.Tensor:
         return self.slots[:, blocks].clone()
 
-    def write_blocks(self, blocks: list[int], data: torch.Tensor) -> None:
+    def write_blocks(self, blocks: list[int], data: torch.Tensor, group: int = 0) -> None:
         self.slots[:, blocks] = data
 
     def put(self, blocks: list[int], position: int, value: int) -> None:
@@ -53,6 +51,10 @@ class Write(NamedTuple):
     value: int
 
 
+def blocks_of(sequence: Sequence) -> list[int]:
+    return sequence.tables.groups[0].blocks if sequence.tables.groups else []
+
+
 class Harness:
     """A batch whose sequences write their own numbers into the cache, and check that they read them back.
 
@@ -61,9 +63,9 @@ class Harness:
     """
 
     def __init__(self, num_blocks: int, max_num_seqs: int = 8, ahead: int = 0) -> None:
-        self.blocks = PrefixCache(num_blocks)
+        self.cache = whole_cache(num_blocks, BLOCK_SIZE)
         self.store = MemoryStore(num_blocks)
-        self.batch = DecodeBatch(self.blocks, self.store, max_num_seqs)
+        self.batch = DecodeBatch(self.cache, self.store, max_num_seqs)
         self.alive: list[Sequence] = []
         self.leaving: list[Sequence] = []
         self._ahead = ahead
@@ -74,12 +76,12 @@ class Harness:
         """A sequence whose prompt is in the cache and whose first token was sampled."""
         number = next(self._clock)
         sampling = SamplingParams(seed=0, max_tokens=1000)
-        request = DecodeRequest(f"s{number}", b"h" * 16, (0,) * prompt_len, sampling, "prefill", 1.0)
+        request = worker_request(f"s{number}", (0,) * prompt_len, sampling, "prefill")
         sequence = Sequence(request, SamplingState(sampling, request.prompt_token_ids, frozenset(), 1000), 0.0)
         sequence.received = float(number)
-        sequence.blocks = self.blocks.allocate((), blocks_for(prompt_len, BLOCK_SIZE))[0]
+        sequence.tables, _ = self.cache.admit((), prompt_len, prompt_len)
         for position in range(prompt_len):
-            self.store.put(sequence.blocks, position, number * 1000 + position)
+            self.store.put(blocks_of(sequence), position, number * 1000 + position)
         sequence.state.output_token_ids.append(0)
         self.alive.append(sequence)
         self.batch.add(sequence)
@@ -94,10 +96,10 @@ class Harness:
         writes = []
         for sequence in ready:
             number, place, landed = int(sequence.received), sequence.num_scheduled - 1, sequence.num_tokens - 1
-            assert len(sequence.blocks) * BLOCK_SIZE > place
+            assert len(blocks_of(sequence)) * BLOCK_SIZE > place
             expected = [number * 1000 + position for position in range(landed)]
-            assert self.store.get(sequence.blocks, landed) == expected
-            writes.append(Write(sequence, list(sequence.blocks), place, number * 1000 + place))
+            assert self.store.get(blocks_of(sequence), landed) == expected
+            writes.append(Write(sequence, list(blocks_of(sequence)), place, number * 1000 + place))
         if ready:
             self.batch.launched(ready)
             self._flying.append(writes)
@@ -126,10 +128,10 @@ def test_sequences_grow_by_a_block_when_they_need_one():
     lengths = []
     for _ in range(6):
         harness.step()
-        lengths.append(len(sequence.blocks))
+        lengths.append(len(blocks_of(sequence)))
     assert lengths == [1, 2, 2, 2, 2, 3]
     harness.end(sequence)
-    assert harness.blocks.num_free == 8
+    assert harness.cache.num_free == 8
 
 
 def test_the_newest_makes_room_and_comes_back():
@@ -138,7 +140,7 @@ def test_the_newest_makes_room_and_comes_back():
     assert harness.step() == [old, new]
     assert harness.step() == [old], "the newest gives its blocks to the oldest"
     assert (harness.batch.size, harness.batch.num_preempted) == (1, 1)
-    assert new.blocks == []
+    assert blocks_of(new) == []
     assert not harness.batch.can_resume
     for _ in range(3):
         assert harness.step() == [old]
@@ -188,7 +190,7 @@ def test_a_preempted_sequence_may_end():
     harness.end(new)
     assert harness.batch.num_preempted == 0
     harness.end(old)
-    assert harness.blocks.num_free == 4
+    assert harness.cache.num_free == 4
 
 
 def test_blocks_of_a_sequence_in_flight_come_back_when_it_has_landed():
@@ -196,18 +198,18 @@ def test_blocks_of_a_sequence_in_flight_come_back_when_it_has_landed():
     old, new = harness.join(7), harness.join(3)
     harness.step()
     harness.end(old)
-    assert harness.blocks.num_free == 1
+    assert harness.cache.num_free == 1
     assert harness.step() == [new]
-    assert harness.blocks.num_free == 2, "one block more for the new one, two of the old one's are back"
+    assert harness.cache.num_free == 2, "one block more for the new one, two of the old one's are back"
 
 
 def test_a_block_is_there_for_the_token_behind_the_one_in_flight():
     harness = Harness(4, ahead=1)
     sequence = harness.join(3)
     assert harness.step() == [sequence]
-    assert len(sequence.blocks) == 1
+    assert len(blocks_of(sequence)) == 1
     assert harness.step() == [sequence]
-    assert (sequence.num_tokens, len(sequence.blocks)) == (5, 2)
+    assert (sequence.num_tokens, len(blocks_of(sequence))) == (5, 2)
 
 
 def test_what_ends_in_flight_for_certain_is_not_scheduled_again():
@@ -250,7 +252,7 @@ class DecodeBatchMachine(RuleBasedStateMachine):
     def join(self, prompt_len: int) -> None:
         harness = self.harness
         # Also while others are put aside: its blocks may have been reserved before.
-        room = blocks_for(prompt_len + 1, BLOCK_SIZE) <= harness.blocks.num_free
+        room = blocks_for(prompt_len + 1, BLOCK_SIZE) <= harness.cache.num_free
         if room and len(harness.alive) < harness.batch.max_num_seqs:
             harness.join(prompt_len)
 
@@ -262,7 +264,7 @@ class DecodeBatchMachine(RuleBasedStateMachine):
         assert ready == running, "whoever was not put aside decodes, oldest first"
         assert len(ready) <= harness.batch.max_num_seqs
         for sequence in ready:  # none may grow past the whole cache: a worker's context window rules that out
-            if blocks_for(sequence.num_scheduled, BLOCK_SIZE) > harness.blocks.num_blocks:
+            if blocks_for(sequence.num_scheduled, BLOCK_SIZE) > harness.cache.num_blocks:
                 harness.end(sequence)
 
     @precondition(lambda self: self.harness.alive)
@@ -275,10 +277,10 @@ class DecodeBatchMachine(RuleBasedStateMachine):
         if not hasattr(self, "harness"):
             return
         harness = self.harness
-        owned = [block for sequence in (*harness.alive, *harness.leaving) for block in sequence.blocks]
-        assert len(owned) == len(set(owned)) == harness.blocks.num_blocks - harness.blocks.num_free
+        owned = [block for sequence in (*harness.alive, *harness.leaving) for block in blocks_of(sequence)]
+        assert len(owned) == len(set(owned)) == harness.cache.num_blocks - harness.cache.num_free
         for sequence in harness.alive:
-            assert bool(sequence.blocks) != (sequence.host_copy is not None), "in the cache or in host memory"
+            assert bool(blocks_of(sequence)) != (sequence.host_copy is not None), "in the cache or in host memory"
         assert harness.batch.size + harness.batch.num_preempted == len(harness.alive)
 
     def teardown(self) -> None:
@@ -290,7 +292,7 @@ class DecodeBatchMachine(RuleBasedStateMachine):
                 assert ready
                 self.harness.end(ready[0])
             self.harness.land(0)
-            assert self.harness.blocks.num_free == self.harness.blocks.num_blocks
+            assert self.harness.cache.num_free == self.harness.cache.num_blocks
 
 
 TestDecodeBatchMachine = DecodeBatchMachine.TestCase

@@ -6,20 +6,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cache_groups import whole_cache
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import PrefixCache
-from workers.scheduling.prefill_scheduler import PrefillScheduler, PromptProgress
+from workers.kv_cache.manager import KVCacheManager
+from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler, PromptProgress
 
 BLOCK_SIZE = 4
 
 
 def spans(chunks) -> list[tuple[str, int, int]]:
-    return [(chunk.prompt.request_id, chunk.start, chunk.end) for chunk in chunks]
+    return [(chunk.prompt.attempt_id, chunk.start, chunk.end) for chunk in chunks]
 
 
-def make(num_blocks: int = 16, budget: int = 8, max_num_seqs: int = 4) -> tuple[PrefillScheduler, PrefixCache]:
-    blocks = PrefixCache(num_blocks)
-    return PrefillScheduler(blocks, BLOCK_SIZE, budget, max_num_seqs), blocks
+def make(num_blocks: int = 16, budget: int = 8, max_num_seqs: int = 4) -> tuple[PrefillScheduler, KVCacheManager]:
+    cache = whole_cache(num_blocks, BLOCK_SIZE)
+    return PrefillScheduler(cache, budget, max_num_seqs), cache
+
+
+def complete(chunk: Chunk, cache: KVCacheManager) -> range:
+    return cache.groups[0].handed_over(chunk.start, chunk.end, chunk.prompt.num_tokens)
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_the_rest_of_the_budget_goes_to_the_next():
@@ -35,24 +40,23 @@ def test_a_long_prompt_is_computed_in_chunks_and_the_rest_of_the_budget_goes_to_
 
 
 def test_blocks_become_pushable_when_they_are_full_and_at_the_end():
-    scheduler, _ = make(budget=6)
+    scheduler, cache = make(budget=6)
     scheduler.add(PromptProgress("a", 14))
     pushed = []
     while chunks := scheduler.schedule():
-        span = scheduler.pushable(chunks[0])
-        assert scheduler.advance(chunks[0]) == span
-        pushed.append(list(span))
+        pushed.append(list(complete(chunks[0], cache)))
+        scheduler.advance(chunks[0])
     assert pushed == [[0], [1, 2], [3]]
 
 
 def test_the_head_of_the_queue_is_not_overtaken():
-    scheduler, blocks = make(num_blocks=4)
-    held, _ = blocks.allocate((), 2)
+    scheduler, cache = make(num_blocks=4)
+    held, _ = cache.admit((), 8, 8)
     scheduler.add(PromptProgress("large", 12))
     scheduler.add(PromptProgress("small", 1))
     assert scheduler.schedule() == []
     assert not scheduler.can_schedule, "asking again without a free block would only burn the CPU"
-    blocks.release(held)
+    cache.release(held)
     assert scheduler.can_schedule
     assert spans(scheduler.schedule()) == [("large", 0, 8)]
 
@@ -83,8 +87,8 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
 
     @initialize(num_blocks=st.integers(4, 16), budget=st.integers(1, 20), max_num_seqs=st.integers(1, 4))
     def start(self, num_blocks: int, budget: int, max_num_seqs: int) -> None:
-        self.blocks = PrefixCache(num_blocks)
-        self.scheduler = PrefillScheduler(self.blocks, BLOCK_SIZE, budget, max_num_seqs)
+        self.cache = whole_cache(num_blocks, BLOCK_SIZE)
+        self.scheduler = PrefillScheduler(self.cache, budget, max_num_seqs)
         self.budget, self.max_num_seqs = budget, max_num_seqs
         self.alive: list[PromptProgress] = []
         self.holding: list[PromptProgress] = []
@@ -93,9 +97,9 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
 
     @rule(length=st.integers(1, 40))
     def add(self, length: int) -> None:
-        prompt = PromptProgress(f"p{self.count}", min(length, self.blocks.num_blocks * BLOCK_SIZE))
+        prompt = PromptProgress(f"p{self.count}", min(length, self.cache.num_blocks * BLOCK_SIZE))
         self.count += 1
-        self.pushed[prompt.request_id] = []
+        self.pushed[prompt.attempt_id] = []
         self.alive.append(prompt)
         self.scheduler.add(prompt)
 
@@ -111,11 +115,13 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
         for chunk in chunks:
             prompt = chunk.prompt
             assert chunk.start == prompt.num_computed_tokens < chunk.end <= prompt.num_tokens
-            assert len(prompt.blocks) == blocks_for(prompt.num_tokens, BLOCK_SIZE)
-            self.pushed[prompt.request_id] += self.scheduler.advance(chunk)
-            assert len(self.pushed[prompt.request_id]) * BLOCK_SIZE >= prompt.num_computed_tokens - BLOCK_SIZE + 1
+            assert self.cache.num_held(prompt.tables) == blocks_for(prompt.num_tokens, BLOCK_SIZE)
+            self.pushed[prompt.attempt_id] += complete(chunk, self.cache)
+            self.scheduler.advance(chunk)
+            assert len(self.pushed[prompt.attempt_id]) * BLOCK_SIZE >= prompt.num_computed_tokens - BLOCK_SIZE + 1
             if prompt.done:
-                assert self.pushed[prompt.request_id] == list(range(len(prompt.blocks))), "each block once, in order"
+                places = range(self.cache.num_held(prompt.tables))
+                assert self.pushed[prompt.attempt_id] == list(places), "each block once, in order"
                 self.alive.remove(prompt)
                 self.holding.append(prompt)
 
@@ -129,13 +135,13 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.holding)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.blocks.release(self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1))).blocks)
+        self.cache.release(self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1))).tables)
 
     @invariant()
     def blocks_have_one_owner(self) -> None:
         if hasattr(self, "alive"):
-            owned = [block for prompt in (*self.alive, *self.holding) for block in prompt.blocks]
-            assert len(owned) == len(set(owned)) == self.blocks.num_blocks - self.blocks.num_free
+            owned = [block for prompt in (*self.alive, *self.holding) for block in self.cache.held(prompt.tables)]
+            assert len(owned) == len(set(owned)) == self.cache.num_blocks - self.cache.num_free
             missing = sum(p.num_tokens - p.num_computed_tokens for p in self.alive)
             assert self.scheduler.num_waiting_tokens == missing
 
@@ -147,7 +153,7 @@ class PrefillSchedulerMachine(RuleBasedStateMachine):
             if not self.alive:
                 break
             while self.holding:
-                self.blocks.release(self.holding.pop().blocks)
+                self.cache.release(self.holding.pop().tables)
             self.step()
         assert not self.alive
 

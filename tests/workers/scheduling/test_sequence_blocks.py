@@ -10,14 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cached_blocks import check_cached_blocks, poison_free_blocks
+from cached_blocks import check_cached_blocks, found_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from lockstep_cluster import LockstepCluster
+from workers.block_hashes import block_hashes
 from workers.decode_worker import DecodeWorker
 from workers.errors import SamplingError
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.prefix_cache import block_hashes
 from workers.messages import DecodeReport
 from workers.runner.model_runner import ModelRunner
 from workers.sampling_params import SamplingParams
@@ -43,7 +43,7 @@ def ask(cluster: LocalCluster, name: str, token_ids: list[int], max_tokens: int 
 def held(decode: DecodeWorker, token_ids: list[int]) -> int:
     """How many of these tokens a prompt of them would find on the worker."""
     size = decode.runner.block_size
-    return size * len(decode.blocks.find(block_hashes(token_ids, size)))
+    return size * len(found_blocks(decode, token_ids))
 
 
 @cache
@@ -70,7 +70,7 @@ def test_only_missing_blocks_are_handed_over(first, second, cached, one_pair, ti
     ask(cluster, "first", first)
     assert ask(cluster, "second", second) == expected(tiny_checkpoint("llama"), tuple(second))
     missing = blocks_for(len(second), 16) - cached // 16
-    assert cluster.reports["second"].num_bytes == 3 * missing * decode.runner.kv_cache[0, 0].nbytes
+    assert cluster.reports["second"].num_bytes == 3 * missing * decode.runner.kv_caches[0][0, 0].nbytes
     assert bool(cluster.reports["second"].num_parts) == bool(missing)
     assert [cluster.decode_reports[name].cached_tokens for name in ("first", "second")] == [0, cached]
     cluster.assert_all_blocks_free()
@@ -79,7 +79,7 @@ def test_only_missing_blocks_are_handed_over(first, second, cached, one_pair, ti
 def test_the_next_turn_finds_the_answer(one_pair, tiny_checkpoint):
     """Three turns: each prompt is all that was said before and something new; only the new part moves."""
     cluster, _, decode = one_pair()
-    block_bytes = 3 * decode.runner.kv_cache[0, 0].nbytes
+    block_bytes = 3 * decode.runner.kv_caches[0][0, 0].nbytes
     text = prompt(40)
     for turn in range(3):
         answer = ask(cluster, f"turn{turn}", text, 30)
@@ -126,8 +126,8 @@ def test_two_at_once_share_what_was_kept_and_grow_apart(one_pair, tiny_checkpoin
         cluster.submit(f"r{number}", text, greedy(20))
     for _ in range(12):
         cluster.step()
-    shared = decode.blocks.find(block_hashes(prompt(96), 16))
-    assert [decode.blocks.num_users(block) for block in shared] == [4] * 6
+    shared = found_blocks(decode, prompt(96))
+    assert [decode.cache.groups[0].pool.num_users(block) for block in shared] == [4] * 6
     cluster.run()
     for number, text in enumerate(texts):
         assert cluster.token_ids(f"r{number}") == expected(tiny_checkpoint("llama"), tuple(text), 20)
@@ -163,14 +163,14 @@ def test_who_comes_back_writes_only_what_is_not_here(one_pair, monkeypatch, tiny
     moved = {"away": 0, "back": 0}
     read, write = ModelRunner.read_blocks, ModelRunner.write_blocks
 
-    def count_read(runner, blocks):
+    def count_read(runner, blocks, group):
         moved["away"] += len(blocks)
-        return read(runner, blocks)
+        return read(runner, blocks, group)
 
-    def count_write(runner, blocks, data):
+    def count_write(runner, blocks, data, group):
         moved["back"] += len(blocks)
         assert data.shape[1] == len(blocks)
-        write(runner, blocks, data)
+        write(runner, blocks, data, group)
 
     monkeypatch.setattr(ModelRunner, "read_blocks", count_read)
     monkeypatch.setattr(ModelRunner, "write_blocks", count_write)
@@ -236,8 +236,8 @@ def test_broken_logits_take_their_blocks_with_them(one_pair, tiny_checkpoint):
     """Also those that were here before: else whatever is wrong there fails every prompt that begins so."""
     cluster, _, decode = one_pair()
     ask(cluster, "first", prompt(64))
-    (block, *_) = decode.blocks.find(block_hashes(prompt(64), 16))
-    decode.runner.kv_cache[:, block] = torch.nan
+    (block, *_) = found_blocks(decode, prompt(64))
+    decode.runner.kv_caches[0][:, block] = torch.nan
     ask(cluster, "broken", prompt(70))
     assert isinstance(cluster.failures["broken"], SamplingError)
     assert held(decode, prompt(70)) == 0
@@ -257,8 +257,8 @@ def test_what_was_forgotten_while_a_handoff_shared_it_stays_forgotten(one_pair):
     cluster.submit("sharing", prompt(64) + prompt(40, seed=2), GREEDY)
     decode.step()
     assert decode.load.reserved_blocks == 3
-    (block, *_) = shared = decode.blocks.find(block_hashes(prompt(64), 16))
-    decode.runner.kv_cache[:, block] = torch.nan
+    (block, *_) = shared = found_blocks(decode, prompt(64))
+    decode.runner.kv_caches[0][:, block] = torch.nan
     while decode.load.running:
         for event in decode.step():
             cluster.take(event)
@@ -286,7 +286,9 @@ def test_a_request_that_goes_on_elsewhere_is_found_by_all_its_tokens(one_pair):
     text += ask(cluster, "r", text, 40)
     assert held(decode, text) == 64
     assert ask(cluster, "s", text[:50], 20) == text[50:70]
-    assert cluster.decode_reports["s"] == DecodeReport("s", cluster.decode_reports["s"].first_decode_s, 48)
+    assert cluster.decode_reports["s"] == DecodeReport(
+        "s", cluster.decode_reports["s"].first_decode_s, 48, attempt_id="s"
+    )
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -307,7 +309,7 @@ def test_all_ranks_keep_and_share_the_same(seed, steps_ahead, tiny_checkpoint):
     cluster.assert_equal_ranks()
     cluster.assert_all_blocks_free()
     (decode,) = cluster.decode.values()
-    stored, *others = [list(replica.worker.blocks.stored_blocks.items()) for replica in decode.replicas]
+    stored, *others = [list(replica.worker.cache.groups[0].pool.stored_blocks.items()) for replica in decode.replicas]
     assert stored
     assert others == [stored] * len(others)
 

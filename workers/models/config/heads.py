@@ -45,8 +45,9 @@ def read_attention(
     num_kv_heads: int | None = None,
     head_size: int | None = None,
     rope: RopeFamily = PLAIN,
+    scale: float | None = None,
 ) -> tuple[AttentionConfig, ...]:
-    """Layers that are alike but for their windows, with scores scaled by D^-1/2.
+    """Layers that are alike but for their windows.
 
     Args:
         read: config.json.
@@ -54,6 +55,7 @@ def read_attention(
         num_kv_heads: see `read_heads`.
         head_size: see `read_heads`.
         rope: what the family adds to the rotation.
+        scale: of the scores; None: D^-1/2.
 
     Raises:
         CheckpointError: a value is missing or wrong; names file and key.
@@ -62,7 +64,8 @@ def read_attention(
     rotation = read_rope(read, size, read.positive_int("max_position_embeddings"), rope)
     if windows is None:
         windows = (None,) * read.positive_int("num_hidden_layers")
-    return tuple(AttentionConfig(heads, kv_heads, size, size**-0.5, rotation, window) for window in windows)
+    scale = size**-0.5 if scale is None else scale
+    return tuple(AttentionConfig(heads, kv_heads, size, scale, rotation, window) for window in windows)
 
 
 def read_layer_types(read: ConfigReader, known: Sequence[str], default: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class ModelConfig:
         hidden_size: H.
         intermediate_size: features that a token goes through in a layer's MLP, or in its chosen experts together.
         activation: of MLPs and experts.
-        norm_eps: added to the mean square in norms.
+        norm_eps: added to the mean square (or the variance) in norms.
         max_position_embeddings: as the checkpoint states it; see `context_length` for what is served.
         tie_word_embeddings: whether the output matrix is the embedding.
         dtype: of the stored weights, as the config states it (float32 where it does not).
@@ -123,6 +123,7 @@ class ModelConfig:
         generation_config: Mapping[str, Any] | None,
         *,
         activation_key: str = "hidden_act",
+        norm_eps_key: str = "rms_norm_eps",
         weight_formats: Collection[str] = (),
     ) -> dict[str, Any]:
         """The fields that every family has, but for `attention`, as keyword arguments.
@@ -131,6 +132,7 @@ class ModelConfig:
             read: config.json.
             generation_config: see `read`.
             activation_key: where the family names its activation.
+            norm_eps_key: where it states what its norms add.
             weight_formats: see `refuse_quantized_weights`.
 
         Raises:
@@ -144,9 +146,9 @@ class ModelConfig:
             "hidden_size": read.positive_int("hidden_size"),
             "intermediate_size": read.positive_int("intermediate_size"),
             "activation": read_activation(read, activation_key),
-            "norm_eps": read.positive_float("rms_norm_eps"),
+            "norm_eps": read.positive_float(norm_eps_key),
             "max_position_embeddings": read.positive_int("max_position_embeddings"),
-            "tie_word_embeddings": read.flag("tie_word_embeddings", False),
+            "tie_word_embeddings": read.flag("tie_word_embeddings"),
             "dtype": _dtype(read),
             "eos_token_ids": _eos_token_ids(read, generation_config),
             "bos_token_id": read.optional_int("bos_token_id"),

@@ -51,8 +51,7 @@ def read_fp8_blocks(read: ConfigReader) -> Fp8BlockStorage | None:
     if weight_format(read) != "fp8" or not given.get("weight_block_size"):
         return None
     inner = ConfigReader(given, read.source, prefix="quantization_config.")
-    inner.supports("fmt", "e4m3")
-    inner.supports("activation_scheme", "dynamic")
+    inner.refuse_others({"fmt": "e4m3", "activation_scheme": "dynamic"})
     block = given["weight_block_size"]
     sizes = inner.int_list("weight_block_size")
     if not isinstance(block, list) or len(sizes) != 2 or min(sizes) < 1:

@@ -1,4 +1,4 @@
-"""The kernel of `decode_inputs`."""
+"""The kernels of `decode_inputs`."""
 # ruff: noqa: N803  # compile-time constants are upper case, as is usual in Triton
 
 from __future__ import annotations
@@ -43,6 +43,47 @@ def decode_inputs_kernel(
     tl.store(slots_ptr + row, slot, mask=mask)
     tl.store(lens_ptr + row, length, mask=mask)
     tl.store(seq_lens_ptr + row, length + real.to(tl.int32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def decode_slots_kernel(
+    slots_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    stride_table: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """One program: `ROWS` rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < num_rows
+    length = tl.load(lens_ptr + row, mask=mask, other=PADDING)
+    real = length != PADDING
+    position = length - 1
+    block_ptrs = tables_ptr + row.to(tl.int64) * stride_table + position // BLOCK_SIZE
+    block = tl.load(block_ptrs, mask=mask & real, other=0).to(tl.int64)
+    tl.store(slots_ptr + row, tl.where(real, block * BLOCK_SIZE + position % BLOCK_SIZE, -1), mask=mask)
+
+
+def launch_decode_slots(seq_lens: torch.Tensor, block_tables: torch.Tensor, block_size: int) -> torch.Tensor:
+    """See `workers.ops.decode_inputs`."""
+    num_rows = seq_lens.shape[0]
+    slots = torch.empty(num_rows, dtype=torch.int64, device=seq_lens.device)
+    if num_rows:
+        with on_device(seq_lens):
+            decode_slots_kernel[(triton.cdiv(num_rows, _ROWS),)](
+                slots,
+                seq_lens,
+                block_tables,
+                num_rows,
+                block_tables.stride(0),
+                BLOCK_SIZE=block_size,
+                PADDING=PADDING_LEN,
+                ROWS=_ROWS,
+            )
+    return slots
 
 
 def launch_decode_inputs(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from workers.host_copies import to_device
@@ -63,11 +64,17 @@ class TokenMarks:
 
     def _marks(self, state: SamplingState) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and what to add to their marks; a token may occur more than once."""
-        prompt = np.unique(np.asarray(state.prompt_token_ids if state.looks_at_prompt else (), dtype=np.int64))
+        prompt = np.flatnonzero(self._occurs(state)) if state.looks_at_prompt else np.empty(0, dtype=np.int64)
         stops = np.asarray([t for t in state.stop_ids if 0 <= t < self._vocab_size], dtype=np.int64)
         output = np.asarray(state.output_token_ids, dtype=np.int64)
         kinds = np.repeat([PROMPT, STOP, OUTPUT], [len(prompt), len(stops), len(output)]).astype(np.int64)
         return np.concatenate([prompt, stops, output]), kinds
+
+    def _occurs(self, state: SamplingState) -> npt.NDArray[np.bool_]:
+        """(V,), whether a token is in the prompt."""
+        occurs = np.zeros(self._vocab_size, dtype=np.bool_)
+        occurs[state.prompt_token_ids] = True
+        return occurs
 
 
 def apply_marks(scores: torch.Tensor, marks: torch.Tensor, params: RowParams, num_output: torch.Tensor) -> torch.Tensor:

@@ -176,7 +176,10 @@ def test_the_family_comes_from_model_type_where_no_architecture_is_stated() -> N
             for change, message in (
                 ({"weight_block_size": [8]}, r"weight_block_size: must be the rows and columns of a block, not \[8\]"),
                 ({"weight_block_size": 8}, "weight_block_size: must be the rows and columns of a block, not 8"),
-                ({"fmt": "e5m2"}, "quantization_config.fmt: 'e5m2' is not supported, only 'e4m3'"),
+                (
+                    {"fmt": "e5m2"},
+                    "quantization_config.fmt: 'e5m2' is not supported for this architecture, only 'e4m3'",
+                ),
                 ({"activation_scheme": "static"}, "quantization_config.activation_scheme: 'static' is not supported"),
                 ({"weight_block_size": None, "activation_scheme": "static"}, "activation_scheme: .*quantized weights"),
             )

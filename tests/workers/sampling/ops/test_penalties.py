@@ -14,6 +14,7 @@ from workers.sampling.ops.penalties import OUTPUT, PROMPT, STOP, TokenMarks, app
 from workers.sampling.ops.row_params import pack, unpack
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 VOCAB_SIZE = 50
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def reference(logits: torch.Tensor, params: SamplingParams, prompt: list[int], o
 
 
 def state(prompt: list[int], output: list[int], **params: Any) -> SamplingState:
-    return SamplingState(SamplingParams(seed=0, **params), tuple(prompt), frozenset({2}), 1000, output)
+    return SamplingState(SamplingParams(seed=0, **params), as_token_ids(prompt), frozenset({2}), 1000, output)
 
 
 def marked(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:

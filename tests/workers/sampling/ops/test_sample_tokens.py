@@ -22,6 +22,7 @@ from workers.sampling.ops.top_logprobs import top_logprobs_torch
 from workers.sampling.sampler import sample
 from workers.sampling.state import SamplingState
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,7 +54,7 @@ def kernels() -> SimpleNamespace:
 
 def state(output: tuple[int, ...] = (), prompt: tuple[int, ...] = (1, 2, 3), **params: Any) -> SamplingState:
     sampling = SamplingParams(**{"seed": 0, **params})
-    return SamplingState(sampling, prompt, frozenset({0}), 10_000, list(output))
+    return SamplingState(sampling, as_token_ids(prompt), frozenset({0}), 10_000, list(output))
 
 
 def rows_of(states: list[SamplingState], vocab_size: int, **flags: bool) -> ChoiceRows:

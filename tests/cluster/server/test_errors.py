@@ -9,8 +9,8 @@ from cluster.errors import (
     NoWorkersError,
     QueueFullError,
     WorkerLostError,
-    status_of,
 )
+from cluster.server.grpc.errors import status_of
 from workers.errors import (
     BatonError,
     CapacityError,

@@ -1,0 +1,95 @@
+"""What a model must read and compute, by its configuration: the limits that measurements stand beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a decoder with grouped-query attention must read and compute.
+
+    Attributes:
+        layer_parameters: of all layers' matrices that a token is multiplied by, its own experts among them.
+        head_parameters: of the output projection; every token that is sampled is multiplied by each.
+        attention_flops_per_pair: for each (query, key) of all layers and heads, both products.
+        kv_bytes_per_token: of all layers.
+        element_bytes: of a weight and of an element of the cache.
+        expert_parameters: of one expert, in all layers.
+        num_experts: in a layer; 0: there are none.
+        top_k: experts of a token.
+        window: how many tokens a query sees in some of the layers; None: all.
+        windowed: the share of these layers.
+    """
+
+    layer_parameters: int
+    head_parameters: int
+    attention_flops_per_pair: int
+    kv_bytes_per_token: int
+    element_bytes: int = 2
+    expert_parameters: int = 0
+    num_experts: int = 0
+    top_k: int = 0
+    window: int | None = None
+    windowed: float = 0.0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], element_bytes: int = 2) -> Work:
+        """By a config.json of Llama's kind, with experts in all layers or in none."""
+        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        heads, kv_heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
+        size = int(config.get("head_dim") or hidden // heads)
+        attention = hidden * (heads + 2 * kv_heads) * size + heads * size * hidden
+        num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+        top_k = int(config["num_experts_per_tok"]) if num_experts else 0
+        inner = config.get("moe_intermediate_size") if num_experts else None
+        mlp = 3 * hidden * int(inner or config["intermediate_size"])
+        kinds = list(config.get("layer_types") or ())
+        return cls(
+            layer_parameters=layers * (attention + hidden * num_experts + mlp * (top_k or 1)),
+            head_parameters=int(config["vocab_size"]) * hidden,
+            attention_flops_per_pair=layers * heads * 4 * size,
+            kv_bytes_per_token=layers * 2 * kv_heads * size * element_bytes,
+            element_bytes=element_bytes,
+            expert_parameters=layers * mlp if num_experts else 0,
+            num_experts=num_experts,
+            top_k=top_k,
+            window=config.get("sliding_window") if "sliding_attention" in kinds else None,
+            windowed=kinds.count("sliding_attention") / layers,
+        )
+
+    def experts_of(self, batch: int) -> float:
+        """How many experts of a layer the tokens of a batch go to, where they choose evenly and not alike."""
+        if not self.num_experts:
+            return 0.0
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** batch)
+
+    def decode_bytes(self, batch: int, context: float) -> float:
+        """Bytes that a decode step must read: every matrix once, of experts those that tokens go to, and the cache.
+
+        Of the embedding it reads only rows.
+        """
+        for_all = self.layer_parameters + self.head_parameters - self.top_k * self.expert_parameters
+        weights = (for_all + self.experts_of(batch) * self.expert_parameters) * self.element_bytes
+        return weights + batch * self._seen(context) * self.kv_bytes_per_token
+
+    def decode_flops(self, batch: int, context: float) -> float:
+        """Operations of a decode step."""
+        matrices = 2 * (self.layer_parameters + self.head_parameters)
+        return batch * (matrices + self._seen(context) * self.attention_flops_per_pair)
+
+    def prefill_flops(self, prompts: int, tokens: int) -> float:
+        """Operations of `prompts` prompts of `tokens` tokens, causal, one sampled token each."""
+        pairs = tokens * (tokens + 1) / 2
+        if self.window is not None and tokens > self.window:
+            beyond = (tokens - self.window) * (tokens - self.window + 1) / 2
+            pairs -= self.windowed * beyond
+        each = 2 * self.layer_parameters * tokens + 2 * self.head_parameters + pairs * self.attention_flops_per_pair
+        return prompts * each
+
+    def _seen(self, context: float) -> float:
+        """Tokens that a query attends to, on average over the layers."""
+        seen = context if self.window is None else min(context, self.window)
+        return (1 - self.windowed) * context + self.windowed * seen

@@ -1,0 +1,227 @@
+"""The attempts under way: placed on workers, followed by what those say, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+
+from cluster.api import EngineRequest
+from cluster.clock import now
+from cluster.errors import NoWorkersError, WorkerLeavesError, WorkerLostError
+from cluster.gateway.admission import AdmissionQueue, Ticket
+from cluster.gateway.attempt import Attempt
+from cluster.gateway.dispatch import dispatch
+from cluster.gateway.observers import EngineObserver
+from cluster.pools.pools import WorkerPools
+from cluster.routing.load_tracker import LoadTracker
+from cluster.routing.prefix_index import PromptPrefix
+from cluster.routing.types import NoPlacement, RoutingRequest
+from workers.errors import CapacityError
+from workers.messages import DecodeReport, HandoffReport, PrefillReport, StepOutput, WorkerEvent
+from workers.token_ids import NO_TOKENS, TokenIds
+
+REPORT_PATIENCE_S = 0.25
+"""How long the report of a handoff is waited for whose request has ended."""
+_MIN_TIMEOUT_S = 0.001
+_SHUTTING_DOWN = "the service is shutting down"
+
+
+class Attempts:
+    """Every attempt at a request, from its place in the queue to its end.
+
+    Args:
+        pools: the workers.
+        load_tracker: what each of them has to do.
+        queue: who waits for room.
+        observers: told what happens.
+    """
+
+    def __init__(
+        self, pools: WorkerPools, load_tracker: LoadTracker, queue: AdmissionQueue[Attempt], observers: EngineObserver
+    ) -> None:
+        self._pools = pools
+        self._load_tracker = load_tracker
+        self._queue = queue
+        self._observers = observers
+        self._under_way: dict[str, Attempt] = {}
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    async def start_attempt(
+        self,
+        request: EngineRequest,
+        deadline: float,
+        arrived: float,
+        attempts: int,
+        output: TokenIds = NO_TOKENS,
+        again: bool = False,
+    ) -> Attempt:
+        """Wait for room, choose a pair of workers and send them the request, with what it has generated so far.
+
+        One that is here `again` is not turned away.
+
+        Raises:
+            QueueFullError: too many requests are waiting.
+            CapacityError: no pair of workers could ever hold the request.
+            NoWorkersError: a pool has no worker, and none is likely to come back soon.
+        """
+        routing_request = routing_request_of(request, output)
+        attempt = await self._queue.admit(
+            lambda: self._try_to_place(request, routing_request, arrived, attempts),
+            Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
+            patience_s=deadline - now(),
+            on_wait=lambda: self._observers.request_queued(request),
+        )
+        if attempt.error is None:
+            try:
+                timeout_s = max(_MIN_TIMEOUT_S, deadline - now())
+                self._dispatch(attempt, request, output, routing_request.prefix, timeout_s)
+            except Exception as error:
+                attempt.fail(error)
+        return attempt
+
+    def end_attempt(self, attempt: Attempt) -> None:
+        """An attempt is over: stop whatever is still under way of it."""
+        if self._under_way.pop(attempt.attempt_id, None) is None:
+            return
+        self._load_tracker.release(attempt.attempt_id)
+        if not attempt.finished:
+            self._abort(attempt)
+        self._queue.retry()
+
+    def take(self, output: StepOutput) -> None:
+        """What a worker has said after a step."""
+        for event in output.events:
+            if attempt := self._under_way.get(event.attempt_id):
+                self._take_event(attempt, output.engine_id, event)
+
+    def count(self, engine_id: str) -> int:
+        """How many still need this engine."""
+        return sum(attempt.needs(engine_id) for attempt in self._under_way.values())
+
+    def migrate(self, engine_id: str) -> None:
+        """A worker leaves before these requests are done: stop them there, and they go on elsewhere."""
+        for attempt in [attempt for attempt in self._under_way.values() if attempt.needs(engine_id)]:
+            attempt.fail(WorkerLeavesError(f"{engine_id} left before the request was done"))
+            self._abort(attempt)
+
+    def worker_lost(self, engine_id: str) -> None:
+        """A worker is gone."""
+        for attempt in list(self._under_way.values()):
+            attempt.worker_lost(engine_id)
+
+    def stop(self) -> None:
+        """End all of them, and place no more."""
+        self._stopping = True
+        self._queue.retry()
+        for attempt in list(self._under_way.values()):
+            attempt.fail(NoWorkersError(_SHUTTING_DOWN))
+
+    def _try_to_place(
+        self, request: EngineRequest, routing_request: RoutingRequest, arrived: float, attempts: int
+    ) -> Attempt | None:
+        """Reserve a pair of workers, or None if there is no room now."""
+        if self._stopping:
+            raise NoWorkersError(_SHUTTING_DOWN)
+        started = time.perf_counter()
+        placement = self._load_tracker.place(routing_request)
+        self._observers.router_decided(request, placement, time.perf_counter() - started)
+        if isinstance(placement, NoPlacement):
+            if placement.hopeless:
+                raise CapacityError(f"no pair of workers can serve this request: {self._why_not(routing_request)}")
+            if not all(any(m.may_return for m in self._pools.pool(role)) for role in self._load_tracker.needed_roles):
+                raise NoWorkersError(f"no worker is ready: {self._why_not(routing_request)}")
+            return None
+        attempt = Attempt(
+            secrets.token_hex(8),
+            placement.prefill or "",
+            placement.decode,
+            routing_request.prompt_tokens,
+            arrived,
+            attempts,
+            request.user,
+            request.request_id,
+        )
+        if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
+            attempt.serve_alone()
+        self._under_way[attempt.attempt_id] = attempt
+        self._load_tracker.reserve(
+            attempt.attempt_id,
+            attempt.prefill or None,
+            attempt.decode,
+            attempt.num_tokens,
+            routing_request.max_tokens,
+            placement.cached_tokens,
+        )
+        return attempt
+
+    def _why_not(self, routing_request: RoutingRequest) -> str:
+        return "; ".join(self._load_tracker.unsupported_reasons(routing_request))
+
+    def _dispatch(
+        self,
+        attempt: Attempt,
+        request: EngineRequest,
+        output: TokenIds,
+        prefix: PromptPrefix | None,
+        timeout_s: float,
+    ) -> None:
+        """Send the request to its workers at once."""
+        prefill, decode = self._pools.find(attempt.prefill), self._pools.find(attempt.decode)
+        if (attempt.prefill and prefill is None) or (attempt.decode and decode is None):
+            attempt.fail(WorkerLostError("a worker was lost before the request reached it"))
+            return
+        self._observers.request_placed(request, attempt)
+        dispatch(attempt, request, output, prefix, timeout_s, prefill, decode)
+
+    def _abort(self, attempt: Attempt) -> None:
+        for engine_id in (attempt.prefill, attempt.decode):
+            replica = self._pools.find(engine_id)
+            if replica is not None and replica.state != "lost":
+                replica.handle.abort(attempt.attempt_id)
+
+    def _take_event(self, attempt: Attempt, engine_id: str, event: WorkerEvent) -> None:
+        tokens_before, last_token_at = attempt.num_tokens, attempt.last_token_at
+        attempt.take(engine_id, event)
+        self._track_load(attempt)
+        if num_new := attempt.num_tokens - tokens_before:
+            if not last_token_at:
+                self._observers.first_token(attempt)
+            seconds = attempt.last_token_at - last_token_at if last_token_at else None
+            self._observers.tokens_received(attempt, num_new, seconds)
+        match event:
+            case PrefillReport():
+                self._observers.prefill_reported(attempt, event)
+            case HandoffReport():
+                self._observers.handoff_reported(attempt, event)
+            case DecodeReport():
+                self._observers.decode_reported(attempt, event)
+        if attempt.finished:
+            self._finish(attempt)
+
+    def _track_load(self, attempt: Attempt) -> None:
+        if attempt.finished:
+            self._load_tracker.finished(attempt.attempt_id, attempt.num_tokens)
+        elif attempt.first_token_at:
+            self._load_tracker.first_token(attempt.attempt_id)
+            self._load_tracker.grown(attempt.attempt_id, attempt.num_tokens)
+
+    def _finish(self, attempt: Attempt) -> None:
+        """The last token is here: end the attempt, but give the report of the handoff a moment to arrive before."""
+        if attempt.reported:
+            self.end_attempt(attempt)
+        else:
+            asyncio.get_running_loop().call_later(REPORT_PATIENCE_S, self.end_attempt, attempt)
+
+
+def routing_request_of(request: EngineRequest, output: TokenIds = NO_TOKENS) -> RoutingRequest:
+    """What it needs, or what is left of it after this output."""
+    prefix = request.prefix or PromptPrefix(request.prompt_token_ids, request.cache_salt)
+    return RoutingRequest(
+        len(request.prompt_token_ids) + len(output),
+        (request.sampling.max_tokens or 1) - len(output),
+        prefix=prefix.followed_by(output) if len(output) else prefix,
+    )

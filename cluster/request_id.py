@@ -1,0 +1,17 @@
+"""The client's name for a request, as it may stand in a log."""
+
+from __future__ import annotations
+
+MAX_LENGTH = 128
+
+
+def clean_request_id(given: str) -> str:
+    """A request's name on one line and of at most `MAX_LENGTH` characters.
+
+    What is not printable (control characters, line and paragraph separators, lone surrogates) is written as an escape,
+    so that no client can write lines of its own into a log; what is too long is cut.
+    """
+    cut = given[:MAX_LENGTH]
+    if cut.isprintable():
+        return cut
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)[:MAX_LENGTH]
