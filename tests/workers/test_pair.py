@@ -29,7 +29,7 @@ def test_alone(family, tied, tiny_checkpoint, local_cluster, reference_greedy):
     cluster.assert_all_blocks_free()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt_oss", "llama", "llama3", "llama4", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 3)])
 def test_concurrent_mixed_lengths(family, num_prefill, num_decode, tiny_checkpoint, local_cluster, reference_greedy):
     checkpoint = tiny_checkpoint(family)
