@@ -18,7 +18,7 @@ def prompts(count: int, seed: int, longest: int = 90) -> list[list[int]]:
     return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama", "llama3", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_alone(family, tied, tiny_checkpoint, local_cluster, reference_greedy):
     checkpoint = tiny_checkpoint(family, tie_word_embeddings=tied)
