@@ -67,7 +67,7 @@ class PrefixCache:
 
     def num_users(self, block: int) -> int:
         """Prompts that use a block; none of one that is not managed here."""
-        return self._users[block] if 0 <= block < self.num_blocks else 0
+        return self._users[block] if 0 <= block < len(self._users) else 0
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest beginning that is here."""
