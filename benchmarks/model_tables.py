@@ -12,7 +12,6 @@ from workers.errors import ConfigError
 from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.model_config import ModelConfig
 from workers.models.registry import ARCHITECTURES, parse_model
-from workers.ops.rope_config import RopeConfig
 
 _BYTES = 2
 """Of a number in a bfloat16 cache."""
@@ -99,16 +98,19 @@ def _heads(layer: AttentionConfig) -> str:
 
 def _rotation(config: ModelConfig) -> str:
     """How layers rotate, with their numbers where they differ."""
-    counts = Counter(_rope(layer.rope) for layer in config.attention)
+    counts = Counter(map(_rope, config.attention))
     if len(counts) == 1:
         return next(iter(counts))
     return "; ".join(f"{name} in {number} layers" for name, number in counts.items())
 
 
-def _rope(rope: RopeConfig | None) -> str:
+def _rope(layer: AttentionConfig) -> str:
+    rope, mla = layer.rope, layer.mla
     if rope is None:
         return "none"
     parts = ["whole heads" if rope.partial_rotary_factor == 1 else f"{rope.partial_rotary_factor:.0%}"]
+    if mla is not None:
+        parts = [f"{mla.qk_rope_head_dim} of {mla.qk_nope_head_dim + mla.qk_rope_head_dim}"]
     if rope.interleaved:
         parts.append("in pairs")
     if rope.scaling is not None:

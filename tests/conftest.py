@@ -97,6 +97,9 @@ def _build(folder: Path, family: str, seed: int, max_shard_size: str, overrides:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             elif name.endswith(("bias", "sinks")):
                 parameter.normal_(0.0, 0.3, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):
+                buffer.normal_(0.0, 0.3, generator=generator)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     _save_tokenizer(folder, config.vocab_size)
 

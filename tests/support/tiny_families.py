@@ -47,15 +47,108 @@ class TinyFamily:
         settings: of its config, on top of `COMMON`.
         variations: further settings, by name, that every test of all families runs with, too.
         config: the prefix of its config's class; None: `prefix`.
+        backends: of attention, that it runs with on a CPU.
     """
 
     prefix: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     variations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: str | None = None
+    backends: tuple[str, ...] = ("CPU_ATTN", "TORCH_SDPA")
 
+
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "kv_lora_rank": 24,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+_DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.9,
+}
 
 FAMILIES: dict[str, TinyFamily] = {
+    "deepseek_v2": TinyFamily(
+        "DeepseekV2",
+        {**_LATENT, **_EXPERTS, "topk_method": "greedy"},
+        {
+            "compressed": {
+                "q_lora_rank": 28,
+                "topk_method": "group_limited_greedy",
+                "n_group": 4,
+                "topk_group": 2,
+                "routed_scaling_factor": 1.5,
+                "rope_parameters": _DEEPSEEK_YARN,
+            },
+            "biased": {"attention_bias": True, "first_k_dense_replace": 0, "tie_word_embeddings": True},
+            "biased-compressed": {"attention_bias": True, "q_lora_rank": 28, "first_k_dense_replace": 5},
+        },
+        backends=("CPU_MLA",),
+    ),
+    "deepseek_v3": TinyFamily(
+        "DeepseekV3",
+        {**_LATENT, **_EXPERTS, "q_lora_rank": 28, "n_group": 4, "topk_group": 2, "rope_parameters": _DEEPSEEK_YARN},
+        {
+            "moonlight": {
+                "q_lora_rank": None,
+                "n_group": 1,
+                "topk_group": 1,
+                "routed_scaling_factor": 2.446,
+                "rms_norm_eps": 1e-2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+            },
+            "halves": {"rope_interleave": False, "norm_topk_prob": False, "n_shared_experts": 1},
+        },
+        backends=("CPU_MLA",),
+    ),
+    "glm4_moe_lite": TinyFamily(
+        "Glm4MoeLite",
+        {**_LATENT, **_EXPERTS, "q_lora_rank": 28, "rms_norm_eps": 1e-5},
+        {"layer-types": {"mlp_layer_types": ["sparse", "dense", "sparse"]}},
+        backends=("CPU_MLA",),
+    ),
+    "gemma2": TinyFamily(
+        "Gemma2",
+        {"sliding_window": 20, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0},
+        {
+            "untied-biased": {
+                "tie_word_embeddings": False,
+                "attention_bias": True,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+            },
+            "layer-types": {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        },
+    ),
+    "gemma3": TinyFamily(
+        "Gemma3",
+        {"sliding_window": 20, "query_pre_attn_scalar": 24, "sliding_window_pattern": 2},
+        {
+            "scaled": {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                },
+            },
+            "capped-biased": {"final_logit_softcapping": 10.0, "attention_bias": True, "tie_word_embeddings": False},
+        },
+        config="Gemma3Text",
+    ),
     "cohere2": TinyFamily(
         "Cohere2",
         {

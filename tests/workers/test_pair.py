@@ -18,7 +18,7 @@ def prompts(count: int, seed: int, longest: int = 90) -> list[list[int]]:
     return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama", "llama3", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_alone(family, tied, tiny_checkpoint, local_cluster, reference_greedy):
     checkpoint = tiny_checkpoint(family, tie_word_embeddings=tied)
@@ -64,6 +64,21 @@ def test_block_sizes_and_chunks(block_size, budget, layers_per_write, tiny_check
         model = cluster.model.config
         layer_bytes = 2 * block_size * model.attention[0].num_kv_heads * model.attention[0].head_size * 4
         assert cluster.reports[f"r{i}"].num_bytes == blocks * layer_bytes * model.num_layers
+    cluster.assert_all_blocks_free()
+
+
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (2, 2)])
+def test_latents_are_handed_over(num_prefill, num_decode, tiny_checkpoint, local_cluster, reference_greedy):
+    """A block is one latent a token, in pools that are too small for their load."""
+    checkpoint = tiny_checkpoint("deepseek_v3")
+    cluster = local_cluster(checkpoint, num_prefill=num_prefill, num_decode=num_decode, decode_blocks=9)
+    expected = {}
+    for i, prompt in enumerate(prompts(4, seed=4, longest=40)):
+        expected[f"r{i}"] = reference_greedy(checkpoint, prompt, 30)
+        cluster.submit(f"r{i}", prompt, greedy(30))
+    assert cluster.run() == expected
+    for i, prompt in enumerate(prompts(4, seed=4, longest=40)):
+        assert cluster.reports[f"r{i}"].num_bytes == -(-len(prompt) // 16) * 3 * 16 * (24 + 8) * 4
     cluster.assert_all_blocks_free()
 
 

@@ -41,6 +41,15 @@ class Rotation(Protocol):
         """
         ...
 
+    def rotate_(self, heads: torch.Tensor, prepared: Any) -> None:
+        """Rotate in place, of however many heads: for layers whose queries and keys are not in one tensor.
+
+        Args:
+            heads: (T, H, D), the elements of a head contiguous; may be a view of wider heads.
+            prepared: from `prepare`.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -104,6 +113,11 @@ class PlainRotation:
             query_key = self._rotary.rotate(query_key, prepared)
         return query_key[:, : self._num_heads], query_key[:, self._num_heads :], qkv[:, rotated:]
 
+    def rotate_(self, heads: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """See `Rotation`."""
+        if self._rotary is not None and prepared is not None:
+            heads.copy_(self._rotary.rotate(heads, prepared))
+
 
 class FusedRotation:
     """In place, in one kernel, with the angles of all positions computed when the model is made.
@@ -144,3 +158,8 @@ class FusedRotation:
             return qkv[:, : self._num_heads], None, None
         query, key, value = qkv.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
         return query, key, value
+
+    def rotate_(self, heads: torch.Tensor, prepared: torch.Tensor) -> None:
+        """See `Rotation`."""
+        if self._table is not None:
+            qk_norm_rope_(heads, heads.shape[1], 0, prepared, self._table, interleaved=self._interleaved)

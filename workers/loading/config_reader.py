@@ -34,6 +34,7 @@ STATED = frozenset(
     {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     | {"max_position_embeddings", "num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size"}
     | {"shared_expert_intermediate_size", "intermediate_size_mlp"}
+    | {"n_routed_experts", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
 )
 """Keys without which a config.json describes no model: nobody's default is taken for them."""
 
@@ -46,6 +47,7 @@ class ConfigReader:
     Attributes:
         values: the object.
         asked: keys that were read.
+        parts: of objects inside it, those that were read.
         source: the file, named in errors.
         prefix: put before keys in errors, for objects inside objects.
 
@@ -65,6 +67,7 @@ class ConfigReader:
     ) -> None:
         self.values = values
         self.asked: set[str] = set()
+        self.parts: list[ConfigReader] = []
         self._defaults = defaults
         self.source = source
         self.prefix = prefix
@@ -112,9 +115,11 @@ class ConfigReader:
         if not isinstance(given, Mapping):
             raise self.error(key, f"must be an object, not {given!r}")
         values = {name: default[name] for name in STATED if name in default}
-        values |= {name: self.values[name] for name in shared if self.values.get(name) is not None}
+        values |= {name: self.values[name] for name in shared if self._stated(name) is not None}
         values |= {name: value for name, value in given.items() if value is not None or name not in values}
-        return ConfigReader(values, self.source, f"{self.prefix}{key}.", lambda: default)
+        part = ConfigReader(values, self.source, f"{self.prefix}{key}.", lambda: default)
+        self.parts.append(part)
+        return part
 
     def optional_int(self, key: str) -> int | None:
         """An integer, or None when absent."""

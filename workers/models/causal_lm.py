@@ -16,6 +16,7 @@ from attention.forward_context import ForwardContext, forward_context
 from attention.kv_cache import layer_places
 from attention.layers.attention import Attention
 from attention.layers.chunked_local_attention import ChunkedLocalAttention
+from attention.layers.mla_attention import MLAAttention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec
 from workers.errors import ConfigError
@@ -116,13 +117,14 @@ class CausalLM(nn.Module, ABC):
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, tied, self.context)
 
     @abstractmethod
-    def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
+    def make_layer(self, index: int, attention: Any, rotation: Rotation) -> nn.Module:
         """Layer `index`: called with a `ResidualStream` and a `LayerBatch`, it changes the stream.
 
         Args:
             index: from 0.
-            attention: of this rank's heads; the layer calls it.
-            rotation: of the same heads.
+            attention: of this rank's heads; the layer calls it. An `Attention`, or an `MLAAttention` where the layer's
+                config has `mla`.
+            rotation: of the same heads, or of the parts of theirs that latent attention rotates.
         """
 
     @classmethod
@@ -245,8 +247,12 @@ class CausalLM(nn.Module, ABC):
 
     def _make_attention(
         self, config: AttentionConfig, backends: Mapping[AttentionSpec, type[AttentionBackend]], name: str
-    ) -> Attention:
-        spec = config.spec(self.kv_cache_dtype)
+    ) -> Attention | MLAAttention:
+        spec, mla = config.spec(self.kv_cache_dtype), config.mla
+        if mla is not None:
+            num_features = config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+            kv_b_proj = torch.empty(num_features, mla.kv_lora_rank, dtype=self.dtype, device=self.device)
+            return MLAAttention(spec, backends[spec], name, kv_b_proj, kv_scales=KVScales())
         sinks = torch.empty(config.num_heads, device=self.device) if config.has_sinks else None
         if config.chunk_size is None:
             return Attention(spec, backends[spec], name, sinks, kv_scales=KVScales())
@@ -259,7 +265,8 @@ class CausalLM(nn.Module, ABC):
 
     def _rotation(self, config: AttentionConfig) -> Rotation:
         """One for all layers whose heads are alike and rotated alike: what it prepares serves all of them."""
-        heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_size)
+        size = config.head_size if config.mla is None else config.mla.qk_rope_head_dim
+        heads = HeadShape(config.num_heads, config.num_kv_heads, size)
         key = (config.rope, heads)
         if key not in self._rotations:
             self._rotations[key] = make_rotation(config.rope, heads, self.max_model_len, self.dtype, self.device)
@@ -301,7 +308,9 @@ class CausalLM(nn.Module, ABC):
         )
 
 
-def _builders(layers: list[Attention], dtype: torch.dtype, block_size: int, device: torch.device) -> list[Any]:
+def _builders(
+    layers: Sequence[Attention | MLAAttention], dtype: torch.dtype, block_size: int, device: torch.device
+) -> list[Any]:
     """A builder for each kind of layer, and the names of its layers."""
     kinds: dict[tuple[AttentionSpec, type[AttentionBackend]], list[str]] = {}
     for layer in layers:

@@ -175,7 +175,10 @@ def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Pla
     """Where every tensor of a checkpoint, or this rank's part of it, goes, and the scales among them."""
     config, parameters = model.config, dict(model.named_parameters())
     tensors = stored_tensors(folder)
-    weights = weights.resolved({weights.canonical(stored.name) for stored in tensors})
+    names = {weights.canonical(stored.name) for stored in tensors}
+    weights = weights.resolved(names)
+    if config.fp8_blocks is not None:
+        weights = weights.in_fp8_blocks(config.fp8_blocks, names)
     wanted = dict.fromkeys([*weights.targets, *weights.scales])
     found: dict[str, StoredTensor] = {}
     kv_scales: dict[Place, StoredTensor] = {}

@@ -30,7 +30,13 @@ class Family:
 
 ARCHITECTURES: Mapping[str, Family] = {
     "Cohere2ForCausalLM": Family("cohere2", "cohere2"),
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", "deepseek_v2"),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", "deepseek_v3"),
+    "Gemma2ForCausalLM": Family("gemma2", "gemma2"),
+    "Gemma3ForCausalLM": Family("gemma3_text", "gemma3"),
+    "Gemma3ForConditionalGeneration": Family("gemma3", "gemma3"),
     "Glm4ForCausalLM": Family("glm4", "glm4"),
+    "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", "glm4_moe_lite"),
     "GlmForCausalLM": Family("glm", "glm"),
     "GptOssForCausalLM": Family("gpt_oss", "gpt_oss"),
     "GraniteForCausalLM": Family("granite", "granite"),

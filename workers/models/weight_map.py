@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from workers.layers.lm_head import vocab_share
 from workers.loading.checkpoint import whole
+from workers.loading.expert_weights import in_fp8_blocks
+from workers.loading.quantized_storage import Fp8BlockStorage
 from workers.loading.weight_target import WeightTarget, of_layer
 from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.model_config import ModelConfig
@@ -122,6 +124,15 @@ class WeightMap:
                 found.targets = {name: there for name, there in found.targets.items() if name not in usual.targets}
                 found.include(chosen)
         found._forms = []
+        return found
+
+    def in_fp8_blocks(self, storage: Fp8BlockStorage, names: Container[str]) -> WeightMap:
+        """The map for a checkpoint with these tensors: matrices are in FP8 that it holds a `weight_scale_inv` of."""
+        found = self.like()
+        found.include(self)
+        for name, targets in found.targets.items():
+            if f"{name}_scale_inv" in names:
+                found.targets[name] = [in_fp8_blocks({name: target}, storage)[name] for target in targets]
         return found
 
     def _is_seen(self, forms: Iterable[WeightMap], names: Container[str]) -> bool:

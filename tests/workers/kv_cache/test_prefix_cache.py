@@ -210,3 +210,16 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 TestPrefixCacheMachine = PrefixCacheMachine.TestCase
 TestPrefixCacheMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_the_last_block_is_one_like_any_other() -> None:
+    """Whatever the id of the first."""
+    for first in (0, 1, 5):
+        cache = PrefixCache(3, first)
+        blocks = cache.take(3)
+        for block in blocks:
+            cache.store(block, bytes([block]))
+        assert cache.find([bytes([block]) for block in blocks]) == blocks == list(range(first, first + 3))
+        assert [cache.num_users(block) for block in range(first + 4)] == [0] * first + [1] * 3 + [0]
+        cache.release(blocks)
+        assert cache.num_stored == cache.num_free == 3

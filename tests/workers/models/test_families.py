@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_families import variations
+from tiny_families import FAMILIES, variations
 from workers.models.loader import load_model
 
 VARIATIONS = variations()
@@ -84,9 +84,16 @@ def test_logits_of_scaled_rope_equal_transformers(
     torch.testing.assert_close(ours / expected.std(), expected / expected.std(), rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("backend", ["CPU_ATTN", "TORCH_SDPA"])
-def test_greedy_tokens_equal_transformers(checkpoint: Path, reference: Any, paged_run: Any, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, backend) for name, (family, _) in VARIATIONS.items() for backend in FAMILIES[family].backends],
+)
+def test_greedy_tokens_equal_transformers(
+    tiny_checkpoint: TinyCheckpoint, reference: Any, paged_run: Any, name: str, backend: str
+) -> None:
     """Sequences of different lengths decoded together, beyond every sliding window."""
+    family, overrides = VARIATIONS[name]
+    checkpoint = tiny_checkpoint(family, **overrides)
     prompts = [prompt(length, seed=length) for length in (1, 16, 33, 50)]
     expected = [reference(checkpoint).greedy(ids, 32) for ids in prompts]
     decoder = load_model(checkpoint, dtype="float32", block_size=16, backend_name=backend)

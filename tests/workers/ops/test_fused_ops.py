@@ -222,6 +222,23 @@ def test_rope_kernel_works_inside_a_wider_tensor(kernels: SimpleNamespace) -> No
     assert torch.equal(wide[:, 9], before[:, 9])
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("num_heads", [1, 20])
+def test_rope_kernel_rotates_parts_of_wider_heads_that_are_alone(
+    kernels: SimpleNamespace, num_heads: int, interleaved: bool
+) -> None:
+    """As latent attention has them: the last part of every query, and one key of no head's."""
+    wide = randn(len(POSITIONS), num_heads, 48)
+    before = wide.clone()
+    rope = RopeConfig(10000.0, YarnScaling(4.0, 64), interleaved=interleaved)
+    rotary = Rotary(rope, 16, torch.float32, DEVICE)
+    kernels.rope(wide[..., 32:], num_heads, 0, POSITIONS, table_of(rope, 16), None, EPS, None, interleaved)
+    torch.testing.assert_close(wide[..., 32:], rotary.rotate(before[..., 32:], rotary.angles(POSITIONS)))
+    assert torch.equal(wide[..., :32], before[..., :32])
+    qk_norm_rope_(before[..., 32:], num_heads, 0, POSITIONS, table_of(rope, 16), interleaved=interleaved)
+    torch.testing.assert_close(wide, before)
+
+
 def test_rope_kernel_reads_a_table_of_the_models_dtype(kernels: SimpleNamespace) -> None:
     qkv, table, _ = rope_inputs(4, 2, 32, torch.bfloat16, torch.bfloat16)
     expected = qkv.clone()

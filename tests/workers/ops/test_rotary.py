@@ -202,6 +202,21 @@ def test_plain_and_fused_rotations_agree(rope: RopeConfig | None, normed: bool) 
         assert torch.equal(results[0][0], qkv[:, :NUM_HEADS])
 
 
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind", [PlainRotation, FusedRotation])
+def test_heads_are_rotated_in_place(kind: Any, rope: RopeConfig | None) -> None:
+    """However many, and inside wider ones."""
+    wide = torch.randn(len(POSITIONS), 7, 40, generator=torch.Generator().manual_seed(9))
+    before, rotation = wide.clone(), kind(rope, HEADS, MAX_POSITIONS, torch.float32, CPU)
+    rotation.rotate_(wide[..., 8:], rotation.prepare(POSITIONS))
+    assert torch.equal(wide[..., :8], before[..., :8])
+    expected = before[..., 8:]
+    if rope is not None:
+        rotary = Rotary(rope, 32, torch.float32, CPU, MAX_POSITIONS)
+        expected = rotary.rotate(expected, rotary.angles(POSITIONS))
+    torch.testing.assert_close(wide[..., 8:], expected)
+
+
 def test_layers_that_turn_alike_share_a_rotation() -> None:
     layers = [ROPES[1], ROPES[1], None, ROPES[2], RopeConfig(1e4), None]
     rotations = make_rotations(layers, HEADS, MAX_POSITIONS, torch.float32, CPU)

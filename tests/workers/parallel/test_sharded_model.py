@@ -21,6 +21,10 @@ TinyCheckpoint = Callable[..., Path]
 Jobs = dict[str, tuple[Path, dict[str, Any]]]
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2-biased": ("deepseek_v2", {"attention_bias": True}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {}),
     "cohere2": ("cohere2", {}),
     "cohere2-untied-biased": ("cohere2", {"tie_word_embeddings": False, "attention_bias": True}),
     "glm4": ("glm4", {}),

@@ -73,6 +73,13 @@ class AttentionConfig:
         )
 
     @property
+    def projected_size(self) -> int:
+        """Elements of a token's queries, keys and values, of all heads; with `mla`, of its queries and its latent."""
+        if self.mla is None:
+            return (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        return self.num_heads * (self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim) + self.mla.latent_size
+
+    @property
     def attended_size(self) -> int:
         """Elements of a token's output, of all heads: what `o_proj` multiplies with."""
         return self.num_heads * (self.head_size if self.mla is None else self.mla.v_head_dim)

@@ -73,6 +73,8 @@ def refuse_other_attention(read: ConfigReader) -> None:
         value = values.get(key)
         if key not in asked and _changes(key, value):
             raise read.error(key, f"{value!r} is not supported: {meaning}, which plain attention would get wrong")
+    for part in read.parts:
+        refuse_other_attention(part)
 
 
 def _changes(key: str, value: Any) -> bool:

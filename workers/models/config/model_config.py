@@ -11,9 +11,10 @@ from workers.errors import ConfigError
 from workers.layers.activation import GatedActivation
 from workers.layers.lm_head import vocab_share
 from workers.loading.config_reader import ConfigReader
+from workers.loading.quantized_storage import Fp8BlockStorage
 from workers.models.config.activation import read_activation
 from workers.models.config.attention_config import AttentionConfig
-from workers.models.config.quantization import refuse_quantized_weights
+from workers.models.config.quantization import read_fp8_blocks, refuse_quantized_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,6 +40,7 @@ class ModelConfig:
         rounds_embedding_scale: whether it is rounded to the model's dtype before.
         logits_scale: multiplies the logits.
         logits_soft_cap: logits l become `c * tanh(l / c)`; None: they stay.
+        fp8_blocks: how the checkpoint stores matrices that it holds a `weight_scale_inv` of; None: it holds none.
     """
 
     family: str
@@ -57,6 +59,7 @@ class ModelConfig:
     rounds_embedding_scale: bool = False
     logits_scale: float = 1.0
     logits_soft_cap: float | None = None
+    fp8_blocks: Fp8BlockStorage | None = None
 
     @property
     def num_layers(self) -> int:
@@ -86,9 +89,9 @@ class ModelConfig:
             num_tokens: of a prompt that is computed whole: each attends to half of them on average.
         """
         layer = self.attention[-1]
-        attended = layer.num_heads * layer.head_size
+        attended = layer.attended_size
         after = self.hidden_size * (attended + 3 * self.intermediate_size)
-        before = self.hidden_size * (attended + 2 * layer.num_kv_heads * layer.head_size) + num_tokens * attended
+        before = self.hidden_size * layer.projected_size + num_tokens * attended
         return after / (before + after)
 
     def context_length(self, asked: int | None = None) -> int:
@@ -137,6 +140,7 @@ class ModelConfig:
         """
         refuse_quantized_weights(read, weight_formats)
         return {
+            "fp8_blocks": read_fp8_blocks(read),
             "family": read.get("model_type"),
             "vocab_size": read.positive_int("vocab_size"),
             "hidden_size": read.positive_int("hidden_size"),

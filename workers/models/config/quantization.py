@@ -1,6 +1,7 @@
-"""What a checkpoint's `quantization_config` may say: the weights are as they are, the KV cache may be FP8.
+"""What a checkpoint's `quantization_config` may say: of the weights, and that the KV cache is FP8.
 
-The scales of such a cache lie among the weights, see `workers.loading.kv_scales`.
+Weights are as they are, or matrices of FP8 with a scale for each block, which every family reads, or what the family
+reads. The scales of an FP8 cache lie among the weights, see `workers.loading.kv_scales`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from workers.loading.config_reader import ConfigReader
+from workers.loading.quantized_storage import Fp8BlockStorage
 
 _OF_WEIGHTS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("config_groups",),
@@ -37,8 +39,28 @@ def weight_format(read: ConfigReader) -> str | None:
     return method
 
 
+def read_fp8_blocks(read: ConfigReader) -> Fp8BlockStorage | None:
+    """How matrices are stored in FP8 with a scale for each block (DeepSeek-V3, Qwen3's FP8 checkpoints); None: not so.
+
+    Which ones are is not read: those that the checkpoint holds a `weight_scale_inv` of.
+
+    Raises:
+        CheckpointError: another format of FP8, or no size of a block; names file and key.
+    """
+    given = read.get("quantization_config")
+    if weight_format(read) != "fp8" or not given.get("weight_block_size"):
+        return None
+    inner = ConfigReader(given, read.source, prefix="quantization_config.")
+    inner.refuse_others({"fmt": "e4m3", "activation_scheme": "dynamic"})
+    block = given["weight_block_size"]
+    sizes = inner.int_list("weight_block_size")
+    if not isinstance(block, list) or len(sizes) != 2 or min(sizes) < 1:
+        raise inner.error("weight_block_size", f"must be the rows and columns of a block, not {block!r}")
+    return Fp8BlockStorage((sizes[0], sizes[1]))
+
+
 def refuse_quantized_weights(read: ConfigReader, accepted: Collection[str] = ()) -> None:
-    """Accept no quantization, that of the KV cache to FP8 alone, or one that the family reads.
+    """Accept no quantization, that of the KV cache to FP8 alone, FP8 in blocks, or one that the family reads.
 
     Args:
         read: config.json.
@@ -54,11 +76,12 @@ def refuse_quantized_weights(read: ConfigReader, accepted: Collection[str] = ())
     inner = ConfigReader(given, read.source, prefix="quantization_config.")
     if method is None or method not in _OF_WEIGHTS:
         raise inner.error("quant_method", f"{method!r}: checkpoints with quantized weights are not supported")
+    in_blocks = read_fp8_blocks(read) is not None
     for key in _OF_WEIGHTS[method]:
-        if inner.get(key):
+        if inner.get(key) and not in_blocks:
             raise inner.error(key, "checkpoints with quantized weights are not supported")
     schemes = [key for key in _OF_CACHE if inner.get(key)]
-    if not schemes:
+    if not schemes and not in_blocks:
         raise read.error("quantization_config", f"says what is quantized in neither {' nor '.join(_OF_CACHE)}")
     for key in schemes:
         if not _is_fp8(inner.get(key), method):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from workers.errors import CheckpointError, ConfigError
+from workers.loading.quantized_storage import Fp8BlockStorage
 from workers.models.config.model_config import ModelConfig
 from workers.models.registry import parse_model, read_model
 from workers.ops.rope_config import Llama3Scaling
@@ -165,10 +166,23 @@ def test_the_family_comes_from_model_type_where_no_architecture_is_stated() -> N
                 "quantization_config": {
                     "quant_method": "fp8",
                     "weight_block_size": [8, 8],
-                    "kv_cache_scheme": "static",
+                    "kv_cache_scheme": "int8",
                 }
             },
-            "quantization_config.weight_block_size: .*quantized weights",
+            "quantization_config.kv_cache_scheme: 'int8' is not supported, only an FP8 KV cache",
+        ),
+        *(
+            ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8], **change}}, message)
+            for change, message in (
+                ({"weight_block_size": [8]}, r"weight_block_size: must be the rows and columns of a block, not \[8\]"),
+                ({"weight_block_size": 8}, "weight_block_size: must be the rows and columns of a block, not 8"),
+                (
+                    {"fmt": "e5m2"},
+                    "quantization_config.fmt: 'e5m2' is not supported for this architecture, only 'e4m3'",
+                ),
+                ({"activation_scheme": "static"}, "quantization_config.activation_scheme: 'static' is not supported"),
+                ({"weight_block_size": None, "activation_scheme": "static"}, "activation_scheme: .*quantized weights"),
+            )
         ),
         (
             {"quantization_config": {**KV_ONLY, "config_groups": {"group_0": {"targets": ["Linear"]}}}},
@@ -206,6 +220,13 @@ def test_what_cannot_be_run_is_refused_by_key(change: dict[str, Any], message: s
 def test_the_cache_alone_may_be_quantized(quantization: dict[str, Any]) -> None:
     config = read_config({**LLAMA, "quantization_config": quantization})
     assert config == read_config(LLAMA)
+
+
+def test_weights_in_blocks_of_fp8() -> None:
+    blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 64]}
+    config = read_config({**LLAMA, "quantization_config": {**blocks, "kv_cache_scheme": "static"}})
+    assert config.fp8_blocks == Fp8BlockStorage((128, 64))
+    assert replace(config, fp8_blocks=None) == read_config(LLAMA)
 
 
 @pytest.mark.parametrize(("size", "heads", "kv_heads"), [(1, 8, 4), (2, 4, 2), (4, 2, 1), (8, 1, 1)])
