@@ -22,6 +22,10 @@ class NoWorkersError(BatonError):
     """A pool has no worker that could serve the request."""
 
 
+class ShuttingDownError(BatonError):
+    """The service takes no new requests, because it stops; another instance may."""
+
+
 class WorkerLostError(BatonError):
     """A worker's process ended while it held the request."""
 

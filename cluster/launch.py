@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -165,6 +166,8 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
     local = config.ray.address is None
     report("starting Ray on this machine" if local else f"joining the Ray cluster at {config.ray.address}")
     _check_reachable(config.ray.address)
+    # Inherited by Ray's processes: a terminal that closes ends this process in good order, not the workers before it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         ray.init(
             address="local" if local else config.ray.address,

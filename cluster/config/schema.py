@@ -42,6 +42,9 @@ class ServerConfig:
         30.0, "the longest wait before a prompt is computed; who would wait longer is refused at once", above=0
     )
     max_concurrent_rpcs: int | None = _setting(None, "calls in progress at once, of any kind", low=1)
+    drain_timeout_s: float = _setting(
+        30.0, "a server that is told to stop gives the requests under way so long, and refuses new ones", low=0
+    )
     reflection: bool = _setting(True, "let clients such as grpcurl ask for the interface")
 
 

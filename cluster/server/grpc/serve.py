@@ -17,12 +17,16 @@ from cluster.api import Engine, ModelInfo
 from cluster.config.schema import ServerConfig
 from cluster.gateway.text_generation import Generation
 from cluster.server.grpc.access import BearerTokenInterceptor
+from cluster.server.grpc.call_gate import CallGate
 from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
 from cluster.wire.auth import bearer
 from workers.errors import ConfigError
 
 MAX_REQUEST_BYTES = 64 * 2**20
 """Larger than any prompt, so that one that is too long is refused with its length and the limit, not by gRPC."""
+
+_LAST_WORDS_S = 1.0
+"""For what calls have already been answered to reach their clients."""
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -43,15 +47,34 @@ class Server:
     port: int
     _grpc: grpc.aio.Server
     _health: health.aio.HealthServicer
+    _gate: CallGate
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of new work that are under way."""
+        return self._gate.num_calls
 
     async def wait(self) -> None:
         """Until the server has stopped."""
-        await self._grpc.wait_for_termination()
+        # Cancelling gRPC's own future would make a `stop` that comes later end at once.
+        await asyncio.shield(self._grpc.wait_for_termination())
+
+    async def drain(self, timeout_s: float) -> int:
+        """Report NOT_SERVING, refuse new work with UNAVAILABLE and its reason, and wait for the calls under way.
+
+        Returns:
+            Calls that are still under way after `timeout_s` seconds.
+        """
+        self._gate.close()
+        await self._health.enter_graceful_shutdown()
+        await self._gate.empty(timeout_s)
+        return self._gate.num_calls
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """Report NOT_SERVING, take no new calls, and cancel those that are not done after `grace_s` seconds."""
-        await self._health.enter_graceful_shutdown()
-        await self._grpc.stop(grace_s)
+        """Drain for `grace_s` seconds, end what is left with UNAVAILABLE, and close all connections."""
+        if await self.drain(grace_s):
+            self._gate.end_calls()
+        await self._grpc.stop(_LAST_WORDS_S)
 
 
 async def start_server(config: ServerConfig, generation: Generation, engine: Engine, model_info: ModelInfo) -> Server:
@@ -64,8 +87,9 @@ async def start_server(config: ServerConfig, generation: Generation, engine: Eng
     server = grpc.aio.server(
         interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=config.max_concurrent_rpcs
     )
+    gate = CallGate()
     service = BatonService(generation, engine, model_info)
-    server.add_generic_rpc_handlers((method_handlers(service, config.default_timeout_s),))
+    server.add_generic_rpc_handlers((method_handlers(service, config.default_timeout_s, gate),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if config.reflection:
@@ -75,7 +99,7 @@ async def start_server(config: ServerConfig, generation: Generation, engine: Eng
     await server.start()
     for name in ("", SERVICE.full_name):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(_join(_reachable(config.host), port), port, server, health_servicer)
+    return Server(_join(_reachable(config.host), port), port, server, health_servicer, gate)
 
 
 async def check_server(config: ServerConfig) -> None:
