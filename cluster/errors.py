@@ -26,6 +26,13 @@ class ShuttingDownError(BatonError):
     """The service takes no new requests, because it stops; another instance may."""
 
 
+class StartingError(BatonError):
+    """The service takes no requests yet. Takes what its start is at."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__(f"the service is starting: {step}")
+
+
 class WorkerLostError(BatonError):
     """A worker's process ended while it held the request."""
 

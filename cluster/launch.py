@@ -22,6 +22,7 @@ from cluster.config.groups import groups_of
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
+from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
@@ -51,11 +52,13 @@ class Service:
         engine: takes token ids.
         generation: takes text.
         model_info: what is served.
+        readiness: whether it can answer, once it is run.
     """
 
     engine: ServingEngine
     generation: Generation
     model_info: ModelInfo
+    readiness: Readiness
 
 
 @contextlib.asynccontextmanager
@@ -113,7 +116,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             eos_token_ids=model.eos_token_ids,
             has_chat_template=tokenizer.has_chat_template,
         )
-        yield Service(engine, Generation(engine, tokenizer, info), info)
+        readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
+        yield Service(engine, Generation(engine, tokenizer, info), info, readiness)
 
 
 async def _prepare(

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli.stop_signals import StopSignals
@@ -16,6 +17,7 @@ from cluster.config.schema import ServiceConfig
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cluster.gateway.readiness import Readiness
     from cluster.server.grpc.serve import Server
 
 _EPILOG = """\
@@ -132,30 +134,54 @@ async def _until_signal(config: ServiceConfig) -> None:
 
 
 async def _serve(config: ServiceConfig, console: Any, signals: StopSignals) -> None:
-    from cluster.server.grpc.serve import check_server, exposure_warnings, start_server
+    from cluster.server.grpc.listen import check_server, exposure_warnings
+    from cluster.server.grpc.serve import Server
 
     await check_server(config.server)
+    server = Server(config.server)
+    await server.open()
+    try:
+        await _launch(config, server, console, signals, exposure_warnings(config.server))
+    finally:
+        await server.stop(grace_s=0)
+
+
+async def _launch(
+    config: ServiceConfig, server: Server, console: Any, signals: StopSignals, warnings: Sequence[str]
+) -> None:
+    """Start what is behind the server, serve, and stop it."""
     from cluster.launch import launch
 
-    began = time.monotonic()
+    loop, began = asyncio.get_running_loop(), time.monotonic()
     with console.status("Starting") as status:
 
         def report(step: str) -> None:
             console.print(f"{time.monotonic() - began:6.1f} s  {step}", markup=False, highlight=False, soft_wrap=True)
             status.update(step)
+            asyncio.run_coroutine_threadsafe(server.starting(step), loop)  # some steps are told by other threads
 
         async with launch(config, report) as service:
             stopping = asyncio.Event()
             signals.on_request = stopping.set
             # Ray puts its own SIGTERM handler in place when it starts.
             signals.take()
-            server = await start_server(config.server, service.generation, service.engine, service.model_info)
+            await server.serve(service.generation, service.engine, service.model_info, service.readiness.health)
+            following = asyncio.gather(service.readiness.run(), _follow(service.readiness, server))
             status.stop()
-            for warning in exposure_warnings(config.server):
+            for warning in warnings:
                 console.print(f"warning: {warning}", style="yellow", markup=False)
             print(_welcome(config, server.address, service.model_info), flush=True)
             await stopping.wait()
             await _drain(server, config.server.drain_timeout_s, console, signals)
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
+
+
+async def _follow(readiness: Readiness, server: Server) -> None:
+    """Have health checks told how the service is, for ever."""
+    async for found in readiness.follow():
+        await server.report(found)
 
 
 async def _drain(server: Server, timeout_s: float, console: Any, signals: StopSignals) -> None:

@@ -45,6 +45,10 @@ class ServerConfig:
     drain_timeout_s: float = _setting(
         30.0, "a server that is told to stop gives the requests under way so long, and refuses new ones", low=0
     )
+    health_interval_s: float = _setting(
+        5.0, "readiness is looked at so often; a canary request is sent where no other has shown it", above=0
+    )
+    health_timeout_s: float = _setting(10.0, "a canary request that is not answered by then has failed", above=0)
     reflection: bool = _setting(True, "let clients such as grpcurl ask for the interface")
 
 

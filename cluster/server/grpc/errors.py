@@ -12,6 +12,7 @@ from cluster.errors import (
     NoWorkersError,
     QueueFullError,
     ShuttingDownError,
+    StartingError,
     WorkerLeavesError,
     WorkerLostError,
 )
@@ -36,6 +37,7 @@ STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     WorkerLostError: grpc.StatusCode.UNAVAILABLE,
     WorkerLeavesError: grpc.StatusCode.UNAVAILABLE,
     ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
+    StartingError: grpc.StatusCode.UNAVAILABLE,
     NoWorkersError: grpc.StatusCode.UNAVAILABLE,
     HandoffError: grpc.StatusCode.UNAVAILABLE,
     AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,

@@ -24,6 +24,7 @@ PROGRAM = """
 import asyncio, contextlib, sys, types
 from cluster.api import ModelInfo, RequestReport, TokenChunk
 from workers.errors import CheckpointError
+from cluster.gateway.readiness import Health
 from cluster.text.detokenizer import TokenKind
 from workers.messages import FinishReason, TokenOutput
 
@@ -46,6 +47,13 @@ class Stream:
     async def aclose(self):
         pass
 
+class Ready:
+    health = Health(True, "")
+    async def run(self):
+        await asyncio.sleep(3600)
+    async def follow(self):
+        yield self.health
+
 class Engine:
     block_sizes = frozenset()
     def generate(self, request):
@@ -63,7 +71,8 @@ async def launch(config, report):
         if config.model.path == "slow":
             await asyncio.sleep(60)
         info = ModelInfo("echo", "llama", "float32", 2048, 256, (), False)
-        yield types.SimpleNamespace(engine=Engine(), generation=Generation(Engine(), Letters(), info), model_info=info)
+        generation = Generation(Engine(), Letters(), info)
+        yield types.SimpleNamespace(engine=Engine(), generation=generation, model_info=info, readiness=Ready())
     finally:
         print("launch closed", file=sys.stderr)
 

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
-from cluster.server.grpc.serve import check_server, exposure_warnings
+from cluster.server.grpc.listen import check_server, exposure_warnings
 from workers.errors import ConfigError
 
 Serve = Callable[..., Awaitable]
