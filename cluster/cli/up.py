@@ -151,6 +151,7 @@ async def _launch(
 ) -> None:
     """Start what is behind the server, serve, and stop it."""
     from cluster.launch import launch
+    from cluster.server.garbage_collector import settle
 
     loop, began = asyncio.get_running_loop(), time.monotonic()
     with console.status("Starting") as status:
@@ -167,6 +168,7 @@ async def _launch(
             signals.take()
             await server.serve(service.generation, service.engine, service.model_info, service.readiness.health)
             following = asyncio.gather(service.readiness.run(), _follow(service.readiness, server))
+            settle()
             status.stop()
             for warning in warnings:
                 console.print(f"warning: {warning}", style="yellow", markup=False)

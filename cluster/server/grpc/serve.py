@@ -18,6 +18,7 @@ from cluster.server.grpc.call_gate import CallGate
 from cluster.server.grpc.errors import status_of
 from cluster.server.grpc.health import HealthBoard
 from cluster.server.grpc.listen import listen
+from cluster.server.grpc.pacing import Pacer
 from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
 
 MAX_REQUEST_BYTES = 64 * 2**20
@@ -34,6 +35,10 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # Bursts wait here until the event loop takes them, and the service's own queue decides; gRPC would cancel them.
+    ("grpc.server.max_pending_requests", 32_768),
+    ("grpc.server.max_pending_requests_hard_limit", 65_536),
+    ("grpc.server_max_unrequested_time_in_server", 600),
 )
 
 
@@ -51,6 +56,8 @@ class Server:
         self._gate = CallGate()
         self._health = HealthBoard()
         self._service = _Service()
+        self._pacer = Pacer()
+        self._pacing: asyncio.Task[None] | None = None
         interceptors = [] if config.auth_token is None else [BearerTokenInterceptor(config.auth_token)]
         self._grpc = grpc.aio.server(
             interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=config.max_concurrent_rpcs
@@ -70,6 +77,7 @@ class Server:
         self.address, self.port = listen(self._grpc, self._config)
         await self.starting("it has just begun")
         await self._grpc.start()
+        self._pacing = asyncio.create_task(self._pacer.run())
 
     async def starting(self, step: str) -> None:
         """Tell who asks what the start is at; once it serves, that is no matter."""
@@ -80,7 +88,7 @@ class Server:
 
     async def serve(self, generation: Generation, engine: Engine, model_info: ModelInfo, found: Health = WELL) -> None:
         """Answer the service's calls from now on; `found` is how the service is, until the next `report`."""
-        service = BatonService(generation, engine, model_info)
+        service = BatonService(generation, engine, model_info, self._pacer)
         self._service.handlers = method_handlers(service, self._config.default_timeout_s, self._gate)
         await self._health.report(found)
 
@@ -113,6 +121,8 @@ class Server:
         """Drain for `grace_s` seconds, end what is left with UNAVAILABLE, and close all connections."""
         if await self.drain(grace_s):
             self._gate.end_calls()
+        if self._pacing is not None:
+            self._pacing.cancel()
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(_LAST_WORDS_S)
 

@@ -18,6 +18,7 @@ from cluster.errors import ShuttingDownError
 from cluster.gateway.text_generation import Generation, GenerationRequest
 from cluster.server.grpc.call_gate import CallGate
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
+from cluster.server.grpc.pacing import Pacer
 from cluster.server.grpc.prompts import prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.wire import convert
@@ -37,10 +38,11 @@ _Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[float
 class BatonService:
     """One method per rpc of the service, of the same name: a parsed request and the seconds left go in."""
 
-    def __init__(self, generation: Generation, engine: Engine, model_info: ModelInfo) -> None:
+    def __init__(self, generation: Generation, engine: Engine, model_info: ModelInfo, pacer: Pacer) -> None:
         self._generation = generation
         self._engine = engine
         self._model_info = model_info
+        self._pacer = pacer
 
     async def Generate(  # noqa: N802
         self, request: baton_pb2.GenerateRequest, timeout_s: float
@@ -51,6 +53,7 @@ class BatonService:
         async with aclosing(self._generation.generate(_generation_request(request, request_id, timeout_s))) as chunks:
             async for chunk in chunks:
                 yield writer.response([chunk])
+                await self._pacer.turn()
 
     async def GenerateOnce(  # noqa: N802
         self, request: baton_pb2.GenerateRequest, timeout_s: float
