@@ -24,7 +24,7 @@ from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
-from cluster.launch_report import group_size, in_words, progress_lines, readable_size, worker_line
+from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
@@ -107,6 +107,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         _autoscale(config.autoscaler, engine, report, stack)
         for worker in engine.infos():
             report(worker_line(worker))
+        if line := context_line(config.model.max_model_len, engine.max_model_len, model.max_position_embeddings):
+            report(line)
         info = ModelInfo(
             name=config.model.served_name or Path(path).name,
             architecture=model.family,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from kv_transfer.connector import KVConnector
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
-from workers.errors import ConfigError
+from workers.errors import CacheTooSmallError, ConfigError
 from workers.kv_cache.sizing import allocate_kv_cache, kv_layout
 from workers.loading.loader import load_model, model_bytes
 from workers.models.causal_lm import Decoder
@@ -25,6 +26,8 @@ from workers.runner.profile_run import largest_batches_of
 from workers.runner.step_times import StepTimes, measure_decode, measure_prefill
 from workers.sampling.warm_up import warm_up_sampling
 from workers.scheduling.local_prefill import warm_up_chunks
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and of how much."""
@@ -114,9 +117,9 @@ def build_worker(
         measurements=Path(config.attention_measurements) if config.attention_measurements else None,
         group=group,
     )
-    spec, max_model_len = model.kv_cache_spec, resolve_max_model_len(config, model)
-    profile = largest_batches_of(model, config, max_model_len)
-    runner = ModelRunner(model, allocate_kv_cache(config, spec, max_model_len, profile, group.agree_min))
+    spec = model.kv_cache_spec
+    kv_cache, max_model_len = _cache_and_context(config, model, group)
+    runner = ModelRunner(model, kv_cache)
     graphs = _Graphs(runner.device, capture_progress)
     worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
     memory = graphs.memory(model_bytes(model.config, model.dtype, group), runner.kv_cache.nbytes)
@@ -133,6 +136,27 @@ def build_worker(
         step_times,
         memory,
     )
+
+
+def _cache_and_context(config: WorkerConfig, model: Decoder, group: TensorParallelGroup) -> tuple[torch.Tensor, int]:
+    """The KV cache, and the context window: what was asked for, or as much of the model's own as the cache holds.
+
+    Raises:
+        ConfigError: see `allocate_kv_cache`.
+    """
+    max_model_len = resolve_max_model_len(config, model)
+
+    def allocate(length: int) -> torch.Tensor:
+        profile = largest_batches_of(model, config, length)
+        return allocate_kv_cache(config, model.kv_cache_spec, length, profile, group.agree_min)
+
+    try:
+        return allocate(max_model_len), max_model_len
+    except CacheTooSmallError as error:  # on all ranks alike: they agree on the number of blocks
+        if config.max_model_len is not None or not error.num_tokens:
+            raise
+        logger.warning("%s: context window of %d instead of %d tokens", config.name, error.num_tokens, max_model_len)
+        return allocate(error.num_tokens), error.num_tokens
 
 
 def resolve_max_model_len(config: WorkerConfig, model: Decoder) -> int:

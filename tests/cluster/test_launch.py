@@ -44,8 +44,28 @@ async def test_unlike_block_sizes_are_refused_with_both(tiny_checkpoint):
 
 
 async def test_a_cache_too_small_for_one_sequence_says_what_to_change(tiny_checkpoint):
-    with pytest.raises(ConfigError, match=r"8 blocks of 16 tokens cannot hold .* max_model_len 2048 \(128 blocks\)"):
-        await start(model__path=str(tiny_checkpoint("llama")), handoff__connector="local", decode__num_blocks=8)
+    with pytest.raises(
+        ConfigError, match=r"8 blocks of 16 tokens cannot hold .* max_model_len 2048 \(128 blocks\).*to 128$"
+    ):
+        await start(
+            model__path=str(tiny_checkpoint("llama")),
+            handoff__connector="local",
+            decode__num_blocks=8,
+            model__max_model_len=2048,
+        )
+
+
+async def test_a_context_window_that_nobody_asked_for_becomes_what_fits(tiny_checkpoint):
+    overrides = {
+        "model.path": str(tiny_checkpoint("llama")),
+        "handoff.connector": "local",
+        "prefill.num_blocks": 32,
+        "decode.num_blocks": 8,
+    }
+    lines: list[str] = []
+    async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
+        assert service.model_info.max_model_len == 8 * 16
+    assert any(line.startswith("the context window is 128 tokens") and "not the model's 2048" in line for line in lines)
 
 
 async def test_an_attention_backend_that_does_not_exist(tiny_checkpoint):
