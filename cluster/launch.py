@@ -14,11 +14,16 @@ from functools import partial
 from pathlib import Path
 
 import ray
+import torch
+from ray._common.utils import get_default_system_temp_dir
 
+from attention.errors import AttentionBackendError
+from attention.selection.registry import BACKENDS, get_backend
 from cluster.api import ModelInfo
 from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
 from cluster.config.groups import groups_of
+from cluster.config.load import ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
@@ -26,13 +31,14 @@ from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
+from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
 from cluster.text.tokenizer import Tokenizer
 from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
-from workers.loading.checkpoint import resolve_checkpoint
+from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
 from workers.loading.loader import model_bytes, resolve_dtype
 from workers.models.config.model_config import ModelConfig
 
@@ -79,10 +85,16 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     groups = groups_of(config)
     for group in groups:
         model.sharded(group.settings.tensor_parallel_size)
+        if group.settings.attention_backend is not None:
+            check_backend_name(group.section, group.settings.attention_backend)
+    if config.model.load_format == "auto":
+        await asyncio.to_thread(stored_tensors, folder)  # what is truncated or no checkpoint is told before Ray starts
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
+        if present is None and any(p.device == "cuda" for p in placements.values()) and not torch.cuda.is_available():
+            raise ConfigError("workers are to run on GPUs, and this machine has none that PyTorch can use")
         stock = None if present is None else gpu_budget(groups, placements, present.get("GPU", 0.0))
         dtype = resolve_dtype(config.model.dtype, model)
         engine = ServingEngine(
@@ -120,6 +132,20 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
         yield Service(engine, Generation(engine, tokenizer, info), info, readiness)
+
+
+def check_backend_name(section: str, name: str) -> None:
+    """Refuse an attention backend that does not exist, before anything is started.
+
+    Raises:
+        ConfigError: with the key and the nearest name.
+    """
+    if name in BACKENDS:
+        return  # what it imports is the workers' affair
+    try:
+        get_backend(name)
+    except AttentionBackendError as error:
+        raise ConfigError(f"{section}.attention_backend: {error}") from error
 
 
 async def _prepare(
@@ -172,6 +198,10 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
     local = config.ray.address is None
     report("starting Ray on this machine" if local else f"joining the Ray cluster at {config.ray.address}")
     _check_reachable(config.ray.address)
+    if local:
+        check_temporary_folder(Path(get_default_system_temp_dir()))
+        if not ray_token_is_given():
+            make_auth_token(Path.home())
     # Inherited by Ray's processes: a terminal that closes ends this process in good order, not the workers before it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -185,8 +215,10 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot reach Ray at {config.ray.address}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        what = "start Ray on this machine" if local else f"reach Ray at {config.ray.address}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot {what}: {reason}") from error
     try:
         check_cpus(config, ray.cluster_resources())
     except ConfigError:
