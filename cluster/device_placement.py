@@ -48,10 +48,10 @@ def place_groups(config: ServiceConfig, gpus: float | None) -> dict[str, Placeme
         gpus: that the Ray cluster has; None: there is no Ray, all workers are in this process, and `auto` is the CPU.
 
     Raises:
-        ConfigError: a group on `cuda` does not get its GPUs.
+        ConfigError: a group on `cuda`, or one that names its `num_gpus`, does not get them.
     """
     groups = groups_of(config)
-    forced = [group for group in groups if group.settings.device == "cuda"]
+    forced = [group for group in groups if group.settings.asks_for_gpus]
     willing = [group for group in groups if group in forced or _may_take_gpus(group, gpus)]
     if gpus is None:
         on_gpu, part = forced, 1 / max(1, sum(group.ranks for group in forced))

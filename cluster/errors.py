@@ -22,6 +22,17 @@ class NoWorkersError(BatonError):
     """A pool has no worker that could serve the request."""
 
 
+class ShuttingDownError(BatonError):
+    """The service takes no new requests, because it stops; another instance may."""
+
+
+class StartingError(BatonError):
+    """The service takes no requests yet. Takes what its start is at."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__(f"the service is starting: {step}")
+
+
 class WorkerLostError(BatonError):
     """A worker's process ended while it held the request."""
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -13,24 +14,31 @@ from functools import partial
 from pathlib import Path
 
 import ray
+import torch
+from ray._common.utils import get_default_system_temp_dir
 
+from attention.errors import AttentionBackendError
+from attention.selection.registry import BACKENDS, get_backend
 from cluster.api import ModelInfo
 from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
 from cluster.config.groups import groups_of
+from cluster.config.load import ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
+from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
-from cluster.launch_report import group_size, in_words, progress_lines, readable_size, worker_line
+from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
+from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
 from cluster.text.tokenizer import Tokenizer
 from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
-from workers.loading.checkpoint import resolve_checkpoint
+from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
 from workers.models.loader import model_bytes, resolve_dtype
 from workers.models.registry import read_model
 
@@ -50,11 +58,13 @@ class Service:
         engine: takes token ids.
         generation: takes text.
         model_info: what is served.
+        readiness: whether it can answer, once it is run.
     """
 
     engine: ServingEngine
     generation: Generation
     model_info: ModelInfo
+    readiness: Readiness
 
 
 @contextlib.asynccontextmanager
@@ -75,10 +85,16 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     groups = groups_of(config)
     for group in groups:
         model.check_divisible(group.settings.tensor_parallel_size)
+        if group.settings.attention_backend is not None:
+            check_backend_name(group.section, group.settings.attention_backend)
+    if config.model.load_format == "auto":
+        await asyncio.to_thread(stored_tensors, folder)  # what is truncated or no checkpoint is told before Ray starts
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
+        if present is None and any(p.device == "cuda" for p in placements.values()) and not torch.cuda.is_available():
+            raise ConfigError("workers are to run on GPUs, and this machine has none that PyTorch can use")
         stock = None if present is None else gpu_budget(groups, placements, present.get("GPU", 0.0))
         dtype = resolve_dtype(config.model.dtype, model.dtype)
         engine = ServingEngine(
@@ -104,6 +120,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         _autoscale(config.autoscaler, engine, report, stack)
         for worker in engine.infos():
             report(worker_line(worker))
+        if line := context_line(config.model.max_model_len, engine.max_model_len, model.max_position_embeddings):
+            report(line)
         info = ModelInfo(
             name=config.model.served_name or Path(path).name,
             architecture=model.family,
@@ -113,7 +131,22 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             eos_token_ids=model.eos_token_ids,
             has_chat_template=tokenizer.has_chat_template,
         )
-        yield Service(engine, Generation(engine, tokenizer, info), info)
+        readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
+        yield Service(engine, Generation(engine, tokenizer, info), info, readiness)
+
+
+def check_backend_name(section: str, name: str) -> None:
+    """Refuse an attention backend that does not exist, before anything is started.
+
+    Raises:
+        ConfigError: with the key and the nearest name.
+    """
+    if name in BACKENDS:
+        return  # what it imports is the workers' affair
+    try:
+        get_backend(name)
+    except AttentionBackendError as error:
+        raise ConfigError(f"{section}.attention_backend: {error}") from error
 
 
 async def _prepare(
@@ -166,6 +199,12 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
     local = config.ray.address is None
     report("starting Ray on this machine" if local else f"joining the Ray cluster at {config.ray.address}")
     _check_reachable(config.ray.address)
+    if local:
+        check_temporary_folder(Path(get_default_system_temp_dir()))
+        if not ray_token_is_given():
+            make_auth_token(Path.home())
+    # Inherited by Ray's processes: a terminal that closes ends this process in good order, not the workers before it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         ray.init(
             address="local" if local else config.ray.address,
@@ -177,8 +216,10 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot reach Ray at {config.ray.address}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        what = "start Ray on this machine" if local else f"reach Ray at {config.ray.address}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot {what}: {reason}") from error
     try:
         check_cpus(config, ray.cluster_resources())
     except ConfigError:

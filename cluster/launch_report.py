@@ -34,6 +34,17 @@ def worker_line(worker: WorkerInfo) -> str:
     )
 
 
+def context_line(asked: int | None, served: int, positions: int) -> str | None:
+    """That the context window is shorter than the model's, where nobody has asked for that; None: it is not."""
+    if asked is not None or served >= positions:
+        return None
+    return (
+        f"the context window is {served} tokens, what the smallest KV cache holds, and not the model's {positions}: "
+        "enlarge kv_cache_gb or num_blocks of both pools (on a GPU gpu_memory_utilization) for more, or set "
+        "model.max_model_len to be refused where it does not fit"
+    )
+
+
 def readable_size(num_bytes: int) -> str:
     """In GB or MB, which are powers of ten."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -21,6 +21,8 @@ from cluster.worker_handle import WorkerHandle
 from kv_transfer.transports.local import LocalFabric
 from workers.config import WorkerConfig
 
+_HOST_MEMORY_SHARE = 0.1
+
 Start = Callable[[WorkerConfig, PoolConfig, Placement], WorkerHandle]
 """Starts a worker."""
 
@@ -77,6 +79,15 @@ def start_actor(worker: WorkerConfig, pool: PoolConfig, placement: Placement, *,
     return RayWorker(worker, resources)
 
 
+def host_memory_share(config: ServiceConfig, ranks: int) -> float:
+    """The share of a machine's memory for each rank's KV cache on a CPU, where no size is given.
+
+    A tenth, which leaves room for models and for other programs; less where so many ranks are all on this machine that
+    their caches would take more than half of it.
+    """
+    return _HOST_MEMORY_SHARE if config.ray.address else min(_HOST_MEMORY_SHARE, 0.5 / max(1, ranks))
+
+
 def _worker_config(
     config: ServiceConfig, group: WorkerGroup, placement: Placement, folder: Path, number: int
 ) -> WorkerConfig:
@@ -96,6 +107,7 @@ def _worker_config(
         kv_cache_bytes=int(pool.kv_cache_gb * 1e9) if pool.kv_cache_gb is not None else None,
         kv_cache_dtype=pool.kv_cache_dtype,
         gpu_memory_utilization=placement.gpu_memory_utilization,
+        host_memory_share=host_memory_share(config, ranks),
         enforce_eager=pool.enforce_eager,
         attention_measurements=str(cache_dir() / FILE_NAME),
         max_model_len=config.model.max_model_len,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,9 @@ from kv_transfer.connector import KVConnector
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
+from workers.errors import CacheTooSmallError
 from workers.kv_cache.sizing import allocate_kv_caches, kv_layout
+from workers.models.causal_lm import CausalLM
 from workers.models.loader import load_model, model_bytes
 from workers.parallel.group import SINGLE, TensorParallelGroup
 from workers.prefill_worker import PrefillWorker
@@ -24,6 +27,8 @@ from workers.runner.profile_run import largest_batches_of
 from workers.runner.step_times import StepTimes, measure_decode, measure_prefill
 from workers.sampling.warm_up import warm_up_sampling
 from workers.scheduling.local_prefill import warm_up_chunks
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and of how much."""
@@ -116,9 +121,8 @@ def build_worker(
         group=group,
         max_model_len=config.max_model_len,
     )
-    cache_groups, max_model_len = model.kv_cache_groups, model.max_model_len
-    profile = largest_batches_of(model, config, max_model_len)
-    runner = ModelRunner(model, allocate_kv_caches(config, cache_groups, max_model_len, profile, group.agree_min))
+    kv_caches, max_model_len = _caches_and_context(config, model, group)
+    runner = ModelRunner(model, kv_caches)
     graphs = _Graphs(runner.device, capture_progress)
     worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
     memory = graphs.memory(
@@ -133,7 +137,7 @@ def build_worker(
         connector.register_kv_caches(
             config.name,
             [as_stored(kv_cache) for kv_cache in runner.kv_caches],
-            kv_layout(cache_groups, group.size),
+            kv_layout(model.kv_cache_groups, group.size),
         ),
         torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         model.backend_names,
@@ -143,6 +147,29 @@ def build_worker(
         memory,
         worker.cache.blocks_per_sequence(max_model_len, computed=isinstance(worker, PrefillWorker)),
     )
+
+
+def _caches_and_context(
+    config: WorkerConfig, model: CausalLM, group: TensorParallelGroup
+) -> tuple[list[torch.Tensor], int]:
+    """The KV caches, and the context window: what was asked for, or as much of the model's own as they hold.
+
+    Raises:
+        ConfigError: see `allocate_kv_caches`.
+    """
+    max_model_len = model.max_model_len
+
+    def allocate(length: int) -> list[torch.Tensor]:
+        profile = largest_batches_of(model, config, length)
+        return allocate_kv_caches(config, model.kv_cache_groups, length, profile, group.agree_min)
+
+    try:
+        return allocate(max_model_len), max_model_len
+    except CacheTooSmallError as error:  # on all ranks alike: they agree on the number of blocks
+        if config.max_model_len is not None or not error.num_tokens:
+            raise
+        logger.warning("%s: context window of %d instead of %d tokens", config.name, error.num_tokens, max_model_len)
+        return allocate(error.num_tokens), error.num_tokens
 
 
 def _make_worker(

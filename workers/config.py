@@ -24,9 +24,11 @@ class WorkerConfig:
         kv_cache_bytes: size of the KV cache; None derives it from the free memory.
         kv_cache_dtype: auto (as the activations) or fp8.
         gpu_memory_utilization: the share of a GPU's whole memory that this worker may use, all it holds there included.
+        host_memory_share: the share of the host's memory that the KV cache takes on a CPU where no size is given.
         enforce_eager: run the model without CUDA graphs.
         attention_measurements: file of measured attention backends; None: the choice follows their priority.
-        max_model_len: tokens of prompt and output together; None takes the model's own.
+        max_model_len: tokens of prompt and output together; None takes the model's own, or what the KV cache holds if
+            that is less.
         max_num_seqs: sequences in one batch.
         max_num_batched_tokens: token budget of one prefill step, on a decode worker too: what it computes of prompts
             beside a decode step.
@@ -50,6 +52,7 @@ class WorkerConfig:
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
+    host_memory_share: float = 0.1
     enforce_eager: bool = False
     attention_measurements: str | None = None
     max_model_len: int | None = None

@@ -1,5 +1,7 @@
 """What can go wrong in a worker, as types. Each door of the service answers them in its own way."""
 
+from __future__ import annotations
+
 
 class BatonError(Exception):
     """Base of every error that Baton raises on purpose; its text is fit for a user."""
@@ -19,6 +21,21 @@ class CheckpointError(BatonError):
 
 class ConfigError(BatonError):
     """A configuration value is wrong; the text names the key and what would be right."""
+
+
+class CacheTooSmallError(ConfigError):
+    """The KV cache cannot hold one sequence of the context window.
+
+    Attributes:
+        num_tokens: that it can hold.
+    """
+
+    def __init__(self, message: str, num_tokens: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+
+    def __reduce__(self) -> tuple[type[CacheTooSmallError], tuple[str, int]]:
+        return type(self), (str(self), self.num_tokens)
 
 
 class HandoffError(BatonError):

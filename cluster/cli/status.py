@@ -32,9 +32,14 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     with BatonClient(connection_of(args)) as client:
         model, workers = client.model_info(_TIMEOUT_S), client.workers(_TIMEOUT_S)
+        ready, reason = client.health(timeout_s=_TIMEOUT_S)
     if args.json:
-        print(json.dumps({"model": asdict(model), "workers": [asdict(worker) for worker in workers]}, indent=2))
+        health = {"ready": ready, "reason": reason}
+        listed = [asdict(worker) for worker in workers]
+        print(json.dumps({"model": asdict(model), "health": health, "workers": listed}, indent=2))
     else:
+        if reason or not ready:
+            print(f"{'ready' if ready else 'not ready'}: {reason or 'no reason given'}")
         _print_tables(model, workers)
     return 0
 

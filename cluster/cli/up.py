@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
-import signal
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from cluster.cli.stop_signals import StopSignals
 from cluster.config.groups import groups_of
 from cluster.config.load import describe_settings, load_config
 from cluster.config.schema import ServiceConfig
 from workers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.gateway.readiness import Readiness
+    from cluster.server.grpc.serve import Server
 
 _EPILOG = """\
 Settings come from the defaults, then the file, then the environment (BATON_SECTION__KEY, as in BATON_SERVER__PORT, and
@@ -31,7 +36,10 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.description = "Start Ray if needed, the workers and the gRPC server; Ctrl-C or SIGTERM stops all of it."
+    parser.description = (
+        "Start Ray if needed, the workers and the gRPC server. Ctrl-C, SIGTERM or SIGHUP stops all of it when the "
+        "requests under way are done (server.drain_timeout_s); a second one does not wait for them."
+    )
     parser.epilog = _EPILOG.format(settings=describe_settings())
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--model", metavar="DIR|HUB_ID", help="checkpoint to serve (model.path)")
@@ -103,56 +111,103 @@ def _of_both_pools(name: str, value: str | None) -> dict[str, str | None]:
 
 
 async def _until_signal(config: ServiceConfig) -> None:
-    """Serve until SIGINT or SIGTERM; a second signal does not wait for the end."""
+    """Serve until a signal asks for the end; see `StopSignals`."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM)
+    serving = asyncio.current_task()
+    assert serving is not None
+    signals = StopSignals()
 
-    def stop() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
-        console.print("Stopping; once more to stop at once.")
+    def give_up_starting() -> None:
+        signals.release()
+        _tell(console, "Stopping; once more to stop at once.")
         serving.cancel()
 
-    def take_signals() -> None:
-        for number in signals:
-            loop.add_signal_handler(number, stop)
-
-    serving = asyncio.create_task(_serve(config, console, take_signals))
-    take_signals()
+    signals.on_request = give_up_starting
+    signals.take()
     try:
-        await serving
+        await _serve(config, console, signals)
     except asyncio.CancelledError:
-        console.print("Stopped.")
+        serving.uncancel()
+    _tell(console, "Stopped.")
 
 
-async def _serve(config: ServiceConfig, console: Any, take_signals: Callable[[], None]) -> None:
-    from cluster.server.grpc.serve import check_server, exposure_warnings, start_server
+async def _serve(config: ServiceConfig, console: Any, signals: StopSignals) -> None:
+    from cluster.server.grpc.listen import check_server, exposure_warnings
+    from cluster.server.grpc.serve import Server
 
     await check_server(config.server)
-    from cluster.launch import launch
+    server = Server(config.server)
+    await server.open()
+    try:
+        await _launch(config, server, console, signals, exposure_warnings(config.server))
+    finally:
+        await server.stop(grace_s=0)
 
-    began = time.monotonic()
+
+async def _launch(
+    config: ServiceConfig, server: Server, console: Any, signals: StopSignals, warnings: Sequence[str]
+) -> None:
+    """Start what is behind the server, serve, and stop it."""
+    from cluster.launch import launch
+    from cluster.server.garbage_collector import settle
+
+    loop, began = asyncio.get_running_loop(), time.monotonic()
     with console.status("Starting") as status:
 
         def report(step: str) -> None:
             console.print(f"{time.monotonic() - began:6.1f} s  {step}", markup=False, highlight=False, soft_wrap=True)
             status.update(step)
+            asyncio.run_coroutine_threadsafe(server.starting(step), loop)  # some steps are told by other threads
 
         async with launch(config, report) as service:
+            stopping = asyncio.Event()
+            signals.on_request = stopping.set
             # Ray puts its own SIGTERM handler in place when it starts.
-            take_signals()
-            server = await start_server(config.server, service.generation, service.engine, service.model_info)
+            signals.take()
+            await server.serve(service.generation, service.engine, service.model_info, service.readiness.health)
+            following = asyncio.gather(service.readiness.run(), _follow(service.readiness, server))
+            settle()
             status.stop()
-            for warning in exposure_warnings(config.server):
+            for warning in warnings:
                 console.print(f"warning: {warning}", style="yellow", markup=False)
             print(_welcome(config, server.address, service.model_info), flush=True)
-            try:
-                await server.wait()
-            finally:
-                await server.stop()
+            await stopping.wait()
+            await _drain(server, config.server.drain_timeout_s, console, signals)
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
+
+
+async def _follow(readiness: Readiness, server: Server) -> None:
+    """Have health checks told how the service is, for ever."""
+    async for found in readiness.follow():
+        await server.report(found)
+
+
+async def _drain(server: Server, timeout_s: float, console: Any, signals: StopSignals) -> None:
+    """Stop the server when the requests under way are done, when their time is over, or at once at a second signal."""
+    _tell(
+        console,
+        f"Draining: new requests are refused, those under way have {timeout_s:g} s. Once more to stop at once.",
+    )
+    draining = asyncio.create_task(server.drain(timeout_s))
+    at_once = asyncio.create_task(signals.at_once.wait())
+    await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, at_once):
+        task.cancel()
+    left = server.num_calls
+    if left:
+        _tell(console, f"{left} {'request was' if left == 1 else 'requests were'} not finished and ended.")
+    await server.stop(grace_s=0)
+    signals.release()
+
+
+def _tell(console: Any, line: str) -> None:
+    """Print a line where somebody may read it: the terminal may have been closed."""
+    with contextlib.suppress(OSError):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _sizes(config: ServiceConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from cluster.api import Explanation, ModelInfo, PoolTarget, WorkerStatus
+from cluster.client.health import check
 from cluster.client.messages import (
     GenerateChunk,
     Messages,
@@ -189,6 +190,15 @@ class BatonClient:
         request = scale_request(targets)
         with _errors(self._connection):
             return convert.targets_from_proto(self._stub.Scale(request, timeout=timeout_s, metadata=self._metadata))
+
+    def health(self, service: str = "", timeout_s: float | None = None) -> tuple[bool, str]:
+        """Whether the server answers that it serves, and the reason that it gives; see `cluster.client.health`.
+
+        Raises:
+            BatonClientError: the call failed.
+        """
+        with _errors(self._connection):
+            return check(self._channel, service, timeout_s)
 
     def close(self) -> None:
         """Cancel what is going on and close the connection."""

@@ -122,11 +122,36 @@ def _read_file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"section {section} in {path} must be a mapping of keys to values, not {entries!r}")
         for name in entries or {}:
             check_setting(f"{section}.{name}")
-    sections: dict[str, Any] = {section: entries or {} for section, entries in content.items()}
+    sections: dict[str, Any] = {
+        section: _with_paths(SECTIONS[section], entries or {}, path.parent) for section, entries in content.items()
+    }
     for pool in POOLS:
         if "groups" in sections.get(pool, {}):
             sections[pool]["groups"] = read_groups(pool, SECTIONS[pool], sections[pool]["groups"])
     return sections
+
+
+def _with_paths(cls: type[Any], entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Entries of a file in this folder, whose paths are relative to it, wherever the command is started."""
+    paths = {f.name for f in fields(cls) if f.metadata.get("is_path")}
+    return {
+        name: _path_from(folder, value, name) if name in paths and isinstance(value, str) and value.strip() else value
+        for name, value in entries.items()
+    }
+
+
+def _path_from(folder: Path, value: str, name: str) -> str:
+    path = folder / Path(value).expanduser()
+    # A model may as well be the id of a hub, which has the form of a relative path.
+    may_be_hub_id = name == "path" and not value.startswith((".", "/", "~"))
+    return value if may_be_hub_id and not path.exists() else str(path)
+
+
+def ray_token_is_given(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether Ray has been told its token or to do without, so that it looks for none in the home folder."""
+    variables = os.environ if environ is None else environ
+    told = variables.get("RAY_AUTH_TOKEN") or variables.get("RAY_AUTH_TOKEN_PATH")
+    return bool(told) or variables.get("RAY_AUTH_MODE", "token") != "token"
 
 
 def _read_overrides(overrides: Mapping[str, Any]) -> _Values:

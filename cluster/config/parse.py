@@ -32,8 +32,27 @@ def check_key(key: str, known: Iterable[str], what: str = "configuration key") -
         return
     # A right name in the wrong section is nearer than its spelling says.
     same_name = [k for k in known if "." in key and k.endswith(key[key.index(".") :])]
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0) if not same_name else same_name[:1]
+    section_known = any(k.startswith(f"{key.partition('.')[0]}.") for k in known)
+    like = same_name[:1] if section_known and same_name else same_name or _of_nearest_section(key, known)
+    nearest = difflib.get_close_matches(key, like, n=1, cutoff=0.0)
     raise ConfigError(f"unknown {what} {key}; did you mean {nearest[0]}?")
+
+
+def _of_nearest_section(key: str, known: list[str]) -> list[str]:
+    """The keys of the section that is meant, where its name is misspelt; all, where it is not or cannot be told.
+
+    Of such a section's keys, the section itself is meant where none is like the key.
+    """
+    section, dot, name = key.partition(".")
+    sections = {k.partition(".")[0] for k in known if "." in k}
+    if not dot or section in sections:
+        return known
+    meant = difflib.get_close_matches(section, sections, n=1)
+    if not meant:
+        return known
+    names = [k.partition(".")[2] for k in known if k.startswith(f"{meant[0]}.")]
+    near = difflib.get_close_matches(name, names, n=1)
+    return [f"{meant[0]}.{near[0]}" if near else meant[0]]
 
 
 def parse_text(key: str, cls: type[Any], name: str, text: str) -> Any:
@@ -44,6 +63,9 @@ def parse_text(key: str, cls: type[Any], name: str, text: str) -> Any:
     """
     kind, optional = _kind_of(cls, name)
     stripped = text.strip()
+    rules = next(f for f in fields(cls) if f.name == name).metadata
+    if rules.get("not_blank") and not stripped:
+        raise ConfigError(f"{key} is empty; give a value, or none to run without")
     if optional and (stripped.lower() in _NONE or (kind is not str and stripped.lower() == _AUTO)):
         return None
     try:

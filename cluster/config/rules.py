@@ -6,6 +6,8 @@ from cluster.config.groups import groups_of
 from cluster.config.schema import POOLS, PoolConfig, ServiceConfig
 from workers.errors import ConfigError
 
+_NO_ATTENTION = "NO_ATTENTION"
+
 
 def may_be_empty(role: str, config: ServiceConfig) -> bool:
     """Whether a pool may have no workers: prefill, where every prompt is computed on its decode worker."""
@@ -42,6 +44,13 @@ def _check_group(name: str, pool: PoolConfig, config: ServiceConfig) -> None:
             f"{name}.min_replicas and {name}.max_replicas"
         )
     _check_nodes(name, pool, config.ray.address)
+    if pool.device == "cpu" and pool.num_gpus:
+        raise ConfigError(f"{name}.num_gpus is {pool.num_gpus:g} and {name}.device is cpu; give one")
+    if (pool.attention_backend or "").upper() == _NO_ATTENTION and not config.model.without_attention:
+        raise ConfigError(
+            f"{name}.attention_backend is {_NO_ATTENTION}, which attends to nothing: its answers mean nothing; set "
+            "model.without_attention=true if that is what you want"
+        )
     if pool.tensor_parallel_size > 1 and config.handoff.connector == "local":
         raise ConfigError(
             f"{name}.tensor_parallel_size is {pool.tensor_parallel_size}, it must be 1 with handoff.connector "

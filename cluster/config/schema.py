@@ -17,7 +17,9 @@ class ModelConfig:
     """What is served."""
 
     path: str | None = _setting(
-        None, "checkpoint: a local folder or a Hugging Face hub id; default: the one that comes with Baton"
+        None,
+        "checkpoint: a local folder or a Hugging Face hub id; default: the one that comes with Baton",
+        is_path=True,
     )
     served_name: str | None = _setting(None, "the name clients know it by; default: the last part of the path")
     dtype: str = _setting(
@@ -26,6 +28,9 @@ class ModelConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     max_model_len: int | None = _setting(None, "tokens of prompt and answer together; default: the model's own", low=1)
+    without_attention: bool = _setting(
+        False, "let NO_ATTENTION serve, whose answers mean nothing: to profile what is beside attention"
+    )
     load_format: str = _setting("auto", "dummy gives random weights", choices=("auto", "dummy"))
 
 
@@ -35,17 +40,30 @@ class ServerConfig:
 
     host: str = _setting("127.0.0.1", "address to listen on; only this machine by default")
     port: int = _setting(50051, "0 takes a free one", low=0, high=65535)
-    tls_cert: str | None = _setting(None, "PEM file with the certificate chain; turns TLS on")
-    tls_key: str | None = _setting(None, "PEM file with the certificate's key")
-    tls_client_ca: str | None = _setting(None, "PEM file; clients must show a certificate signed by one of these")
-    auth_token: str | None = _setting(None, "bearer token that every call must carry", secret=True)
-    auth_token_file: str | None = _setting(None, "file that holds the bearer token")
+    tls_cert: str | None = _setting(None, "PEM file with the certificate chain; turns TLS on", is_path=True)
+    tls_key: str | None = _setting(None, "PEM file with the certificate's key", is_path=True)
+    tls_client_ca: str | None = _setting(
+        None, "PEM file; clients must show a certificate signed by one of these", is_path=True
+    )
+    auth_token: str | None = _setting(
+        None, "bearer token that every call must carry; none runs open", secret=True, not_blank=True
+    )
+    auth_token_file: str | None = _setting(
+        None, "file that holds the bearer token; none runs open", is_path=True, not_blank=True
+    )
     default_timeout_s: float = _setting(600.0, "deadline of a call that brings none", above=0)
     max_queue: int = _setting(256, "requests that may wait; more are refused at once", low=0)
     max_queue_wait_s: float = _setting(
         30.0, "the longest wait before a prompt is computed; who would wait longer is refused at once", above=0
     )
     max_concurrent_rpcs: int | None = _setting(None, "calls in progress at once, of any kind", low=1)
+    drain_timeout_s: float = _setting(
+        30.0, "a server that is told to stop gives the requests under way so long, and refuses new ones", low=0
+    )
+    health_interval_s: float = _setting(
+        5.0, "readiness is looked at so often; a canary request is sent where no other has shown it", above=0
+    )
+    health_timeout_s: float = _setting(10.0, "a canary request that is not answered by then has failed", above=0)
     reflection: bool = _setting(True, "let clients such as grpcurl ask for the interface")
 
 
@@ -106,6 +124,11 @@ class PoolConfig:
     def fewest_replicas(self) -> int:
         """Workers at least."""
         return min(1, self.replicas) if self.min_replicas is None else self.min_replicas
+
+    @property
+    def asks_for_gpus(self) -> bool:
+        """Whether it is to run on GPUs or not at all."""
+        return self.device == "cuda" or (self.device == "auto" and bool(self.num_gpus))
 
     @property
     def waits_for_nodes(self) -> bool:

@@ -117,6 +117,11 @@ class ServingEngine:
         return self._load_tracker.block_sizes
 
     @property
+    def needed_roles(self) -> tuple[str, ...]:
+        """The pools that have to have a worker."""
+        return tuple(self._load_tracker.needed_roles)
+
+    @property
     def pools(self) -> WorkerPools:
         """The workers that it serves with."""
         return self._pools

@@ -19,6 +19,10 @@ REPORT_PATIENCE_S = 0.25
 """How long whoever asks for a report waits for that of the handoff."""
 
 
+class _DeadlinePassedError(DeadlineExceededError):
+    """The gateway's own finding, which is not the attempt's failure."""
+
+
 class AttemptStarter(Protocol):
     """Where attempts begin and end."""
 
@@ -59,6 +63,7 @@ class RunningRequest:
         self._started = False
         self._first_report: RequestReport | None = None
         self._over = False
+        self._alarm: asyncio.TimerHandle | None = None
 
     def __aiter__(self) -> RunningRequest:
         return self
@@ -67,12 +72,7 @@ class RunningRequest:
         if self._over:
             raise StopAsyncIteration
         try:
-            async with asyncio.timeout(self._deadline - now()):
-                chunk = await self._next_chunk()
-        except TimeoutError:
-            error = DeadlineExceededError(f"the deadline of {self._request.timeout_s:.3g} s passed")
-            self._fail(error)
-            raise error from None
+            chunk = await self._next_chunk()
         except Exception as error:
             self._fail(error)
             raise
@@ -82,6 +82,7 @@ class RunningRequest:
         self._output += [token.token_id for token in chunk.tokens]
         if self._attempt is not None and self._attempt.finished and not self._over:
             self._over = True
+            self._stop_alarm()
             self._observers.request_finished(self._request, self._attempt)
         return chunk
 
@@ -90,6 +91,7 @@ class RunningRequest:
         if not self._over:
             self._over = True
             self._observers.request_cancelled(self._request, self._attempt)
+        self._stop_alarm()
         if self._attempt is not None:
             self._starter.end_attempt(self._attempt)
 
@@ -97,6 +99,7 @@ class RunningRequest:
         if not self._over:
             self._over = True
             self._observers.request_failed(self._request, self._attempt, error)
+        self._stop_alarm()
         if self._attempt is not None:
             self._starter.end_attempt(self._attempt)
 
@@ -121,6 +124,8 @@ class RunningRequest:
                 self._attempt = await self._start_attempt()
             try:
                 return await self._attempt.next_chunk()
+            except _DeadlinePassedError as error:
+                raise DeadlineExceededError(str(error)) from None
             except WorkerLeavesError as error:
                 self._observers.request_migrated(self._attempt, error)
                 self._attempts -= 1  # nothing has failed
@@ -140,6 +145,27 @@ class RunningRequest:
     async def _start_attempt(self) -> Attempt:
         again, self._started = self._started, True
         self._attempts += 1
-        return await self._starter.start_attempt(
-            self._request, self._deadline, self._arrived, self._attempts, as_token_ids(self._output), again
-        )
+        try:
+            async with asyncio.timeout(self._deadline - now()):
+                attempt = await self._starter.start_attempt(
+                    self._request, self._deadline, self._arrived, self._attempts, as_token_ids(self._output), again
+                )
+        except TimeoutError:
+            raise DeadlineExceededError(self._passed) from None
+        if self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_at(self._deadline, self._on_deadline)
+        return attempt
+
+    @property
+    def _passed(self) -> str:
+        return f"the deadline of {self._request.timeout_s:.3g} s passed"
+
+    def _on_deadline(self) -> None:
+        """One alarm for the whole request: a timeout around each chunk would cost more than the chunk."""
+        if self._attempt is not None:
+            self._attempt.fail(_DeadlinePassedError(self._passed))
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None

@@ -93,8 +93,13 @@ class Generation:
         engine_request = replace(engine_request, timeout_s=timeout_s)
         text = _TextAssembler(self._tokenizer, engine_request.sampling)
         async with aclosing(self._engine.generate(engine_request)) as stream:
+            last = TextChunk("")
             async for chunk in stream:
-                yield text.push(chunk.tokens)
+                part = text.push(chunk.tokens)
+                if text.finish_reason is None:
+                    yield part
+                else:
+                    last = part  # it goes with the end, in one message
                 if text.stopped:
                     break  # There is more on its way that nobody wants: closing the stream stops it.
             report = await stream.report()
@@ -102,7 +107,7 @@ class Generation:
             raise RuntimeError(f"the engine ended request {engine_request.request_id} without a finish reason")
         rest = text.finish()
         usage = Usage(prompt_tokens=len(engine_request.prompt_token_ids), completion_tokens=text.num_tokens)
-        yield TextChunk(rest, (), text.finish_reason, usage, report)
+        yield TextChunk(last.text + rest, last.tokens, text.finish_reason, usage, report)
 
     async def explain(self, request: GenerationRequest) -> Explanation:
         """Where a request would go if it came now. Nothing is started.

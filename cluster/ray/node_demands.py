@@ -36,7 +36,7 @@ def gpus_in_sight(config: ServiceConfig, present: Mapping[str, float]) -> float:
     coming = sum(
         group.ranks * (1.0 if group.settings.num_gpus is None else group.settings.num_gpus)
         for group in groups_of(config)
-        if group.settings.waits_for_nodes and group.settings.device == "cuda"
+        if group.settings.waits_for_nodes and group.settings.asks_for_gpus
     )
     return max(present.get("GPU", 0.0), coming)
 

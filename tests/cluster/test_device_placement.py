@@ -47,9 +47,13 @@ def test_what_is_set_is_kept() -> None:
     assert decode == Placement("cuda", 0.5, 0.3, 64)
 
 
-def test_auto_stays_on_the_cpu_when_a_share_that_is_set_is_not_there() -> None:
-    assert [place.device for place in placed(1.0, prefill__num_gpus=1, decode__num_gpus=1)] == ["cpu", "cpu"]
-    assert [place.device for place in placed(3.0, prefill__num_gpus=2, decode__num_gpus=2)] == ["cpu", "cpu"]
+@pytest.mark.parametrize("gpus", [0.0, 1.0, 3.0])
+def test_a_share_that_is_set_and_not_there_is_refused(gpus: float) -> None:
+    with pytest.raises(ConfigError, match=rf"the workers need 4 GPUs, the Ray cluster has {gpus:g}"):
+        placed(gpus, prefill__num_gpus=2, decode__num_gpus=2)
+
+
+def test_a_share_that_is_set_leaves_the_rest_to_the_others() -> None:
     prefill, decode = placed(2.0, prefill__num_gpus=1)
     assert (prefill.num_gpus, decode.num_gpus, decode.device) == (1.0, 1.0, "cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 
 import pytest
@@ -44,8 +45,49 @@ async def test_unlike_block_sizes_are_refused_with_both(tiny_checkpoint):
 
 
 async def test_a_cache_too_small_for_one_sequence_says_what_to_change(tiny_checkpoint):
-    with pytest.raises(ConfigError, match=r"8 blocks of 16 tokens cannot hold .* max_model_len 2048 \(128 blocks\)"):
-        await start(model__path=str(tiny_checkpoint("llama")), handoff__connector="local", decode__num_blocks=8)
+    with pytest.raises(
+        ConfigError, match=r"8 blocks of 16 tokens cannot hold .* max_model_len 2048 \(128 blocks\).*to 128$"
+    ):
+        await start(
+            model__path=str(tiny_checkpoint("llama")),
+            handoff__connector="local",
+            decode__num_blocks=8,
+            model__max_model_len=2048,
+        )
+
+
+async def test_a_context_window_that_nobody_asked_for_becomes_what_fits(tiny_checkpoint):
+    overrides = {
+        "model.path": str(tiny_checkpoint("llama")),
+        "handoff.connector": "local",
+        "prefill.num_blocks": 32,
+        "decode.num_blocks": 8,
+    }
+    lines: list[str] = []
+    async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
+        assert service.model_info.max_model_len == 8 * 16
+    assert any(line.startswith("the context window is 128 tokens") and "not the model's 2048" in line for line in lines)
+
+
+async def test_what_looking_at_the_files_can_show_is_shown_before_ray_starts(tiny_checkpoint, tmp_path, monkeypatch):
+    def must_not_start(*_args):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("cluster.launch._start_ray", must_not_start)
+    whole = tiny_checkpoint("llama")
+    with pytest.raises(ConfigError, match=r"decode\.attention_backend: unknown .* did you mean CPU_ATTN"):
+        await start(model__path=str(whole), decode__attention_backend="CPU_ATN")
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    (broken / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        await start(model__path=str(broken))
+
+
+async def test_gpus_that_were_asked_for_and_are_not_there(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="this machine has none"):
+        await start(model__path=str(tiny_checkpoint("llama")), handoff__connector="local", prefill__num_gpus=1)
 
 
 async def test_an_attention_backend_that_does_not_exist(tiny_checkpoint):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +11,12 @@ import torch
 from attention.kv_cache import KVCacheSpec
 from kv_transfer.layout import GroupLayout, KVLayout
 from workers.config import WorkerConfig
-from workers.errors import ConfigError
+from workers.errors import CacheTooSmallError, ConfigError
 from workers.kv_cache.cache_split import CacheSplit, most_blocks
 from workers.kv_cache.gpu_memory import GpuMemory, measure_gpu_memory
+from workers.kv_cache.host_memory import cache_share, host_memory
 
 logger = logging.getLogger(__name__)
-
-_CPU_MEMORY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ def plan_kv_cache(
     """The size that the configuration gives, or that the worker's share of the memory leaves.
 
     On a GPU the share is `gpu_memory_utilization` of the card, less the weights, the most that `profile` needed, and
-    the CUDA context; never more than is free. On a CPU it is a tenth of the free memory. Groups with a window get what
-    a full batch holds at once, and never room for more tokens than the others; these share the rest.
+    the CUDA context; never more than is free. On a CPU it is a share of the host's, see `host_memory`. Groups with a
+    window get what a full batch holds at once, and never room for more tokens than the others; these share the rest.
 
     Args:
         config: the worker's; the model is loaded already.
@@ -113,14 +111,15 @@ def plan_kv_cache(
         agree_min: the smallest of what all ranks of the worker have room for; each keeps as many blocks.
 
     Raises:
-        ConfigError: the batches or the cache do not fit, or the cache cannot hold a sequence of `max_model_len` tokens.
+        ConfigError: the batches or the cache do not fit.
+        CacheTooSmallError: the cache cannot hold a sequence of `max_model_len` tokens.
     """
     gpu = _measured(config, profile) if torch.device(config.device).type == "cuda" else None
     split = CacheSplit(groups, [most_blocks(config, spec, max_model_len) for spec in groups], config.max_num_seqs)
     longest = split.most_blocks[split.primary]
     num_blocks = _configured_blocks(config, split)
     if num_blocks is None:  # no more than a full batch of the longest sequences can use
-        free = _cpu_memory_share() if gpu is None else _gpu_memory_share(config, gpu)
+        free = cache_share(host_memory(), config.host_memory_share) if gpu is None else _gpu_memory_share(config, gpu)
         num_blocks = min(split.blocks_that_fit(free), longest * config.max_num_seqs)
     elif gpu is not None and split.num_bytes(num_blocks) > gpu.available:
         raise ConfigError(
@@ -131,7 +130,8 @@ def plan_kv_cache(
     num_blocks = agree_min(num_blocks)
     block_size = groups[split.primary].block_size
     if num_blocks < longest:
-        raise ConfigError(_too_small(config, block_size, num_blocks, max_model_len, longest, gpu))
+        text = _too_small(config, block_size, num_blocks, max_model_len, longest, gpu)
+        raise CacheTooSmallError(text, num_blocks * block_size)
     counts = split.counts(num_blocks)
     return KVCachePlan(num_blocks, num_blocks * block_size, split.num_bytes(num_blocks), gpu, counts)
 
@@ -173,11 +173,6 @@ def _gpu_memory_share(config: WorkerConfig, gpu: GpuMemory) -> int:
     return min(share, gpu.available)
 
 
-def _cpu_memory_share() -> int:
-    """Bytes of host memory that a KV cache may take when nobody has said."""
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_MEMORY_SHARE)
-
-
 def _too_small(
     config: WorkerConfig, block_size: int, num_blocks: int, max_model_len: int, longest: int, gpu: GpuMemory | None
 ) -> str:
@@ -191,7 +186,8 @@ def _too_small(
         measured, larger = f" ({kept})", f"{role}.gpu_memory_utilization"
     return (
         f"{role} worker: a KV cache of {num_blocks} blocks of {block_size} tokens{measured} cannot hold one "
-        f"sequence of max_model_len {max_model_len} ({longest} blocks); enlarge {larger}, or lower model.max_model_len"
+        f"sequence of max_model_len {max_model_len} ({longest} blocks); enlarge {larger}, or lower "
+        f"model.max_model_len to {num_blocks * block_size}"
     )
 
 

@@ -18,6 +18,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _WANTED = ["*.json", "model*.safetensors", "*.jinja"]
 _LENGTH_BYTES = 8
+_LFS_POINTER = b"version https://git-lfs"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 
 Region = tuple[tuple[int, int], ...]
@@ -129,6 +130,10 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
             length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
             header = json.loads(opened.read(length))
     except (SafetensorError, OSError, ValueError) as error:
+        if _is_lfs_pointer(file):
+            raise CheckpointError(
+                f"{file} is a pointer of Git LFS and not the weights; fetch them with `git lfs pull`"
+            ) from error
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     tensors = []
@@ -137,3 +142,11 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
         offset = _LENGTH_BYTES + length + begin
         tensors.append(StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), offset, end - begin))
     return sorted(tensors, key=lambda tensor: tensor.offset)
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False

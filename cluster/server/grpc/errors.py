@@ -11,6 +11,8 @@ from cluster.errors import (
     AuthenticationError,
     NoWorkersError,
     QueueFullError,
+    ShuttingDownError,
+    StartingError,
     WorkerLeavesError,
     WorkerLostError,
 )
@@ -34,6 +36,8 @@ STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     asyncio.CancelledError: grpc.StatusCode.CANCELLED,
     WorkerLostError: grpc.StatusCode.UNAVAILABLE,
     WorkerLeavesError: grpc.StatusCode.UNAVAILABLE,
+    ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
+    StartingError: grpc.StatusCode.UNAVAILABLE,
     NoWorkersError: grpc.StatusCode.UNAVAILABLE,
     HandoffError: grpc.StatusCode.UNAVAILABLE,
     AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cluster.api import Engine, ModelInfo
+from cluster.errors import ShuttingDownError
 from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.server.grpc.call_gate import CallGate
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
+from cluster.server.grpc.pacing import Pacer
 from cluster.server.grpc.prompts import prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.wire import convert
@@ -28,15 +32,17 @@ _NO_DEADLINE_S = 1e9
 _ON_THE_WIRE = set(baton_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) - {"request_id", "sampling"}
 _OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name in _ON_THE_WIRE)
 """What a request says on the wire as it does inside; strings have at most `MAX_NAME_BYTES`."""
+_Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[float]]
 
 
 class BatonService:
     """One method per rpc of the service, of the same name: a parsed request and the seconds left go in."""
 
-    def __init__(self, generation: Generation, engine: Engine, model_info: ModelInfo) -> None:
+    def __init__(self, generation: Generation, engine: Engine, model_info: ModelInfo, pacer: Pacer) -> None:
         self._generation = generation
         self._engine = engine
         self._model_info = model_info
+        self._pacer = pacer
 
     async def Generate(  # noqa: N802
         self, request: baton_pb2.GenerateRequest, timeout_s: float
@@ -47,6 +53,7 @@ class BatonService:
         async with aclosing(self._generation.generate(_generation_request(request, request_id, timeout_s))) as chunks:
             async for chunk in chunks:
                 yield writer.response([chunk])
+                await self._pacer.turn()
 
     async def GenerateOnce(  # noqa: N802
         self, request: baton_pb2.GenerateRequest, timeout_s: float
@@ -92,7 +99,7 @@ class BatonService:
         return convert.targets_to_proto(self._engine.scale(dict(request.targets)))
 
 
-def method_handlers(service: BatonService, default_timeout_s: float) -> grpc.GenericRpcHandler:
+def method_handlers(service: BatonService, default_timeout_s: float, gate: CallGate) -> grpc.GenericRpcHandler:
     """What a gRPC server needs to answer the service's calls.
 
     Requests are parsed here and not by gRPC, which would answer a malformed one (text that is not UTF-8) with INTERNAL.
@@ -100,32 +107,32 @@ def method_handlers(service: BatonService, default_timeout_s: float) -> grpc.Gen
     Args:
         service: the methods.
         default_timeout_s: the deadline of calls that bring none.
+        gate: what they pass.
     """
     handlers = {}
     for method in SERVICE.methods:
         make = _stream_handler if method.server_streaming else _unary_handler
-        handlers[method.name] = make(
-            getattr(baton_pb2, method.input_type.name), getattr(service, method.name), default_timeout_s
-        )
+        govern = partial(_governed, method=method.name, default_timeout_s=default_timeout_s, gate=gate)
+        handlers[method.name] = make(getattr(baton_pb2, method.input_type.name), getattr(service, method.name), govern)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
 def _unary_handler(
-    request_type: Any, method: Callable[[Any, float], Awaitable[Any]], default_timeout_s: float
+    request_type: Any, method: Callable[[Any, float], Awaitable[Any]], govern: _Govern
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
-        async with _governed(context, default_timeout_s) as timeout_s:
+        async with govern(context) as timeout_s:
             return await method(_parse(request_type, raw), timeout_s)
 
     return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
 
 
 def _stream_handler(
-    request_type: Any, method: Callable[[Any, float], AsyncGenerator[Any, None]], default_timeout_s: float
+    request_type: Any, method: Callable[[Any, float], AsyncGenerator[Any, None]], govern: _Govern
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> None:
         async with (
-            _governed(context, default_timeout_s) as timeout_s,
+            govern(context) as timeout_s,
             aclosing(method(_parse(request_type, raw), timeout_s)) as responses,
         ):
             async for response in responses:
@@ -135,7 +142,9 @@ def _stream_handler(
 
 
 @asynccontextmanager
-async def _governed(context: grpc.aio.ServicerContext, default_timeout_s: float) -> AsyncIterator[float]:
+async def _governed(
+    context: grpc.aio.ServicerContext, *, method: str, default_timeout_s: float, gate: CallGate
+) -> AsyncIterator[float]:
     """Run a call's body under its deadline, whose seconds left are yielded, and answer its errors by the table.
 
     gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
@@ -144,12 +153,19 @@ async def _governed(context: grpc.aio.ServicerContext, default_timeout_s: float)
     timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
     try:
         async with asyncio.timeout(timeout_s) as deadline:
-            yield timeout_s
+            with gate.passage(method, deadline):
+                yield timeout_s
     except TimeoutError as error:
-        passed = DeadlineExceededError(f"not finished within the deadline of {timeout_s:.3g} s")
-        await context.abort(*status_of(passed if deadline.expired() else error))
+        await context.abort(*status_of(_passed(deadline, timeout_s, gate) if deadline.expired() else error))
     except Exception as error:
         await context.abort(*status_of(error), trailing_metadata_of(error))
+
+
+def _passed(deadline: asyncio.Timeout, timeout_s: float, gate: CallGate) -> Exception:
+    """Why a call's time is over."""
+    if gate.was_ended(deadline):
+        return ShuttingDownError("the service is shutting down: the request was not finished in the time that was left")
+    return DeadlineExceededError(f"not finished within the deadline of {timeout_s:.3g} s")
 
 
 def _parse(request_type: Any, raw: bytes) -> Any:

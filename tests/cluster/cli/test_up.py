@@ -1,5 +1,6 @@
 """`baton up` as a process of its own, with a launch that starts no workers."""
 
+import asyncio
 import re
 import signal
 import socket
@@ -7,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
+import grpc
 import pytest
 
 from cluster.cli.main import main
+from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
+from workers.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,22 +24,40 @@ PROGRAM = """
 import asyncio, contextlib, sys, types
 from cluster.api import ModelInfo, RequestReport, TokenChunk
 from workers.errors import CheckpointError
+from cluster.gateway.readiness import Health
+from cluster.text.detokenizer import TokenKind
 from workers.messages import FinishReason, TokenOutput
 
+class Letters:
+    def token_kind(self, token_id):
+        return TokenKind.TEXT
+    def decode(self, token_ids):
+        return "".join(chr(token_id) for token_id in token_ids)
+
 class Stream:
-    def __init__(self, token):
-        self.token = token
+    def __init__(self, token, count):
+        self.token, self.count = token, count
     async def __aiter__(self):
+        for _ in range(1, self.count):
+            yield TokenChunk((TokenOutput("r", self.token, attempt_id="r"),))
+            await asyncio.sleep(0.05)
         yield TokenChunk((TokenOutput("r", self.token, finish_reason=FinishReason.LENGTH, attempt_id="r"),))
     async def report(self):
         return RequestReport("p-0", "d-0")
     async def aclose(self):
         pass
 
+class Ready:
+    health = Health(True, "")
+    async def run(self):
+        await asyncio.sleep(3600)
+    async def follow(self):
+        yield self.health
+
 class Engine:
     block_sizes = frozenset()
     def generate(self, request):
-        return Stream(int(request.prompt_token_ids[0]))
+        return Stream(int(request.prompt_token_ids[0]), request.sampling.max_tokens)
     def workers(self):
         return []
 
@@ -47,8 +70,9 @@ async def launch(config, report):
             raise CheckpointError("no checkpoint at missing")
         if config.model.path == "slow":
             await asyncio.sleep(60)
-        info = ModelInfo("echo", "llama", "float32", 64, 256, (), False)
-        yield types.SimpleNamespace(engine=Engine(), generation=Generation(Engine(), None, info), model_info=info)
+        info = ModelInfo("echo", "llama", "float32", 2048, 256, (), False)
+        generation = Generation(Engine(), Letters(), info)
+        yield types.SimpleNamespace(engine=Engine(), generation=generation, model_info=info, readiness=Ready())
     finally:
         print("launch closed", file=sys.stderr)
 
@@ -75,6 +99,10 @@ def up() -> Iterator[Callable[..., subprocess.Popen]]:
         process.communicate()
 
 
+def read_line_with(stream: IO[str], text: str) -> None:
+    assert any(text in line for line in stream), f"{text!r} was not printed"
+
+
 def read_until(process: subprocess.Popen, text: str) -> str:
     lines = ""
     for line in process.stdout:
@@ -84,8 +112,7 @@ def read_until(process: subprocess.Popen, text: str) -> str:
     raise AssertionError(f"{text!r} was not printed: {lines!r} {process.stderr.read()!r}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_up_serves_until_a_signal_and_exits_with_0(up: Callable, number: int, capsys: pytest.CaptureFixture) -> None:
+def test_up_serves_until_a_signal_and_exits_with_0(up: Callable, capsys: pytest.CaptureFixture) -> None:
     process = up("--model", "some/model", "--port", "0")
     welcome = read_until(process, "Ctrl-C")
     address = re.search(r"on (127\.0\.0\.1:\d+)", welcome)[1]
@@ -93,7 +120,7 @@ def test_up_serves_until_a_signal_and_exits_with_0(up: Callable, number: int, ca
     assert f'grpcurl -plaintext -d \'{{"text": "Hello"}}\' {address} baton.v1.Baton/Generate' in welcome
     assert main(["status", "--server", address]) == 0
     assert "echo" in capsys.readouterr().out
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "loading some/model" in err
@@ -111,6 +138,70 @@ def test_a_signal_while_loading_stops_what_was_started(up: Callable) -> None:
     assert process.returncode == 0
     assert "launch closed" in err
     assert "Traceback" not in err
+
+
+async def streams_through_a_signal(
+    up: Callable, number: int, drain_timeout_s: float, count: int, num_tokens: int
+) -> tuple[subprocess.Popen, AsyncBatonClient, list[asyncio.Task]]:
+    """A service that has been sent a signal while it answers so many requests of so many tokens each."""
+    process = up("--model", "m", "--port", "0", "--set", f"server.drain_timeout_s={drain_timeout_s}")
+    address = re.search(r"on (127\.0\.0\.1:\d+)", await asyncio.to_thread(read_until, process, "Ctrl-C"))[1]
+    client = AsyncBatonClient(Connection(address))
+    sampling = SamplingParams(max_tokens=num_tokens)
+    begun = [asyncio.Event() for _ in range(count)]
+
+    async def generate(began: asyncio.Event) -> int:
+        tokens = 0
+        async for chunk in client.generate(token_ids=[70], sampling=sampling):
+            began.set()
+            tokens += len(chunk.token_ids)
+        return tokens
+
+    streams = [asyncio.create_task(generate(began)) for began in begun]
+    for began in begun:
+        await began.wait()
+    process.send_signal(number)
+    return process, client, streams
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_requests_under_way_are_finished_and_new_ones_are_told_to_go_elsewhere(up: Callable, number: int) -> None:
+    process, client, streams = await streams_through_a_signal(up, number, 60, 24, 40)
+    async with client:
+        await asyncio.to_thread(read_line_with, process.stderr, "Draining")
+        with pytest.raises(BatonClientError, match="shutting down: send the request elsewhere") as refusal:
+            await anext(client.generate(token_ids=[70], sampling=SamplingParams(max_tokens=1), timeout_s=60))
+        assert refusal.value.status is grpc.StatusCode.UNAVAILABLE
+        assert await client.workers() == [], "what asks how it is, is answered"
+        assert await asyncio.gather(*streams) == [40] * 24
+    _, err = await asyncio.to_thread(process.communicate, timeout=30)
+    assert process.returncode == 0
+    assert "launch closed" in err
+    assert "Traceback" not in err
+
+
+async def test_a_drain_has_an_end(up: Callable) -> None:
+    process, client, streams = await streams_through_a_signal(up, signal.SIGTERM, 0.2, 2, 2000)
+    async with client:
+        ends = await asyncio.gather(*streams, return_exceptions=True)
+    assert {end.status for end in ends} == {grpc.StatusCode.UNAVAILABLE}
+    assert all("shutting down: the request was not finished" in str(end) for end in ends)
+    _, err = await asyncio.to_thread(process.communicate, timeout=30)
+    assert process.returncode == 0
+    assert "2 requests were not finished" in err
+    assert "launch closed" in err
+
+
+async def test_a_second_signal_ends_a_drain_at_once(up: Callable) -> None:
+    process, client, streams = await streams_through_a_signal(up, signal.SIGTERM, 3600, 2, 2000)
+    await asyncio.to_thread(read_line_with, process.stderr, "Draining")
+    process.send_signal(signal.SIGINT)
+    async with client:
+        ends = await asyncio.gather(*streams, return_exceptions=True)
+    assert {end.status for end in ends} == {grpc.StatusCode.UNAVAILABLE}
+    _, err = await asyncio.to_thread(process.communicate, timeout=30)
+    assert process.returncode == 0
+    assert "launch closed" in err
 
 
 def test_a_taken_port_is_noticed_before_the_model_is_loaded(up: Callable) -> None:

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
-from cluster.server.grpc.serve import check_server, exposure_warnings
+from cluster.server.grpc.listen import check_server, exposure_warnings
 from workers.errors import ConfigError
 
 Serve = Callable[..., Awaitable]
@@ -127,12 +127,15 @@ async def test_stopping_lets_a_call_finish_and_takes_no_new_one(serve: Serve, an
     call = asyncio.create_task(generate(served.connection))
     await asyncio.wait_for(served.engine.started.wait(), 5)
     stop = asyncio.create_task(served.server.stop(grace_s=20))
-    # Calls that race with the stop are answered or cancelled; soon nobody listens any more.
-    while (status := await status_of_new_call(served.connection)) is not grpc.StatusCode.UNAVAILABLE:
-        assert status in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
+    await asyncio.sleep(0)
+    with pytest.raises(BatonClientError, match="shutting down: send the request elsewhere") as refusal:
+        await generate(served.connection)
+    assert refusal.value.status is grpc.StatusCode.UNAVAILABLE
+    assert await status_of_new_call(served.connection) is grpc.StatusCode.OK, "what asks how it is, is answered"
     go_on.set()
     assert await call == "ab"
     await stop
+    assert await status_of_new_call(served.connection) is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_stopping_ends_calls_that_take_longer_than_the_grace(serve: Serve) -> None:

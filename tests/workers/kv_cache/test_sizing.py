@@ -91,7 +91,11 @@ def test_it_is_no_larger_than_a_full_batch_can_use(measured):
         ),
         ({"num_blocks": 20_000}, EIGHT_B, r"20000 blocks takes 167\.77 GB, 118\.\d\d GB .*lower decode\.num_blocks"),
         ({"kv_cache_bytes": 130 * GB}, EIGHT_B, r"takes 1\d\d\.\d\d GB.*lower decode\.kv_cache_gb"),
-        ({"num_blocks": 100}, EIGHT_B, r"100 blocks of 64 tokens cannot hold .*enlarge decode\.num_blocks"),
+        (
+            {"num_blocks": 100},
+            EIGHT_B,
+            r"100 blocks of 64 tokens cannot hold .*enlarge decode\.num_blocks .*max_model_len to 6400",
+        ),
     ],
 )
 def test_what_does_not_fit_says_the_value_and_the_limit(settings, memory, message, measured):

@@ -100,6 +100,12 @@ def test_a_truncated_file_is_named(copied: Path, keep: float, name: str) -> None
     assert refusal(copied).startswith(f"{file} is truncated or not a safetensors file"), name
 
 
+def test_a_pointer_of_git_lfs_says_what_to_do(copied: Path) -> None:
+    file = next(copied.glob("*.safetensors"))
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert refusal(copied) == f"{file} is a pointer of Git LFS and not the weights; fetch them with `git lfs pull`"
+
+
 def test_a_missing_tensor_is_named(copied: Path) -> None:
     rewrite(copied, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     message = refusal(copied)

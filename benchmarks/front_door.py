@@ -1,0 +1,122 @@
+"""What the gateway carries: tokens per second of its processor's time, this tree against another in one run.
+
+The real server, engine, queue and router over simulated workers that have a token for every stream each step; clients
+in processes of their own. Processor time and not the clock is counted, so that other work on the machine matters less;
+the two trees are measured in turn, several times, and the medians compared.
+
+  git worktree add ../before COMMIT
+  python -m benchmarks.front_door --before ../before
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS, ROOT, Environment
+from benchmarks.report import to_json, write_json
+
+_PROCESS = Path(__file__).with_name("front_door_process.py")
+_WARM_UP_S = 2.0
+_PATIENCE_S = 120.0
+
+
+class _Process:
+    """One of the two, asked and answered by lines of JSON."""
+
+    def __init__(self, pythonpath: str, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_PROCESS), *arguments],
+            env={**os.environ, "PYTHONPATH": pythonpath},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process ended with {self._process.wait()}")
+        result: dict[str, Any] = json.loads(line)
+        return result
+
+    def ask(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def measure(pythonpath: str, streams: int, step_s: float, seconds: float) -> dict[str, Any]:
+    """One run: tokens, messages, processor seconds of the server, and what follows from them."""
+    processes = [server := _Process(pythonpath, "server", str(streams), str(step_s))]
+    try:
+        hello = server.answer()
+        processes.append(client := _Process(pythonpath, "client", hello["address"], str(streams)))
+        patience_ends = time.monotonic() + _PATIENCE_S
+        while client.ask()["begun"] < streams:
+            if time.monotonic() > patience_ends:
+                raise RuntimeError(f"not all of {streams} streams have begun after {_PATIENCE_S:g} s")
+            time.sleep(0.1)
+        time.sleep(_WARM_UP_S)
+        cpu, before = server.ask()["cpu_s"], client.ask()
+        time.sleep(seconds)
+        cpu, after = server.ask()["cpu_s"] - cpu, client.ask()
+    finally:
+        for process in processes:
+            process.end()
+    got = {name: after[name] - before[name] for name in ("tokens", "messages", "failures")}
+    return {
+        "grpcio": hello["grpcio"],
+        "cpu_s": cpu,
+        **got,
+        "tokens_per_cpu_s": got["tokens"] / cpu,
+        "cpu_us_per_token": cpu / got["tokens"] * 1e6,
+        "tokens_per_message": got["tokens"] / max(1, got["messages"]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", required=True, metavar="PATH", help="PYTHONPATH of the tree to compare with")
+    parser.add_argument("--after", default=str(ROOT), metavar="PATH", help="PYTHONPATH of the tree to measure")
+    parser.add_argument("--streams", type=int, nargs="+", default=[256, 2000])
+    parser.add_argument("--step-ms", type=float, default=2.0, help="between the tokens of a stream, at least")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "front_door.json")
+    args = parser.parse_args(argv)
+    environment = Environment.capture(None)
+    points = []
+    for streams in args.streams:
+        runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+        for _ in range(args.repeats):
+            for name, path in (("before", args.before), ("after", args.after)):
+                runs[name].append(measure(path, streams, args.step_ms / 1e3, args.seconds))
+        medians = {name: statistics.median(run["tokens_per_cpu_s"] for run in each) for name, each in runs.items()}
+        ratio = medians["after"] / medians["before"]
+        points.append({"streams": streams, "tokens_per_cpu_s": medians, "ratio": ratio, "runs": runs})
+        print(
+            f"{streams} streams: {medians['before']:.0f} → {medians['after']:.0f} tokens per CPU second, {ratio:.2f} ×"
+        )
+    config = {name: getattr(args, name) for name in ("step_ms", "seconds", "repeats")}
+    write_json(args.output, to_json("front_door", environment, config, {"points": points}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
