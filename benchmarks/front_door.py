@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", required=True, metavar="PATH", help="PYTHONPATH of the tree to compare with")
     parser.add_argument("--after", default=str(ROOT), metavar="PATH", help="PYTHONPATH of the tree to measure")
     parser.add_argument("--streams", type=int, nargs="+", default=[256, 2000])
-    parser.add_argument("--step-ms", type=float, default=2.0, help="between the tokens of a stream, at least")
+    parser.add_argument("--offered", type=float, default=25_600.0, help="tokens a second that the workers have at most")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "front_door.json")
@@ -106,14 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
         for _ in range(args.repeats):
             for name, path in (("before", args.before), ("after", args.after)):
-                runs[name].append(measure(path, streams, args.step_ms / 1e3, args.seconds))
+                runs[name].append(measure(path, streams, streams / args.offered, args.seconds))
         medians = {name: statistics.median(run["tokens_per_cpu_s"] for run in each) for name, each in runs.items()}
         ratio = medians["after"] / medians["before"]
         points.append({"streams": streams, "tokens_per_cpu_s": medians, "ratio": ratio, "runs": runs})
         print(
             f"{streams} streams: {medians['before']:.0f} → {medians['after']:.0f} tokens per CPU second, {ratio:.2f} ×"
         )
-    config = {name: getattr(args, name) for name in ("step_ms", "seconds", "repeats")}
+    config = {name: getattr(args, name) for name in ("offered", "seconds", "repeats")}
     write_json(args.output, to_json("front_door", environment, config, {"points": points}))
     return 0
 

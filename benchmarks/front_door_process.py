@@ -6,29 +6,29 @@ Run as a file with PYTHONPATH set to the tree that is measured, so that trees of
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import sys
 import time
 from functools import partial
-from typing import Any
-
-import grpc
+from importlib.metadata import version
 
 from benchmarks.simulation.hardware import Hardware
 from benchmarks.simulation.workers import SimulatedWorker
 from cluster.api import ModelInfo
+from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.text_generation import Generation
 from cluster.recall import SHIPPED_MODEL
 from cluster.server.grpc.serve import start_server
 from cluster.text.tokenizer import Tokenizer
-from protos import baton_pb2, baton_pb2_grpc
 from workers.runner.step_times import StepTimes
+from workers.sampling_params import SamplingParams
 
 _PROMPT = (5, 6, 7, 8)
-_CONTEXT = 131_072
+_LONGEST = 3000
+_PREFILL_WORKERS = 32
+"""So that prompts, one at a time on each, are not what streams wait for to begin."""
 
 
 async def serve(streams: int, step_s: float) -> None:
@@ -38,7 +38,10 @@ async def serve(streams: int, step_s: float) -> None:
         times, num_blocks=64 * streams, max_num_seqs=2 * streams, steps_at_once=1, kv_bytes_per_token=1, load_s=0.0
     )
     fabric: dict[str, SimulatedWorker] = {}
-    places = {role: [partial(SimulatedWorker, f"{role}-0", role, hardware, fabric)] for role in ("prefill", "decode")}
+    places = {
+        role: [partial(SimulatedWorker, f"{role}-{i}", role, hardware, fabric) for i in range(count)]
+        for role, count in (("prefill", _PREFILL_WORKERS), ("decode", 1))
+    }
     engine = ServingEngine(places["prefill"], places["decode"], max_queue=100_000)
     await engine.start()
     info = ModelInfo("simulated", "llama", "bfloat16", hardware.max_model_len, 4096, (), False)
@@ -50,7 +53,7 @@ async def serve(streams: int, step_s: float) -> None:
         pass
     else:
         settle()
-    print(json.dumps({"address": server.address, "grpcio": grpc.__version__}), flush=True)
+    print(json.dumps({"address": server.address, "grpcio": version("grpcio")}), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         print(json.dumps({"cpu_s": time.process_time()}), flush=True)
     await server.stop(grace_s=0)
@@ -60,32 +63,27 @@ async def serve(streams: int, step_s: float) -> None:
 async def read_streams(address: str, streams: int) -> None:
     """Keep so many streams open; each line of standard input is answered with what has been received so far."""
     counts: dict[str, int] = dict.fromkeys(("tokens", "messages", "failures", "begun"), 0)
-    channels = [
-        grpc.aio.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),)) for _ in range(min(8, streams))
-    ]
 
-    async def read(channel: Any, seed: int) -> None:
-        stub, begun = baton_pb2_grpc.BatonStub(channel), False
+    async def read(client: AsyncBatonClient, seed: int) -> None:
+        begun = False
         while True:
-            request = baton_pb2.GenerateRequest(token_ids=baton_pb2.TokenIds(ids=_PROMPT))
-            request.sampling.max_tokens, request.sampling.seed = 3000, 3000 + seed % 7
+            sampling = SamplingParams(max_tokens=_LONGEST, seed=_LONGEST - seed % 7)
             try:
-                async for message in stub.Generate(request):
+                async for chunk in client.generate(token_ids=_PROMPT, sampling=sampling):
                     counts["begun"] += not begun
                     begun = True
                     counts["messages"] += 1
-                    counts["tokens"] += len(message.token_ids)
-            except grpc.aio.AioRpcError:
+                    counts["tokens"] += len(chunk.token_ids)
+            except BatonClientError:
                 counts["failures"] += 1
 
-    tasks = [
-        asyncio.create_task(read(channel, seed))
-        for seed, channel in zip(range(streams), itertools.cycle(channels), strict=False)
-    ]
+    client = AsyncBatonClient(Connection(address))
+    tasks = [asyncio.create_task(read(client, seed)) for seed in range(streams)]
     while await asyncio.to_thread(sys.stdin.readline):
         print(json.dumps(counts), flush=True)
     for task in tasks:
         task.cancel()
+    await client.close()
 
 
 if __name__ == "__main__":

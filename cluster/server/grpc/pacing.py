@@ -7,9 +7,8 @@ of a moment go together. Nothing is held while there is time.
 from __future__ import annotations
 
 import asyncio
-import time
 
-_SAMPLE_S = 0.1
+_SAMPLE_S, _SAMPLES, _LATE_S = 0.005, 20, 0.001
 _BUSY, _QUIET = 0.8, 0.5
 _SHORTEST_S, _LONGEST_S = 0.01, 0.1
 
@@ -20,6 +19,7 @@ class Pacer:
     def __init__(self) -> None:
         self._interval_s = 0.0
         self._tick: asyncio.Event | None = None
+        self._sending = asyncio.Event()
 
     @property
     def interval_s(self) -> float:
@@ -28,6 +28,7 @@ class Pacer:
 
     async def turn(self) -> None:
         """Wait until a stream that has sent may look for more: all that come meanwhile go in its next message."""
+        self._sending.set()
         if not self._interval_s:
             return
         if self._tick is None:
@@ -46,15 +47,22 @@ class Pacer:
             self._interval_s = self._interval_s / 2 if self._interval_s > _SHORTEST_S else 0.0
 
     async def run(self) -> None:
-        """Look at the event loop, for ever: at the processor time that it takes, and at how late it is."""
+        """Look at the event loop while streams send, for ever.
+
+        A timer that is due while the loop has work comes late, and one that is due while it waits does not: the share
+        of timers that are late is the share of time in which it has work. It counts, unlike processor time, what other
+        programs take from it.
+        """
         clock = asyncio.get_running_loop().time
-        began, spent = clock(), time.thread_time()
         while True:
-            await asyncio.sleep(_SAMPLE_S)
-            ended, spent_then = clock(), time.thread_time()
-            late_s = ended - began - _SAMPLE_S
-            self.sample(max((spent_then - spent) / (ended - began), late_s / _SAMPLE_S))
-            began, spent = ended, spent_then
+            await self._sending.wait()
+            self._sending.clear()
+            late = 0
+            for _ in range(_SAMPLES):
+                due = clock() + _SAMPLE_S
+                await asyncio.sleep(_SAMPLE_S)
+                late += clock() - due > _LATE_S
+            self.sample(late / _SAMPLES)
 
     def _release(self) -> None:
         tick, self._tick = self._tick, None
