@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("engine", nargs="*", metavar="-- ARGUMENT", help="for benchmarks.gpu_engine")
     args = parser.parse_args(argv)
     environment = Environment.capture(threads=None)
-    config = {side: getattr(args, f"{side}_name") for side in SIDES} | {"engine": args.engine, "gpu_names": gpu_names()}
+    config = {side: vars(args)[f"{side}_name"] for side in SIDES} | {"engine": args.engine, "gpu_names": gpu_names()}
     rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(args.rounds):

@@ -15,8 +15,12 @@ FOLDERS = ("tests", "benchmarks")
 FOREIGN = frozenset(
     {
         "os._exit",
+        "config._experts_implementation",  # of transformers, which has no other way to its reference of experts
         "listener._listener",  # of multiprocessing, which has no other way to a time limit
         "listener._listener._socket",
+        "torch._dynamo",
+        "torch.fx._symbolic_trace",
+        "torch.fx._symbolic_trace._is_fx_tracing_flag",
         "ray.autoscaler._private.resource_demand_scheduler._default_utilization_scorer",
     }
 )

@@ -79,7 +79,7 @@ class Readiness(EngineObserver):
     def __init__(self, engine: ObservedEngine, interval_s: float = 5.0, timeout_s: float = 10.0) -> None:
         self._engine = engine
         self._interval_s = interval_s
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._health = Health()
         self._looked_at = now()
         self._passed = False
@@ -117,6 +117,10 @@ class Readiness(EngineObserver):
                 async with asyncio.timeout(self._interval_s):
                     await self._wake.wait()
 
+    def look(self) -> None:
+        """Look now, and not only when it is time."""
+        self._wake.set()
+
     def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
         """A request has had its first token and another one since the last look: the way through is free."""
         if attempt.request_id != self._canary:
@@ -147,7 +151,7 @@ class Readiness(EngineObserver):
         request = EngineRequest(
             request_id=self._canary,
             sampling=SamplingParams(temperature=0.0, seed=0, max_tokens=2, ignore_eos=True),
-            timeout_s=self._timeout_s,
+            timeout_s=self.timeout_s,
             priority=_MOST_URGENT,
             prompt_token_ids=as_token_ids([0]),
         )

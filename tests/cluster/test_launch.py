@@ -70,10 +70,10 @@ async def test_a_context_window_that_nobody_asked_for_becomes_what_fits(tiny_che
 
 
 async def test_what_looking_at_the_files_can_show_is_shown_before_ray_starts(tiny_checkpoint, tmp_path, monkeypatch):
-    def must_not_start(*_args):
+    def must_not_start(*_args, **_settings):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("cluster.launch._start_ray", must_not_start)
+    monkeypatch.setattr("ray.init", must_not_start)
     whole = tiny_checkpoint("llama")
     with pytest.raises(ConfigError, match=r"decode\.attention_backend: unknown .* did you mean CPU_ATTN"):
         await start(model__path=str(whole), decode__attention_backend="CPU_ATN")

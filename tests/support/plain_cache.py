@@ -86,8 +86,8 @@ class PlainCache:
         """Others write into all that is free, as a peer does as soon as it is granted to it."""
         for slots, pool in zip(self.slots, pools, strict=True):
             first = slots.shape[1] - pool.num_blocks
-            ids = range(first, slots.shape[1])
-            slots[:, [b for b in ids if not pool.num_users(b) and b not in pool._hash_of]] = UNWRITTEN
+            known = pool.used_blocks.union(pool.stored_blocks.values())
+            slots[:, [b for b in range(first, slots.shape[1]) if b not in known]] = UNWRITTEN
 
     def read_blocks(self, blocks: list[int], group: int = 0) -> torch.Tensor:
         return self.slots[group][:, blocks].clone()

@@ -104,7 +104,7 @@ def test_a_prompt_takes_a_windows_memory_however_long_it_is(cluster_of, checkpoi
         cluster.step()
         for worker in workers_of(cluster):
             pool = worker.cache.groups[-1].pool
-            held = max(held, pool.num_blocks - pool._free.num_free - len(pool._unused))
+            held = max(held, len(pool.used_blocks))
     assert held <= most
     cluster.submit_local("alone", text, greedy(30))
     run_clean(cluster)
@@ -136,8 +136,8 @@ def test_prompts_that_begin_alike_share_what_is_left(local, cluster_of, checkpoi
 def test_a_prefix_is_computed_once(cluster_of):
     cluster = cluster_of(max_num_batched_tokens=40)
     reports = []
-    take = cluster._take
-    cluster._take = lambda event: (reports.append(event) if isinstance(event, PrefillReport) else None, take(event))
+    take = cluster.take
+    cluster.take = lambda event: (reports.append(event) if isinstance(event, PrefillReport) else None, take(event))
     for name, text in (("a", prompt(100)), ("b", prompt(100)), ("c", prompt(100) + prompt(30, 1))):
         cluster.submit(name, text, greedy(2))
         run_clean(cluster)
@@ -217,8 +217,8 @@ def test_a_null_block_stays_zero(cluster_of):
         cluster.submit_local(f"l{i}", prompt(length, i), greedy(40))
     run_clean(cluster)
     for worker in workers_of(cluster):
-        assert not bool(worker._runner.kv_caches[-1][:, 0].any())
-        assert bool(torch.isnan(worker._runner.kv_caches[-1][:, 1:]).any())
+        assert not bool(worker.runner.kv_caches[-1][:, 0].any())
+        assert bool(torch.isnan(worker.runner.kv_caches[-1][:, 1:]).any())
 
 
 @pytest.mark.gpu

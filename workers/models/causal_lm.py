@@ -213,7 +213,7 @@ class CausalLM(nn.Module, ABC):
             {rotation: rotation.prepare(positions) for rotation in self._rotations.values()},
             self._cache_writes(caches, metadata),
         )
-        stream = ResidualStream(self._embed(input_ids))
+        stream = ResidualStream(self.embed(input_ids))
         with forward_context(self._forward_context(caches, metadata, on_layer)):
             for layer in self._in_order:
                 layer(stream, batch)
@@ -238,7 +238,8 @@ class CausalLM(nn.Module, ABC):
             logits.div_(cap).tanh_().mul_(cap)
         return logits
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(T,) int64 token ids → (T, hidden size), what the first layer is given."""
         hidden = F.embedding(input_ids, self.embed_tokens)
         scale = self.config.embedding_scale
         if scale == 1.0:

@@ -34,7 +34,7 @@ def test_a_sequence_counts_for_no_more_than_its_window():
         assert ask(tracker, 5000)
         tracker.reserve(name, "p", "d", 5000, 1000)
         tracker.grown(name, 5900)
-    (worker,) = tracker._decode.workers
+    (worker,) = tracker.decode_workers.workers
     assert worker.free_blocks == 40 - 3 * 12
     assert not ask(tracker, 5000), "four blocks are left"
     assert not ask(tracker, 200)
@@ -47,7 +47,7 @@ def test_a_sequence_counts_for_no_more_than_its_window():
 def test_a_short_sequence_counts_for_what_it_holds():
     tracker = books(WINDOW)
     tracker.reserve("a", "p", "d", 25, 4)
-    (worker,) = tracker._decode.workers
+    (worker,) = tracker.decode_workers.workers
     assert worker.free_blocks == 37
     tracker.grown("a", 35)
     assert worker.free_blocks == 36
@@ -56,7 +56,7 @@ def test_a_short_sequence_counts_for_what_it_holds():
 def test_expected_growth_ends_at_the_window():
     tracker = books(WINDOW)
     tracker.reserve("a", "p", "d", 5000, 1000)
-    (worker,) = tracker._decode.workers
+    (worker,) = tracker.decode_workers.workers
     assert worker.peak_tokens <= 120 * 3, "the most, with head-room; it is one sequence of 120 tokens"
     assert worker.future[0].max() <= 120
     tracker.grown("a", 5500)
@@ -67,6 +67,6 @@ def test_without_a_window_everything_counts():
     tracker = books(WHOLE)
     assert not ask(tracker, 400)
     tracker.reserve("a", "p", "d", 100, 1000)
-    (worker,) = tracker._decode.workers
+    (worker,) = tracker.decode_workers.workers
     assert worker.free_blocks == 40 - 11
     assert worker.future[0].max() > 120

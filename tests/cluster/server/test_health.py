@@ -97,11 +97,11 @@ async def test_ready_when_a_canary_has_passed_and_not_when_one_fails(make_fleet,
     assert {await probe(name) for name in ("baton.v1.Baton", "liveness", "prefill", "decode")} == {(True, "")}
     handle = fleet.handle("decode-0")
     handle.submit, submit = lambda request: None, handle.submit  # it takes requests, and nothing comes of them
-    readiness._timeout_s = 0.2
+    readiness.timeout_s = 0.2
     assert "a canary request failed: the deadline" in await probe.until(False)
     assert await probe("liveness") == (True, "")
     handle.submit = submit
-    readiness._timeout_s = 20.0
+    readiness.timeout_s = 20.0
     await probe.until(True)
 
 
@@ -163,7 +163,7 @@ async def test_requests_that_pass_take_the_canarys_place(make_fleet, watch) -> N
     _, probe, readiness = await watch(fleet.engine, interval_s=3600)
     await probe.until(True)
     await fleet.run([5, 6, 7], 3)
-    readiness._wake.set()
+    readiness.look()
     await fleet.run([5, 6, 7], 3)
     assert [name.startswith("canary-") for name in sent] == [True, False, False]
 

@@ -40,7 +40,7 @@ def test_who_was_promised_blocks_always_gets_them(seed):
                 pool.store(block, b"%d" % stored)
                 stored += 1
         elif action < 0.7:  # shares what can be found
-            found = [block for block in pool._hash_of if block not in user.blocks]
+            found = [block for block in pool.stored_blocks.values() if block not in user.blocks]
             block = rng.choice(found) if found else None
             if block is not None and (may_hold if promised else pool.share_cost(block) <= pool.num_free):
                 pool.share([block], promised=promised)
@@ -65,7 +65,7 @@ def test_who_was_promised_blocks_always_gets_them(seed):
             pool.withdraw(user.promised, user.blocks)
         pool.release(user.blocks)
     assert pool.num_free == pool.num_blocks
-    assert not pool._promised_users
+    assert all(pool.share_cost(block) for block in range(pool.num_blocks)), "a promise is left"
 
 
 def test_what_one_shares_with_somebody_without_a_promise_does_not_count_for_it():

@@ -152,7 +152,7 @@ def test_bfloat16_rounds_as_transformers_does(
     model = load_model(folder, dtype="bfloat16")
     with torch.inference_mode():
         expected = theirs.model.embed_tokens(torch.tensor(IDS))
-        embedded = model._embed(torch.tensor(IDS))
+        embedded = model.embed(torch.tensor(IDS))
         normed = theirs.model.layers[0].input_layernorm(expected)
         assert torch.equal(embedded, expected)
         assert torch.equal(model.layers[0].input_norm(embedded), normed)

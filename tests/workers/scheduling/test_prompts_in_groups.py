@@ -145,7 +145,7 @@ class Side:
             tables = [tables.groups[i] for tables in self.tables() if tables.groups]
             held = {block for table in tables for block in table.held}
             pool = group.pool
-            assert len(held) == pool.num_blocks - pool._free.num_free - len(pool._unused)
+            assert len(held) == len(pool.used_blocks)
             assert all(block == 0 for table in tables for block in table.blocks[: table.start])
             if self.memory.specs[i].window is not None:
                 assert 0 not in held
