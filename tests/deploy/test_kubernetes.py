@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ POD = record(
     ("containers",),
     securityContext=record(runAsNonRoot=BOOL, runAsUser=INT, runAsGroup=INT, fsGroup=INT),
     containers=several(CONTAINER),
+    terminationGracePeriodSeconds=INT,
     volumes=several(VOLUME),
     restartPolicy={"enum": ["Always", "OnFailure", "Never"]},
     nodeSelector=STRINGS,
@@ -227,6 +229,42 @@ def test_the_service_leads_to_the_gateway_and_nothing_else_is_open(
     policy = documents["NetworkPolicy"]["spec"]
     everybody = [rule for rule in policy["ingress"] if "from" not in rule]
     assert everybody == [{"ports": [{"port": "grpc", "protocol": "TCP"}]}]
+
+
+def test_a_head_that_is_told_to_stop_lets_the_service_drain_while_ray_lives(
+    cluster: dict[str, Any], tmp_path: Path
+) -> None:
+    (command,) = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["args"]
+    (tmp_path / "ray").write_text(
+        f'#!/bin/bash\n[ "$1" = health-check ] && exit\necho $$ > {tmp_path}/ray-pid\nexec sleep 60\n'
+    )
+    (tmp_path / "baton").write_text(
+        f"""#!/bin/bash
+        trap 'sleep 0.5; kill -0 $(cat {tmp_path}/ray-pid) && echo yes > {tmp_path}/drained; exit' TERM
+        echo yes > {tmp_path}/serves
+        while true; do sleep 0.05; done
+        """
+    )
+    for stub in (tmp_path / "ray", tmp_path / "baton"):
+        stub.chmod(0o755)
+    environment = {"KUBERAY_GEN_RAY_START_CMD": "ray start --head --block", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    process = subprocess.Popen(
+        ["bash", "-c", command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(400):
+            if (tmp_path / "serves").exists() and (tmp_path / "ray-pid").exists():
+                break
+            time.sleep(0.05)
+        process.terminate()
+        process.wait(20)
+        assert (tmp_path / "drained").read_text() == "yes\n"
+    finally:
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
 
 
 def test_the_head_ends_when_ray_or_the_service_does(cluster: dict[str, Any], tmp_path: Path) -> None:
