@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", required=True, metavar="PATH", help="PYTHONPATH of the tree to compare with")
     parser.add_argument("--after", default=str(ROOT), metavar="PATH", help="PYTHONPATH of the tree to measure")
-    parser.add_argument("--streams", type=int, nargs="+", default=[256, 2000])
+    parser.add_argument("--streams", type=int, nargs="+", default=[256])
     parser.add_argument("--offered", type=float, default=25_600.0, help="tokens a second that the workers have at most")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=3)

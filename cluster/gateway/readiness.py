@@ -73,7 +73,7 @@ class Readiness(EngineObserver):
     Args:
         engine: whose workers and requests are followed.
         interval_s: from one look to the next; a change of a worker's state is looked at when it happens.
-        timeout_s: a canary that is not answered by then has failed.
+        timeout_s: a canary that is not answered by then has failed; may be changed.
     """
 
     def __init__(self, engine: ObservedEngine, interval_s: float = 5.0, timeout_s: float = 10.0) -> None:
@@ -102,6 +102,10 @@ class Readiness(EngineObserver):
             yield self._health
             await changed.wait()
 
+    def look(self) -> None:
+        """Do not wait for the next look's time."""
+        self._wake.set()
+
     async def run(self) -> None:
         """Look after it, for ever."""
         while True:
@@ -117,10 +121,6 @@ class Readiness(EngineObserver):
                 async with asyncio.timeout(self._interval_s):
                     await self._wake.wait()
 
-    def look(self) -> None:
-        """Look now, and not only when it is time."""
-        self._wake.set()
-
     def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
         """A request has had its first token and another one since the last look: the way through is free."""
         if attempt.request_id != self._canary:
@@ -131,7 +131,7 @@ class Readiness(EngineObserver):
     def worker_state_changed(self, engine_id: str, role: str, state: str) -> None:
         """Somebody is missing, or is here again."""
         self._look()
-        self._wake.set()
+        self.look()
 
     def _look(self) -> bool:
         """Whether a pool that is needed lacks a ready worker, which is known at once."""
