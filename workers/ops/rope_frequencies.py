@@ -47,9 +47,9 @@ def inverse_frequencies(rope: RopeConfig, head_size: int, max_model_len: int | N
         case Llama3Scaling():
             return _llama3(1.0 / _powers(rope.theta, rotary_dim), scaling)
         case ProportionalScaling():
-            frequencies = 1.0 / _powers(rope.theta, head_size)
-            frequencies[int(rope.partial_rotary_factor * head_size // 2) :] = 0.0
-            return frequencies / scaling.factor
+            num_pairs = int(rope.partial_rotary_factor * head_size // 2)
+            rotated = 1.0 / _powers(rope.theta, head_size, num_pairs)
+            return torch.cat((rotated, torch.zeros(head_size // 2 - num_pairs))) / scaling.factor
 
 
 def attention_factor(rope: RopeConfig) -> float:
@@ -88,8 +88,10 @@ def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _powers(theta: float, rotary_dim: int) -> torch.Tensor:
-    powers: torch.Tensor = theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+def _powers(theta: float, rotary_dim: int, num_pairs: int | None = None) -> torch.Tensor:
+    """theta^(2i / rotary_dim) of the first pairs; None: of all. How many are computed at once may change the last bit."""
+    end = rotary_dim if num_pairs is None else 2 * num_pairs
+    powers: torch.Tensor = theta ** (torch.arange(0, end, 2, dtype=torch.float32) / rotary_dim)
     return powers
 
 
@@ -125,12 +127,15 @@ def _llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     """Llama 3.1's scaling, from its reference code (meta-llama/llama-models, `apply_scaling`).
 
     Wavelengths longer than the original context divided by `low_freq_factor` are stretched by `factor`; shorter than
-    it divided by `high_freq_factor` are kept; between the two the frequencies are blended linearly.
+    it divided by `high_freq_factor` are kept; between the two the frequencies are blended linearly. Where the two factors
+    are one number, as in Llama 4 Scout, there is nothing between.
     """
     original = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
-    kept = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    low_factor, high_factor = scaling.low_freq_factor, scaling.high_freq_factor
+    span = high_factor - low_factor
+    kept = (original / wavelengths - low_factor) / span if span else torch.ones_like(wavelengths)
     blended = (1 - kept) * frequencies / scaling.factor + kept * frequencies
-    low = wavelengths > original / scaling.low_freq_factor
-    high = wavelengths < original / scaling.high_freq_factor
+    low = wavelengths > original / low_factor
+    high = wavelengths < original / high_factor
     return torch.where(low, frequencies / scaling.factor, torch.where(high, frequencies, blended))

@@ -78,8 +78,8 @@ ORIGINAL = st.sampled_from([512, 1024, 2048, 4096])
         parameters_of(
             "llama3",
             factor=FACTORS,
-            low_freq_factor=st.floats(0.5, 2.0),
-            high_freq_factor=st.floats(2.5, 8.0),
+            low_freq_factor=st.floats(0.5, 2.0) | st.just(3.0),
+            high_freq_factor=st.just(3.0) | st.floats(3.0, 8.0),
             original_max_position_embeddings=ORIGINAL,
         ),
     ),

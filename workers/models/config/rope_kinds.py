@@ -106,10 +106,10 @@ def _llama3(settings: RopeSettings) -> RopeScaling:
         high_freq_factor=read.positive_float("high_freq_factor"),
         original_max_position_embeddings=settings.original(),
     )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
+    if scaling.high_freq_factor < scaling.low_freq_factor:
         raise read.error(
             "high_freq_factor",
-            f"{scaling.high_freq_factor} must be greater than low_freq_factor, which is {scaling.low_freq_factor}",
+            f"{scaling.high_freq_factor} must be at least low_freq_factor, which is {scaling.low_freq_factor}",
         )
     return scaling
 

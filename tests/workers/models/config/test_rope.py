@@ -269,8 +269,8 @@ def test_rotating_layers_must_fit(stated: Any) -> None:
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling.factor: is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: is missing"),
         (
-            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
-            "high_freq_factor: 1.0 must be greater than low_freq_factor, which is 1.0",
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 0.5}},
+            "high_freq_factor: 0.5 must be at least low_freq_factor, which is 1.0",
         ),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor: is missing"),
         ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", **YARN}}, "rope_theta: must be above 1 for 'yarn'"),
