@@ -34,15 +34,15 @@ def unwritten_caches(model: CausalLM, num_blocks: int | Sequence[int], value: fl
 
 
 class ListedTables:
-    """The tables of a sequence in a cache of one group, over a list of blocks that a test keeps and lets grow."""
+    """The tables of a sequence, over a list of blocks that a test keeps and lets grow; the same in every cache group."""
 
     def __init__(self) -> None:
         self._tables = SequenceTables()
 
-    def over(self, blocks: list[int], block_size: int) -> SequenceTables:
+    def over(self, blocks: list[int], block_size: int, num_groups: int = 1) -> SequenceTables:
         """The same tables as long as it is the very same list."""
         if not self._tables.groups or self._tables.groups[0].blocks is not blocks:
-            self._tables = SequenceTables([BlockTable(blocks)])
+            self._tables = SequenceTables([BlockTable(blocks) for _ in range(num_groups)])
         self._tables.num_slots = len(blocks) * block_size
         return self._tables
 

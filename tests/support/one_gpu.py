@@ -17,15 +17,19 @@ from workers.runner.model_runner import ModelRunner, Row
 
 @dataclass(eq=False)
 class Decoding:
-    """A sequence, as a decode step sees it, whose tokens the host looks at after every step."""
+    """A sequence, as a decode step sees it, whose tokens the host looks at after every step.
+
+    It keeps all its blocks, and they have the same numbers in every cache group.
+    """
 
     tokens: list[int]
     blocks: list[int]
+    num_groups: int = 1
     listed: ListedTables = field(default_factory=ListedTables)
 
     @property
     def tables(self) -> SequenceTables:
-        return self.listed.over(self.blocks, 1)
+        return self.listed.over(self.blocks, 1, self.num_groups)
 
     @property
     def num_scheduled(self) -> int:
@@ -74,12 +78,13 @@ class OneGpu:
 
     def prefill(self, sequence: Decoding, chunk: int | None = None) -> torch.Tensor:
         """Compute a sequence's tokens, `chunk` at a time; (vocab,) float32 logits after the last one."""
-        end = len(sequence.tokens)
+        end, sequence.num_groups = len(sequence.tokens), len(self.runner.kv_caches)
+        tables = [sequence.blocks] * sequence.num_groups
         step = chunk or end
         logits = torch.empty(0)
         for start in range(0, end, step):
-            disconnect = sequence.tokens[start : min(start + step, end)]
-            logits = self.runner.forward([Row(disconnect, start, [sequence.blocks], wants_logits=start + step >= end)])
+            tokens = sequence.tokens[start : min(start + step, end)]
+            logits = self.runner.forward([Row(tokens, start, tables, wants_logits=start + step >= end)])
         return logits[0].clone()
 
     def decode(self, batch: Sequence[Decoding]) -> torch.Tensor:

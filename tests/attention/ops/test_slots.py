@@ -60,7 +60,7 @@ STORES: dict[str, Store] = {
 
 
 def _filled(dtype: torch.dtype) -> torch.Tensor:
-    shape = KVCacheSpec(1, 2, 64, 16, dtype).shape(3)
+    shape = KVCacheSpec((0,), 2, 64, 16, dtype).shape(3)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)[0]
 
 
