@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention_tables, gpu_tables, model_tables, pool_tables, router_tables
+from benchmarks import attention_tables, gpu_change_tables, gpu_tables, model_tables, pool_tables, router_tables
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.markdown import provenance, read_result, table
@@ -82,6 +82,7 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
         "engine_vs_transformers": _of_result("engine_vs_transformers", engine_vs_transformers),
         "disaggregation_cost": _of_result("disaggregation_cost", disaggregation_cost),
         **gpu_tables.TABLES,
+        **gpu_change_tables.TABLES,
         **pool_tables.TABLES,
         **{name: _of_result(name, make) for name, make in router_tables.TABLES.items()},
     },

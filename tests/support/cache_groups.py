@@ -34,7 +34,7 @@ def unwritten_caches(model: CausalLM, num_blocks: int | Sequence[int], value: fl
 
 
 class ListedTables:
-    """The tables of a sequence, over a list of blocks that a test keeps and lets grow; the same in every cache group."""
+    """The tables of a sequence over a list of blocks that a test keeps and lets grow, the same in every cache group."""
 
     def __init__(self) -> None:
         self._tables = SequenceTables()

@@ -89,7 +89,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def _powers(theta: float, rotary_dim: int, num_pairs: int | None = None) -> torch.Tensor:
-    """theta^(2i / rotary_dim) of the first pairs; None: of all. How many are computed at once may change the last bit."""
+    """theta^(2i / rotary_dim) of the first pairs, None: of all. How many are computed at once may change a last bit."""
     end = rotary_dim if num_pairs is None else 2 * num_pairs
     powers: torch.Tensor = theta ** (torch.arange(0, end, 2, dtype=torch.float32) / rotary_dim)
     return powers
@@ -127,8 +127,8 @@ def _llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     """Llama 3.1's scaling, from its reference code (meta-llama/llama-models, `apply_scaling`).
 
     Wavelengths longer than the original context divided by `low_freq_factor` are stretched by `factor`; shorter than
-    it divided by `high_freq_factor` are kept; between the two the frequencies are blended linearly. Where the two factors
-    are one number, as in Llama 4 Scout, there is nothing between.
+    it divided by `high_freq_factor` are kept; between the two the frequencies are blended linearly. Where the
+    two factors are one number, as in Llama 4 Scout, there is nothing between.
     """
     original = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies

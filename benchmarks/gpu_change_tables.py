@@ -1,0 +1,77 @@
+"""The tables of docs/benchmarks.md of changes to Baton on GPUs: what they cost, what they brought, new models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks.markdown import provenance, read_result, table
+
+GOAL_S = 0.003
+_MODELS = ("qwen3-30b-a3b", "gpt-oss-20b")
+
+
+def commits(results: Path) -> str:
+    """Two commits by turns on one card."""
+    found = read_result(results / "gpu_commits.json")
+    config = found["config"]
+    rows = [
+        (
+            row["point"].replace("x", " × "),
+            *(", ".join(f"{s * 1e3:.2f}" for s in row[side]) for side in ("before", "after")),
+            f"**{row['ratio']:.4f}**",
+        )
+        for row in found["points"]
+    ]
+    header = ("batch × tokens, ms", config["before"], config["after"], "after / before")
+    return f"{table(header, rows, num_text_columns=1)}\n\n{provenance(found['environment'])}"
+
+
+def handoff_measured_path(results: Path) -> str:
+    """What the handoff adds, one request at a time, where the path between the workers was measured right."""
+    one, two = (read_result(results / f"gpu_handoff_measured_path_{gpus}gpu.json") for gpus in (1, 2))
+    rows = []
+    for single, pair in zip(one["lengths"], two["lengths"], strict=True):
+        cost = pair["ttft_s"] - single["ttft_s"]
+        rows.append(
+            (
+                f"{single['prompt_tokens']} tokens",
+                *(f"{row['ttft_s'] * 1e3:.1f}" for row in (single, pair)),
+                f"**{cost * 1e3:.2f}**",
+                f"≤ {GOAL_S * 1e3:.0f}",
+                "yes" if cost <= GOAL_S else "**no**",
+                f"{pair['alone_ttft_s'] * 1e3:.1f}",
+                f"{(pair['second_token_s'] - single['second_token_s']) * 1e3:.2f}",
+                f"{pair['exposed_s'] * 1e3:.2f}",
+            )
+        )
+    header = (
+        "TTFT p50, ms", "one GPU", "1P1D", "handoff", "goal", "met", "single token on 1P1D", "second token, added",
+        "exposed transfer",
+    )  # fmt: skip
+    return f"{table(header, rows, num_text_columns=1)}\n\n{provenance(two['environment'])}"
+
+
+def mixtures_of_experts(results: Path) -> str:
+    """Prefill rates and decode steps of mixtures of experts, with the limit of the same GPU."""
+    found = {name: read_result(results / f"gpu_engine_{name}.json") for name in _MODELS}
+    rows = []
+    for name, result in found.items():
+        for row in result["prefill"]:
+            figure = f"{row['tokens_per_s'] / 1e3:.1f}k"
+            rows.append((name, row["point"].replace("x", " × "), "prefill, tok/s", figure, f"{row['of_limit']:.0%}"))
+        for row in result["decode"]:
+            kind = "decode step, ms" + (", sampled" if row["sampled"] else "")
+            figure = f"{row['mean'] * 1e3:.2f}"
+            rows.append((name, row["point"].replace("x", " × "), kind, figure, f"{row['of_limit']:.0%}"))
+    header = ("shape, random weights", "batch × tokens", "measured", "Baton", "of the limit")
+    origins = "\n".join(f"- {provenance(result['environment'])}" for result in found.values())
+    return f"{table(header, rows, num_text_columns=3)}\n\n{origins}"
+
+
+TABLES: Mapping[str, Callable[[Path], str]] = {
+    "gpu_commits": commits,
+    "gpu_handoff_measured_path": handoff_measured_path,
+    "gpu_mixtures_of_experts": mixtures_of_experts,
+}
+"""Name of a marker in the page to what makes its table from the folder of results."""
