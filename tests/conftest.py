@@ -139,7 +139,7 @@ def reference_greedy() -> Callable[..., list[int]]:
         if len(answers.get(key, [])) < num_tokens:
             with torch.inference_mode():
                 output = models[checkpoint].generate(
-                    torch.tensor([prompt]),
+                    torch.tensor([list(prompt)]),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                     max_new_tokens=num_tokens,
                     min_new_tokens=num_tokens,

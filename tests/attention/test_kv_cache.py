@@ -52,7 +52,7 @@ def test_metadata_describes_the_batch() -> None:
     assert metadata.seq_lens.tolist() == [18, 5]
     assert metadata.block_tables.tolist() == [[7, 2], [4, 0]]
     assert metadata.slot_mapping.tolist() == [7 * 16 + 15, 2 * 16, 2 * 16 + 1, 4 * 16 + 4]
-    assert not metadata[0].decode_only
+    assert not metadata.decode_only
     assert build_metadata([1, 1], [18, 5], [[7, 2], [4]], 16).decode_only
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from attention.kv_cache import as_stored
 from attention.spec import Phase
 from cache_groups import unwritten_caches
 from kv_transfer.local_connector import LocalConnector
@@ -114,7 +115,9 @@ class LocalCluster:
     def _end(self, name: str, num_blocks: int | Sequence[int], connector_class: Callable[[LocalFabric], PushConnector]):
         caches = unwritten_caches(self.model, num_blocks)
         connector = connector_class(self.fabric)
-        info = connector.register_kv_caches(name, caches, kv_layout(self.model.kv_cache_groups))
+        info = connector.register_kv_caches(
+            name, [as_stored(cache) for cache in caches], kv_layout(self.model.kv_cache_groups)
+        )
         return ModelRunner(self.model, caches), connector, info
 
     def submit(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attention.kv_cache import as_stored
 from cache_groups import unwritten_caches
 from kv_transfer.connector import ConnectorEvent
 from kv_transfer.local_connector import LocalConnector
@@ -62,7 +63,7 @@ class Ranks:
         for connector in self.connectors:
             caches = unwritten_caches(model, num_blocks)
             layout = kv_layout(model.kv_cache_groups, size)
-            self.engines.append(connector.register_kv_caches(name, caches, layout))
+            self.engines.append(connector.register_kv_caches(name, [as_stored(cache) for cache in caches], layout))
             clock = StepClock()
             self.replicas.append(Replica(make(ModelRunner(model, caches), connector, clock), connector, clock))
         self.channel = DirectChannel(self.replicas[1:])

@@ -91,7 +91,7 @@ def test_they_change_what_is_stored_and_hardly_what_is_attended(with_tensors: Ca
     for dtype in ("auto", "fp8"):
         run = paged_run(load_model(scaled, kv_cache_dtype=dtype), num_sequences=1, max_tokens=64)
         logits.append(run.step({0: ids})[0])
-        caches.append(run.cache[0, run.tables[0][:2]].float())
+        caches.append(run.caches[0][0, run.tables[0][:2]].float())
     torch.testing.assert_close(caches[1], caches[0] / 0.25, rtol=0.07, atol=2e-2)
     assert float(torch.nn.functional.cosine_similarity(*logits).min()) > 0.97
 
