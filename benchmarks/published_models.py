@@ -131,6 +131,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "Glm4ForCausalLM": PublishedModel(
         "zai-org/GLM-4-9B-0414",
         {**_sizes(151552, 4096, 13696, 40, 32, 2, 32768), "head_dim": 128, "attention_bias": False},
+        on_gpu="tiny: H200",
     ),
     "Glm4MoeLiteForCausalLM": PublishedModel(
         "zai-org/GLM-4.7-Flash",
@@ -153,6 +154,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "GlmForCausalLM": PublishedModel(
         "zai-org/glm-4-9b-chat-hf",
         {**_sizes(151552, 4096, 13696, 40, 32, 2, 131072), "head_dim": 128},
+        on_gpu="tiny: H200",
     ),
     "GptOssForCausalLM": PublishedModel(
         "openai/gpt-oss-20b",
@@ -176,6 +178,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
             "residual_multiplier": 0.22,
             "logits_scaling": 16.0,
         },
+        on_gpu="tiny: H200",
     ),
     "Llama4ForCausalLM": PublishedModel("meta-llama/Llama-4-Maverick-17B-128E, its text_config", _MAVERICK),
     "Llama4ForConditionalGeneration": PublishedModel(
@@ -204,10 +207,12 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "Olmo2ForCausalLM": PublishedModel(
         "allenai/OLMo-2-1124-7B",
         {**_sizes(100352, 4096, 11008, 32, 32, 32, 4096), "rope_theta": 500000.0},
+        on_gpu="tiny: H200",
     ),
     "Phi3ForCausalLM": PublishedModel(
         "microsoft/phi-4",
         {**_sizes(100352, 5120, 17920, 40, 40, 10, 16384), "rope_theta": 250000.0, "sliding_window": None},
+        on_gpu="tiny: H200",
     ),
     "Qwen2ForCausalLM": PublishedModel(
         "Qwen/Qwen2.5-7B-Instruct",
@@ -246,6 +251,7 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "SmolLM3ForCausalLM": PublishedModel(
         "HuggingFaceTB/SmolLM3-3B",
         {**_sizes(128256, 2048, 11008, 36, 16, 4, 65536), "rope_theta": 5e6},
+        on_gpu="tiny: H200",
     ),
 }
 """By architecture, one each."""

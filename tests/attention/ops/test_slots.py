@@ -94,7 +94,12 @@ def test_a_negative_slot_stores_nothing(name: str, dtype: torch.dtype, slots: tu
 
 @pytest.mark.parametrize("name", STORES)
 @pytest.mark.parametrize(
-    "slots", [torch.zeros(5, dtype=torch.int32), torch.zeros(6, dtype=torch.int64), torch.zeros(10).long()[::2]]
+    "slots",
+    [
+        torch.zeros(5, dtype=torch.int32, device=DEVICE),
+        torch.zeros(6, dtype=torch.int64, device=DEVICE),
+        torch.zeros(10, dtype=torch.int64, device=DEVICE)[::2],
+    ],
 )
 def test_slots_are_checked_before_anything_is_stored(name: str, slots: torch.Tensor) -> None:
     if name == "triton" and not uses_triton(torch.empty(0, device=DEVICE)):
@@ -103,7 +108,7 @@ def test_slots_are_checked_before_anything_is_stored(name: str, slots: torch.Ten
     key, value = torch.randn(2, 5, 2, 64, device=DEVICE).unbind(0)
     after = before.clone()
     with pytest.raises(ValueError, match=r"needs.* int64 \(5,\)"):
-        STORES[name](key, value, after, slots.to(DEVICE), KVScales())
+        STORES[name](key, value, after, slots, KVScales())
     assert torch.equal(after, before)
 
 
