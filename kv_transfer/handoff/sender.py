@@ -175,7 +175,7 @@ class HandoffSender:
         except PeerError as error:
             self._fail(handoff, str(error))
         except Exception as error:
-            logger.exception("pushing to %s failed", handoff.peer)
+            logger.exception("handoff %s: pushing to %s failed", handoff.handoff_id.hex(), handoff.peer)
             self._fail(handoff, f"pushing to {handoff.peer} failed: {error}")
 
     def _post(self, handoff: SentHandoff, grant: Grant, part: SentPart) -> None:
