@@ -8,11 +8,14 @@ from pathlib import Path
 from benchmarks.markdown import provenance, read_result, table
 
 GOAL_S = 0.003
+_NONE = "No result is kept yet."
 _MODELS = ("qwen3-30b-a3b", "gpt-oss-20b")
 
 
 def commits(results: Path) -> str:
     """Two commits by turns on one card."""
+    if not (results / "gpu_commits.json").exists():
+        return _NONE
     found = read_result(results / "gpu_commits.json")
     config = found["config"]
     rows = [
@@ -29,7 +32,10 @@ def commits(results: Path) -> str:
 
 def handoff_measured_path(results: Path) -> str:
     """What the handoff adds, one request at a time, where the path between the workers was measured right."""
-    one, two = (read_result(results / f"gpu_handoff_measured_path_{gpus}gpu.json") for gpus in (1, 2))
+    files = [results / f"gpu_handoff_measured_path_{gpus}gpu.json" for gpus in (1, 2)]
+    if not all(file.exists() for file in files):
+        return _NONE
+    one, two = map(read_result, files)
     rows = []
     for single, pair in zip(one["lengths"], two["lengths"], strict=True):
         cost = pair["ttft_s"] - single["ttft_s"]
@@ -54,7 +60,10 @@ def handoff_measured_path(results: Path) -> str:
 
 def mixtures_of_experts(results: Path) -> str:
     """Prefill rates and decode steps of mixtures of experts, with the limit of the same GPU."""
-    found = {name: read_result(results / f"gpu_engine_{name}.json") for name in _MODELS}
+    files = {name: results / f"gpu_engine_{name}.json" for name in _MODELS}
+    found = {name: read_result(file) for name, file in files.items() if file.exists()}
+    if not found:
+        return _NONE
     rows = []
     for name, result in found.items():
         for row in result["prefill"]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_tables, pool_tables, router_tables, tables
+from benchmarks import gpu_change_tables, gpu_tables, pool_tables, router_tables, tables
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import Environment
 
@@ -22,7 +22,7 @@ between
 after
 """ + "".join(
     f"<!-- table: {name} -->\n<!-- end of table -->\n"
-    for name in [*gpu_tables.TABLES, *pool_tables.TABLES, *router_tables.TABLES]
+    for name in [*gpu_tables.TABLES, *gpu_change_tables.TABLES, *pool_tables.TABLES, *router_tables.TABLES]
 )
 
 

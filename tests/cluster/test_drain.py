@@ -61,7 +61,8 @@ async def test_no_stream_fails_when_the_service_is_told_to_stop(tiny_checkpoint)
             assert await asyncio.gather(*streams) == [NUM_TOKENS] * NUM_STREAMS
             with pytest.raises(BatonClientError) as refusal:
                 await generate(0, 1)
-            assert refusal.value.status is grpc.StatusCode.UNAVAILABLE
+            # gRPC drops a call that comes in the moment in which it closes, before any code of the server sees it.
+            assert refusal.value.status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         _, err = await asyncio.to_thread(process.communicate, timeout=60)
         assert process.returncode == 0
         assert "Draining" in err

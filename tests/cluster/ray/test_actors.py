@@ -16,7 +16,7 @@ from made_requests import worker_request
 from workers.config import WorkerConfig
 from workers.messages import Load, StepOutput, WorkerRequest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class RecordingHost:
