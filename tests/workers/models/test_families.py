@@ -86,7 +86,11 @@ def test_logits_of_scaled_rope_equal_transformers(
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, backend) for name, (family, _) in VARIATIONS.items() for backend in FAMILIES[family].backends],
+    [
+        (name, backend)
+        for name, (family, _) in VARIATIONS.items()
+        for backend in FAMILIES[family].backends[: None if name == family else 1]
+    ],
 )
 def test_greedy_tokens_equal_transformers(
     tiny_checkpoint: TinyCheckpoint, reference: Any, paged_run: Any, name: str, backend: str
