@@ -15,7 +15,7 @@ from cluster.server.grpc.serve import start_server
 from tiny_families import FAMILIES
 from workers.sampling_params import SamplingParams
 
-NUM_TOKENS = 12
+NUM_TOKENS = 8
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +50,7 @@ async def test_concurrent_requests_equal_transformers(family, tiny_checkpoint, r
                 assert report.kv_bytes > 0
                 return report
 
-            prompts = [[rng.randrange(3, 512) for _ in range(length)] for length in (1, 15, 33, 70, 101, 150)]
+            prompts = [[rng.randrange(3, 512) for _ in range(length)] for length in (1, 15, 70, 150)]
             await asyncio.gather(*map(ask, prompts))
             longest = prompts[-1]
             again = await asyncio.gather(*map(ask, (longest + prompts[1], longest[:120] + prompts[2])))
