@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 MODEL ?= deploy/models/recall
 # pytest processes side by side; tests with Ray never are
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 # The first Python here that Baton runs on; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
