@@ -10,7 +10,7 @@ TEST_PROCESSES ?= 3
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo test check lint typecheck imports tables protos protos-check format clean
+.PHONY: help install demo test test-all check lint typecheck imports tables protos protos-check format clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -30,6 +30,9 @@ demo: $(VENV)/.installed  ## Start a service on this machine, send it prompts, s
 	@$(BIN)/baton demo --model $(MODEL)
 
 test: check  ## Install and run every check
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-all: check  ## The same with the tests that take long
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: lint typecheck imports protos-check tables  ## Every check but the tests

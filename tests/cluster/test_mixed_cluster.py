@@ -198,6 +198,7 @@ async def test_like_workers_serve_together_and_explain_says_why_others_do_not(mi
     await mixed.until_idle()
 
 
+@pytest.mark.slow
 async def test_groups_grow_and_shrink_under_load(mixed):
     async with under_load(mixed) as load:
         targets = await mixed.client.scale({"prefill.small": 2, "decode.large": 2})

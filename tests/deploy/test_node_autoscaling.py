@@ -19,7 +19,7 @@ from cluster.recall import EXAMPLE
 from fake_cloud import IDLE_S, fake_cloud
 from workers.sampling_params import SamplingParams
 
-pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(280)]
 
 BIN = Path(sys.executable).parent
 NODE_TYPES = {"prefill": {"CPU": 1, "prefill": 1}, "decode": {"CPU": 1, "decode": 1}}

@@ -21,6 +21,8 @@ from attention.selection.selector import unsupported_reasons
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, Phase
 from paged_case import PagedCase, paged_case
 
+pytestmark = pytest.mark.slow
+
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=128, scale=128**-0.5)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 

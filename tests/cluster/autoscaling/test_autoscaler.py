@@ -85,6 +85,7 @@ class Day:
             self.failures.append(error)
 
 
+@pytest.mark.slow
 def test_a_busy_hour_is_met_and_what_it_took_is_given_back():
     day = Day("on", (1200.0, 0.1), (3000.0, 3.0), (9000.0, 0.1))
     run_simulated(day.run())

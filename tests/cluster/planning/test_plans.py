@@ -15,6 +15,8 @@ from cluster.routing.router import place
 from workers.errors import InvalidRequestError
 from workers.runner.step_times import StepTimes
 
+pytestmark = pytest.mark.slow
+
 CAPABILITY = StepTimes(prefill=((100, 0.01), (10_000, 1.0)), decode=((1, 0.01), (101, 0.02)))
 """A tenth of a millisecond for each prompt token; a step takes 10 ms and 0.1 ms for each further sequence."""
 FLEET = Fleet(PrefillWorker(CAPABILITY.prefill_seconds), DecodeWorker(step_seconds(CAPABILITY), 64, 10**9))
