@@ -1,7 +1,8 @@
 """The same load by other projects' tools, unchanged, and by `baton bench`: what each says of one service.
 
-The tools come by HTTP, `baton bench` by gRPC; each is installed where it likes and given by its path. All of them run in
-turn on the service's machine: what they take of its processors is taken from the service, and is part of what they see.
+The tools come by HTTP, `baton bench` by gRPC; each is installed where it likes and given by its path. All of them run
+in turn on the service's machine: what they take of its processors is taken from the service, and is part of what they
+see.
 
   baton up --set model.generation_config=none
   python -m benchmarks.load_tools --aiperf PATH/bin/aiperf --guidellm PATH/bin/guidellm
