@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kv_transfer.errors import LayoutMismatchError
@@ -121,9 +122,8 @@ class KVLayout:
 
     @property
     def primary_index(self) -> int:
-        """The index of the group that bounds how many tokens fit: the first that keeps all, else the widest window."""
-        windows = [math.inf if group.window is None else group.window for group in self.groups]
-        return windows.index(max(windows))
+        """The index of the group that bounds how many tokens fit, see `primary_group`."""
+        return primary_group([group.window for group in self.groups])
 
     @property
     def primary(self) -> GroupLayout:
@@ -150,6 +150,12 @@ class KVLayout:
         plan = TransferPlan(self, other)
         if plan.unsupported_reasons:
             raise LayoutMismatchError(f"cannot exchange KV cache with {peer}: " + "; ".join(plan.unsupported_reasons))
+
+
+def primary_group(windows: Sequence[int | None]) -> int:
+    """Which of the groups of these windows bounds how many tokens fit: the first that keeps all, else the widest."""
+    widths = [math.inf if window is None else window for window in windows]
+    return widths.index(max(widths))
 
 
 class TransferPlan:

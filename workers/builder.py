@@ -232,7 +232,7 @@ def measure_step_times(
     decode = measure_decode(
         worker.decoder,
         groups=runner.groups,
-        num_blocks=[kv_cache.shape[1] for kv_cache in runner.kv_caches],
+        num_blocks=runner.num_blocks,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         agree=slowest,

@@ -85,9 +85,12 @@ def allocate_kv_caches(
     return [spec.allocate(count, config.device) for spec, count in zip(groups, plan.counts, strict=True)]
 
 
-def allocate_groups(groups: Sequence[KVCacheSpec], num_blocks: int, device: torch.device | str) -> list[torch.Tensor]:
+def allocate_groups(
+    groups: Sequence[KVCacheSpec], num_blocks: int | Sequence[int], device: torch.device | str
+) -> list[torch.Tensor]:
     """A cache for each group in which sequences have so many blocks; with a window it has a null block besides."""
-    return [spec.allocate(num_blocks + (spec.window is not None), device) for spec in groups]
+    counts = [num_blocks] * len(groups) if isinstance(num_blocks, int) else num_blocks
+    return [spec.allocate(n + (spec.window is not None), device) for spec, n in zip(groups, counts, strict=True)]
 
 
 def plan_kv_cache(
