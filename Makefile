@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 MODEL ?= deploy/models/recall
 # pytest processes side by side; tests with Ray never are
 TEST_PROCESSES ?= 3
+# Bytecode is kept, whatever the machine's setting: the tests start hundreds of processes that import the same files
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # The first Python here that Baton runs on; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -30,10 +32,10 @@ demo: $(VENV)/.installed  ## Start a service on this machine, send it prompts, s
 	@$(BIN)/baton demo --model $(MODEL)
 
 test: check  ## Install and run every check
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: check  ## The same with the tests that take long
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: lint typecheck imports protos-check tables  ## Every check but the tests
 
