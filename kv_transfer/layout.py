@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kv_transfer.errors import LayoutMismatchError
+from kv_transfer.identity import UNKNOWN, KVIdentity
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _KV_ORDER, _LATENT_ORDER = "kv,slot,head,element", "slot,element"
@@ -96,6 +97,7 @@ class KVLayout:
     Attributes:
         groups: in the model's order; a group's index stands for it in every message.
         tp_size: tensor-parallel ranks that share the heads.
+        identity: whose keys and values they are.
 
     Raises:
         ValueError: no groups, or a layer in two of them.
@@ -103,6 +105,7 @@ class KVLayout:
 
     groups: tuple[GroupLayout, ...]
     tp_size: int = 1
+    identity: KVIdentity = UNKNOWN
 
     def __post_init__(self) -> None:
         layers = [layer for group in self.groups for layer in group.layers]
@@ -131,8 +134,8 @@ class KVLayout:
         return self.groups[self.primary_index]
 
     def differences(self, other: KVLayout) -> list[str]:
-        """Each cache group and field in which the two differ, in words."""
-        found = []
+        """Each part of the identity, cache group and field in which the two differ, in words."""
+        found = self.identity.differences(other.identity)
         if self.tp_size != other.tp_size:
             found.append(f"tp_size is {self.tp_size} here and {other.tp_size} there")
         if len(self.groups) != len(other.groups):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from attention.kv_cache import KVCacheSpec
+from kv_transfer.identity import UNKNOWN, KVIdentity
 from kv_transfer.layout import GroupLayout, KVLayout
 from workers.config import WorkerConfig
 from workers.errors import CacheTooSmallError, ConfigError
@@ -47,8 +48,8 @@ class KVCachePlan:
         return f"model {_gb(gpu.allocated)}, activations {_gb(gpu.activations)}, CUDA {_gb(gpu.context)}, {cache}"
 
 
-def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1) -> KVLayout:
-    """The cache of one of `tp_size` ranks as two workers compare it when they meet."""
+def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1, identity: KVIdentity = UNKNOWN) -> KVLayout:
+    """The cache of one of `tp_size` ranks as two workers compare it when they meet, and whose it is."""
     return KVLayout(
         tuple(
             GroupLayout(
@@ -65,6 +66,7 @@ def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1) -> KVLayout:
             for spec in groups
         ),
         tp_size,
+        identity,
     )
 
 

@@ -19,6 +19,7 @@ from attention.layers.chunked_local_attention import ChunkedLocalAttention
 from attention.layers.mla_attention import MLAAttention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec
+from kv_transfer.identity import UNKNOWN, KVIdentity
 from workers.errors import ConfigError
 from workers.layers.context import LayerContext
 from workers.layers.linear import Linear
@@ -105,6 +106,10 @@ class CausalLM(nn.Module, ABC):
         self.kv_cache_groups = cache_groups(kinds, block_size, kv_cache_dtype or dtype)
         self._places = dict(zip(self._layer_index, layer_places(self.kv_cache_groups), strict=True))
         turns = [(layer.rope, _rotated_heads(layer)) for layer in own]
+        self.rotated_kinds = [(rope, heads.head_size) for rope, heads in dict.fromkeys(turns) if rope is not None]
+        """What its layers rotate, and the size of the heads: each kind once."""
+        self.identity: KVIdentity = UNKNOWN
+        """Whose keys and values it writes; known once its weights are loaded."""
         self._rotations = make_rotations(turns, self.max_model_len, dtype, device)
         self._in_order = [
             self.make_layer(i, attention, self._rotations[turn])
