@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --no-compile -c constraints.txt
 MODEL ?= deploy/models/recall
 # pytest processes side by side; tests with Ray never are
 TEST_PROCESSES ?= 3
@@ -24,6 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing PyTorch, Ray, NIXL and the rest; the versions are those of constraints.txt"
 	@$(PIP) 'torch==2.13.0'
 	@$(PIP) -e '.[dev]'
+	@# pip compiles on one core, and slowly; what some packages bring beside modules is no Python, and does not matter
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 install: $(VENV)/.installed  ## Create the environment and install everything
@@ -31,10 +33,12 @@ install: $(VENV)/.installed  ## Create the environment and install everything
 demo: $(VENV)/.installed  ## Start a service on this machine, send it prompts, show what happened, stop it
 	@$(BIN)/baton demo --model $(MODEL)
 
-test: check  ## Install and run every check
+test: $(VENV)/.installed  ## Install and run every check
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync check
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-all: check  ## The same with the tests that take long
+test-all: $(VENV)/.installed  ## The same with the tests that take long
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync check
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: lint typecheck imports protos-check tables  ## Every check but the tests
