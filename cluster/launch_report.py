@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,12 +58,14 @@ def weights_size(num_bytes: int, dtype: torch.dtype, stored: Sequence[StoredTens
         dtype: there.
         stored: the checkpoint's tensors; empty: none are read.
     """
-    blocks = dict.fromkeys(tensor.dtype for tensor in stored if is_block_format(tensor.dtype))
-    size = f"{readable_size(num_bytes)} each"
-    if not blocks:
+    of_formats: Counter[str] = Counter()
+    for tensor in stored:
+        of_formats[tensor.dtype] += tensor.nbytes
+    size, file_size = f"{readable_size(num_bytes)} each", readable_size(of_formats.total())
+    if not any(map(is_block_format, of_formats)):
         return size
-    file_size = readable_size(sum(tensor.nbytes for tensor in stored))
-    return f"{size} in {str(dtype).removeprefix('torch.')}, out of {file_size} of {', '.join(blocks)} in the file"
+    formats = ", ".join(name for name, _ in of_formats.most_common())
+    return f"{size} in {str(dtype).removeprefix('torch.')}, out of {file_size} of {formats} in the file"
 
 
 def readable_size(num_bytes: int) -> str:

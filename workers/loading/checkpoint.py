@@ -37,7 +37,7 @@ def resolve_checkpoint(model: str) -> Path:
     if folder.is_dir() or is_gguf(folder):
         return folder
     if folder.exists():
-        raise CheckpointError(f"{model} is a file and not a GGUF one; give the folder that holds config.json")
+        raise CheckpointError(f"{model} is a file; give the folder that holds config.json, or a GGUF file")
     if folder.suffix.lower() == ".gguf":
         raise CheckpointError(f"{model} does not exist")
     if not _HUB_ID.fullmatch(model):
