@@ -1,7 +1,7 @@
 """Reading the values of a GGUF file one after the other, and never past its end.
 
-The `gguf` package's own reader makes numpy views of every element of every list. SmolLM2's vocabulary of 49152 tokens took
-it 15 s on a busy machine where this takes 0.4, and every process that reads the file would wait for it.
+The `gguf` package's own reader makes numpy views of every element of every list. SmolLM2's vocabulary of 49152 tokens
+took it 15 s on a busy machine where this takes 0.4, and every process that reads the file would wait for it.
 """
 
 from __future__ import annotations
