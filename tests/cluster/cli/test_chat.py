@@ -135,9 +135,11 @@ async def test_ctrl_c_cancels_the_answer_and_not_the_conversation(serve: Serve, 
     await until(">>> ")
     program.send_signal(signal.SIGINT)
     await until("/exit ends the conversation")
+    await until(">>> ")
     served.engine.script = answer("ok", FinishReason.STOP)
     os.write(terminal, b"yo\n")
     await until("ok")
+    await until(">>> ")
     os.write(terminal, b"\x04")
     assert await asyncio.wait_for(program.wait(), 30) == 0
     os.close(terminal)
