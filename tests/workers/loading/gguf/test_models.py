@@ -14,7 +14,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 
-from gguf_files import K_BLOCKS, MIXED, write_gguf
+from gguf_files import K_BLOCKS, MIXED, tokenizer_keys, write_gguf
 from paged_run import PagedRun
 from ranks import lone_rank
 from workers.models.loader import load_model
@@ -101,6 +101,18 @@ def test_the_weights_of_every_rank_are_those_of_transformers(
         assert ours["layers.1.self_attention.qkv_proj.weight"].numel() > 0
         for name, parameter in ours.items():
             assert torch.equal(parameter, expected[name]), (rank, name)
+
+
+def test_files_with_other_tokens_keep_other_caches(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("llama")
+    keys = tokenizer_keys(checkpoint, 512)
+    others = {"tokenizer.ggml.tokens": [*keys["tokenizer.ggml.tokens"][:-1], "other"]}
+    a, b, c = (
+        load_model(write_gguf(checkpoint, tmp_path / name, metadata=metadata)).identity
+        for name, metadata in (("a", {}), ("b", others), ("c", {"tokenizer.chat_template": "{{ 1 }}"}))
+    )
+    assert a == c
+    assert a != b
 
 
 def test_frequencies_that_llama_3_stretches_are_read(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
