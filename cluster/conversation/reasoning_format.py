@@ -19,6 +19,7 @@ class ReasoningFormat:
         begin: the marker before it; a chat template may end the prompt with it.
         end: the marker behind it.
         aliases: what other programs call it.
+        behind: what always follows `end`.
         sign: what a chat template that speaks it has in it; empty: `end`.
     """
 
@@ -27,6 +28,7 @@ class ReasoningFormat:
     end: str
     aliases: tuple[str, ...] = ()
     sign: str = ""
+    behind: str = ""
 
     def describes(self, template: str) -> bool:
         """Whether a chat template speaks this format."""
@@ -94,4 +96,5 @@ HARMONY_REASONING = ReasoningFormat(
     "<|end|>",
     ("openai", "gpt_oss", "openai_gptoss"),
     sign="<|channel|>analysis<|message|>",
+    behind="<|start|>assistant",
 )

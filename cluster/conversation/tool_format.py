@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from cluster.conversation.call_ids import openai_id
 from cluster.conversation.call_syntax import CallSyntax
 from cluster.conversation.messages import ToolUse
+from cluster.conversation.template_view import Adapt, unchanged
 from cluster.conversation.writer import AnswerWriter
 
 
@@ -48,4 +49,4 @@ class ToolFormat:
     aliases: tuple[str, ...] = ()
     new_id: Callable[[], str] = openai_id
     reasons: bool = False
-    adapt: Callable[[dict[str, Any]], dict[str, Any]] = lambda message: message
+    adapt: Adapt = unchanged

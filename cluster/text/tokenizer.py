@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.conversation.messages import ChatMessage, Tool
+from cluster.conversation.tool_format import ToolFormat
+from cluster.text.chat_template import ChatTemplate
 from cluster.text.detokenizer import TokenKind
 from cluster.text.length_bound import LengthBound, length_bound
 from workers.errors import CheckpointError, InvalidRequestError
@@ -17,14 +19,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-@dataclass(frozen=True)
-class ChatMessage:
-    """One message of a chat; which roles exist is up to the checkpoint's template."""
-
-    role: str
-    content: str
 
 
 class Tokenizer:
@@ -48,6 +42,7 @@ class Tokenizer:
         own_eos = frozenset[int]() if hf_tokenizer.eos_token_id is None else frozenset({hf_tokenizer.eos_token_id})
         self.eos_token_ids: frozenset[int] = own_eos | model_eos_token_ids
         self._kinds = _token_kinds(self._rust)
+        self._chat_template = ChatTemplate(hf_tokenizer)
         self.vocab_size: int = len(self._kinds)
         self.length_bound: LengthBound | None = length_bound(self._rust)
 
@@ -125,25 +120,40 @@ class Tokenizer:
         """What a token does to the text."""
         return self._kinds[token_id] if 0 <= token_id < len(self._kinds) else TokenKind.SILENT
 
-    def apply_chat_template(self, messages: Sequence[ChatMessage]) -> str:
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's chat template."""
+        return self._chat_template
+
+    def special_token_ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """Of these texts, those that are special tokens, with their ids."""
+        vocab = self.vocab
+        ids = {text: vocab[text] for text in texts if text in vocab}
+        return {text: token_id for text, token_id in ids.items() if self.token_kind(token_id) is TokenKind.SILENT}
+
+    def apply_chat_template(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), tool_format: ToolFormat | None = None
+    ) -> str:
         """The prompt for a chat, by the checkpoint's template, up to where the model's answer begins.
 
         Encode it with `add_special_tokens=False`: the template writes the special tokens, the first one included.
 
+        Args:
+            messages: oldest first.
+            tools: that the model may call.
+            tool_format: that it speaks.
+
         Raises:
             InvalidRequestError: there is no template or no message, or the template refuses the messages.
         """
-        if not self._hf.chat_template:
+        if not self.has_chat_template:
             raise InvalidRequestError("this model has no chat template; send a prompt instead of messages")
         if not messages:
             raise InvalidRequestError("the list of chat messages is empty")
         try:
-            rendered = self._hf.apply_chat_template(
-                [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
+            return self._chat_template.render(messages, tools, tool_format)
         except Exception as error:  # a template is a program: it raises what it likes
             raise InvalidRequestError(f"the model's chat template refuses these messages: {_line(error)}") from error
-        return str(rendered)
 
 
 def _token_kinds(tokenizer: tokenizers.Tokenizer) -> tuple[TokenKind, ...]:

@@ -149,7 +149,10 @@ HARMONY = ToolFormat(
     markers=(START, CHANNEL, CONSTRAIN, MESSAGE, END, RETURN, CALL),
     parser=lambda writer, use: HarmonyParser(writer, use is not None),
     syntax=CallSyntax(
-        begin=f"{CHANNEL}commentary to={_FUNCTIONS}{{name}} {CONSTRAIN}json{MESSAGE}", end=CALL, parallel=False
+        begin=f"{CHANNEL}commentary to={_FUNCTIONS}{{name}} {CONSTRAIN}json{MESSAGE}",
+        # `<|call|>` is an end-of-sequence token.
+        end="",
+        parallel=False,
     ),
     describes=lambda template: CHANNEL in template and MESSAGE in template,
     reasons=True,

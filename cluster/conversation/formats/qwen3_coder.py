@@ -207,7 +207,7 @@ QWEN3_CODER = ToolFormat(
     parser=lambda writer, use: Qwen3CoderParser(writer, () if use is None else use.tools),
     syntax=CallSyntax(
         begin="<tool_call>\n<function={name}>\n",
-        end="\n</function>\n</tool_call>",
+        end="</function>\n</tool_call>",
         separator="\n",
         xml_parameters=True,
     ),
