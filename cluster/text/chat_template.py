@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.conversation.messages import ChatMessage, Tool
@@ -36,14 +36,24 @@ class ChatTemplate:
         return template if isinstance(template, str) else "\n".join(template.values())
 
     def render(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), tool_format: ToolFormat | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        variables: Mapping[str, Any],
+        *,
+        tools: Sequence[Tool],
+        tool_format: ToolFormat | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
     ) -> str:
         """The prompt for a conversation, up to where the model's answer begins.
 
         Args:
             messages: oldest first; at least one.
+            variables: more that the template may look at.
             tools: that the model may call. A template that takes none is given them in the system's message.
             tool_format: that the model speaks.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: end in the last message.
 
         Raises:
             Exception: a template is a program: it raises what it likes.
@@ -54,7 +64,8 @@ class ChatTemplate:
         adapt = unchanged if tool_format is None else tool_format.adapt
         style = self._style(tool_format) if any(message.tool_calls for message in messages) else TemplateStyle()
         given = template_messages(messages, adapt, style, knows_developer="developer" in text)
-        return self._render(given, template_tools(tools))
+        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        return self._render(given, template_tools(tools), **variables, **ending)
 
     def _style(self, tool_format: ToolFormat | None) -> TemplateStyle:
         if tool_format not in self._styles:
@@ -62,12 +73,11 @@ class ChatTemplate:
             self._styles[tool_format] = detect_style(self._render, adapt)
         return self._styles[tool_format]
 
-    def _render(self, messages: list[Message], tools: list[Message] | None) -> str:
+    def _render(self, messages: list[Message], tools: list[Message] | None, **variables: Any) -> str:
         # The tokenizer's own method drops what is None, and some templates look for None.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._hf.get_chat_template(None, tools)
-        rendered, _ = render_jinja_template(
-            [messages], tools=tools, chat_template=template, add_generation_prompt=True, **self._hf.special_tokens_map
-        )
+        known = {**self._hf.special_tokens_map, **variables}
+        rendered, _ = render_jinja_template([messages], tools=tools, chat_template=template, **known)
         return str(rendered[0])

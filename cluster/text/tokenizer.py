@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.conversation.messages import ChatMessage, Tool
 from cluster.conversation.tool_format import ToolFormat
 from cluster.text.chat_template import ChatTemplate
-from cluster.text.detokenizer import TokenKind
+from cluster.text.detokenizer import TextDecoder, TokenKind
 from cluster.text.length_bound import LengthBound, length_bound
+from cluster.text.token_bytes import TokenBytes
 from workers.errors import CheckpointError, InvalidRequestError
 
 if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""What the template is given by this side, and no client may give it."""
 
 
 class Tokenizer:
@@ -28,6 +37,7 @@ class Tokenizer:
         eos_token_ids: tokens that end a text, of the tokenizer and of the model's generation config.
         vocab_size: one more than the highest token id.
         length_bound: how much text a number of tokens can stand for, if this tokenizer allows to say so.
+        token_bytes: the bytes that a token stands for, by its id.
     """
 
     def __init__(self, hf_tokenizer: Any, model_eos_token_ids: frozenset[int] = frozenset()) -> None:
@@ -45,6 +55,7 @@ class Tokenizer:
         self._chat_template = ChatTemplate(hf_tokenizer)
         self.vocab_size: int = len(self._kinds)
         self.length_bound: LengthBound | None = length_bound(self._rust)
+        self.token_bytes = TokenBytes(self._rust)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -131,8 +142,24 @@ class Tokenizer:
         ids = {text: vocab[text] for text in texts if text in vocab}
         return {text: token_id for text, token_id in ids.items() if self.token_kind(token_id) is TokenKind.SILENT}
 
+    def token_name(self, token_id: int) -> str:
+        """A token as the checkpoint spells it; empty for an id without a token."""
+        return self._rust.id_to_token(token_id) or ""
+
+    @property
+    def with_special_tokens(self) -> TextDecoder:
+        """The same vocabulary, whose special tokens have a text: the one that the checkpoint spells them with."""
+        return _WithSpecialTokens(self._rust, self.token_kind)
+
     def apply_chat_template(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = (), tool_format: ToolFormat | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        tools: Sequence[Tool] = (),
+        tool_format: ToolFormat | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """The prompt for a chat, by the checkpoint's template, up to where the model's answer begins.
 
@@ -140,20 +167,49 @@ class Tokenizer:
 
         Args:
             messages: oldest first.
+            variables: more that the template may look at, such as `enable_thinking`.
             tools: that the model may call.
             tool_format: that it speaks.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: end in the last message, which the model goes on with; not with the one before.
 
         Raises:
-            InvalidRequestError: there is no template or no message, or the template refuses the messages.
+            InvalidRequestError: there is no template or no message, the template refuses the messages, or a variable
+                has a name that is not a client's to give.
         """
         if not self.has_chat_template:
             raise InvalidRequestError("this model has no chat template; send a prompt instead of messages")
         if not messages:
             raise InvalidRequestError("the list of chat messages is empty")
+        if taken := sorted(_TEMPLATE_ARGUMENTS & set(variables or {})):
+            raise InvalidRequestError(f"chat_template_kwargs has {taken[0]}, which is not a variable of the template")
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError("continue_final_message and add_generation_prompt exclude each other")
         try:
-            return self._chat_template.render(messages, tools, tool_format)
+            return self._chat_template.render(
+                messages,
+                variables or {},
+                tools=tools,
+                tool_format=tool_format,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
         except Exception as error:  # a template is a program: it raises what it likes
             raise InvalidRequestError(f"the model's chat template refuses these messages: {_line(error)}") from error
+
+
+class _WithSpecialTokens:
+    def __init__(self, rust: tokenizers.Tokenizer, token_kind: Callable[[int], TokenKind]) -> None:
+        self._rust = rust
+        self._token_kind = token_kind
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._rust.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_kind(self, token_id: int) -> TokenKind:
+        kind = self._token_kind(token_id)
+        special = kind is TokenKind.SILENT and self._rust.id_to_token(token_id) is not None
+        return TokenKind.TEXT if special else kind
 
 
 def _token_kinds(tokenizer: tokenizers.Tokenizer) -> tuple[TokenKind, ...]:

@@ -12,7 +12,8 @@ import pytest
 from cluster.api import TokenChunk, Usage
 from cluster.gateway.text_generation import Conversation, Generation, GenerationRequest, TextChunk
 from cluster.routing.prefix_index import PromptPrefix
-from cluster.text.tokenizer import ChatMessage, Tokenizer
+from cluster.conversation.messages import ChatMessage
+from cluster.text.tokenizer import Tokenizer
 from workers.block_hashes import BlockHashes, PromptHashes, block_hashes
 from workers.errors import DeadlineExceededError
 from workers.messages import FinishReason, RequestOptions, TokenOutput
