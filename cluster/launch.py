@@ -25,6 +25,7 @@ from cluster.clock import now
 from cluster.config.groups import groups_of
 from cluster.config.load import ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
+from cluster.conversation.registry import choose_formats
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
@@ -91,6 +92,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     if config.model.load_format == "auto":
         await asyncio.to_thread(stored_tensors, folder)  # what is truncated or no checkpoint is told before Ray starts
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    wanted = config.model.tool_format, config.model.reasoning_format
+    formats = choose_formats(*wanted, tokenizer.chat_template.text, model.family)
     defaults = read_sampling_defaults(folder) if config.model.generation_config == "auto" else {}
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
@@ -134,7 +137,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        yield Service(engine, Generation(engine, tokenizer, info, defaults), info, readiness)
+        yield Service(engine, Generation(engine, tokenizer, info, defaults, formats), info, readiness)
 
 
 def check_backend_name(section: str, name: str) -> None:

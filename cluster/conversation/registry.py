@@ -51,6 +51,9 @@ class Formats:
     reasoning: ReasoningFormat | None = None
 
 
+NO_FORMATS = Formats()
+
+
 def choose_formats(tool_format: str, reasoning_format: str, chat_template: str, model_type: str = "") -> Formats:
     """The formats that settings name, or, where they say auto, that the model speaks.
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
-from cluster.gateway.text_generation import Conversation, Prompt
 from cluster.conversation.messages import ChatMessage
+from cluster.gateway.conversations import Conversation
+from cluster.gateway.text_generation import Prompt
 from protos import baton_pb2
 from workers.errors import InvalidRequestError
 from workers.token_ids import as_token_ids
