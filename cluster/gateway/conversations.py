@@ -75,7 +75,8 @@ class Conversations:
         markers = () if formats.tools is None else formats.tools.markers
         if formats.reasoning is not None:
             markers += (formats.reasoning.begin, formats.reasoning.end)
-        self._special = tokenizer.special_token_ids(markers)
+        special = tokenizer.special_token_ids
+        self._special = {marker: special[marker] for marker in markers if marker in special}
         self.marker_ids: dict[int, str] = {token_id: marker for marker, token_id in self._special.items()}
 
     def render(self, chat: Conversation) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Tokenizer:
     Attributes:
         eos_token_ids: tokens that end a text, of the tokenizer and of the model's generation config.
         vocab_size: one more than the highest token id.
+        special_token_ids: tokens that no text shows, by how they are spelled.
         length_bound: how much text a number of tokens can stand for, if this tokenizer allows to say so.
         token_bytes: the bytes that a token stands for, by its id.
     """
@@ -56,6 +57,11 @@ class Tokenizer:
         self.vocab_size: int = len(self._kinds)
         self.length_bound: LengthBound | None = length_bound(self._rust)
         self.token_bytes = TokenBytes(self._rust)
+        self.special_token_ids: dict[str, int] = {
+            added.content: token_id
+            for token_id, added in self._rust.get_added_tokens_decoder().items()
+            if added.special
+        }
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -135,12 +141,6 @@ class Tokenizer:
     def chat_template(self) -> ChatTemplate:
         """The checkpoint's chat template."""
         return self._chat_template
-
-    def special_token_ids(self, texts: Iterable[str]) -> dict[str, int]:
-        """Of these texts, those that are special tokens, with their ids."""
-        vocab = self.vocab
-        ids = {text: vocab[text] for text in texts if text in vocab}
-        return {text: token_id for text, token_id in ids.items() if self.token_kind(token_id) is TokenKind.SILENT}
 
     def token_name(self, token_id: int) -> str:
         """A token as the checkpoint spells it; empty for an id without a token."""

@@ -17,6 +17,7 @@ from workers.sampling_params import SamplingParams
 _FINISH_REASONS = {
     FinishReason.STOP: baton_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: baton_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: baton_pb2.FINISH_REASON_TOOL_CALLS,
 }
 _FINISH_REASONS_BACK = {number: reason for reason, number in _FINISH_REASONS.items()}
 _REPORT_FIELDS = [field.name for field in fields(RequestReport)]
