@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.conversation.answer import AnswerParser
+from cluster.conversation.call_grammar import call_grammar
 from cluster.conversation.deltas import Delta
+from cluster.conversation.formats.llama3 import LLAMA3_JSON
 from cluster.conversation.messages import ChatMessage, ToolChoiceMode, ToolUse
 from cluster.conversation.registry import Formats
 from cluster.gateway.marker_positions import Markers
@@ -15,6 +17,7 @@ from cluster.text.tokenizer import Tokenizer
 from workers.errors import InvalidRequestError
 from workers.token_ids import TokenIds
 
+_FORCED = (ToolChoiceMode.REQUIRED, ToolChoiceMode.NAMED)
 _TAIL = 16
 """Tokens of a prompt, in whose text the marker of reasoning is looked for."""
 
@@ -85,8 +88,8 @@ class Conversations:
         Raises:
             InvalidRequestError: the template refuses the messages, or nothing is known of how the model calls tools.
         """
-        use = chat.tool_use
-        if use is not None and use.choice.mode is not ToolChoiceMode.NONE and self._formats.tools is None:
+        use, tool_format = chat.tool_use, self._formats_for(chat).tools
+        if use is not None and use.choice.mode is not ToolChoiceMode.NONE and tool_format is None:
             raise InvalidRequestError(
                 "tools are given, but how this model writes tool calls is not known; the service's setting "
                 "model.tool_format can name a format"
@@ -96,7 +99,7 @@ class Conversations:
             chat.messages,
             chat.variables,
             tools=tools,
-            tool_format=self._formats.tools,
+            tool_format=tool_format,
             add_generation_prompt=chat.add_generation_prompt,
             continue_final_message=chat.continue_final_message,
         )
@@ -111,9 +114,28 @@ class Conversations:
             prompt_token_ids: its prompt.
             shows_special_tokens: the answer's text has special tokens in it.
         """
-        tools, reasoning = self._formats.tools, self._formats.reasoning
-        if reasoning is None and (tools is None or not (tools.reasons or chat.tool_use is not None)):
+        formats = self._formats_for(chat)
+        tools = formats.tools
+        if formats.reasoning is None and (tools is None or not (tools.reasons or chat.tool_use is not None)):
             return None
-        prompt = self._tokenizer.with_special_tokens.decode(prompt_token_ids[-_TAIL:].tolist())
         special = () if shows_special_tokens else tuple(self._special)
-        return AnswerReader(AnswerParser(self._formats, chat.tool_use, prompt, special))
+        return AnswerReader(AnswerParser(formats, chat.tool_use, self._end_of(prompt_token_ids), special))
+
+    def call_grammar(self, chat: Conversation, prompt_token_ids: TokenIds) -> str | None:
+        """The grammar of an answer that must call a function; None where it need not. See `call_grammar`."""
+        use, formats = chat.tool_use, self._formats_for(chat)
+        if use is None or use.choice.mode not in _FORCED or formats.tools is None:
+            return None
+        reasoning = formats.reasoning
+        opened = reasoning is not None and reasoning.opened_by(self._end_of(prompt_token_ids))
+        return call_grammar(formats.tools, use, reasoning, opened=opened, token_ids=self._special)
+
+    def _formats_for(self, chat: Conversation) -> Formats:
+        """A call that is forced by a grammar can be written as plain JSON by a model of no known format."""
+        use = chat.tool_use
+        if self._formats.tools is None and use is not None and use.choice.mode in _FORCED:
+            return replace(self._formats, tools=LLAMA3_JSON)
+        return self._formats
+
+    def _end_of(self, prompt_token_ids: TokenIds) -> str:
+        return self._tokenizer.with_special_tokens.decode(prompt_token_ids[-_TAIL:].tolist())

@@ -219,8 +219,17 @@ class Generation:
             prompt, prefix = await asyncio.get_running_loop().run_in_executor(self._executor, self._hashed, request)
         options = shared_options(request)
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = self._complete(request.sampling, len(prompt))
+        options["sampling"] = self._complete(self._obliged(request, prompt), len(prompt))
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
+
+    def _obliged(self, request: GenerationRequest, prompt: TokenIds) -> SamplingParams:
+        """The request's sampling, whose answer must call a function if the request wants that."""
+        chat = request.prompt
+        if isinstance(chat, Conversation) and self._conversations.call_grammar(chat, prompt) is not None:
+            raise InvalidRequestError(
+                "tool_choice wants a call, and this service has no structured output to force one"
+            )
+        return request.sampling
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""
