@@ -82,5 +82,5 @@ class AnswerParser:
         for part in parts:
             rest = part if self._reasoning is None else self._reasoning.push(part)
             if rest:
-                self._calls.push(rest if rest in self._call_markers else str(rest))
+                self._calls.push(str(rest) if type(rest) is Marker and rest not in self._call_markers else rest)
         return self._writer.take()

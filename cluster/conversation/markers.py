@@ -32,10 +32,14 @@ class MarkerScanner:
         self._pattern = re.compile("|".join(map(re.escape, self._markers)) or r"(?!)")
         self._beginnings = frozenset(marker[:size] for marker in self._markers for size in range(1, len(marker)))
         self._longest = max(map(len, self._markers), default=1) - 1
+        firsts = "".join(sorted({re.escape(marker[0]) for marker in self._markers}))
+        self._first = re.compile(f"[{firsts}]" if firsts else r"(?!)")
         self._held = ""
 
     def push(self, text: str) -> list[str]:
         """Take more text; return plain text and `Marker`s, in order."""
+        if not self._held and self._first.search(text) is None:
+            return [text] if text else []
         pending, parts, at = self._held + text, list[str](), 0
         for match in self._pattern.finditer(pending):
             if match.start() > at:
@@ -55,7 +59,7 @@ class MarkerScanner:
 
     def _num_held(self, pending: str, at: int) -> int:
         """The length of the longest end of the text that a marker may begin with."""
-        for size in range(min(self._longest, len(pending) - at), 0, -1):
-            if pending[-size:] in self._beginnings:
-                return size
+        for first in self._first.finditer(pending, max(at, len(pending) - self._longest)):
+            if pending[first.start() :] in self._beginnings:
+                return len(pending) - first.start()
         return 0

@@ -139,6 +139,8 @@ class AnswerWriter:
     def take(self) -> list[Delta]:
         """The deltas since the last time; neighbours of one kind are joined."""
         deltas, self._deltas = self._deltas, []
+        if len(deltas) < 2:
+            return deltas
         joined: list[Delta] = []
         for delta in deltas:
             before = joined[-1] if joined else None
