@@ -41,12 +41,16 @@ def byte_tokenizer(chat_template: str, special: tuple[str, ...] = ()) -> Tokeniz
 
 @dataclass
 class TextEngine:
-    """Answers every request with `text`, so many tokens at a time, and remembers what was asked."""
+    """Answers every request with `text`, so many tokens at a time, and remembers what was asked.
+
+    `token_ids`: the answer where no text says it.
+    """
 
     tokenizer: Tokenizer
     text: str = ""
     finish_reason: FinishReason = FinishReason.STOP
     at_once: int = 1
+    token_ids: tuple[int, ...] = ()
     requests: list[EngineRequest] = field(default_factory=list)
     block_sizes: frozenset[int] = frozenset()
 
@@ -82,7 +86,7 @@ class TextStream:
         await self._chunks.aclose()
 
     async def _run(self, engine: TextEngine) -> AsyncGenerator[TokenChunk, None]:
-        ids = engine.tokenizer.encode(engine.text, add_special_tokens=False)
+        ids = [*engine.tokenizer.encode(engine.text, add_special_tokens=False), *engine.token_ids]
         if engine.finish_reason is FinishReason.STOP:
             ids += sorted(engine.tokenizer.eos_token_ids)
         tokens = [

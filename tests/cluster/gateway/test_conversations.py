@@ -3,14 +3,19 @@
 import pytest
 
 from answers import CLOCK, WEATHER
-from chat_templates import HERMES_THINK, MISTRAL
+from chat_templates import HARMONY, HERMES_THINK, MISTRAL
+from cluster.api import ModelInfo
+from cluster.conversation.deltas import ContentDelta, ReasoningDelta
+from cluster.conversation.formats.harmony import HARMONY as HARMONY_FORMAT
 from cluster.conversation.formats.mistral import MISTRAL_V11
 from cluster.conversation.messages import ChatMessage, ToolChoice, ToolChoiceMode, ToolUse
 from cluster.conversation.registry import NO_FORMATS, choose_formats
 from cluster.gateway.conversations import Conversation, Conversations
 from cluster.gateway.marker_positions import MarkerPositions
-from scripted_service import byte_tokenizer
+from cluster.gateway.text_generation import Generation, GenerationRequest
+from scripted_service import TextEngine, byte_tokenizer
 from workers.errors import InvalidRequestError
+from workers.sampling_params import SamplingParams
 from workers.token_ids import as_token_ids
 
 ASK = (ChatMessage("user", "Weather?"),)
@@ -64,6 +69,22 @@ def test_a_model_of_no_known_format_calls_only_when_it_must() -> None:
     reader.read('{"name": "clock", "parameters": {}}', (), ended=True)
     assert reader.calls_tools
     assert plain.reader(Conversation(ASK), ids("x")) is None
+
+
+async def test_what_stands_before_a_special_token_stays_before_it() -> None:
+    tokenizer = byte_tokenizer(HARMONY, HARMONY_FORMAT.markers)
+    formats = choose_formats("auto", "auto", HARMONY)
+    unfinished = tokenizer.encode("é")[:1]
+    begin, end = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>Hi")
+    )
+    engine = TextEngine(tokenizer, token_ids=(*begin, *unfinished, *end), at_once=99)
+    info = ModelInfo("scripted", "llama", "float32", 512, tokenizer.vocab_size, tuple(tokenizer.eos_token_ids), True)
+    generation = Generation(engine, tokenizer, info, formats=formats)
+    request = GenerationRequest(request_id="r", prompt=Conversation(ASK), sampling=SamplingParams(), timeout_s=60)
+    deltas = [delta async for chunk in generation.generate(request) for delta in chunk.deltas or ()]
+    assert deltas == [ReasoningDelta("\ufffd"), ContentDelta("Hi")]
 
 
 def test_markers_wait_for_the_text_before_them() -> None:
