@@ -38,6 +38,7 @@ from cluster.text.tokenizer import Tokenizer
 from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
+from workers.grammars.compiler import GrammarCompiler
 from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
 from workers.models.loader import model_bytes, resolve_dtype
 from workers.models.registry import read_model
@@ -132,7 +133,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        yield Service(engine, Generation(engine, tokenizer, info), info, readiness)
+        grammars = GrammarCompiler.of_checkpoint(folder, model.vocab_size, model.eos_token_ids)
+        yield Service(engine, Generation(engine, tokenizer, info, grammars), info, readiness)
 
 
 def check_backend_name(section: str, name: str) -> None:

@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.gateway.restrictions import Restrictions
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import ChatMessage, Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
+from workers.grammars.compiler import GrammarCompiler
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
 from workers.token_ids import TokenIds, as_token_ids
@@ -69,12 +71,17 @@ class Generation:
         engine: runs token ids.
         tokenizer: of the served checkpoint.
         model_info: the served model's name and limits.
+        grammars: for its vocabulary; None: no structured output is taken.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo, grammars: GrammarCompiler | None = None
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model = model_info
+        grammars = grammars or GrammarCompiler.without_vocabulary()
+        self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -137,6 +144,7 @@ class Generation:
             InvalidRequestError: the request is wrong.
         """
         self._check_model(request.model)
+        sampling = await self._restrictions.resolve(request.sampling)
         if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
             prompt, prefix = self._hashed(request.prompt, request.cache_salt)
         else:
@@ -145,7 +153,7 @@ class Generation:
             )
         options = shared_options(request)
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = self._complete(request.sampling, len(prompt))
+        options["sampling"] = self._complete(sampling, len(prompt))
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
 
     def _hashed(self, prompt: Prompt, cache_salt: bytes) -> tuple[TokenIds, PromptPrefix]:
@@ -190,7 +198,6 @@ class Generation:
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
         """Keep `max_tokens` within the context window, and draw a seed if none was given."""
-        check_token_ids(as_token_ids(sampling.stop_token_ids, "stop token"), self._model.vocab_size, "stop token")
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(

@@ -22,6 +22,7 @@ from cluster.server.grpc.pacing import Pacer
 from cluster.server.grpc.prompts import prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.wire import convert
+from cluster.wire.sampling import sampling_from_proto
 from protos import baton_pb2
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import RequestOptions
@@ -197,7 +198,7 @@ def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, tim
     return GenerationRequest(
         request_id=request_id,
         prompt=prompt_from_proto(request),
-        sampling=convert.sampling_from_proto(request.sampling),
+        sampling=sampling_from_proto(request.sampling),
         timeout_s=timeout_s,
         model=request.model,
         **options,
