@@ -27,6 +27,7 @@ from cluster.config.load import ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
+from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
@@ -38,7 +39,6 @@ from cluster.text.tokenizer import Tokenizer
 from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
-from workers.grammars.compiler import GrammarCompiler
 from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
 from workers.models.loader import model_bytes, resolve_dtype
 from workers.models.registry import read_model
@@ -133,7 +133,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        grammars = GrammarCompiler.of_checkpoint(folder, model.vocab_size, model.eos_token_ids)
+        grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
+        stack.push_async_callback(grammars.aclose)
         yield Service(engine, Generation(engine, tokenizer, info, grammars), info, readiness)
 
 

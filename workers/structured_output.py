@@ -12,6 +12,8 @@ from workers.errors import InvalidRequestError
 
 MAX_BYTES = 256 * 1024
 """Of a schema, regex or grammar, and of all choices together, as UTF-8."""
+MAX_GRAMMAR_BYTES = 64 * 1024
+"""Of a grammar, which is read more slowly."""
 MAX_CHOICES = 10_000
 
 
@@ -55,8 +57,9 @@ class StructuredOutput:
                 raise InvalidRequestError(f"{name} has {len(self.choices)} texts, at most {MAX_CHOICES} are allowed")
         elif self.kind is not GrammarKind.JSON_OBJECT and not self.text:
             raise InvalidRequestError(f"{name} is empty")
-        if (size := self.num_bytes) > MAX_BYTES:
-            raise InvalidRequestError(f"{name} has {size} bytes, at most {MAX_BYTES} are allowed")
+        limit = MAX_GRAMMAR_BYTES if self.kind is GrammarKind.GRAMMAR else MAX_BYTES
+        if (size := self.num_bytes) > limit:
+            raise InvalidRequestError(f"{name} has {size} bytes, at most {limit} are allowed")
 
     @property
     def num_bytes(self) -> int:

@@ -7,41 +7,38 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from cluster.gateway.grammar_check import GrammarCheck
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import InvalidRequestError
-from workers.grammars.compiler import GrammarCompiler
 from workers.sampling_params import SamplingParams
-from workers.structured_output import StructuredOutput
 from workers.validation import check_sampling_tokens
-
-COMPILE_LIMIT_S = 10.0
-"""Beyond what bounds a grammar itself: nobody waits longer."""
 
 
 class Restrictions:
     """Checks requests' `structured_output`, `logit_bias`, `allowed_token_ids` and `bad_words`.
 
     Args:
-        grammars: for the served model; the workers compile the same again, for themselves.
+        grammars: says which grammars the workers can compile; None: they are sent none.
         tokenizer: of the served checkpoint.
         vocab_size: of the model.
     """
 
-    def __init__(self, grammars: GrammarCompiler, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, grammars: GrammarCheck | None, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._grammars = grammars
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._turn = asyncio.Semaphore(1)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="bad-words")
 
     async def resolve(self, sampling: SamplingParams) -> SamplingParams:
-        """The same with its bad words as tokens; grammars and words are worked on by other threads.
+        """The same with its bad words as tokens; long work is done elsewhere than on the event loop.
 
         Raises:
             InvalidRequestError: a grammar that cannot be used, an id out of range, or no token is left.
         """
         if sampling.structured_output is not None:
-            await self._check(sampling.structured_output)
+            if self._grammars is None:
+                raise InvalidRequestError("this server takes no structured_output")
+            await self._grammars.check(sampling.structured_output)
         if sampling.bad_words:
             loop = asyncio.get_running_loop()
             words = await loop.run_in_executor(self._executor, bad_words_token_ids, self._tokenizer, sampling.bad_words)
@@ -49,19 +46,6 @@ class Restrictions:
         check_sampling_tokens(sampling, self._vocab_size)
         _require_a_token(sampling)
         return sampling
-
-    async def _check(self, wanted: StructuredOutput) -> None:
-        if self._grammars.has(wanted):
-            self._grammars.compile(wanted)
-            return
-        async with self._turn:  # who waits for a turn is not blamed for it
-            compiled = asyncio.get_running_loop().run_in_executor(self._executor, self._grammars.compile, wanted)
-            try:
-                await asyncio.wait_for(compiled, COMPILE_LIMIT_S)
-            except TimeoutError:
-                raise InvalidRequestError(
-                    f"structured_output.{wanted.kind.value} takes longer to compile than {COMPILE_LIMIT_S:g} s"
-                ) from None
 
 
 def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

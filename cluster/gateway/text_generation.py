@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.restrictions import Restrictions
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
@@ -23,7 +24,6 @@ from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import ChatMessage, Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
-from workers.grammars.compiler import GrammarCompiler
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
 from workers.token_ids import TokenIds, as_token_ids
@@ -71,16 +71,15 @@ class Generation:
         engine: runs token ids.
         tokenizer: of the served checkpoint.
         model_info: the served model's name and limits.
-        grammars: for its vocabulary; None: no structured output is taken.
+        grammars: says which ones its workers can compile; None: no structured output is taken.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo, grammars: GrammarCompiler | None = None
+        self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo, grammars: GrammarCheck | None = None
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model = model_info
-        grammars = grammars or GrammarCompiler.without_vocabulary()
         self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")

@@ -24,8 +24,9 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""Counted in steps and states, not in seconds, so that every worker draws the same line: tens of milliseconds to
-compile or for a token, and about 100 MB for a grammar, at the most."""
+"""Counted in steps and states, not in seconds, so that every worker draws the same line: tens of milliseconds for a
+token, and about 100 MB for a grammar, at the most. Compiling is bounded in seconds where a request comes in, see
+`workers.grammars.check`."""
 _KEPT, _KEPT_BYTES = 256, 8 * 2**20
 
 

@@ -84,6 +84,7 @@ def _executor() -> LLExecutor:
 
 
 def short_reason(matcher: LLMatcher) -> str:
-    """What a matcher's error is, in one line."""
-    lines = [line.strip() for line in matcher.get_error().strip().splitlines()]
-    return f"{(lines or ['unknown'])[0]:.300}"
+    """What a matcher's error is, in one line of bounded length: of a regex what is wrong, not all of it."""
+    lines = [line.strip() for line in matcher.get_error().strip().splitlines()] or ["unknown"]
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return f"{(named or lines)[0]:.300}"

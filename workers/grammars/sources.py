@@ -41,6 +41,8 @@ def source_of(wanted: StructuredOutput) -> str:
 
 
 def _json(schema: str, disable_any_whitespace: bool) -> str:
+    if schema.strip() in ("true", "false"):  # schemas, too, but not to the library
+        schema = "{}" if schema.strip() == "true" else '{"not": {}}'
     if disable_any_whitespace:
         return LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})
     return LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llguidance import LLTokenizer
+from tokenizers import Tokenizer
 
 from workers.errors import CheckpointError
 
@@ -32,6 +33,10 @@ def vocabulary_of(tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[
     """The same, of a tokenizer as the `tokenizers` library writes it.
 
     Raises:
-        ValueError: it is not understood, or has an id beyond `vocab_size`.
+        ValueError: it is not understood, has an id beyond `vocab_size`, or none of the tokens that end a text.
     """
-    return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
+    known = set(Tokenizer.from_str(tokenizer_json).get_vocab(with_added_tokens=True).values())
+    ends = sorted(known.intersection(eos_token_ids))
+    if not ends:
+        raise ValueError(f"it has no token with an id in {sorted(eos_token_ids)}, which end a text")
+    return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=ends)

@@ -29,8 +29,9 @@ def token_masks(states: Sequence[SamplingState], vocab_size: int) -> Bits:
     going_on = [(row, state) for row, state in enumerate(states) if finish_reason(state) is None]
     fill_masks([(row, s.matcher, s.output_token_ids) for row, s in going_on if s.matcher is not None], masks)
     for row, state in going_on:
+        _allow_ends(state, masks[row])
         _rule_out(state, masks[row])
-        _end_or_go_on(state, masks[row])
+        _go_on(state, masks[row])
         if not masks[row].any():
             state.nothing_left = _why_nothing(state)
     return masks
@@ -57,23 +58,30 @@ def _rule_out(state: SamplingState, bits: Bits) -> None:
             _clear(bits, (last,))
 
 
-def _end_or_go_on(state: SamplingState, bits: Bits) -> None:
-    """Where a grammar is complete the text may end, by any token that ends texts, if it is long enough.
+def _allow_ends(state: SamplingState, bits: Bits) -> None:
+    """Where a grammar is complete the text may end by any token that ends texts, not only by those of the model."""
+    if state.matcher is not None and state.matcher.accepting and _long_enough(state):
+        _set(bits, state.stop_ids)
 
-    If it is not, or end-of-sequence is ignored, it goes on; where the grammar allows nothing else it ends all the same.
+
+def _go_on(state: SamplingState, bits: Bits) -> None:
+    """Keep out what would end the text before `min_tokens`, and end-of-sequence if it is ignored.
+
+    Where a grammar is complete and nothing else is left it ends all the same.
     """
-    complete = state.matcher is not None and state.matcher.accepting
-    long_enough = len(state.output_token_ids) >= state.params.min_tokens
+    long_enough = _long_enough(state)
     kept_out = frozenset[int]() if long_enough else state.stop_ids
-    if complete:
-        if long_enough:
-            _set(bits, state.stop_ids)
+    if state.matcher is not None:
         kept_out |= state.eos_token_ids - state.stop_ids if long_enough else state.eos_token_ids
     if kept_out:
         before = bits.copy()
         _clear(bits, kept_out)
         if not bits.any():
             bits[:] = before
+
+
+def _long_enough(state: SamplingState) -> bool:
+    return len(state.output_token_ids) >= state.params.min_tokens
 
 
 def _clear(bits: Bits, token_ids: Iterable[int]) -> None:
