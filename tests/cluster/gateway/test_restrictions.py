@@ -13,11 +13,19 @@ from workers.structured_output import StructuredOutput
 class WordTokenizer:
     """Words are tokens, another one behind a space; what it does not know is spelt."""
 
-    KNOWN = {"bad": (10,), " bad": (11,), "very bad": (12, 11), " very bad": (13, 11), "x": (14,), " x": (9, 14)}
+    def __init__(self) -> None:
+        self.known = {
+            "bad": (10,),
+            " bad": (11,),
+            "very bad": (12, 11),
+            " very bad": (13, 11),
+            "x": (14,),
+            " x": (9, 14),
+        }
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
-        return list(self.KNOWN[text])
+        return list(self.known[text])
 
 
 def restrictions() -> Restrictions:
