@@ -37,6 +37,8 @@ class SamplingParams:
         max_tokens: the most tokens to generate; None goes on to the end of the context window.
         min_tokens: no end-of-sequence or stop token before this many were generated.
         logprobs: log-probabilities of the chosen and of this many most likely tokens; None returns none.
+        include_stop_str_in_output: what ended the text, a stop string or a token, is part of the text.
+        skip_special_tokens: special tokens have no text.
         structured_output: the form of the answer; None leaves it free.
         logit_bias: (token id, what is added to its logit) pairs, the latter in [-100, 100].
         allowed_token_ids: the only tokens that may be generated; empty allows all.
@@ -62,6 +64,8 @@ class SamplingParams:
     max_tokens: int | None = None
     min_tokens: int = 0
     logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()

@@ -31,6 +31,19 @@ def finish_reason_from_proto(number: int) -> FinishReason | None:
     return _FINISH_REASONS_BACK.get(number)  # type: ignore[call-overload,no-any-return]
 
 
+def stop_reason_to_proto(reason: str | int | None) -> baton_pb2.StopReason | None:
+    """None is None: nothing of the request's own ended the text."""
+    if reason is None:
+        return None
+    return baton_pb2.StopReason(stop=reason) if isinstance(reason, str) else baton_pb2.StopReason(stop_token_id=reason)
+
+
+def stop_reason_from_proto(message: baton_pb2.StopReason) -> str | int | None:
+    """An empty message is None."""
+    which = message.WhichOneof("reason")
+    return None if which is None else getattr(message, which)
+
+
 def usage_to_proto(usage: Usage) -> baton_pb2.Usage:
     """Token counts."""
     return baton_pb2.Usage(**asdict(usage))

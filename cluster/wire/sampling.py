@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from cluster.text.sampling_defaults import with_defaults
 from protos import baton_pb2
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams
@@ -24,8 +26,8 @@ def sampling_to_proto(params: SamplingParams) -> baton_pb2.SamplingParams:
     return baton_pb2.SamplingParams(**values)
 
 
-def sampling_from_proto(message: baton_pb2.SamplingParams) -> SamplingParams:
-    """What is not set has its default.
+def sampling_from_proto(message: baton_pb2.SamplingParams, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+    """What is not set has its value in `defaults`, or else its default.
 
     Raises:
         InvalidRequestError: a value out of range.
@@ -35,7 +37,7 @@ def sampling_from_proto(message: baton_pb2.SamplingParams) -> SamplingParams:
     values["logit_bias"] = tuple((entry.token_id, entry.bias) for entry in message.logit_bias)
     if message.HasField("structured_output"):
         values["structured_output"] = _structured_output_from_proto(message.structured_output)
-    return SamplingParams(**values)
+    return with_defaults(values, defaults or {})
 
 
 def _structured_output_to_proto(wanted: StructuredOutput) -> baton_pb2.StructuredOutput:
