@@ -28,6 +28,7 @@ from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.conversation.registry import choose_formats
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
+from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
@@ -137,7 +138,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        yield Service(engine, Generation(engine, tokenizer, info, defaults, formats), info, readiness)
+        grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
+        stack.push_async_callback(grammars.aclose)
+        yield Service(engine, Generation(engine, tokenizer, info, defaults, grammars, formats), info, readiness)
 
 
 def check_backend_name(section: str, name: str) -> None:

@@ -21,7 +21,9 @@ from cluster.conversation.deltas import Delta
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
 from cluster.gateway.conversations import AnswerReader, Conversation, Conversations
+from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.marker_positions import MarkerPositions, Markers
+from cluster.gateway.restrictions import Restrictions
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
@@ -30,6 +32,7 @@ from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
+from workers.structured_output import StructuredOutput
 from workers.token_ids import TokenIds, as_token_ids
 from workers.validation import check_token_ids
 
@@ -82,6 +85,7 @@ class Generation:
         tokenizer: of the served checkpoint.
         model_info: the served model's name and limits.
         sampling_defaults: of what a request's sampling leaves open, by name.
+        grammars: says which ones its workers can compile; None: no structured output is taken.
         formats: how the model writes tool calls and reasoning.
 
     Attributes:
@@ -94,6 +98,7 @@ class Generation:
         tokenizer: Tokenizer,
         model_info: ModelInfo,
         sampling_defaults: Mapping[str, Any] | None = None,
+        grammars: GrammarCheck | None = None,
         formats: Formats = NO_FORMATS,
     ) -> None:
         self.sampling_defaults = dict(sampling_defaults or {})
@@ -101,6 +106,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
+        self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -213,23 +219,19 @@ class Generation:
             InvalidRequestError: the request is wrong.
         """
         self._check_model(request.model)
+        sampling = await self._restrictions.resolve(request.sampling)
         if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
             prompt, prefix = self._hashed(request)
         else:
             prompt, prefix = await asyncio.get_running_loop().run_in_executor(self._executor, self._hashed, request)
+        if isinstance(request.prompt, Conversation):
+            grammar = self._conversations.call_grammar(request.prompt, prompt)
+            if grammar is not None:
+                sampling = await self._restrictions.resolve(_obliged(sampling, grammar))
         options = shared_options(request)
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = self._complete(self._obliged(request, prompt), len(prompt))
+        options["sampling"] = self._complete(sampling, len(prompt))
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
-
-    def _obliged(self, request: GenerationRequest, prompt: TokenIds) -> SamplingParams:
-        """The request's sampling, whose answer must call a function if the request wants that."""
-        chat = request.prompt
-        if isinstance(chat, Conversation) and self._conversations.call_grammar(chat, prompt) is not None:
-            raise InvalidRequestError(
-                "tool_choice wants a call, and this service has no structured output to force one"
-            )
-        return request.sampling
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""
@@ -290,7 +292,6 @@ class Generation:
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
         """Keep `max_tokens` within the context window, and draw a seed if none was given."""
-        check_token_ids(as_token_ids(sampling.stop_token_ids, "stop token"), self._model.vocab_size, "stop token")
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(
@@ -300,6 +301,13 @@ class Generation:
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
+    """The same, with an answer that must call a function."""
+    if sampling.structured_output is not None:
+        raise InvalidRequestError("tool_choice wants a call, and response_format or structured_output another answer")
+    return replace(sampling, structured_output=StructuredOutput.grammar(grammar))
 
 
 async def _taken_apart(

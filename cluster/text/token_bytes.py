@@ -18,7 +18,8 @@ class TokenBytes:
     """By token id, the bytes of its text: a space that a decoder drops at the start of a text is there.
 
     A byte-level vocabulary spells each byte with one character, one with byte fallback has a token `<0x0A>` for each
-    byte, and SentencePiece writes a space as "▁". Added tokens stand for what they are spelled with.
+    byte, SentencePiece writes a space as "▁", and WordPiece marks what goes on with a word. Added tokens stand for what
+    they are spelled with.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -30,6 +31,7 @@ class TokenBytes:
         self._spaced = "Metaspace" in kinds or any(
             step["type"] == "Replace" and step.get("pattern", {}).get("String") == _SPACE for step in steps
         )
+        self._continued = next((str(step["prefix"]) for step in steps if step["type"] == "WordPiece"), None)
         self._added = {
             token_id: token.content.encode() for token_id, token in tokenizer.get_added_tokens_decoder().items()
         }
@@ -49,6 +51,9 @@ class TokenBytes:
             return bytes(self._alphabet[char] for char in token)
         if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
+        if self._continued is not None:
+            begins = not token.startswith(self._continued)
+            token = " " + token if begins else token[len(self._continued) :]
         return (token.replace(_SPACE, " ") if self._spaced else token).encode()
 
 

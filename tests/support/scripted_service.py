@@ -27,14 +27,19 @@ from workers.messages import FinishReason, TokenOutput
 EOS = "<eos>"
 
 
-def byte_tokenizer(chat_template: str, special: tuple[str, ...] = ()) -> Tokenizer:
-    """One token per byte, one that ends a text, and special tokens."""
+def byte_vocabulary(special: tuple[str, ...]) -> RustTokenizer:
+    """One token per byte, and special tokens."""
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     rust = RustTokenizer(models.BPE(vocab=vocab, merges=[]))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
     rust.add_special_tokens(list(special))
-    hf = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token=EOS)
+    return rust
+
+
+def byte_tokenizer(chat_template: str, special: tuple[str, ...] = ()) -> Tokenizer:
+    """One token per byte, special tokens, and one that ends a text."""
+    hf = PreTrainedTokenizerFast(tokenizer_object=byte_vocabulary((*special, EOS)), eos_token=EOS)
     hf.chat_template = chat_template
     return Tokenizer(hf)
 

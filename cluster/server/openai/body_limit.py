@@ -30,8 +30,8 @@ class BodyLimitMiddleware:
         told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         message = f"the body has more than the {self._max_bytes} bytes that are allowed"
         if told.isdigit() and int(told) > self._max_bytes:
-            refusal = Answer(_TOO_LARGE, message, headers={"connection": "close"})
-            await refusal.response()(scope, receive, send)
+            # What still comes is dropped and not answered by closing, which would take the answer from the client.
+            await Answer(_TOO_LARGE, message).response()(scope, receive, send)
             return
         taken = 0
 

@@ -48,7 +48,7 @@ _TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 def _shown(value: object) -> str:
     """A value on one line and not too long, whatever it is."""
     if isinstance(value, list | dict) and value:
-        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**64:
         return "a very large number"
     text = repr(value)

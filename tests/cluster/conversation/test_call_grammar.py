@@ -3,6 +3,7 @@
 import json
 import re
 
+import llguidance
 import pytest
 
 from answers import CLOCK, TWO_CALLS, USE, WEATHER, parser_of, read
@@ -10,8 +11,9 @@ from cluster.conversation.call_grammar import call_grammar
 from cluster.conversation.messages import Tool, ToolChoice, ToolChoiceMode, ToolUse
 from cluster.conversation.reasoning_format import THINK
 from cluster.conversation.registry import TOOL_FORMATS, choose_formats
+from scripted_service import EOS, byte_vocabulary
+from workers.grammars.vocabulary import vocabulary_of
 
-llguidance = pytest.importorskip("llguidance")
 BYTES = llguidance.LLTokenizer("byte")
 BY_NAME = {entry.name: entry for entry in TOOL_FORMATS}
 
@@ -76,9 +78,23 @@ def test_reasoning_comes_before_the_calls_if_there_is_any() -> None:
     )
 
 
-def test_markers_that_are_special_tokens_are_named_by_their_ids() -> None:
-    grammar = call_grammar(BY_NAME["mistral_v11"], ToolUse((CLOCK,)), token_ids={"[TOOL_CALLS]": 5, "[ARGS]": 32})
-    assert 'call_0: <[5]> "clock" <[32]> arguments_0 ""' in grammar
+def test_markers_that_are_special_tokens_are_allowed_as_tokens_and_not_as_text() -> None:
+    channels = BY_NAME["harmony"]
+    tokenizer = byte_vocabulary((*channels.markers, EOS))
+    ids = {marker: tokenizer.token_to_id(marker) for marker in channels.markers}
+    vocabulary = vocabulary_of(tokenizer.to_str(), tokenizer.get_vocab_size(), [tokenizer.token_to_id(EOS)])
+    required = ToolUse((CLOCK,), ToolChoice(ToolChoiceMode.REQUIRED))
+    reasoning = choose_formats("harmony", "auto", "").reasoning
+    grammar = llguidance.LLMatcher.grammar_from_lark(call_grammar(channels, required, reasoning, token_ids=ids))
+    answer = (
+        "<|channel|>analysis<|message|>Hm <|.<|end|><|start|>assistant<|channel|>commentary to=functions.clock "
+        '<|constrain|>json<|message|>{"city": "Rome"}'
+    )
+    as_tokens, as_text = tokenizer.encode(answer).ids, byte_vocabulary(()).encode(answer).ids
+    for tokens, allowed in ((as_tokens, True), (as_text, False)):
+        matcher = llguidance.LLMatcher(vocabulary, grammar)
+        assert not matcher.is_error(), matcher.get_error()
+        assert (matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()) == allowed
 
 
 def test_values_of_elements_follow_the_schema() -> None:

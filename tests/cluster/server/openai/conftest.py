@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,10 @@ from cluster.gateway.text_generation import Generation
 from cluster.inprocess_worker import InProcessWorker
 from cluster.recall import SHIPPED_MODEL
 from cluster.server.doors import Doors
+from cluster.server.openai.serve import HttpServer, start_http_server
 from cluster.text.tokenizer import Tokenizer
 from kv_transfer.transports.local import LocalFabric
 from workers.config import WorkerConfig
-
-PROMPT = "ada 4127, bob 9083; bob?"
-ANSWER = " 9083"
 
 
 @dataclass
@@ -49,6 +48,15 @@ class Service:
 
     def client(self, **options: object) -> openai.OpenAI:
         return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
+
+    def until_idle(self) -> None:
+        """No call is under way, and the engine has forgotten every request."""
+
+        for _ in range(2000):
+            if not self.doors.num_calls and not self.engine.num_attempts:
+                return
+            time.sleep(0.01)
+        pytest.fail("calls are still under way")
 
     def run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
@@ -110,3 +118,34 @@ def service() -> Iterator[Service]:
 def client(service: Service) -> Iterator[openai.OpenAI]:
     with service.client() as client:
         yield client
+
+
+@dataclass
+class HttpServed:
+    """A running HTTP server around an engine that follows a script."""
+
+    server: HttpServer
+    engine: object
+
+    def client(self, **options: object) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            **{"base_url": f"{self.server.url}/v1", "api_key": "none", "max_retries": 0, **options}
+        )
+
+
+@pytest.fixture
+async def serve_http(byte_tokenizer, scripted) -> AsyncIterator[Callable[..., Awaitable[HttpServed]]]:
+    """Start a server on a free loopback port; keyword arguments are settings of server.http, or of server."""
+    servers: list[HttpServer] = []
+
+    async def start(script: Sequence[object] = (), /, server: dict | None = None, **settings: object) -> HttpServed:
+        given = {f"server.{name}": value for name, value in (server or {}).items()}
+        own = {f"server.http.{name}": value for name, value in settings.items()}
+        config = load_config(environ={}, overrides={"server.port": 0, **given, **own}).server
+        engine, info = scripted(script)
+        servers.append(await start_http_server(config, Generation(engine, byte_tokenizer, info), engine, info))
+        return HttpServed(servers[-1], engine)
+
+    yield start
+    for each in servers:
+        await each.stop(grace_s=0)
