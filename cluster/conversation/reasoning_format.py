@@ -38,6 +38,10 @@ class ReasoningFormat:
         """Whether a prompt ends inside reasoning, so that the answer begins there."""
         return prompt.rstrip().endswith(self.begin)
 
+    def left_open_in(self, text: str) -> str:
+        """The marker before the reasoning, if a text that is to be gone on with ends inside it; else nothing."""
+        return self.begin if text.rfind(self.begin) > text.rfind(self.end) else ""
+
 
 class _Where(enum.Enum):
     BEFORE = enum.auto()
@@ -73,7 +77,7 @@ class ReasoningParser:
             if is_end:
                 self._where = _Where.BEHIND
                 self._writer.end_reasoning()
-            elif not is_begin:
+            elif not is_begin or self._writer.has_reasoning:
                 self._writer.reasoning(part)
             return ""
         rest = part if isinstance(part, Marker) else part.lstrip(SPACE)

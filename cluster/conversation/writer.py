@@ -83,6 +83,11 @@ class AnswerWriter:
         """What is held."""
         return self._held
 
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the model has thought anything."""
+        return self._has_reasoning
+
     def reasoning(self, text: str) -> None:
         """Think more. Spaces at the beginning and the end of the reasoning are no part of it."""
         if not self.reasons:

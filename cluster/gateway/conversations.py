@@ -119,7 +119,10 @@ class Conversations:
         if formats.reasoning is None and (tools is None or not (tools.reasons or chat.tool_use is not None)):
             return None
         special = () if shows_special_tokens else tuple(self._special)
-        return AnswerReader(AnswerParser(formats, chat.tool_use, self._end_of(prompt_token_ids), special))
+        prompt = self._end_of(prompt_token_ids)
+        if chat.continue_final_message and formats.reasoning is not None:
+            prompt = formats.reasoning.left_open_in(chat.messages[-1].content)
+        return AnswerReader(AnswerParser(formats, chat.tool_use, prompt, special))
 
     def call_grammar(self, chat: Conversation, prompt_token_ids: TokenIds) -> str | None:
         """The grammar of an answer that must call a function; None where it need not. See `call_grammar`."""

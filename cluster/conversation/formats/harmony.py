@@ -18,7 +18,7 @@ END, RETURN, CALL = "<|end|>", "<|return|>", "<|call|>"
 _HEADER = re.compile(
     r"\s*(?:assistant)?(?:\s*to=(?P<to>[^\s<]+))?\s*"
     r"(?:<\|channel\|>\s*(?P<channel>analysis|commentary|final)(?:\s+to=(?P<channel_to>[^\s<]+))?\s*"
-    r"(?:(?:<\|constrain\|>)?\s*(?:json|code))?\s*)?"
+    r"(?:<\|constrain\|>\s*[A-Za-z]{1,32}|json|code)?\s*)?"
 )
 _WORDS = ("assistant", "analysis", "commentary", "final", "json", "code", "to=")
 _FUNCTIONS = "functions."

@@ -72,6 +72,11 @@ def test_a_prompt_may_have_opened_the_reasoning() -> None:
     assert without_ids(read(parser_of("hermes"), answer)) == (answer, "", [])
 
 
+def test_a_marker_in_the_reasoning_is_part_of_it() -> None:
+    text = "<think>What does <think> mean?</think>It begins."
+    assert without_ids(read(parser_of("hermes"), text)) == ("It begins.", "What does <think> mean?", [])
+
+
 def test_reasoning_that_is_not_told_apart_stays_content() -> None:
     text = "<think>\nHm.\n</think>\n\nHello "
     plain = AnswerParser(choose_formats("none", "none", ""))

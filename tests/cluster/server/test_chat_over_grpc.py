@@ -6,10 +6,25 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from answers import TWO_CALLS
+from answers import CLOCK, TWO_CALLS, WEATHER
 from chat_templates import HERMES_THINK
 from cluster.client.client import BatonClient
-from cluster.conversation.deltas import MessageBuilder
+from cluster.conversation.deltas import (
+    ArgumentsDelta,
+    ContentDelta,
+    MessageBuilder,
+    ReasoningDelta,
+    ToolCallStarted,
+)
+from cluster.conversation.messages import ChatMessage, ToolCall, ToolChoice, ToolChoiceMode, ToolUse
+from cluster.wire.chat import (
+    deltas_from_proto,
+    deltas_to_proto,
+    messages_from_proto,
+    messages_to_proto,
+    tool_use_from_proto,
+    tool_use_to_proto,
+)
 from protos import baton_pb2, baton_pb2_grpc
 from scripted_service import ScriptedService, scripted_service
 from workers.messages import FinishReason
@@ -78,6 +93,17 @@ def test_a_conversation_with_calls_goes_on(service: ScriptedService, stub: baton
     assert (none.chat_delta.tool_calls, none.finish_reason) == ([], baton_pb2.FINISH_REASON_STOP)
     one = stub.GenerateOnce(request(parallel_tool_calls=False))
     assert [call.name for call in one.chat_delta.tool_calls] == ["get_weather"]
+
+
+@pytest.mark.parametrize("choice", [ToolChoice(ToolChoiceMode.REQUIRED), ToolChoice(ToolChoiceMode.NAMED, "clock")])
+def test_the_wire_keeps_conversations_and_answers(choice: ToolChoice) -> None:
+    call = ToolCall("c", "clock", '{"city": "Rome"}')
+    messages = (ChatMessage("assistant", "x", (call,), reasoning_content="y"), ChatMessage("tool", "z", (), "c", "n"))
+    assert messages_from_proto(messages_to_proto(messages)) == messages
+    use = ToolUse((WEATHER, CLOCK), choice, parallel=False)
+    assert tool_use_from_proto(baton_pb2.ChatMessages(**tool_use_to_proto(use))) == use
+    deltas = (ReasoningDelta("y"), ContentDelta("x"), ToolCallStarted(0, "c", "clock"), ArgumentsDelta(0, "{}"))
+    assert deltas_from_proto(deltas_to_proto(deltas)) == deltas
 
 
 def test_the_client_has_the_deltas(service: ScriptedService) -> None:

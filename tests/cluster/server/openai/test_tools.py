@@ -128,6 +128,15 @@ def test_reasoning_without_tools_and_without_being_shown(service: ScriptedServic
     assert response.output_text == "Hello"
 
 
+def test_an_answer_that_was_begun_goes_on_inside_its_reasoning(service: ScriptedService, client: openai.OpenAI) -> None:
+    say(service, " look.\n</think>\n\nHello")
+    begun = [*ASK, {"role": "assistant", "content": "<think>\nI think that I really must"}]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    message = chat(client, messages=begun, tools=openai.omit, extra_body=more).choices[0].message
+    assert (message.reasoning_content, message.content) == ("look.", "Hello")
+    assert service.engine.prompt.endswith("I really must")
+
+
 def test_the_template_is_given_its_variables(service: ScriptedService, client: openai.OpenAI) -> None:
     say(service, "Hello")
     chat(client, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
