@@ -14,8 +14,8 @@ from cluster.conversation.writer import AnswerWriter
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 _JSON = re.compile(r"""\\?["']arguments\\?["']:""")
-_OTHERS = ("<function=", "<arg_key>")
-"""What other formats write between the same tags."""
+_OTHERS = ("<function=", "<arg_key>", "<tool_calls>")
+"""What other formats write between the same tags, or around them."""
 
 
 class HermesParser:

@@ -3,8 +3,9 @@
 import pytest
 
 import chat_templates
-from answers import CLOCK, WEATHER
+from answers import CLOCK, USE, WEATHER, read
 from cluster.config.load import load_config
+from cluster.conversation.answer import AnswerParser
 from cluster.conversation.messages import ChatMessage, ToolCall
 from cluster.conversation.registry import choose_formats
 from scripted_service import byte_tokenizer
@@ -51,6 +52,20 @@ def test_a_template_says_its_format_and_writes_calls_in_it(name: str) -> None:
     assert prompt.index("Weather in Rome?") < prompt.index(written) < prompt.index("Sun", prompt.index(written))
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_a_template_writes_is_what_the_parser_reads(name: str) -> None:
+    template, _, _ = TEMPLATES[name]
+    tokenizer, formats = byte_tokenizer(template), choose_formats("auto", "none", template)
+    asked, answered = (
+        tokenizer.apply_chat_template(HISTORY[:count], tool_format=formats.tools, add_generation_prompt=False)
+        for count in (1, 2)
+    )
+    # Of the header of the answer, which the model does not write, only Llama's would stand in a call's way.
+    text = answered.removeprefix(asked).rpartition("<|end_header_id|>\n\n")[2]
+    message = read(AnswerParser(formats, USE), [text])
+    assert [(call.name, call.arguments) for call in message.tool_calls] == [("get_weather", '{"city": "Rome"}')]
+
+
 def test_a_template_that_takes_no_tools_is_given_them_in_the_systems_message() -> None:
     formats = choose_formats("auto", "auto", chat_templates.DEEPSEEK_V3)
     tokenizer = byte_tokenizer(chat_templates.DEEPSEEK_V3)
@@ -77,6 +92,7 @@ def test_developers_are_the_system_where_the_template_does_not_know_them() -> No
 
 
 OTHERS = {
+    "Apriel": '<tool_calls>[{"name": "f", "arguments": {}}]</tool_calls> in <tool_call>',
     "GLM": "<tool_call>name\n<arg_key>city</arg_key>",
     "plain": "{{ messages[0].content }}",
     "Phi": "<|end|>{{ messages }}",
