@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.conversation.messages import ChatMessage, Tool
+from cluster.conversation.tool_format import ToolFormat
+from cluster.text.chat_template import ChatTemplate
 from cluster.text.detokenizer import TextDecoder, TokenKind
 from cluster.text.gguf.folder import gguf_tokenizer_folder
 from cluster.text.length_bound import LengthBound, length_bound
@@ -22,20 +24,12 @@ if TYPE_CHECKING:
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TEMPLATE_ARGUMENTS = frozenset(
     {
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
         *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
 """What the template is given by this side, and no client may give it."""
-
-
-@dataclass(frozen=True)
-class ChatMessage:
-    """One message of a chat; which roles exist is up to the checkpoint's template."""
-
-    role: str
-    content: str
 
 
 class Tokenizer:
@@ -44,6 +38,7 @@ class Tokenizer:
     Attributes:
         eos_token_ids: tokens that end a text, of the tokenizer and of the model's generation config.
         vocab_size: one more than the highest token id.
+        special_token_ids: tokens that no text shows, by how they are spelled.
         length_bound: how much text a number of tokens can stand for, if this tokenizer allows to say so.
         token_bytes: the bytes that a token stands for, by its id.
     """
@@ -60,9 +55,15 @@ class Tokenizer:
         own_eos = frozenset[int]() if hf_tokenizer.eos_token_id is None else frozenset({hf_tokenizer.eos_token_id})
         self.eos_token_ids: frozenset[int] = own_eos | model_eos_token_ids
         self._kinds = _token_kinds(self._rust)
+        self._chat_template = ChatTemplate(hf_tokenizer)
         self.vocab_size: int = len(self._kinds)
         self.length_bound: LengthBound | None = length_bound(self._rust)
         self.token_bytes = TokenBytes(self._rust)
+        self.special_token_ids: dict[str, int] = {
+            added.content: token_id
+            for token_id, added in self._rust.get_added_tokens_decoder().items()
+            if added.special
+        }
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -141,6 +142,11 @@ class Tokenizer:
         """What a token does to the text."""
         return self._kinds[token_id] if 0 <= token_id < len(self._kinds) else TokenKind.SILENT
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's chat template."""
+        return self._chat_template
+
     def token_name(self, token_id: int) -> str:
         """A token as the checkpoint spells it; empty for an id without a token."""
         return self._rust.id_to_token(token_id) or ""
@@ -155,6 +161,8 @@ class Tokenizer:
         messages: Sequence[ChatMessage],
         variables: Mapping[str, Any] | None = None,
         *,
+        tools: Sequence[Tool] = (),
+        tool_format: ToolFormat | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
@@ -165,6 +173,8 @@ class Tokenizer:
         Args:
             messages: oldest first.
             variables: more that the template may look at, such as `enable_thinking`.
+            tools: that the model may call.
+            tool_format: that it speaks.
             add_generation_prompt: end with what begins an answer.
             continue_final_message: end in the last message, which the model goes on with; not with the one before.
 
@@ -172,7 +182,7 @@ class Tokenizer:
             InvalidRequestError: there is no template or no message, the template refuses the messages, or a variable
                 has a name that is not a client's to give.
         """
-        if not self._hf.chat_template:
+        if not self.has_chat_template:
             raise InvalidRequestError("this model has no chat template; send a prompt instead of messages")
         if not messages:
             raise InvalidRequestError("the list of chat messages is empty")
@@ -181,16 +191,16 @@ class Tokenizer:
         if add_generation_prompt and continue_final_message:
             raise InvalidRequestError("continue_final_message and add_generation_prompt exclude each other")
         try:
-            rendered = self._hf.apply_chat_template(
-                [asdict(message) for message in messages],
-                **(variables or {}),
-                tokenize=False,
+            return self._chat_template.render(
+                messages,
+                variables or {},
+                tools=tools,
+                tool_format=tool_format,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
         except Exception as error:  # a template is a program: it raises what it likes
             raise InvalidRequestError(f"the model's chat template refuses these messages: {_line(error)}") from error
-        return str(rendered)
 
 
 class _WithSpecialTokens:
