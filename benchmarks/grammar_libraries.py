@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
     eos = json.loads((args.tokenizer / "tokenizer_config.json").read_text())["eos_token"]
     eos_token_id = tokenizer.token_to_id(eos if isinstance(eos, str) else eos["content"])
+    if eos_token_id is None:
+        parser.error(f"{args.tokenizer}: tokenizer_config.json names an eos_token that is no token")
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     measured = {}
     for name in args.library or LIBRARIES:
