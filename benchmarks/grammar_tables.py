@@ -14,7 +14,7 @@ def grammar_libraries(result: Mapping[str, Any]) -> str:
     rows = [("answers that are valid", *(f"{m['valid']} of {m['schemas']}" for m in libraries.values()))]
     for name, label in (("compile_s", "compile a schema"), ("mask_s", "mask of a token")):
         for key in ("mean", "median", "p99", "max"):
-            rows.append((f"{label}, {key}, ms", *(f"{m[name][key] * 1e3:.3f}" for m in libraries.values())))
+            rows.append((f"{label}, {key}, ms of a core", *(f"{m[name][key] * 1e3:.3f}" for m in libraries.values())))
     cases = next(iter(libraries.values()))["hard"]
     rows += [(case, *(m["hard"][case].replace("|", "\\|") for m in libraries.values())) for case in cases]
     return table(("", *libraries), rows, num_text_columns=1)

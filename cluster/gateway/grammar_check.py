@@ -95,6 +95,7 @@ class GrammarCheck:
                 stdout=asyncio.subprocess.PIPE,
                 limit=4 * MAX_BYTES,
                 env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for this process; that one ends with its input
             )
             first = to_line(StructuredOutput.choice(["a"]))  # loads the vocabulary, which is no grammar's fault
             await asyncio.wait_for(_exchange(self._process, first), _START_LIMIT_S)
