@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import (
     attention_tables,
+    door_tables,
     gpu_change_tables,
     gpu_tables,
     grammar_tables,
@@ -93,6 +94,7 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
         **gpu_change_tables.TABLES,
         **pool_tables.TABLES,
         **{name: _of_result(name, make) for name, make in router_tables.TABLES.items()},
+        **{name: _of_result(name, make) for name, make in door_tables.TABLES.items()},
     },
     "attention.md": attention_tables.TABLES,
     "models.md": model_tables.TABLES,

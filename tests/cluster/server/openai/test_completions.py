@@ -1,11 +1,18 @@
 """Completions and chats through the official client, unchanged."""
 
+import json
+import re
+import subprocess
+from pathlib import Path
+
 import openai
 import pytest
 
 from cluster.client.client import BatonClient
 from workers.sampling_params import SamplingParams
 
+README = Path(__file__).parents[4] / "README.md"
+ADDRESS = "http://127.0.0.1:8000"
 PROMPT, ANSWER = "ada 4127, bob 9083; bob?", " 9083"
 CHAT = [{"role": "user", "content": PROMPT}]
 
@@ -157,3 +164,26 @@ def test_models_tokens_and_version(client: openai.OpenAI, service) -> None:
     assert client.get(f"{service.url}/version", cast_to=object)["version"]
     assert client.get(f"{service.url}/health", cast_to=object) == {"status": "ok"}
     assert client.get(f"{service.url}/ready", cast_to=object)["ready"] is True
+
+
+def curl_lines() -> list[str]:
+    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line.strip() for line in re.findall(r"^curl .*", text, re.MULTILINE)]
+
+
+def test_the_lines_of_the_readme_do_what_it_says(service) -> None:
+    lines = curl_lines()
+    assert len(lines) == 3
+    answers = []
+    for line in lines:
+        assert ADDRESS in line
+        command = line.replace(ADDRESS, service.url).replace("curl ", "curl -sS --fail-with-body ", 1)
+        answers.append(
+            subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True).stdout
+        )
+    models, completion, chat = answers
+    assert json.loads(models)["data"][0]["id"] == "recall"
+    assert json.loads(completion)["choices"][0]["text"] == " 9083"
+    events = [json.loads(line.removeprefix("data: ")) for line in chat.splitlines() if line.startswith("data: {")]
+    assert chat.endswith("data: [DONE]\n\n")
+    assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")

@@ -56,7 +56,7 @@ def http(service):
         yield client
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(PATHS), odd=st.dictionaries(st.sampled_from(FIELDS), values, min_size=1, max_size=3))
 def test_odd_bodies_are_answered_or_refused(http: httpx2.Client, path: str, odd: dict) -> None:
     body = {**BASE, **odd}
