@@ -17,7 +17,7 @@ from workers.structured_output import MAX_BYTES, StructuredOutput
 
 COMPILE_LIMIT_S = 10.0
 """For one grammar, as long as it takes; who waits for others is not blamed for it."""
-_START_LIMIT_S = 60.0
+_START_LIMIT_S = 120.0
 _KEPT = 1024
 
 
