@@ -17,7 +17,7 @@ from workers.structured_output import MAX_BYTES, StructuredOutput
 
 COMPILE_LIMIT_S = 10.0
 """For one grammar, as long as it takes; who waits for others is not blamed for it."""
-_START_LIMIT_S = 60.0
+_START_LIMIT_S = 120.0
 _KEPT = 1024
 
 
@@ -95,6 +95,7 @@ class GrammarCheck:
                 stdout=asyncio.subprocess.PIPE,
                 limit=4 * MAX_BYTES,
                 env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for this process; that one ends with its input
             )
             first = to_line(StructuredOutput.choice(["a"]))  # loads the vocabulary, which is no grammar's fault
             await asyncio.wait_for(_exchange(self._process, first), _START_LIMIT_S)

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from benchmarks.made_schemas import made_schema
+from lockstep_cluster import LockstepCluster
 from workers.errors import InvalidRequestError, NoTokenLeftError
 from workers.messages import FinishReason
 from workers.runner.decode_runner import DecodeRunner
@@ -138,6 +139,16 @@ def test_who_makes_room_comes_back_where_it_was(cluster, text_of) -> None:
     for i in range(4):
         roomy.submit(f"r{i}", prompt(10 + i, i), sampling(LONG, seed=i))
     assert roomy.run() == {f"r{i}": pair.token_ids(f"r{i}") for i in range(4)}
+
+
+@pytest.mark.parametrize("steps_ahead", [1])
+def test_all_ranks_of_a_worker_keep_to_the_form(checkpoint, cluster) -> None:
+    alone, ranks = cluster(), LockstepCluster(checkpoint, size=2, steps_ahead=1, grammars=True)
+    for pair in (alone, ranks):
+        pair.submit("form", prompt(9), sampling(StructuredOutput.regex("[0-9]{8}"), logprobs=1))
+        pair.submit("free", prompt(12, 1), sampling(None, max_tokens=12, ignore_eos=True, logit_bias=((9, 3.0),)))
+    assert ranks.run() == alone.run()
+    ranks.assert_equal_ranks()
 
 
 @pytest.mark.parametrize("steps_ahead", [1])

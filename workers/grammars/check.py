@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from workers.errors import InvalidRequestError
@@ -18,7 +19,7 @@ from workers.grammars.compiler import GrammarCompiler
 from workers.structured_output import GrammarKind, StructuredOutput
 
 MEMORY_LIMIT_BYTES = 4 * 2**30
-"""Of address space."""
+"""Of address space, beyond what is taken before the first form."""
 
 
 def to_line(wanted: StructuredOutput) -> bytes:
@@ -34,8 +35,11 @@ def from_line(line: bytes) -> StructuredOutput:
 
 def main(folder: str, vocab_size: str, *eos_token_ids: str) -> None:
     """Answer until there are no more lines."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     compiler = GrammarCompiler.of_checkpoint(Path(folder), int(vocab_size), tuple(map(int, eos_token_ids)))
+    with suppress(InvalidRequestError):
+        compiler.compile(StructuredOutput.choice(["a"]))  # loads the vocabulary, with whatever that takes
+    limit = _address_space() + MEMORY_LIMIT_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin.buffer:
         error = None
         try:
@@ -44,6 +48,11 @@ def main(folder: str, vocab_size: str, *eos_token_ids: str) -> None:
             error = str(refused)
         sys.stdout.buffer.write(json.dumps(error).encode() + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _address_space() -> int:
+    """Bytes that the process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

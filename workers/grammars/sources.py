@@ -10,7 +10,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from workers.errors import InvalidRequestError
 from workers.structured_output import GrammarKind, StructuredOutput
 
-_WHITESPACE = r"[ \n\r\t]{1,64}"
+_WHITESPACE = r"[ \n\r\t]{1,32}"
 """Between two tokens of JSON. Bounded: a model that is lost in whitespace comes out of it."""
 
 
