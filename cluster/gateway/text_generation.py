@@ -20,12 +20,13 @@ from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
+from cluster.text.stop_tokens import stop_token_ids
 from cluster.text.tokenizer import ChatMessage, Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
 from workers.token_ids import TokenIds, as_token_ids
-from workers.validation import check_token_ids
+from workers.validation import check_sampling, check_token_ids
 
 _TOKENIZER_THREADS = 2
 _HASHED_AT_ONCE = 1024
@@ -91,7 +92,7 @@ class Generation:
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
         engine_request = replace(engine_request, timeout_s=timeout_s)
-        text = _TextAssembler(self._tokenizer, engine_request.sampling)
+        text = _TextAssembler(self._tokenizer, engine_request.sampling, engine_request.prompt_token_ids)
         async with aclosing(self._engine.generate(engine_request)) as stream:
             last = TextChunk("")
             async for chunk in stream:
@@ -156,8 +157,8 @@ class Generation:
         return token_ids, prefix
 
     def token_text(self, token_id: int) -> str:
-        """A token's text by itself; special tokens have none."""
-        return self._tokenizer.decode([token_id])
+        """What a token adds to a text, its first space included; special tokens add nothing."""
+        return self._tokenizer.token_text(token_id)
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
@@ -189,7 +190,11 @@ class Generation:
             )
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
-        """Keep `max_tokens` within the context window, and draw a seed if none was given."""
+        """Turn stop strings that are tokens into these, keep `max_tokens` within the window, draw a missing seed.
+
+        Raises:
+            InvalidRequestError: the request cannot be served; names the value and the limit.
+        """
         check_token_ids(as_token_ids(sampling.stop_token_ids, "stop token"), self._model.vocab_size, "stop token")
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
@@ -199,7 +204,10 @@ class Generation:
             )
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return replace(sampling, max_tokens=max_tokens, seed=seed)
+        stops = stop_token_ids(sampling, self._tokenizer.special_token_ids)
+        complete = replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stops)
+        check_sampling(complete, self._model.eos_token_ids, self._model.vocab_size)
+        return complete
 
 
 class _TextAssembler:
@@ -209,13 +217,18 @@ class _TextAssembler:
         finish_reason: why the text ended; None while it goes on.
         stopped: a stop string was found; what comes after it is not part of the answer.
         num_tokens: tokens taken.
+
+    Args:
+        tokenizer: of the served checkpoint.
+        sampling: of the request.
+        prompt: what the answer continues; None: some text or other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, prompt: TokenIds | None = None) -> None:
         self.finish_reason: FinishReason | None = None
         self.stopped = False
         self.num_tokens = 0
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, tokenizer.anchor if prompt is None else prompt)
         self._stops = StopStrings(sampling.stop)
         self._min_tokens = sampling.min_tokens
 
@@ -239,9 +252,7 @@ class _TextAssembler:
         return self._scan(self._detokenizer.finish()) + self._stops.finish()
 
     def _scan(self, text: str) -> str:
-        if self.num_tokens < self._min_tokens:
-            return text
-        kept, self.stopped = self._stops.push(text)
+        kept, self.stopped = self._stops.push(text, may_end=self.num_tokens >= self._min_tokens)
         if self.stopped:
             self.finish_reason = FinishReason.STOP
         return kept

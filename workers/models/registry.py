@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.loading.config_reader import ConfigReader, read_json
+from workers.loading.tokenizer_eos import tokenizer_eos_token_id
 from workers.models.causal_lm import CausalLM
 from workers.models.config.attention_keys import refuse_other_attention
 from workers.models.config.model_config import ModelConfig
@@ -66,7 +67,8 @@ def model_class(architecture: str) -> type[CausalLM]:
 def read_model(folder: Path) -> tuple[type[CausalLM], ModelConfig]:
     """What runs the checkpoint in `folder`, and its config.
 
-    Reads `config.json` and, where there is one, `generation_config.json`.
+    Reads `config.json` and, where they are there, `generation_config.json` and the tokenizer's files for its end of a
+    text.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the model is none that Baton runs; names file and key.
@@ -76,20 +78,24 @@ def read_model(folder: Path) -> tuple[type[CausalLM], ModelConfig]:
         read_json(folder / "config.json"),
         read_json(generation) if generation.exists() else None,
         source=str(folder / "config.json"),
+        tokenizer_eos=tokenizer_eos_token_id(folder),
     )
 
 
 def parse_model(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None, source: str = "config.json"
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None = None,
+    source: str = "config.json",
+    tokenizer_eos: int | None = None,
 ) -> tuple[type[CausalLM], ModelConfig]:
-    """The same for what config.json (and generation_config.json) hold. `source` names the file in errors."""
+    """The same for what these files hold; `source` names the file in errors, `tokenizer_eos` is the tokenizer's own."""
     architecture = _architecture(ConfigReader(config, source))
     model_type = ARCHITECTURES[architecture].model_type
     found = model_class(architecture)
     read = ConfigReader({**config, "model_type": model_type}, source, defaults=lambda: _defaults(model_type))
     model = found.config_class.read(read, generation_config)
     refuse_other_attention(read)
-    return found, model
+    return found, model.with_end_token(tokenizer_eos)
 
 
 def _architecture(read: ConfigReader) -> str:
