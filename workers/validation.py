@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from workers.errors import CapacityError, InvalidRequestError
-from workers.kv_cache.manager import KVCacheManager
 from workers.sampling_params import SamplingParams
+
+
+class SizedCache(Protocol):
+    """A worker's KV cache, as far as its door asks it; `workers.kv_cache.manager.KVCacheManager` is one."""
+
+    def too_small(self, num_tokens: int, *, computed: bool) -> tuple[int, int] | None:
+        """The blocks that so many tokens need and those there are; None: they fit."""
+        ...
+
 
 SMALLEST_FLOAT32 = 2.0**-126
 """What is above 0 must be so in float32: less is 0 there, or is taken for it."""
@@ -82,7 +91,7 @@ def check_local(is_local: bool, computes_prompts: bool) -> None:
         raise InvalidRequestError("the request names no prefill worker, and this decode worker computes no prompts")
 
 
-def check_capacity(cache: KVCacheManager, num_tokens: int, role: str, *, computed: bool) -> None:
+def check_capacity(cache: SizedCache, num_tokens: int, role: str, *, computed: bool) -> None:
     """Refuse what needs more blocks than there are.
 
     Args:
