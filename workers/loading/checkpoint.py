@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from workers.errors import CheckpointError
 from workers.loading.config_reader import read_json
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -77,13 +80,17 @@ def resolve_checkpoint(model: str) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in order of name.
 
+    Where there is a single file, an index beside it is stale: it is not read, as transformers does not.
+
     Raises:
         CheckpointError: there is none, the index is malformed, or a shard that it names is missing.
     """
-    index = folder / _INDEX
+    index, single = folder / _INDEX, folder / _SINGLE
+    if single.exists():
+        if index.exists():
+            logger.warning("%s: %s is read, and not the shards that %s names", folder, _SINGLE, _INDEX)
+        return [single]
     if not index.exists():
-        if (folder / _SINGLE).exists():
-            return [folder / _SINGLE]
         raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}; only safetensors weights are read")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

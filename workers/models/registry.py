@@ -14,6 +14,7 @@ from workers.loading.tokenizer_eos import tokenizer_eos_token_id
 from workers.models.causal_lm import CausalLM
 from workers.models.config.attention_keys import refuse_other_attention
 from workers.models.config.model_config import ModelConfig
+from workers.models.tied_head import with_stored_head
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,19 @@ def read_model(folder: Path) -> tuple[type[CausalLM], ModelConfig]:
     """What runs the checkpoint in `folder`, and its config.
 
     Reads `config.json` and, where they are there, `generation_config.json` and the tokenizer's files for its end of a
-    text.
+    text. If the output matrix is to be the embedding, looks whether the weights agree.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the model is none that Baton runs; names file and key.
     """
     generation = folder / "generation_config.json"
-    return parse_model(
+    found, model = parse_model(
         read_json(folder / "config.json"),
         read_json(generation) if generation.exists() else None,
         source=str(folder / "config.json"),
         tokenizer_eos=tokenizer_eos_token_id(folder),
     )
+    return found, with_stored_head(found, model, folder)
 
 
 def parse_model(
