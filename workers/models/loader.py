@@ -186,8 +186,8 @@ def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Pla
         name = weights.canonical(stored.name)
         if name in wanted:
             if name in found:
-                files = f"{found[name].file.name} and {stored.file.name}"
-                logger.warning("%s: tensor %s is in %s; the last one is read", folder, stored.name, files)
+                both = f"{found[name].file.name} and {stored.file.name}"
+                logger.warning("%s: tensor %s is in %s; the last one is read", folder, stored.name, both)
             found[name] = stored
         elif (scale := kv_scale_place(name, config.num_layers)) is not None:
             kv_scales[scale] = stored
