@@ -33,6 +33,8 @@ class SamplingOptions(TypedDict, total=False):
     max_tokens: int | None
     min_tokens: int | None
     logprobs: int | None
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
 
 
 class RequestOptions(TypedDict, total=False):

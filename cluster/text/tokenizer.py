@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.text.detokenizer import REPLACEMENT, TokenKind
+from cluster.text.detokenizer import REPLACEMENT, TextDecoder, TokenKind
 from cluster.text.length_bound import LengthBound, length_bound
+from cluster.text.token_bytes import TokenBytes
 from cluster.text.tokenizer_files import load_tokenizers, one_line
 from workers.errors import InvalidRequestError
 
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""What the template is given by this side, and no client may give it."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,13 @@ class Tokenizer:
     """Text to token ids and back. Nothing in it changes after loading, so threads may share one.
 
     Attributes:
+        eos_token_ids: the token that the tokenizer calls the end of a text; `ModelConfig.eos_token_ids` has it beside
+            what the other files name.
         vocab_size: one more than the highest token id.
         special_token_ids: tokens that no text shows, by how they are spelled.
         length_bound: how much text a number of tokens can stand for, if this tokenizer allows to say so.
         anchor: a token with a text of its own, after which others are decoded as they continue a text; may be none.
+        token_bytes: the bytes that a token stands for, by its id.
     """
 
     def __init__(self, hf_tokenizer: Any, *, own: tokenizers.Tokenizer | None = None) -> None:
@@ -64,6 +76,8 @@ class Tokenizer:
         self._rust.no_truncation()
         self._rust.no_padding()
         self._rust.encode_special_tokens = bool(getattr(hf_tokenizer, "split_special_tokens", False))
+        eos = None if hf_tokenizer.eos_token is None else self._rust.token_to_id(str(hf_tokenizer.eos_token))
+        self.eos_token_ids = frozenset[int]() if eos is None else frozenset({eos})
         self._kinds, self._bytes = _token_kinds(self._rust)
         self.vocab_size: int = len(self._kinds)
         self.special_token_ids: dict[str, int] = {
@@ -74,6 +88,7 @@ class Tokenizer:
         self.length_bound: LengthBound | None = length_bound(self._rust)
         self.anchor: tuple[int, ...] = self._find_anchor()
         self._anchor_text = self.text_of(self.anchor)
+        self.token_bytes = TokenBytes(self._rust)
         self._no_chat = self._why_no_chat()
 
     @classmethod
@@ -164,27 +179,57 @@ class Tokenizer:
         """The byte that a token of kind BYTE stands for."""
         return self._bytes[token_id]
 
-    def apply_chat_template(self, messages: Sequence[ChatMessage]) -> str:
+    def token_name(self, token_id: int) -> str:
+        """A token as the checkpoint spells it; empty for an id without a token."""
+        return self._rust.id_to_token(token_id) or ""
+
+    @property
+    def with_special_tokens(self) -> TextDecoder:
+        """The same vocabulary, whose special tokens have a text: the one that the checkpoint spells them with."""
+        return _WithSpecialTokens(self, self._rust)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[ChatMessage],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
         """The prompt for a chat, by the checkpoint's template, up to where the model's answer begins.
 
         Encode it with `add_special_tokens=False`: the template writes the special tokens, the first one included.
 
+        Args:
+            messages: oldest first.
+            variables: more that the template may look at, such as `enable_thinking`.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: end in the last message, which the model goes on with; not with the one before.
+
         Raises:
-            InvalidRequestError: there is no template or no message, or the template refuses the messages.
+            InvalidRequestError: there is no template or no message, the template refuses the messages, or a variable
+                has a name that is not a client's to give.
         """
         if self._no_chat is not None:
             raise InvalidRequestError(f"{self._no_chat}; send a prompt instead of messages")
         if not messages:
             raise InvalidRequestError("the list of chat messages is empty")
+        if taken := sorted(_TEMPLATE_ARGUMENTS & set(variables or {})):
+            raise InvalidRequestError(f"chat_template_kwargs has {taken[0]}, which is not a variable of the template")
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError("continue_final_message and add_generation_prompt exclude each other")
         try:
-            return self._render(messages)
+            return self._render(
+                messages,
+                **(variables or {}),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
         except Exception as error:  # a template is a program: it raises what it likes
             raise InvalidRequestError(f"the model's chat template refuses these messages: {one_line(error)}") from error
 
-    def _render(self, messages: Sequence[ChatMessage]) -> str:
-        rendered = self._hf.apply_chat_template(
-            [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+    def _render(self, messages: Sequence[ChatMessage], **arguments: Any) -> str:
+        rendered = self._hf.apply_chat_template([asdict(message) for message in messages], tokenize=False, **arguments)
         return str(rendered)
 
     def _why_no_chat(self) -> str | None:
@@ -194,7 +239,7 @@ class Tokenizer:
         reasons = []
         for probe in _PROBES:
             try:
-                if _HELLO in self._render(probe):
+                if _HELLO in self._render(probe, add_generation_prompt=True):
                     return None
                 reasons.append("it leaves out what the user says")
             except Exception as error:  # a template is a program: it raises what it likes
@@ -212,6 +257,24 @@ class Tokenizer:
                 if text and REPLACEMENT not in text and self.text_of((token_id, token_id)).startswith(text):
                     return (token_id,)
         return ()
+
+
+class _WithSpecialTokens:
+    """A tokenizer as a decoder that shows special tokens, too."""
+
+    def __init__(self, tokenizer: Tokenizer, rust: tokenizers.Tokenizer) -> None:
+        self._rust = rust
+        self._kind = tokenizer.token_kind
+        self.anchor = tokenizer.anchor
+        self.byte_value = tokenizer.byte_value
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return self._rust.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_kind(self, token_id: int) -> TokenKind:
+        kind = self._kind(token_id)
+        special = kind is TokenKind.SILENT and self._rust.id_to_token(token_id) is not None
+        return TokenKind.TEXT if special else kind
 
 
 def _token_kinds(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[TokenKind, ...], dict[int, int]]:
