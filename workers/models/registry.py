@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.loading.config_reader import ConfigReader, read_json
+from workers.loading.gguf.config import gguf_config
+from workers.loading.gguf.header import is_gguf
 from workers.loading.tokenizer_eos import tokenizer_eos_token_id
 from workers.models.causal_lm import CausalLM
 from workers.models.config.attention_keys import refuse_other_attention
@@ -69,11 +71,13 @@ def read_model(folder: Path) -> tuple[type[CausalLM], ModelConfig]:
     """What runs the checkpoint in `folder`, and its config.
 
     Reads `config.json` and, where they are there, `generation_config.json` and the tokenizer's files for its end of a
-    text. If the output matrix is to be the embedding, looks whether the weights agree.
+    text; of a GGUF file its metadata. If the output matrix is to be the embedding, looks whether the weights agree.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the model is none that Baton runs; names file and key.
     """
+    if is_gguf(folder):
+        return parse_model(gguf_config(folder), source=str(folder))
     generation = folder / "generation_config.json"
     found, model = parse_model(
         read_json(folder / "config.json"),

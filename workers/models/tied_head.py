@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from workers.errors import CheckpointError
-from workers.loading.checkpoint import StoredTensor, stored_tensors
+from workers.loading.checkpoint import stored_tensors
+from workers.loading.stored_tensor import StoredTensor
 from workers.models.causal_lm import CausalLM
 from workers.models.config.model_config import ModelConfig
 from workers.models.weight_map import WeightMap
