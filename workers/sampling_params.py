@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from workers.errors import InvalidRequestError
+from workers.structured_output import StructuredOutput
 
 _Item = TypeVar("_Item", str, int)
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 100.0
+MAX_LISTED_TOKENS = 131_072
+"""Of `allowed_token_ids`, and of `logit_bias`."""
+MAX_BAD_WORDS = 1024
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing by the temperature leaves one token anyway, so sampling is greedy."""
 
@@ -38,6 +43,12 @@ class SamplingParams:
         logprobs: log-probabilities of the chosen and of this many most likely tokens; None returns none.
         include_stop_str_in_output: what ended the text, a stop string or a token, is part of the text.
         skip_special_tokens: special tokens have no text.
+        structured_output: the form of the answer; None leaves it free.
+        logit_bias: (token id, what is added to its logit) pairs, the latter in [-100, 100].
+        allowed_token_ids: the only tokens that may be generated; empty allows all.
+        bad_words: texts that are not generated: the last token of each never follows the others.
+        bad_words_token_ids: the same as tokens, each word in every way that it is to be kept out. The gateway fills it
+            in, which has the tokenizer.
 
     Raises:
         InvalidRequestError: a value outside its range, or of another type.
@@ -59,6 +70,11 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_output: StructuredOutput | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0.0, 100.0)
@@ -78,6 +94,7 @@ class SamplingParams:
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}")
         self._set_stops()
+        self._check_restrictions()
 
     def _set_stops(self) -> None:
         """Check what ends the text; lists become tuples, and a single string is one stop string."""
@@ -88,6 +105,17 @@ class SamplingParams:
             raise InvalidRequestError("a stop string is empty")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, int))
+
+    def _check_restrictions(self) -> None:
+        object.__setattr__(self, "allowed_token_ids", _items("allowed_token_ids", self.allowed_token_ids, int))
+        object.__setattr__(self, "bad_words", _items("bad_words", self.bad_words, str))
+        for _, bias in self.logit_bias:
+            _require("a logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        _require_at_most("logit_bias", len(self.logit_bias), MAX_LISTED_TOKENS)
+        _require_at_most("allowed_token_ids", len(self.allowed_token_ids), MAX_LISTED_TOKENS)
+        _require_at_most("bad_words", len(self.bad_words), MAX_BAD_WORDS)
+        if any(not text.strip() for text in self.bad_words):
+            raise InvalidRequestError("a text in bad_words is empty")
 
     @property
     def greedy(self) -> bool:
@@ -120,3 +148,8 @@ def _items(name: str, given: object, kind: type[_Item]) -> tuple[_Item, ...]:
         if not isinstance(item, kind) or isinstance(item, bool):
             raise InvalidRequestError(f"{name} has {item!r}, expected {'text' if kind is str else 'integers'}")
     return items
+
+
+def _require_at_most(name: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidRequestError(f"{name} has {count} entries, at most {most} are allowed")

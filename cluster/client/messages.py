@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.api import RequestReport, Usage
+from cluster.conversation.deltas import Delta
 from cluster.wire import convert
+from cluster.wire.chat import deltas_from_proto
 from protos import baton_pb2
 from workers.messages import FinishReason
 
@@ -31,6 +33,7 @@ class PositionLogprobs:
 class GenerateChunk:
     """A part of an answer (or all of it); `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
 
+    `deltas`: of a chat's answer, what the text says; None where all of it is content.
     `stop_reason`: which of the request's stop strings or stop tokens ended it; None: something else did.
     """
 
@@ -42,6 +45,7 @@ class GenerateChunk:
     usage: Usage | None
     report: RequestReport | None
     stop_reason: str | int | None = None
+    deltas: tuple[Delta, ...] | None = None
 
 
 def chunk(response: baton_pb2.GenerateResponse) -> GenerateChunk:
@@ -57,6 +61,7 @@ def chunk(response: baton_pb2.GenerateResponse) -> GenerateChunk:
         usage=convert.usage_from_proto(response.usage) if response.HasField("usage") else None,
         report=convert.report_from_proto(response.timings) if response.HasField("timings") else None,
         stop_reason=convert.stop_reason_from_proto(response.stop_reason),
+        deltas=deltas_from_proto(response.chat_delta) if response.HasField("chat_delta") else None,
     )
 
 

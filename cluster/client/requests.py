@@ -8,12 +8,13 @@ from dataclasses import fields, replace
 from typing import Any, TypedDict, Unpack
 
 from cluster.client.conversations import Messages, chat_to_proto
-from cluster.wire import convert
+from cluster.wire.sampling import sampling_to_proto
 from protos import baton_pb2
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams
+from workers.structured_output import StructuredOutput
 
-_SAMPLING = frozenset(field.name for field in fields(SamplingParams))
+_SAMPLING = frozenset(field.name for field in fields(SamplingParams)) - {"bad_words_token_ids"}
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -35,6 +36,10 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
     include_stop_str_in_output: bool | None
     skip_special_tokens: bool | None
+    structured_output: StructuredOutput | None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None
+    allowed_token_ids: Sequence[int] | None
+    bad_words: Sequence[str] | None
 
 
 class RequestOptions(TypedDict, total=False):
@@ -80,6 +85,8 @@ def generate_request(
             raise InvalidRequestError(_unknown(name))
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise InvalidRequestError(f"sampling is {sampling!r}, expected SamplingParams")
+    if isinstance(of_sampling.get("logit_bias"), Mapping):
+        of_sampling["logit_bias"] = tuple(of_sampling["logit_bias"].items())
     if of_sampling:
         sampling = replace(sampling or SamplingParams(), **of_sampling)
     try:
@@ -87,7 +94,7 @@ def generate_request(
             text=_text(prompt),
             token_ids=None if token_ids is None else baton_pb2.TokenIds(ids=_ids(token_ids)),
             chat=None if chat is None else chat_to_proto(chat),
-            sampling=None if sampling is None else convert.sampling_to_proto(sampling),
+            sampling=None if sampling is None else sampling_to_proto(sampling),
             **of_request,
         )
     except (ValueError, TypeError) as error:

@@ -96,9 +96,10 @@ class IncrementalDetokenizer:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """The rest of the text: nothing comes after it."""
+        """The rest of the text, which no token after it changes; if one comes all the same, it continues the text."""
         piece = self._advance(at_end=True) + REPLACEMENT * len(self._pending)
-        self._window, self._pending, self._num_sent = [], [], 0
+        self._pending.clear()
+        self._begin_anew()
         return piece
 
     def _settle_bytes(self) -> str:
@@ -122,10 +123,14 @@ class IncrementalDetokenizer:
             return ""
         piece = self._advance(at_end=True)
         del self._pending[:count]
+        self._begin_anew()
+        return piece + REPLACEMENT * count
+
+    def _begin_anew(self) -> None:
+        """Forget the tokens so far, but not that there were some."""
         anchor = self._tokenizer.anchor
         self._window = [tuple(anchor)] if anchor else []
         self._num_sent = len(self._tokenizer.text_of(anchor))
-        return piece + REPLACEMENT * count
 
     def _grow(self, tokens: tuple[int, ...]) -> None:
         self._window.append(tokens)

@@ -59,6 +59,11 @@ class StopStrings:
         self._held = pending[keep:]
         return pending[:keep], False
 
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
     def finish(self) -> str:
         """The text that was held back, now that no stop string can be completed any more."""
         held, self._held = self._held, ""

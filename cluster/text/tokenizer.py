@@ -6,10 +6,12 @@ import logging
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.conversation.messages import ChatMessage, Tool
+from cluster.conversation.tool_format import ToolFormat
+from cluster.text.chat_template import ChatTemplate
 from cluster.text.detokenizer import REPLACEMENT, TextDecoder, TokenKind
 from cluster.text.gguf.folder import gguf_tokenizer_folder
 from cluster.text.length_bound import LengthBound, length_bound
@@ -26,20 +28,12 @@ logger = logging.getLogger(__name__)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TEMPLATE_ARGUMENTS = frozenset(
     {
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
         *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
 """What the template is given by this side, and no client may give it."""
-
-
-@dataclass(frozen=True)
-class ChatMessage:
-    """One message of a chat; which roles exist is up to the checkpoint's template."""
-
-    role: str
-    content: str
 
 
 _HELLO = "Hello"
@@ -81,6 +75,7 @@ class Tokenizer:
         eos = None if hf_tokenizer.eos_token is None else self._rust.token_to_id(str(hf_tokenizer.eos_token))
         self.eos_token_ids = frozenset[int]() if eos is None else frozenset({eos})
         self._kinds, self._bytes = _token_kinds(self._rust)
+        self._chat_template = ChatTemplate(hf_tokenizer)
         self.vocab_size: int = len(self._kinds)
         self.special_token_ids: dict[str, int] = {
             added.content: token_id
@@ -184,6 +179,11 @@ class Tokenizer:
         """The byte that a token of kind BYTE stands for."""
         return self._bytes[token_id]
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's chat template."""
+        return self._chat_template
+
     def token_name(self, token_id: int) -> str:
         """A token as the checkpoint spells it; empty for an id without a token."""
         return self._rust.id_to_token(token_id) or ""
@@ -198,6 +198,8 @@ class Tokenizer:
         messages: Sequence[ChatMessage],
         variables: Mapping[str, Any] | None = None,
         *,
+        tools: Sequence[Tool] = (),
+        tool_format: ToolFormat | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
@@ -208,6 +210,8 @@ class Tokenizer:
         Args:
             messages: oldest first.
             variables: more that the template may look at, such as `enable_thinking`.
+            tools: that the model may call.
+            tool_format: that it speaks.
             add_generation_prompt: end with what begins an answer.
             continue_final_message: end in the last message, which the model goes on with; not with the one before.
 
@@ -224,18 +228,16 @@ class Tokenizer:
         if add_generation_prompt and continue_final_message:
             raise InvalidRequestError("continue_final_message and add_generation_prompt exclude each other")
         try:
-            return self._render(
+            return self._chat_template.render(
                 messages,
-                **(variables or {}),
+                variables or {},
+                tools=tools,
+                tool_format=tool_format,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
         except Exception as error:  # a template is a program: it raises what it likes
             raise InvalidRequestError(f"the model's chat template refuses these messages: {one_line(error)}") from error
-
-    def _render(self, messages: Sequence[ChatMessage], **arguments: Any) -> str:
-        rendered = self._hf.apply_chat_template([asdict(message) for message in messages], tokenize=False, **arguments)
-        return str(rendered)
 
     def _why_no_chat(self) -> str | None:
         """Why no chat can become a prompt; None: one can."""
@@ -244,7 +246,10 @@ class Tokenizer:
         reasons = []
         for probe in _PROBES:
             try:
-                if _HELLO in self._render(probe, add_generation_prompt=True):
+                rendered = self._chat_template.render(
+                    probe, {}, tools=(), tool_format=None, add_generation_prompt=True, continue_final_message=False
+                )
+                if _HELLO in rendered:
                     return None
                 reasons.append("it leaves out what the user says")
             except Exception as error:  # a template is a program: it raises what it likes
