@@ -36,7 +36,14 @@ from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import FirstToken, LocalPrefill
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
-from workers.validation import check_capacity, check_local, check_prompt, check_sampling_tokens, check_token_ids
+from workers.validation import (
+    check_capacity,
+    check_local,
+    check_prompt,
+    check_sampling,
+    check_sampling_tokens,
+    check_token_ids,
+)
 from workers.waiting_queue import DecodeQueue
 
 
@@ -119,18 +126,19 @@ class DecodeWorker:
 
     def add(self, request: WorkerRequest) -> None:
         """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
-        num_tokens = len(request.prompt_token_ids)
+        num_tokens, config = len(request.prompt_token_ids), self._runner.model.config
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
             check_capacity(self.cache, num_tokens + 1, "decode", computed=request.peer_engine is None)
-            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_token_ids(request.prompt_token_ids, config.vocab_size)
+            check_sampling(request.sampling, config.eos_token_ids, config.vocab_size)
             check_local(request.peer_engine is None, self._computes_prompts)
             check_sampling_tokens(request.sampling, self._runner.model.config.vocab_size)
             matcher = self._grammars.matcher(request.sampling.structured_output)
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
-        state = SamplingState.of(request, self._runner.model.config.eos_token_ids, self._max_model_len, matcher)
+        state = SamplingState.of(request, config.eos_token_ids, self._max_model_len, matcher)
         now = self._clock()
         sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now)
         self._kept.begin(sequence)

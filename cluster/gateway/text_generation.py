@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,14 @@ from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
+from cluster.text.stop_tokens import stop_token_ids
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
 from workers.structured_output import StructuredOutput
 from workers.token_ids import TokenIds, as_token_ids
-from workers.validation import check_token_ids
+from workers.validation import check_sampling, check_token_ids
 
 _TOKENIZER_THREADS = 2
 _HASHED_AT_ONCE = 1024
@@ -150,8 +152,9 @@ class Generation:
         return chunks if reader is None else _taken_apart(chunks, reader)
 
     async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
-        markers = self._conversations.marker_ids if engine_request.sampling.skip_special_tokens else {}
-        text = _TextAssembler(self._tokenizer, engine_request.sampling, self._model.eos_token_ids, markers)
+        sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
+        markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
+        text = _TextAssembler(self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
         async with aclosing(self._engine.generate(engine_request)) as stream:
             last = TextChunk("")
             async for chunk in stream:
@@ -209,7 +212,7 @@ class Generation:
             raise InvalidRequestError(
                 f"{len(token_ids)} tokens are given; the context window has {self._model.max_model_len}"
             )
-        decode = self._tokenizer.with_special_tokens.decode
+        decode = self._tokenizer.with_special_tokens.text_of
         return await asyncio.get_running_loop().run_in_executor(self._executor, decode, token_ids.tolist())
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
@@ -244,8 +247,8 @@ class Generation:
         return token_ids, prefix
 
     def token_text(self, token_id: int) -> str:
-        """A token's text by itself; special tokens have none."""
-        return self._tokenizer.decode([token_id])
+        """What a token adds to a text, its first space included; special tokens add nothing."""
+        return self._tokenizer.token_text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, special ones as they are spelled."""
@@ -258,7 +261,7 @@ class Generation:
     async def text_of(self, token_ids: TokenIds) -> str:
         """The text of a prompt that was given as token ids; special tokens have none."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._tokenizer.decode, token_ids.tolist())
+        return await loop.run_in_executor(self._executor, self._tokenizer.text_of, token_ids.tolist())
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
@@ -291,7 +294,11 @@ class Generation:
             )
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
-        """Keep `max_tokens` within the context window, and draw a seed if none was given."""
+        """Turn stop strings that are tokens into these, keep `max_tokens` within the window, draw a missing seed.
+
+        Raises:
+            InvalidRequestError: the request cannot be served; names the value and the limit.
+        """
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(
@@ -300,7 +307,12 @@ class Generation:
             )
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return replace(sampling, max_tokens=max_tokens, seed=seed)
+        # Where special tokens are shown, a stop string is found in the text, whatever it has.
+        special = self._tokenizer.special_token_ids if sampling.skip_special_tokens else {}
+        stops = stop_token_ids(sampling, special)
+        complete = replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stops)
+        check_sampling(complete, self._model.eos_token_ids, self._model.vocab_size)
+        return complete
 
 
 def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
@@ -337,25 +349,32 @@ class _TextAssembler:
         stop_reason: see `TextChunk`.
         stopped: a stop string was found; what comes after it is not part of the answer.
         num_tokens: tokens taken.
+
+    Args:
+        tokenizer: of the served checkpoint.
+        sampling: of the request.
+        prompt: what the answer continues; None: some text or other.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         sampling: SamplingParams,
-        eos_token_ids: Sequence[int],
-        markers: Mapping[int, str],
+        prompt: TokenIds | None = None,
+        eos_token_ids: Sequence[int] = (),
+        markers: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.stopped = False
         self.num_tokens = 0
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
-        )
+        shown = tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
+        self._detokenizer = IncrementalDetokenizer(shown, tokenizer.anchor if prompt is None else prompt)
         self._show_stop = sampling.include_stop_str_in_output
         self._stops = StopStrings(sampling.stop, include=self._show_stop)
         self._stop_token_ids = set(sampling.stop_token_ids).difference(() if sampling.ignore_eos else eos_token_ids)
+        special = tokenizer.special_token_ids
+        self._stop_strings = {special[stop]: stop for stop in sampling.stop if stop in special}
         self._min_tokens = sampling.min_tokens
         self._markers = markers
         self._positions = MarkerPositions()
@@ -368,7 +387,7 @@ class _TextAssembler:
             self.finish_reason = token.finish_reason
             # The token that ended the text is not part of it, unless that is wanted.
             if token.finish_reason is FinishReason.STOP and token.token_id in self._stop_token_ids:
-                self.stop_reason = token.token_id
+                self.stop_reason = self._stop_strings.get(token.token_id, token.token_id)
             if token.finish_reason is not FinishReason.STOP or self._show_stop:
                 if marker := self._markers.get(token.token_id):
                     # What is held back stands before it, whatever that turns out to be.
@@ -393,9 +412,7 @@ class _TextAssembler:
         return self._scan(self._detokenizer.finish()) + self._stops.finish()
 
     def _scan(self, text: str) -> str:
-        if self.num_tokens < self._min_tokens:
-            return text
-        kept, self.stopped = self._stops.push(text)
+        kept, self.stopped = self._stops.push(text, may_end=self.num_tokens >= self._min_tokens)
         if self.stopped:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self._stops.found
         return kept
