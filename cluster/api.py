@@ -170,6 +170,10 @@ class TokenStream(Protocol):
         """Where the request went and where its time went, as far as it is known."""
         ...
 
+    def complete(self) -> None:
+        """The tokens so far are all that is wanted, a stop string was found: the request has finished well."""
+        ...
+
     async def aclose(self) -> None:
         """Cancel what is still under way, on both sides."""
         ...

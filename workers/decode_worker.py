@@ -22,6 +22,7 @@ from workers.messages import (
     FinishReason,
     Load,
     RequestFailed,
+    RequestPreempted,
     TokenOutput,
     WorkerEvent,
     WorkerRequest,
@@ -232,6 +233,9 @@ class DecodeWorker:
         if batch := self._batch.schedule():
             self._launches.append(self.decoder.launch(batch))
             self._batch.launched(batch)
+        for sequence in self._batch.take_preempted():
+            request = sequence.request
+            self._events.append(RequestPreempted(request.request_id, attempt_id=request.attempt_id))
         self._collect(self._steps_ahead if batch else 0)
         more = batch or self._local.can_launch
         for first in self._local.collect(self._steps_ahead if launched and more else 0):

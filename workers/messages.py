@@ -168,6 +168,14 @@ class DecodeReport:
 
 
 @dataclass(frozen=True)
+class RequestPreempted:
+    """A sequence made room for others: its blocks are in host memory until there is room again."""
+
+    request_id: str
+    attempt_id: str = field(kw_only=True)
+
+
+@dataclass(frozen=True)
 class RequestFailed:
     """The request ended in an error on this worker; its blocks are already on their way back."""
 
@@ -176,7 +184,7 @@ class RequestFailed:
     error: Exception
 
 
-WorkerEvent = TokenOutput | PrefillReport | HandoffReport | DecodeReport | RequestFailed
+WorkerEvent = TokenOutput | PrefillReport | HandoffReport | DecodeReport | RequestPreempted | RequestFailed
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ class EngineObserver:
     def decode_reported(self, attempt: Attempt, report: DecodeReport) -> None:
         """What it was to the worker that decodes it."""
 
+    def request_preempted(self, attempt: Attempt) -> None:
+        """Its decode worker has moved its blocks to host memory, to make room for others."""
+
     def attempt_failed(self, attempt: Attempt, error: Exception) -> None:
         """An attempt has failed."""
 
@@ -56,10 +59,10 @@ class EngineObserver:
         """The request goes on elsewhere after this attempt, which failed or whose worker leaves."""
 
     def request_finished(self, request: EngineRequest, attempt: Attempt) -> None:
-        """Its last token was given to its client."""
+        """Its last token was given to its client, or a stop string was found: `Attempt.finish_reason` says why."""
 
     def request_cancelled(self, request: EngineRequest, attempt: Attempt | None) -> None:
-        """It was closed before its last token: its client left, or a stop string was found in its text."""
+        """It was closed before its last token: its client left."""
 
     def request_failed(self, request: EngineRequest, attempt: Attempt | None, error: Exception) -> None:
         """It ends in an error; without an attempt: none was placed then."""

@@ -101,6 +101,7 @@ class Generation:
                 else:
                     last = part  # it goes with the end, in one message
                 if text.stopped:
+                    stream.complete()
                     break  # There is more on its way that nobody wants: closing the stream stops it.
             report = await stream.report()
         if text.finish_reason is None:
