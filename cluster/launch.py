@@ -30,6 +30,9 @@ from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
+from cluster.live.history import Objectives
+from cluster.live.observed import Observed, observed
+from cluster.metrics.registry import Names
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
@@ -59,12 +62,14 @@ class Service:
         generation: takes text.
         model_info: what is served.
         readiness: whether it can answer, once it is run.
+        observed: its metrics and its last minutes; None: metrics.enabled is false.
     """
 
     engine: ServingEngine
     generation: Generation
     model_info: ModelInfo
     readiness: Readiness
+    observed: Observed | None = None
 
 
 @contextlib.asynccontextmanager
@@ -132,7 +137,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        yield Service(engine, Generation(engine, tokenizer, info), info, readiness)
+        generation = Generation(engine, tokenizer, info)
+        looked_at = await _observe(config, stack, engine, generation, info, readiness)
+        yield Service(engine, generation, info, readiness, looked_at)
 
 
 def check_backend_name(section: str, name: str) -> None:
@@ -178,6 +185,23 @@ def _autoscale(
     )
     task = asyncio.create_task(autoscaler.run())
     stack.callback(task.cancel)
+
+
+async def _observe(
+    config: ServiceConfig,
+    stack: contextlib.AsyncExitStack,
+    engine: ServingEngine,
+    generation: Generation,
+    info: ModelInfo,
+    readiness: Readiness,
+) -> Observed | None:
+    """Have the service looked at until the stack ends, if that is wanted."""
+    settings = config.metrics
+    if not settings.enabled:
+        return None
+    objectives = Objectives(settings.good_ttft_s, settings.good_itl_s)
+    names: Names = "vllm" if settings.names == "vllm" else "baton"
+    return await stack.enter_async_context(observed(engine, generation, info, readiness, objectives, names))
 
 
 async def _count_gpus(stock: GpuBudget) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli.stop_signals import StopSignals
@@ -18,6 +18,7 @@ from workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.gateway.readiness import Readiness
+    from cluster.live.observed import Observed
     from cluster.server.grpc.serve import Server
 
 _EPILOG = """\
@@ -168,16 +169,29 @@ async def _launch(
             signals.take()
             await server.serve(service.generation, service.engine, service.model_info, service.readiness.health)
             following = asyncio.gather(service.readiness.run(), _follow(service.readiness, server))
-            settle()
-            status.stop()
-            for warning in warnings:
-                console.print(f"warning: {warning}", style="yellow", markup=False)
-            print(_welcome(config, server.address, service.model_info), flush=True)
-            await stopping.wait()
-            await _drain(server, config.server.drain_timeout_s, console, signals)
+            async with _pages(config, server.port, service.observed) as page:
+                settle()
+                status.stop()
+                for warning in warnings:
+                    console.print(f"warning: {warning}", style="yellow", markup=False)
+                print(_welcome(config, server.address, service.model_info, page), flush=True)
+                await stopping.wait()
+                await _drain(server, config.server.drain_timeout_s, console, signals)
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await following
+
+
+@contextlib.asynccontextmanager
+async def _pages(config: ServiceConfig, port: int, observed: Observed | None) -> AsyncIterator[str | None]:
+    """Serve the page and the metrics, if they are wanted; yields the page's address."""
+    from cluster.server.pages.serve import serve_pages
+
+    if observed is None:
+        yield None
+        return
+    async with serve_pages(config.metrics, port, observed.answers) as address:
+        yield address
 
 
 async def _follow(readiness: Readiness, server: Server) -> None:
@@ -215,7 +229,7 @@ def _sizes(config: ServiceConfig) -> str:
     return ", ".join(f"{group.settings.replicas} {group.key}" for group in groups_of(config))
 
 
-def _welcome(config: ServiceConfig, address: str, model: Any) -> str:
+def _welcome(config: ServiceConfig, address: str, model: Any, page: str | None) -> str:
     from cluster.recall import EXAMPLE, is_shipped
 
     tls, token = config.server.tls_cert is not None, config.server.auth_token is not None
@@ -232,6 +246,8 @@ def _welcome(config: ServiceConfig, address: str, model: Any) -> str:
     ]
     if config.server.reflection:
         lines.append(f'  grpcurl {curl}-d \'{{"text": "{prompt}"}}\' {address} baton.v1.Baton/Generate')
+    if page is not None:
+        lines.append(f"  {page}   shows it at work, {page}metrics its metrics")
     if token:
         lines.insert(2, "  export BATON_TOKEN=…   the server asks for its token")
     return "\n".join([*lines, "Ctrl-C stops it."])

@@ -192,6 +192,20 @@ class AutoscalerConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """The page that shows the service at work, and its metrics for Prometheus, on an HTTP server of their own."""
+
+    enabled: bool = _setting(True, "count, and serve / and /metrics")
+    host: str = _setting("127.0.0.1", "address to listen on; only this machine by default, for there is no token")
+    port: int | None = _setting(
+        None, "default: the one after server.port, or a free one where that is taken", low=0, high=65535
+    )
+    names: str = _setting("baton", "vllm publishes under vllm: what vLLM has, too", choices=("baton", "vllm"))
+    good_ttft_s: float = _setting(1.0, "a good request has its first token by then", above=0)
+    good_itl_s: float = _setting(0.05, "and after that so long between tokens at most, on average", above=0)
+
+
+@dataclass(frozen=True)
 class RayConfig:
     """The Ray cluster."""
 
@@ -210,6 +224,7 @@ class ServiceConfig:
     router: RouterConfig = RouterConfig()
     handoff: HandoffConfig = HandoffConfig()
     autoscaler: AutoscalerConfig = AutoscalerConfig()
+    metrics: MetricsConfig = MetricsConfig()
     ray: RayConfig = RayConfig()
 
 
