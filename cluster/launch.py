@@ -28,10 +28,12 @@ from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
+from cluster.gateway.request_lines import RequestLines
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.live.history import Objectives
 from cluster.live.observed import Observed, observed
+from cluster.logs.setup import REQUESTS
 from cluster.metrics.registry import Names
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
@@ -113,6 +115,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             gpus=stock,
             disaggregation=config.router.disaggregation,
         )
+        if config.logging.requests or config.logging.prompts:
+            engine.observe(_request_lines(config, tokenizer))
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
         weights = readable_size(model_bytes(model_class, model, dtype))
@@ -185,6 +189,14 @@ def _autoscale(
     )
     task = asyncio.create_task(autoscaler.run())
     stack.callback(task.cancel)
+
+
+def _request_lines(config: ServiceConfig, tokenizer: Tokenizer) -> RequestLines:
+    """What logs each request at its end, whatever level the rest is logged at."""
+    lines = logging.getLogger(REQUESTS)
+    lines.setLevel(logging.INFO)
+    decode = (lambda prompt: tokenizer.decode(prompt.tolist())) if config.logging.prompts else None
+    return RequestLines(lines, decode)
 
 
 async def _observe(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli.stop_signals import StopSignals
 from cluster.config.groups import groups_of
 from cluster.config.load import describe_settings, load_config
 from cluster.config.schema import ServiceConfig
+from cluster.logs.setup import log_to_stderr
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,14 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs ({prefill,decode}.enforce_eager)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
-    parser.add_argument("--verbose", action="store_true", help="log what happens inside")
+    parser.add_argument("--verbose", action="store_true", help="log what happens inside (logging.level=info)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     config = load_config(args.config, overrides=overrides_of(args))
-    level = logging.INFO if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if args.verbose and config.logging.level in ("warning", "error"):
+        config = replace(config, logging=replace(config.logging, level="info"))
+    log_to_stderr(config.logging.level, config.logging.format, "gateway")
     asyncio.run(_until_signal(config))
     return 0
 

@@ -206,6 +206,21 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class LoggingConfig:
+    """What is logged: by the gateway on its error stream, by workers in files of their own."""
+
+    level: str = _setting("warning", "the lowest that is written", choices=("debug", "info", "warning", "error"))
+    format: str = _setting("text", "json: one object a line", choices=("text", "json"))
+    requests: bool = _setting(True, "a line for each request at its end: workers, tokens, times, outcome")
+    prompts: bool = _setting(False, "prompts are in that line, too; never otherwise")
+    folder: str | None = _setting(
+        None,
+        "of the workers' logs, on their machines: NAME.log; default: logs/ in BATON_CACHE_DIR or ~/.cache/baton",
+        is_path=True,
+    )
+
+
+@dataclass(frozen=True)
 class RayConfig:
     """The Ray cluster."""
 
@@ -225,6 +240,7 @@ class ServiceConfig:
     handoff: HandoffConfig = HandoffConfig()
     autoscaler: AutoscalerConfig = AutoscalerConfig()
     metrics: MetricsConfig = MetricsConfig()
+    logging: LoggingConfig = LoggingConfig()
     ray: RayConfig = RayConfig()
 
 
