@@ -24,9 +24,10 @@ from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
 from cluster.config.groups import groups_of
 from cluster.config.load import ray_token_is_given
-from cluster.config.schema import AutoscalerConfig, ServiceConfig
+from cluster.config.schema import AutoscalerConfig, ServiceConfig, TracingConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
+from cluster.gateway.observers import EngineObserver
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.request_lines import RequestLines
 from cluster.gateway.text_generation import Generation
@@ -117,6 +118,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         )
         if config.logging.requests or config.logging.prompts:
             engine.observe(_request_lines(config, tokenizer))
+        if config.tracing.enabled:
+            engine.observe(_traces(config.tracing, stack))
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
         weights = readable_size(model_bytes(model_class, model, dtype))
@@ -189,6 +192,21 @@ def _autoscale(
     )
     task = asyncio.create_task(autoscaler.run())
     stack.callback(task.cancel)
+
+
+def _traces(config: TracingConfig, stack: contextlib.AsyncExitStack) -> EngineObserver:
+    """What traces requests, and sends what is left when the stack ends.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    from cluster.tracing.exporting import otlp_targets
+
+    targets = otlp_targets(config.endpoint, config.sample, config.service_name)
+    stack.push_async_callback(asyncio.to_thread, targets.close)
+    from cluster.tracing.observer import TraceRequests  # it needs what `otlp_targets` has found
+
+    return TraceRequests(targets)
 
 
 def _request_lines(config: ServiceConfig, tokenizer: Tokenizer) -> RequestLines:

@@ -17,6 +17,7 @@ from workers.messages import (
     PrefillReport,
     RequestFailed,
     RequestPreempted,
+    SpansReport,
     StepOutput,
     TokenOutput,
     WorkerEvent,
@@ -153,6 +154,8 @@ def _told(event: WorkerEvent, engine_id: str) -> str:
             return f"was handed over by {engine_id}, {event.num_bytes} bytes in {event.transfer_s * 1e3:.1f} ms"
         case DecodeReport():
             return f"had its second token on {engine_id} {event.first_decode_s * 1e3:.1f} ms after its cache"
+        case SpansReport():
+            return f"was traced on {engine_id}, {len(event.spans)} spans"
         case RequestPreempted():
             return f"made room for others on {engine_id}"
         case TokenOutput():

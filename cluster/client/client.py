@@ -22,6 +22,7 @@ from cluster.client.messages import (
     scale_request,
     tokenize_request,
 )
+from cluster.trace_context import outgoing
 from cluster.wire import convert
 from cluster.wire.auth import bearer
 from cluster.wire.retry_after import RETRY_AFTER_KEY
@@ -112,7 +113,7 @@ class BatonClient:
         """
         request = generate_request(prompt, token_ids, chat, sampling, **options)
         with _errors(self._connection):
-            call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=[*self._metadata, *outgoing()])
             try:
                 for response in call:
                     yield chunk(response)
@@ -132,7 +133,7 @@ class BatonClient:
         """Generate and return the answer whole. Arguments and errors as in `generate`."""
         request = generate_request(prompt, token_ids, chat, sampling, **options)
         with _errors(self._connection):
-            return chunk(self._stub.GenerateOnce(request, timeout=timeout_s, metadata=self._metadata))
+            return chunk(self._stub.GenerateOnce(request, timeout=timeout_s, metadata=[*self._metadata, *outgoing()]))
 
     def tokenize(
         self, prompt: str | None = None, *, chat: Messages | None = None, timeout_s: float | None = None
@@ -244,7 +245,7 @@ class AsyncBatonClient:
         """Generate part by part. Arguments, cancelling and errors as in `BatonClient.generate`."""
         request = generate_request(prompt, token_ids, chat, sampling, **options)
         with _errors(self._connection):
-            call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=[*self._metadata, *outgoing()])
             try:
                 async for response in call:
                     yield chunk(response)

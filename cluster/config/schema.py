@@ -221,6 +221,18 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class TracingConfig:
+    """A trace of each request by OpenTelemetry (pip install 'baton[trace]')."""
+
+    enabled: bool = _setting(False, "trace requests, and send the spans to a collector by OTLP over HTTP")
+    endpoint: str | None = _setting(
+        None, "the collector's; default: OTEL_EXPORTER_OTLP_ENDPOINT, or http://localhost:4318/v1/traces"
+    )
+    sample: float = _setting(1.0, "share kept of traces that begin here; a client's says it itself", low=0, high=1)
+    service_name: str = _setting("baton", "what the collector knows the service by")
+
+
+@dataclass(frozen=True)
 class RayConfig:
     """The Ray cluster."""
 
@@ -241,6 +253,7 @@ class ServiceConfig:
     autoscaler: AutoscalerConfig = AutoscalerConfig()
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
     ray: RayConfig = RayConfig()
 
 

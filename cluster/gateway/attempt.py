@@ -44,6 +44,7 @@ class Attempt:
         last_token_at: when the last token came that is in order; 0 before the first.
         finished: the last token is here.
         error: why the attempt failed.
+        traced: whether its workers are to say when what happened.
         output_before: tokens that earlier attempts have generated, which are part of its prompt.
         finish_reason: why the text ended, once it has.
         first_report: of the attempt that had the request's first token, if that was another one.
@@ -64,6 +65,7 @@ class Attempt:
     _held: list[TokenOutput] = field(default_factory=list)
     _ready: list[TokenOutput] = field(default_factory=list)
     error: Exception | None = None
+    traced: bool = False
     output_before: int = 0
     finish_reason: FinishReason | None = None
     first_report: RequestReport | None = None

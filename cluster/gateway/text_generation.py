@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cluster import trace_context
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
@@ -90,7 +91,7 @@ class Generation:
         timeout_s = request.timeout_s - (time.monotonic() - arrival)
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
-        engine_request = replace(engine_request, timeout_s=timeout_s)
+        engine_request = replace(engine_request, timeout_s=timeout_s, received=arrival)
         text = _TextAssembler(self._tokenizer, engine_request.sampling)
         async with aclosing(self._engine.generate(engine_request)) as stream:
             last = TextChunk("")
@@ -145,6 +146,7 @@ class Generation:
                 self._executor, self._hashed, request.prompt, request.cache_salt
             )
         options = shared_options(request)
+        options["traceparent"] = request.traceparent or trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
         options["sampling"] = self._complete(request.sampling, len(prompt))
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
