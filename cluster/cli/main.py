@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("start the service here, in the foreground", "cluster.cli.up"),
     "generate": ("send a prompt and stream the answer", "cluster.cli.generate"),
     "status": ("show pools, workers, load and KV blocks", "cluster.cli.status"),
+    "top": ("follow a service in the terminal, as its page does in a browser", "cluster.cli.top"),
     "scale": ("have pools grow or shrink while they serve", "cluster.cli.scale"),
     "explain": ("show where a request would go, and why", "cluster.cli.explain"),
     "plan": ("weigh every split of GPUs into prefill and decode workers", "cluster.cli.plan"),

@@ -94,7 +94,7 @@ class Answers:
         return Answer(404, b"there is nothing here; see /, /metrics or /live.json\n", {"content-type": "text/plain"})
 
     async def _exposition(self, headers: Mapping[str, str], body: bytes) -> Answer:
-        content_type, text = self._metrics.exposition(headers.get("accept", ""))
+        content_type, text = self._metrics.exposition()
         return Answer(200, text, {"content-type": content_type})
 
     async def _live(self, headers: Mapping[str, str], body: bytes) -> Answer:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 
@@ -15,6 +14,7 @@ from cluster.metrics.histogram import BatchHistogram
 
 PREFIX, VLLM_PREFIX = "baton:", "vllm:"
 Names = Literal["baton", "vllm"]
+_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class MetricsRegistry:
@@ -83,14 +83,16 @@ class MetricsRegistry:
         """All there is now."""
         return list(self._prometheus.collect())
 
-    def exposition(self, accept: str = "") -> tuple[str, bytes]:
-        """All there is now, in the form that an Accept header asks for.
+    def exposition(self) -> tuple[str, bytes]:
+        """All there is now.
+
+        Always in Prometheus's own text format: of OpenMetrics, the other one that it asks for, the client library
+        writes names with a colon as if they had an underscore.
 
         Returns:
             Content type and text.
         """
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self._prometheus)
+        return _CONTENT_TYPE, generate_latest(self._prometheus)
 
     def _given(self, metric: Metric) -> dict[str, str]:
         return {label: self._constant[label] for label in metric.labels if label in self._constant}

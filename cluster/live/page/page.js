@@ -179,6 +179,7 @@ function requestRow(request, now) {
   const where = request.decode || request.prefill ? `${request.prefill ? `${nameOf(request.prefill)} → ` : ""}${nameOf(request.decode) || "alone"}` : "–";
   const stack = element("div", "stack");
   const parts = { q: request.queue_s || (request.state === "queued" ? whole : 0), p: request.prefill_s || 0, h: request.exposed_s || 0 };
+  if (request.state === "prefill" && !parts.p) parts.p = Math.max(0, whole - parts.q);
   parts.d = request.ttft_s ? Math.max(0, whole - parts.q - parts.p - parts.h) : 0;
   for (const [name, value] of Object.entries(parts)) {
     const part = element("i", name);

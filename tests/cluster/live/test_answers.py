@@ -79,9 +79,12 @@ async def test_the_server_answers_on_loopback_by_its_own_name_only(looked_at, un
         assert "<title>Baton</title>" in page.text
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert (await client.get(f"{address}page.js")).headers["content-type"].startswith("text/javascript")
-        metrics = await client.get(f"{address}metrics")
+        wanted = (
+            "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"  # Prometheus's own
+        )
+        metrics = await client.get(f"{address}metrics", headers={"accept": wanted})
         assert metrics.headers["content-type"].startswith("text/plain")
-        assert "baton:num_requests_running" in metrics.text
+        assert "\nbaton:num_requests_running{" in metrics.text, "names keep their colon"
         assert (await client.head(f"{address}live.json")).content == b""
         refusals = [
             (await client.get(f"{address}nothing"), 404),
