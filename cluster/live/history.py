@@ -62,11 +62,17 @@ class LiveHistory(EngineObserver):
         self._by_attempt: dict[str, LiveRequest] = {}
         self._draining: set[str] = set()
         self._num_noted = 0
+        self._tokens_counted = 0
 
     @property
     def under_way(self) -> list[LiveRequest]:
         """The requests that have not ended, oldest first."""
         return list(self._by_request.values())
+
+    def count_tokens(self) -> None:
+        """Give this second the tokens that have come since the last call: each token costs one addition, no clock."""
+        self.seconds.current.tokens += self.totals.tokens - self._tokens_counted
+        self._tokens_counted = self.totals.tokens
 
     def note(self, text: str, kind: str = "info") -> None:
         """Something that whoever looks should know; `kind` is info, good or bad."""
@@ -102,7 +108,6 @@ class LiveHistory(EngineObserver):
     def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
         """See `EngineObserver.tokens_received`."""
         self.totals.tokens += num_tokens
-        self.seconds.current.tokens += num_tokens
 
     def handoff_reported(self, attempt: Attempt, report: HandoffReport) -> None:
         """See `EngineObserver.handoff_reported`."""

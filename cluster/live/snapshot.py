@@ -20,6 +20,7 @@ _SHOWN_REQUESTS = 40
 
 def snapshot(engine: ServingEngine, history: LiveHistory, model: ModelInfo, readiness: Readiness) -> dict[str, Any]:
     """Everything that there is to see, fit for JSON. Times are Unix time in seconds, durations seconds."""
+    history.count_tokens()
     replicas = engine.pools.replicas
     requests = {live.number: live for live in (*history.under_way[-_SHOWN_REQUESTS:], *history.requests)}
     newest = sorted(requests.values(), key=lambda live: -live.number)[:_SHOWN_REQUESTS]
@@ -67,6 +68,7 @@ def lately(history: LiveHistory) -> dict[str, Any]:
 
 def sample(engine: ServingEngine, history: LiveHistory) -> None:
     """Note how many wait, and how full the caches are; to be called every second."""
+    history.count_tokens()
     second = history.seconds.current
     second.queued = engine.num_queued
     for role in ("prefill", "decode"):

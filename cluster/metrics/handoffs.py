@@ -16,10 +16,10 @@ class HandoffMetrics:
     """
 
     def __init__(self, registry: MetricsRegistry) -> None:
-        counter, histogram = registry.counter, registry.histogram
-        self._handoffs = counter("handoffs")
-        self._bytes, self._busy_s = counter("kv_transfer_bytes"), counter("kv_transfer_busy_seconds")
-        self._writes = counter("kv_transfer_writes")
+        counter, counters, histogram = registry.counter, registry.counters, registry.histogram
+        self._handoffs = counters("handoffs")
+        self._bytes, self._busy_s = counters("kv_transfer_bytes"), counters("kv_transfer_busy_seconds")
+        self._writes = counters("kv_transfer_writes")
         self._decode_cached = counter("decode_cached_tokens")
         self._transfer_s, self._exposed_s = histogram("kv_transfer_seconds"), histogram("kv_transfer_exposed_seconds")
         self._hidden = histogram("kv_transfer_hidden_ratio")

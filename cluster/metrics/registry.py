@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
 from cluster.metrics.catalog import CATALOG, Metric, token_buckets
-from cluster.metrics.histogram import BatchHistogram
+from cluster.metrics.tallies import Count, Distribution, Tally
 
 PREFIX, VLLM_PREFIX = "baton:", "vllm:"
 Names = Literal["baton", "vllm"]
@@ -27,7 +28,6 @@ class MetricsRegistry:
     """
 
     def __init__(self, model_name: str, max_model_len: int, names: Names = "baton") -> None:
-        disable_created_metrics()  # a second series of each, which nobody has asked for
         self._constant = {"model_name": model_name, "engine": "0"}
         self._max_model_len = max_model_len
         self._names = names
@@ -38,30 +38,22 @@ class MetricsRegistry:
         """A metric's name with its prefix."""
         return (VLLM_PREFIX if metric.vllm and self._names == "vllm" else PREFIX) + metric.name
 
-    def counter(self, name: str) -> Any:
-        """A counter: with `inc` where it has no labels of its own, else with `labels(...)` first."""
-        metric = self._metrics[name]
-        made = Counter(self.prefixed(metric), metric.help, metric.labels, registry=self._prometheus)
-        return _Bound(made, self._given(metric), self._free(metric))()
+    def counter(self, name: str) -> Count:
+        """A counter without labels of its own."""
+        return self.counters(name).labels()
 
-    def histogram(self, name: str) -> Any:
-        """A histogram with `observe`."""
+    def counters(self, name: str) -> Tally:
+        """A counter with labels of its own: a number for each combination."""
         metric = self._metrics[name]
-        made = Histogram(
-            self.prefixed(metric), metric.help, metric.labels, buckets=self._buckets(metric), registry=self._prometheus
-        )
-        return _Bound(made, self._given(metric), self._free(metric))()
+        made = Tally(self.prefixed(metric), metric.help, self._given(metric), metric.labels)
+        self._prometheus.register(made)
+        return made
 
-    def gauge(self, name: str) -> Any:
-        """A gauge with `set`."""
+    def histogram(self, name: str) -> Distribution:
+        """A histogram."""
         metric = self._metrics[name]
-        made = Gauge(self.prefixed(metric), metric.help, metric.labels, registry=self._prometheus)
-        return _Bound(made, self._given(metric), self._free(metric))()
-
-    def batch_histogram(self, name: str) -> BatchHistogram:
-        """A histogram that takes many equal values at once."""
-        metric = self._metrics[name]
-        made = BatchHistogram(self.prefixed(metric), metric.help, self._given(metric), self._buckets(metric))
+        bounds = token_buckets(self._max_model_len) if metric.buckets == "tokens" else metric.buckets
+        made = Distribution(self.prefixed(metric), metric.help, self._given(metric), bounds)
         self._prometheus.register(made)
         return made
 
@@ -75,8 +67,8 @@ class MetricsRegistry:
             family.add_metric([given[label] for label in metric.labels], value)
         return family
 
-    def register(self, collector: Any) -> None:
-        """Ask this one too: it has `collect`, and may use `family`."""
+    def register(self, collector: Collector) -> None:
+        """Ask this one too: its `collect` may use `family`."""
         self._prometheus.register(collector)
 
     def families(self) -> list[Family]:
@@ -96,28 +88,3 @@ class MetricsRegistry:
 
     def _given(self, metric: Metric) -> dict[str, str]:
         return {label: self._constant[label] for label in metric.labels if label in self._constant}
-
-    def _free(self, metric: Metric) -> tuple[str, ...]:
-        return tuple(label for label in metric.labels if label not in self._constant)
-
-    def _buckets(self, metric: Metric) -> tuple[float, ...]:
-        return token_buckets(self._max_model_len) if metric.buckets == "tokens" else metric.buckets
-
-
-class _Bound:
-    """A metric with the labels that are the same everywhere, remembering its children."""
-
-    def __init__(self, metric: Any, given: Mapping[str, str], free: tuple[str, ...]) -> None:
-        self._metric, self._given, self._free = metric, given, free
-        self._children: dict[tuple[str, ...], Any] = {}
-
-    def __call__(self) -> Any:
-        return self if self._free else self._metric.labels(**self._given)
-
-    def labels(self, *values: str) -> Any:
-        """The child with these values of its own labels, in order."""
-        child = self._children.get(values)
-        if child is None:
-            own = dict(zip(self._free, values, strict=True))
-            child = self._children[values] = self._metric.labels(**self._given, **own)
-        return child

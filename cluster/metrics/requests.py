@@ -25,21 +25,21 @@ class RequestMetrics(EngineObserver):
     """
 
     def __init__(self, registry: MetricsRegistry) -> None:
-        counter, histogram = registry.counter, registry.histogram
+        counter, counters, histogram = registry.counter, registry.counters, registry.histogram
         self._handoffs = HandoffMetrics(registry)
         self._queries, self._hits = counter("prefix_cache_queries"), counter("prefix_cache_hits")
         self._prompt_tokens, self._cached_tokens = counter("prompt_tokens"), counter("prompt_tokens_cached")
         self._generation_tokens = counter("generation_tokens")
         self._preemptions = counter("num_preemptions")
-        self._ends = counter("request_success")
-        self._refused, self._failures = counter("requests_refused"), counter("request_failures")
-        self._migrations, self._attempts = counter("migrations"), counter("attempts")
+        self._ends = counters("request_success")
+        self._refused, self._failures = counters("requests_refused"), counters("request_failures")
+        self._migrations, self._attempts = counters("migrations"), counters("attempts")
         self._local_prefills = counter("local_prefills")
         self._prompt_size = histogram("request_prompt_tokens")
         self._output_size = histogram("request_generation_tokens")
         self._max_tokens = histogram("request_params_max_tokens")
         self._ttft_s = histogram("time_to_first_token_seconds")
-        self._itl_s = registry.batch_histogram("inter_token_latency_seconds")
+        self._itl_s = histogram("inter_token_latency_seconds")
         self._tpot_s = histogram("request_time_per_output_token_seconds")
         self._latency_s = histogram("e2e_request_latency_seconds")
         self._queue_s = histogram("request_queue_time_seconds")
@@ -50,7 +50,7 @@ class RequestMetrics(EngineObserver):
         self._at_gateway_s, self._at_worker_s = histogram("gateway_queue_seconds"), histogram("prefill_queue_seconds")
         self._compute_s, self._chunks = histogram("prefill_seconds"), histogram("prefill_chunks")
         self._first_decode_s = histogram("first_decode_seconds")
-        self._decisions, self._decision_s = counter("router_decisions"), histogram("router_decision_seconds")
+        self._decisions, self._decision_s = counters("router_decisions"), histogram("router_decision_seconds")
 
     def router_decided(self, request: EngineRequest, decision: Placement | NoPlacement, seconds: float) -> None:
         """See `EngineObserver.router_decided`."""

@@ -93,7 +93,7 @@ class WorkerLosses(EngineObserver):
     """
 
     def __init__(self, registry: MetricsRegistry) -> None:
-        self._losses = registry.counter("worker_losses")
+        self._losses = registry.counters("worker_losses")
         self._draining: set[str] = set()
 
     def worker_state_changed(self, engine_id: str, role: str, state: str) -> None:
