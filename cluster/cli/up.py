@@ -139,12 +139,14 @@ async def _until_signal(config: ServiceConfig) -> None:
 async def _serve(config: ServiceConfig, console: Any, signals: StopSignals) -> None:
     from cluster.server.grpc.listen import check_server, exposure_warnings
     from cluster.server.grpc.serve import Server
+    from cluster.server.pages.serve import page_warnings
 
     await check_server(config.server)
     server = Server(config.server)
     await server.open()
     try:
-        await _launch(config, server, console, signals, exposure_warnings(config.server))
+        warnings = [*exposure_warnings(config.server), *page_warnings(config.metrics)]
+        await _launch(config, server, console, signals, warnings)
     finally:
         await server.stop(grace_s=0)
 

@@ -15,7 +15,7 @@ from cluster.live.history import LiveHistory, Objectives
 from cluster.live.observed import observed
 from cluster.live.seconds import Seconds, quantile
 from cluster.routing.types import CandidateReport
-from cluster.server.pages.serve import serve_pages
+from cluster.server.pages.serve import page_warnings, serve_pages
 from fleet import prompt, tokens_of
 from workers.errors import ConfigError, InvalidRequestError
 
@@ -104,6 +104,12 @@ async def test_the_server_answers_on_loopback_by_its_own_name_only(looked_at, un
                 pass
         async with serve_pages(MetricsConfig(), port - 1, seen.answers) as other:
             assert (await client.get(f"{other}metrics")).status_code == 200, "the next port is taken: a free one"
+
+
+def test_who_shows_the_page_beyond_this_machine_is_warned():
+    assert page_warnings(MetricsConfig()) == page_warnings(MetricsConfig(enabled=False, host="0.0.0.0")) == []
+    (warning,) = page_warnings(MetricsConfig(host="0.0.0.0"))
+    assert "request ids and users" in warning
 
 
 def test_seconds_become_steps_and_old_ones_are_forgotten():
