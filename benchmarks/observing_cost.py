@@ -3,7 +3,8 @@
 The real server, engine, queue and router over simulated workers that have a token for every stream each step; clients
 in a process of their own. The ways are measured in turn, several times, in slices of a second, and the lower quartiles
 of the slices compared: what else the machine does makes processor time longer, never shorter. Simulated workers make no
-spans of their own, so that traces are the gateway's.
+spans of their own, so that traces are the gateway's. What metrics and page do for each token and request is measured by
+itself, too, and set against the processor time of a token: that tells hundredths where the machine is not quiet.
 
   python -m benchmarks.observing_cost
 """
@@ -11,6 +12,7 @@ spans of their own, so that traces are the gateway's.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
+from benchmarks.observing_calls import call_costs
 from benchmarks.observing_cost_process import MODES
 from benchmarks.report import to_json, write_json
 
@@ -140,10 +143,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = {mode: cost / costs["nothing"] - 1.0 for mode, cost in costs.items()}
     for mode, cost in costs.items():
         print(f"{mode:<18} {cost:7.1f} µs of CPU a token  {more[mode]:+.1%}")
+    calls = asyncio.run(_call_costs())
+    shares = {name: (token + request / args.tokens) / costs["nothing"] for name, (token, request) in calls.items()}
+    for name, (token, request) in calls.items():
+        print(f"{name:<18} calls: {token:.2f} µs a token, {request:.1f} µs a request, {shares[name]:.1%} of nothing's")
     config = {name: getattr(args, name) for name in ("streams", "offered", "tokens", "seconds", "repeats")}
-    points = {"cpu_us_per_token": costs, "more": more, "runs": runs}
+    points = {"cpu_us_per_token": costs, "more": more, "calls_us": calls, "calls_share": shares, "runs": runs}
     write_json(args.output, to_json("observing_cost", environment, config, points))
     return 0
+
+
+async def _call_costs() -> dict[str, tuple[float, float]]:
+    return call_costs()
 
 
 def _lower_quartile(values: Sequence[float]) -> float:
