@@ -76,9 +76,7 @@ def page_warnings(config: MetricsConfig) -> list[str]:
     """What a user who shows the page beyond this machine should know."""
     if not config.enabled or is_loopback(config.host):
         return []
-    return [
-        f"anyone who can reach {config.host} sees page and metrics, with request ids and users: see metrics.host"
-    ]
+    return [f"anyone who can reach {config.host} sees page and metrics, with request ids and users: see metrics.host"]
 
 
 def is_loopback(host: str) -> bool:
