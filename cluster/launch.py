@@ -24,14 +24,20 @@ from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
 from cluster.config.groups import groups_of
 from cluster.config.load import ray_token_is_given
-from cluster.config.schema import AutoscalerConfig, ServiceConfig
+from cluster.config.schema import AutoscalerConfig, ServiceConfig, TracingConfig
 from cluster.conversation.registry import choose_formats
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.grammar_check import GrammarCheck
+from cluster.gateway.observers import EngineObserver
 from cluster.gateway.readiness import Readiness
+from cluster.gateway.request_lines import RequestLines
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, weights_size, worker_line
+from cluster.live.history import Objectives
+from cluster.live.observed import Observed, observed
+from cluster.logs.setup import REQUESTS
+from cluster.metrics.registry import Names
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
@@ -64,12 +70,14 @@ class Service:
         generation: takes text.
         model_info: what is served.
         readiness: whether it can answer, once it is run.
+        observed: its metrics and its last minutes; None: metrics.enabled is false.
     """
 
     engine: ServingEngine
     generation: Generation
     model_info: ModelInfo
     readiness: Readiness
+    observed: Observed | None = None
 
 
 @contextlib.asynccontextmanager
@@ -118,6 +126,10 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             gpus=stock,
             disaggregation=config.router.disaggregation,
         )
+        if config.logging.requests or config.logging.prompts:
+            engine.observe(_request_lines(config, tokenizer))
+        if config.tracing.enabled:
+            engine.observe(_traces(config.tracing, stack))
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
         weights = weights_size(model_bytes(model_class, model, dtype), dtype, stored)
@@ -144,7 +156,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
         grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
         stack.push_async_callback(grammars.aclose)
-        yield Service(engine, Generation(engine, tokenizer, info, defaults, grammars, formats), info, readiness)
+        generation = Generation(engine, tokenizer, info, defaults, grammars, formats)
+        looked_at = await _observe(config, stack, engine, generation, info, readiness)
+        yield Service(engine, generation, info, readiness, looked_at)
 
 
 def check_backend_name(section: str, name: str) -> None:
@@ -190,6 +204,46 @@ def _autoscale(
     )
     task = asyncio.create_task(autoscaler.run())
     stack.callback(task.cancel)
+
+
+def _traces(config: TracingConfig, stack: contextlib.AsyncExitStack) -> EngineObserver:
+    """What traces requests, and sends what is left when the stack ends.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    from cluster.tracing.exporting import otlp_targets
+
+    targets = otlp_targets(config.endpoint, config.sample, config.service_name)
+    stack.push_async_callback(asyncio.to_thread, targets.close)
+    from cluster.tracing.observer import TraceRequests  # it needs what `otlp_targets` has found
+
+    return TraceRequests(targets)
+
+
+def _request_lines(config: ServiceConfig, tokenizer: Tokenizer) -> RequestLines:
+    """What logs each request at its end, whatever level the rest is logged at."""
+    lines = logging.getLogger(REQUESTS)
+    lines.setLevel(logging.INFO)
+    decode = (lambda prompt: tokenizer.decode(prompt.tolist())) if config.logging.prompts else None
+    return RequestLines(lines, decode)
+
+
+async def _observe(
+    config: ServiceConfig,
+    stack: contextlib.AsyncExitStack,
+    engine: ServingEngine,
+    generation: Generation,
+    info: ModelInfo,
+    readiness: Readiness,
+) -> Observed | None:
+    """Have the service looked at until the stack ends, if that is wanted."""
+    settings = config.metrics
+    if not settings.enabled:
+        return None
+    objectives = Objectives(settings.good_ttft_s, settings.good_itl_s)
+    names: Names = "vllm" if settings.names == "vllm" else "baton"
+    return await stack.enter_async_context(observed(engine, generation, info, readiness, objectives, names))
 
 
 async def _count_gpus(stock: GpuBudget) -> None:

@@ -23,10 +23,12 @@ from workers.messages import (
     FinishReason,
     Load,
     RequestFailed,
+    RequestPreempted,
     TokenOutput,
     WorkerEvent,
     WorkerRequest,
 )
+from workers.request_trace import RequestTrace
 from workers.runner.decode_graphs import Progress
 from workers.runner.decode_runner import DecodeRunner, Launch
 from workers.runner.model_runner import ModelRunner
@@ -36,6 +38,7 @@ from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import FirstToken, LocalPrefill
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
+from workers.scheduling.sequence_spans import note_local_prompt, sequence_spans
 from workers.validation import (
     check_capacity,
     check_local,
@@ -140,7 +143,9 @@ class DecodeWorker:
             return
         state = SamplingState.of(request, config.eos_token_ids, self._max_model_len, matcher)
         now = self._clock()
-        sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now)
+        sequence = Sequence(
+            request, state, deadline=now + request.timeout_s, arrived=now, trace=RequestTrace.of(request)
+        )
         self._kept.begin(sequence)
         self._sequences[request.attempt_id] = sequence
         self._queue.add(sequence)
@@ -252,6 +257,11 @@ class DecodeWorker:
         if batch := self._batch.schedule():
             self._launches.append(self.decoder.launch(batch))
             self._batch.launched(batch)
+        for sequence in self._batch.take_preempted():
+            request = sequence.request
+            self._events.append(RequestPreempted(request.request_id, attempt_id=request.attempt_id))
+            if sequence.trace is not None:
+                sequence.trace.event("preempted")
         self._collect(self._steps_ahead if batch else 0)
         self._choose()
         more = batch or self._local.can_launch
@@ -289,7 +299,11 @@ class DecodeWorker:
             cached_tokens = self._kept.cached_tokens(sequence)
             first_decode_s = now - sequence.received
             self._events.append(DecodeReport(request_id, first_decode_s, cached_tokens, attempt_id=attempt_id))
+            if sequence.trace is not None:
+                sequence.trace.mark("second")
         reason = finish_reason(sequence.state)
+        if reason is not None and sequence.trace is not None:
+            self._events.append(sequence_spans(sequence, sequence.trace))
         chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
         self._events.append(TokenOutput(request_id, *chosen, attempt_id=attempt_id))
         if reason is not None:
@@ -312,6 +326,10 @@ class DecodeWorker:
             del self._sequences[attempt_id]
             return
         reason = self._begin(sequence, sampled.token_id)
+        if sequence.trace is not None:
+            note_local_prompt(sequence.trace, first.report)
+            if reason is not None:
+                self._events.append(sequence_spans(sequence, sequence.trace))
         chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
         self._events += [first.report, TokenOutput(request_id, *chosen, attempt_id=attempt_id)]
 
@@ -328,6 +346,8 @@ class DecodeWorker:
     def _begin(self, sequence: Sequence, first_token: int) -> FinishReason | None:
         """The KV cache is whole and the first token known: decode, unless that ends it."""
         sequence.received = self._clock()
+        if sequence.trace is not None:
+            sequence.trace.mark("received")
         sequence.state.output_token_ids.append(first_token)
         if (reason := finish_reason(sequence.state)) is not None:
             self.cache.release(sequence.tables)

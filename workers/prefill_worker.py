@@ -14,6 +14,7 @@ from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, K
 from workers.errors import BatonError, HandoffError, NoTokenLeftError, SamplingError
 from workers.grammars.compiler import GrammarCompiler
 from workers.handoff.layers_per_write import LayersPerWrite
+from workers.handoff.prompt_spans import prompt_spans
 from workers.handoff.sending import Prompt, complete_blocks, layer_pusher, push_cached
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
@@ -211,6 +212,9 @@ class PrefillWorker:
         prompts = [self._prompts[chunk.prompt.attempt_id] for chunk in chunks]
         for prompt in prompts:
             prompt.started = prompt.started or self._clock()
+        for chunk, prompt in zip(chunks, prompts, strict=True):
+            if prompt.trace is not None:
+                prompt.trace.begin_step(first_token=chunk.start, tokens=chunk.end - chunk.start)
         push_cached(self._connector, self.cache, chunks, prompts)
         parts = complete_blocks(chunks, prompts, self.cache, self.layers_per_write)
         on_layer = layer_pusher(self._connector, self._runner, parts)
@@ -222,6 +226,8 @@ class PrefillWorker:
             launch = self._launches.popleft()
             finished = launch.wait(self.cache)
             for prompt in launch.prompts:
+                if prompt.trace is not None:
+                    prompt.trace.end_step("chunk")
                 if prompt.cancelled:
                     self._give_back(prompt)
             for prompt, token in finished:
@@ -252,6 +258,10 @@ class PrefillWorker:
         now = self._clock()
         request = prompt.request
         prompt.computed = True
+        if prompt.trace is not None:
+            prompt.trace.mark("computed")
+            if request.peer_engine is None:
+                self._events.append(prompt_spans(prompt, prompt.trace))
         self._events += [
             PrefillReport(
                 request.request_id,
@@ -279,6 +289,8 @@ class PrefillWorker:
         request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
         if self._prompts.pop(attempt_id, None) is None:
             return
+        if prompt.trace is not None:
+            self._events.append(prompt_spans(prompt, prompt.trace, event))
         if isinstance(event, HandoffSent):
             moved = (event.num_bytes, event.num_parts, event.transfer_s, event.exposed_s)
             self._events.append(HandoffReport(request_id, *moved, attempt_id=attempt_id))

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("send a prompt and stream the answer", "cluster.cli.generate"),
     "chat": ("hold a conversation in the terminal", "cluster.cli.chat.command"),
     "status": ("show pools, workers, load and KV blocks", "cluster.cli.status"),
+    "top": ("follow a service in the terminal, as its page does in a browser", "cluster.cli.top"),
     "scale": ("have pools grow or shrink while they serve", "cluster.cli.scale"),
     "explain": ("show where a request would go, and why", "cluster.cli.explain"),
     "plan": ("weigh every split of GPUs into prefill and decode workers", "cluster.cli.plan"),

@@ -42,6 +42,7 @@ def dispatch(
         "handoff_id": secrets.token_bytes(16),
         "prompt_token_ids": np.concatenate((prompt, output)) if len(output) else prompt,
         "num_output_tokens": len(output),
+        "traced": attempt.traced,
     }
     attempt.dispatched = now()
     # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.

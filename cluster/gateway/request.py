@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Protocol
 
 from cluster.api import EngineRequest, RequestReport, TokenChunk
@@ -12,6 +11,7 @@ from cluster.errors import WorkerLeavesError, WorkerLostError
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
 from workers.errors import DeadlineExceededError, HandoffError
+from workers.messages import FinishReason
 from workers.token_ids import TokenIds, as_token_ids
 
 _MAX_ATTEMPTS = 3
@@ -102,6 +102,13 @@ class RunningRequest:
             self._observers.request_finished(self._request, self._attempt)
         return chunk
 
+    def complete(self) -> None:
+        """The text has ended with the tokens so far (a stop string): the request is finished, whatever is under way."""
+        if not self._over and self._attempt is not None:
+            self._over = True
+            self._attempt.finish_reason = FinishReason.STOP
+            self._observers.request_finished(self._request, self._attempt)
+
     async def aclose(self) -> None:
         """Cancel what is under way."""
         if not self._over:
@@ -129,15 +136,13 @@ class RunningRequest:
             raise RuntimeError("the request has not been placed yet")
         if self._attempt.finished:
             await self._attempt.handoff_reported(REPORT_PATIENCE_S)
-        report, first = self._attempt.report(), self._first_report
-        if first is None:
-            return report
-        return replace(report, queue_s=first.queue_s, prefill_s=first.prefill_s, ttft_s=first.ttft_s)
+        return self._attempt.report()
 
     async def _next_chunk(self) -> TokenChunk:
         while True:
             if self._attempt is None:
                 self._attempt = await self._start_attempt()
+                self._attempt.first_report = self._first_report
             try:
                 return await self._attempt.next_chunk()
             except _DeadlinePassedError as error:

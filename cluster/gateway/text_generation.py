@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster import trace_context
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
 from cluster.conversation.deltas import Delta
 from cluster.conversation.registry import NO_FORMATS, Formats
@@ -136,7 +137,7 @@ class Generation:
         timeout_s = request.timeout_s - (time.monotonic() - arrival)
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
-        return replace(engine_request, timeout_s=timeout_s)
+        return replace(engine_request, timeout_s=timeout_s, received=arrival)
 
     def run(self, engine_request: EngineRequest, chat: Conversation | None = None) -> AsyncGenerator[TextChunk, None]:
         """Run what `prepare` has made, of this conversation if it was one. Closing the generator cancels it.
@@ -164,6 +165,7 @@ class Generation:
                 else:
                     last = part  # it goes with the end, in one message
                 if text.stopped:
+                    stream.complete()
                     break  # There is more on its way that nobody wants: closing the stream stops it.
             report = await stream.report()
         if text.finish_reason is None:
@@ -232,6 +234,7 @@ class Generation:
             if grammar is not None:
                 sampling = await self._restrictions.resolve(_obliged(sampling, grammar))
         options = shared_options(request)
+        options["traceparent"] = request.traceparent or trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
         options["sampling"] = self._complete(sampling, len(prompt))
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)

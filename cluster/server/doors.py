@@ -74,6 +74,11 @@ class Doors:
         return self._grpc.address
 
     @property
+    def port(self) -> int:
+        """Of the gRPC server."""
+        return self._grpc.port
+
+    @property
     def http_url(self) -> str:
         """Of the HTTP server; empty: there is none."""
         return "" if self._http is None else self._http.url

@@ -89,6 +89,9 @@ class ScriptedStream:
     async def report(self) -> RequestReport:
         return REPORT
 
+    def complete(self) -> None:
+        pass
+
     async def aclose(self) -> None:
         await self._steps.aclose()
 

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from cluster import trace_context
 from cluster.api import Engine, ModelInfo
 from cluster.errors import ShuttingDownError
 from cluster.gateway.text_generation import Generation, GenerationRequest
@@ -158,6 +159,7 @@ async def _governed(
 
     gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
     """
+    trace_context.accept(context.invocation_metadata() or ())
     remaining = context.time_remaining()
     timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
     try:

@@ -75,7 +75,8 @@ async def launch(config, report):
             await asyncio.sleep(60)
         info = ModelInfo("echo", "llama", "float32", 2048, 256, (), False)
         generation = Generation(Engine(), Letters(), info)
-        yield types.SimpleNamespace(engine=Engine(), generation=generation, model_info=info, readiness=Ready())
+        parts = {"engine": Engine(), "generation": generation, "model_info": info, "readiness": Ready()}
+        yield types.SimpleNamespace(**parts, observed=None)
     finally:
         print("launch closed", file=sys.stderr)
 
