@@ -114,9 +114,9 @@ class PrefillWorker:
             self._handoffs[request.handoff_id] = prompt
             self._connector.begin(request.handoff_id, request.peer_engine)
 
-    def abort(self, attempt_id: str) -> None:
-        """Stop an attempt, wherever it is; nothing more is said of it."""
-        if prompt := self._prompts.pop(attempt_id, None):
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
+        """Stop an attempt, wherever it is; nothing more is said of it. Of one sample there is nothing to stop."""
+        if index is None and (prompt := self._prompts.pop(attempt_id, None)):
             self._stop(prompt, "the request was cancelled")
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
@@ -220,8 +220,8 @@ class PrefillWorker:
         """Whether somebody still waits for the prompt's first token."""
         return self._prompts.get(prompt.request.attempt_id) is prompt and not prompt.computed
 
-    def _accept(self, prompt: Prompt, sampled: SampledToken | SamplingError) -> None:
-        """A prompt has its first token, or none can be chosen for it."""
+    def _accept(self, prompt: Prompt, sampled: list[SampledToken] | SamplingError) -> None:
+        """A prompt has the first tokens of its samples, or none can be chosen for it."""
         request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
@@ -229,13 +229,14 @@ class PrefillWorker:
             del self._prompts[attempt_id]
             self._stop(prompt, str(sampled))
             return
-        prompt.state.output_token_ids.append(sampled.token_id)
-        reason = finish_reason(prompt.state)
-        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
-        self._finish(prompt, TokenOutput(request_id, *chosen, attempt_id=attempt_id))
+        outputs = []
+        for index, (state, token) in enumerate(zip(prompt.states, sampled, strict=True)):
+            state.output_token_ids.append(token.token_id)
+            outputs.append(TokenOutput(request_id, *token, finish_reason(state), index, attempt_id=attempt_id))
+        self._finish(prompt, outputs)
 
-    def _finish(self, prompt: Prompt, output: TokenOutput) -> None:
-        """The first token is known: tell the client and the decode worker."""
+    def _finish(self, prompt: Prompt, outputs: list[TokenOutput]) -> None:
+        """The first tokens are known: tell the client and the decode worker."""
         now = self._clock()
         request = prompt.request
         prompt.computed = True
@@ -248,13 +249,15 @@ class PrefillWorker:
                 prompt.progress.num_cached_tokens,
                 attempt_id=request.attempt_id,
             ),
-            output,
+            *(() if prompt.scores is None else (prompt.scores.event(request),)),
+            *outputs,
         ]
         if request.peer_engine is None:
             del self._prompts[request.attempt_id]
             self._give_back(prompt)
         else:
-            self._connector.finish(request.handoff_id, output.token_id)
+            first, *others = (output.token_id for output in outputs)
+            self._connector.finish(request.handoff_id, first, tuple(others))
             prompt.deadline = min(prompt.deadline, now + self._handoff_timeout_s)
 
     def _on_connector_event(self, event: ConnectorEvent) -> None:

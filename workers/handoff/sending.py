@@ -11,7 +11,8 @@ from workers.handoff.layers_per_write import LayersPerWrite
 from workers.kv_cache.manager import KVCacheManager
 from workers.messages import WorkerRequest
 from workers.runner.model_runner import ModelRunner
-from workers.sampling.state import SamplingState
+from workers.sampling.prompt_logprobs import PromptScores
+from workers.sampling.state import SamplingState, sample_states
 from workers.scheduling.prefill_scheduler import Chunk, PromptProgress
 from workers.token_ids import TokenIds
 
@@ -23,24 +24,26 @@ class Prompt:
     Attributes:
         request: as it came.
         progress: how much of it is computed, as the schedule knows it: steps in flight included.
-        state: for its first token.
+        states: for its first tokens, one of each sample.
         deadline: when it fails, by the worker's clock.
         arrived: when it came.
         started: when its first chunk was launched.
         computed: whether its first token is known.
         in_flight: steps that compute some of it and have not been waited for.
         cancelled: whether its blocks go back as soon as no step is in flight.
+        scores: its log-probabilities; None: they are not asked for.
     """
 
     request: WorkerRequest
     progress: PromptProgress
-    state: SamplingState
+    states: Sequence[SamplingState]
     deadline: float
     arrived: float
     started: float = 0.0
     computed: bool = False
     in_flight: int = 0
     cancelled: bool = False
+    scores: PromptScores | None = None
 
     @classmethod
     def of(
@@ -53,12 +56,15 @@ class Prompt:
     ) -> Prompt:
         """A request that has just come and is in order; its blocks have hashes if a block size is given."""
         hashes = request.hashes_for(cached_block_size) if cached_block_size is not None else ()
+        scores = PromptScores.of(request)
+        num_tokens = len(request.prompt_token_ids)
         return cls(
             request,
-            PromptProgress(request.attempt_id, len(request.prompt_token_ids), hashes),
-            SamplingState.of(request, eos_token_ids, max_model_len),
+            PromptProgress(request.attempt_id, num_tokens, hashes, all_computed=scores is not None),
+            sample_states(request, eos_token_ids, max_model_len),
             deadline=now + request.timeout_s,
             arrived=now,
+            scores=scores,
         )
 
     @property

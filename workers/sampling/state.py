@@ -51,11 +51,13 @@ class SamplingState:
         self._plain = params.greedy and not self.penalized and params.logprobs is None
 
     @classmethod
-    def of(cls, request: WorkerRequest, eos_token_ids: Iterable[int], max_model_len: int) -> SamplingState:
-        """Of a request that has just come, with the tokens that other workers have generated for it before."""
+    def of(
+        cls, request: WorkerRequest, eos_token_ids: Iterable[int], max_model_len: int, index: int = 0
+    ) -> SamplingState:
+        """Of a sample of a request that has just come, with the tokens that other workers have generated before."""
         num_prompt = len(request.prompt_token_ids) - request.num_output_tokens
         return cls(
-            request.sampling,
+            request.sampling.of_sample(index),
             request.prompt_token_ids[:num_prompt],
             frozenset(eos_token_ids),
             max_model_len,
@@ -80,6 +82,14 @@ class SamplingState:
     def plain_greedy_after(self, num_output: int) -> bool:
         """Whether the token after `num_output` ones is the argmax of the logits as they are, and all that is wanted."""
         return self._plain and num_output >= self.params.min_tokens
+
+
+def sample_states(
+    request: WorkerRequest, eos_token_ids: Iterable[int], max_model_len: int
+) -> tuple[SamplingState, ...]:
+    """One for each sample of a request that has just come."""
+    eos = frozenset(eos_token_ids)
+    return tuple(SamplingState.of(request, eos, max_model_len, index) for index in range(request.sampling.n))
 
 
 def finish_reason(state: SamplingState) -> FinishReason | None:
