@@ -132,7 +132,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        yield Service(engine, Generation(engine, tokenizer, info), info, readiness)
+        yield Service(engine, Generation(engine, tokenizer, info, config.server.max_n), info, readiness)
 
 
 def check_backend_name(section: str, name: str) -> None:

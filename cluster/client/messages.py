@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -51,8 +51,32 @@ class PositionLogprobs:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One of several answers to a prompt, whole."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
 class GenerateChunk:
-    """A part of an answer (or all of it); `finish_reason`, `usage` and `report` are in the last one."""
+    """A part of an answer (or all of it); `finish_reason`, `usage` and `report` are in the last one.
+
+    Attributes:
+        request_id: the client's name for the request, or the server's.
+        text: what comes behind the text so far.
+        token_ids: the tokens since the part before.
+        logprobs: of each of these; empty unless they were asked for.
+        finish_reason: why the text ended; None: it goes on.
+        usage: token counts, of all samples.
+        report: where the request went.
+        index: of several samples the one that the above is of.
+        samples: of a whole answer of several samples all of them, the first one too; else empty.
+        prompt_logprobs: of each token of the prompt but the first, in the first part, if they were asked for.
+    """
 
     request_id: str
     text: str
@@ -61,6 +85,9 @@ class GenerateChunk:
     finish_reason: FinishReason | None
     usage: Usage | None
     report: RequestReport | None
+    index: int = 0
+    samples: tuple[Sample, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 def generate_request(
@@ -119,13 +146,28 @@ def chunk(response: baton_pb2.GenerateResponse) -> GenerateChunk:
         request_id=response.request_id,
         text=response.text,
         token_ids=tuple(response.token_ids),
-        logprobs=tuple(
-            PositionLogprobs(_logprob(entry.chosen), tuple(map(_logprob, entry.top))) for entry in response.logprobs
-        ),
+        logprobs=_positions(response.logprobs),
         finish_reason=convert.finish_reason_from_proto(response.finish_reason),
         usage=convert.usage_from_proto(response.usage) if response.HasField("usage") else None,
         report=convert.report_from_proto(response.timings) if response.HasField("timings") else None,
+        index=response.index,
+        samples=tuple(map(_sample, response.samples)),
+        prompt_logprobs=_positions(response.prompt_logprobs),
     )
+
+
+def _sample(message: baton_pb2.Sample) -> Sample:
+    return Sample(
+        message.index,
+        message.text,
+        tuple(message.token_ids),
+        _positions(message.logprobs),
+        convert.finish_reason_from_proto(message.finish_reason),
+    )
+
+
+def _positions(messages: Iterable[baton_pb2.TokenLogprobs]) -> tuple[PositionLogprobs, ...]:
+    return tuple(PositionLogprobs(_logprob(entry.chosen), tuple(map(_logprob, entry.top))) for entry in messages)
 
 
 def _logprob(message: baton_pb2.TokenLogprob) -> TokenLogprob:

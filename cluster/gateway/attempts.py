@@ -236,4 +236,5 @@ def routing_request_of(request: EngineRequest, output: TokenIds = NO_TOKENS) -> 
         (request.sampling.max_tokens or 1) - len(output),
         prefix=prefix.followed_by(output) if len(output) else prefix,
         num_samples=request.sampling.n,
+        all_computed=request.sampling.prompt_logprobs is not None and not len(output),
     )

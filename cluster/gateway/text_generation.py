@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.gateway.prompt_positions import PromptPosition, check_prompt_logprobs, prompt_positions
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
@@ -27,9 +30,13 @@ from workers.sampling_params import SamplingParams
 from workers.token_ids import TokenIds, as_token_ids
 from workers.validation import check_token_ids
 
+DEFAULT_MAX_N = 64
 _TOKENIZER_THREADS = 2
 _HASHED_AT_ONCE = 1024
 """Tokens: that many are hashed in less time than another thread takes to hear of it."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,19 @@ class GenerationRequest(RequestOptions):
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A part of an answer. `finish_reason`, `usage` and `report` are in the last one."""
+    """A part of an answer. `finish_reason`, `usage` and `report` are in the last one.
+
+    Of several samples each has a part of its own, the last of them with its finish reason; `usage` and `report` are in
+    the last of all. Log-probabilities of the prompt are in the first.
+    """
 
     text: str
     tokens: tuple[TokenOutput, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     report: RequestReport | None = None
+    index: int = 0
+    prompt_logprobs: tuple[PromptPosition, ...] | None = None
 
 
 class Generation:
@@ -69,12 +82,14 @@ class Generation:
         engine: runs token ids.
         tokenizer: of the served checkpoint.
         model_info: the served model's name and limits.
+        max_n: samples of one request at most.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo, max_n: int = DEFAULT_MAX_N) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model = model_info
+        self._max_n = max_n
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -91,23 +106,35 @@ class Generation:
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
         engine_request = replace(engine_request, timeout_s=timeout_s)
-        text = _TextAssembler(self._tokenizer, engine_request.sampling)
+        sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
+        texts = {index: _TextAssembler(self._tokenizer, sampling) for index in range(sampling.n)}
+        num_tokens, last, positions = 0, TextChunk(""), None
         async with aclosing(self._engine.generate(engine_request)) as stream:
-            last = TextChunk("")
             async for chunk in stream:
-                part = text.push(chunk.tokens)
-                if text.finish_reason is None:
-                    yield part
-                else:
-                    last = part  # it goes with the end, in one message
-                if text.stopped:
-                    break  # There is more on its way that nobody wants: closing the stream stops it.
+                if chunk.prompt_logprobs is not None:
+                    positions = await self._in_thread(prompt_positions, prompt, chunk.prompt_logprobs, self.token_text)
+                for index, tokens in _by_sample(chunk.tokens):
+                    if (text := texts.get(index)) is None:
+                        continue  # a stop string was found before
+                    part = text.push(tokens)
+                    if index or positions is not None:
+                        part, positions = replace(part, index=index, prompt_logprobs=positions), None
+                    if text.finish_reason is None:
+                        yield part
+                        continue
+                    del texts[index]
+                    num_tokens += text.num_tokens
+                    last = replace(part, text=part.text + text.finish(), finish_reason=text.finish_reason)
+                    if texts:
+                        if text.stopped:
+                            stream.drop(index)
+                        yield last
+                if not texts:
+                    break  # What is still on its way nobody wants: closing the stream stops it.
             report = await stream.report()
-        if text.finish_reason is None:
+        if texts:
             raise RuntimeError(f"the engine ended request {engine_request.request_id} without a finish reason")
-        rest = text.finish()
-        usage = Usage(prompt_tokens=len(engine_request.prompt_token_ids), completion_tokens=text.num_tokens)
-        yield TextChunk(last.text + rest, last.tokens, text.finish_reason, usage, report)
+        yield replace(last, usage=Usage(prompt_tokens=len(prompt), completion_tokens=num_tokens), report=report)
 
     async def explain(self, request: GenerationRequest) -> Explanation:
         """Where a request would go if it came now. Nothing is started.
@@ -128,7 +155,7 @@ class Generation:
         self._check_model(model)
         if isinstance(prompt, np.ndarray):
             return self._checked(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, prompt)
+        return await self._in_thread(self._encode, prompt)
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
         """The one request that goes from here to the workers, checked and whole; long work is done on other threads.
@@ -140,9 +167,7 @@ class Generation:
         if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
             prompt, prefix = self._hashed(request.prompt, request.cache_salt)
         else:
-            prompt, prefix = await asyncio.get_running_loop().run_in_executor(
-                self._executor, self._hashed, request.prompt, request.cache_salt
-            )
+            prompt, prefix = await self._in_thread(self._hashed, request.prompt, request.cache_salt)
         options = shared_options(request)
         options["request_id"] = clean_request_id(request.request_id)
         options["sampling"] = self._complete(request.sampling, len(prompt))
@@ -154,6 +179,10 @@ class Generation:
         prefix = PromptPrefix(token_ids, cache_salt)
         prefix.prepare(self._engine.block_sizes)
         return token_ids, prefix
+
+    async def _in_thread(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Do long work on another thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, partial(work, *args, **kwargs))
 
     def token_text(self, token_id: int) -> str:
         """A token's text by itself; special tokens have none."""
@@ -190,6 +219,9 @@ class Generation:
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
         """Keep `max_tokens` within the context window, and draw a seed if none was given."""
+        if sampling.n > self._max_n:
+            raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
+        check_prompt_logprobs(sampling, prompt_len)
         check_token_ids(as_token_ids(sampling.stop_token_ids, "stop token"), self._model.vocab_size, "stop token")
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
@@ -200,6 +232,16 @@ class Generation:
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return replace(sampling, max_tokens=max_tokens, seed=seed)
+
+
+def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
+    """The tokens of each sample, in order."""
+    if all(token.index == tokens[0].index for token in tokens):
+        return [(tokens[0].index, tokens)] if tokens else []
+    samples: dict[int, list[TokenOutput]] = {}
+    for token in tokens:
+        samples.setdefault(token.index, []).append(token)
+    return samples.items()
 
 
 class _TextAssembler:

@@ -256,6 +256,7 @@ class LoadTracker:
             self._arrivals.per_s(),
             self._prefixes.cached_tokens(request.prefix) if request.prefix is not None else None,
             request.num_samples,
+            request.all_computed,
         )
 
     def _future(self, booking: _Booking, num_tokens: int) -> npt.NDArray[np.float64]:

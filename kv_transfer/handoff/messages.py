@@ -145,8 +145,9 @@ def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
     if kind is Part:
         return Part(key, *_PART.unpack(body))
     if kind is Final:
+        first_token, num_parts = _FINAL.unpack_from(body)
         others = body[_FINAL.size :]
-        return Final(key, *_FINAL.unpack_from(body), struct.unpack(f"<{len(others) // 4}I", others))
+        return Final(key, first_token, num_parts, struct.unpack(f"<{len(others) // 4}I", others))
     if kind is Cancel:
         return Cancel(key)
     return Closed(key, body.decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Several samples of one prompt: each as a request of its own would be, from one prompt that is computed and sent once."""
+"""Several samples of one prompt: each is what a request of its own would give, from a prompt computed and sent once."""
 
 from __future__ import annotations
 

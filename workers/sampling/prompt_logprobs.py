@@ -41,17 +41,12 @@ class PromptScores:
 
     def event(self, request: WorkerRequest) -> PromptLogprobs:
         """All of them, once the prompt is computed."""
-        if not self.parts:  # a prompt of one token
-            none = np.zeros((0, self.num_top))
-            parts = (none[:, :0].reshape(0), none, none)
-        else:
-            parts = tuple(np.concatenate(own) for own in zip(*self.parts, strict=True))
-        logprobs, token_ids, values = parts
+        none = np.zeros((0, self.num_top), dtype=np.float32)  # a prompt of one token has no parts
         return PromptLogprobs(
             request.request_id,
-            logprobs.astype(np.float32, copy=False),
-            token_ids.astype(np.int32),
-            values.astype(np.float32, copy=False),
+            np.concatenate([none[:, 0] if self.num_top else none.reshape(0), *(part[0] for part in self.parts)]),
+            np.concatenate([none.astype(np.int32), *(part[1].astype(np.int32) for part in self.parts)]),
+            np.concatenate([none, *(part[2] for part in self.parts)]),
             attempt_id=request.attempt_id,
         )
 

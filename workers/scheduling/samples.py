@@ -137,5 +137,5 @@ class Parting:
                 tables = sequence.tables.groups
                 host_copy = [self._store.read_blocks(table.held, group) for group, table in enumerate(tables)]
             other.host_copy = host_copy
-        for group, (sources, targets) in copies.items():
-            self._store.copy_blocks(sources, targets, group)
+        for group, (half_full, own) in copies.items():
+            self._store.copy_blocks(half_full, own, group)

@@ -62,7 +62,7 @@ class BatonService:
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
         async with aclosing(self._generation.generate(_generation_request(request, request_id, timeout_s))) as chunks:
-            return writer.response([chunk async for chunk in chunks])
+            return writer.whole([chunk async for chunk in chunks])
 
     async def Tokenize(  # noqa: N802
         self, request: baton_pb2.TokenizeRequest, timeout_s: float
