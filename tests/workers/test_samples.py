@@ -7,16 +7,19 @@ from dataclasses import replace
 
 import pytest
 
+from local_cluster import LocalCluster
 from workers.errors import CapacityError, InvalidRequestError
 from workers.messages import FinishReason
 from workers.sampling_params import SamplingParams
 
-FAMILIES = {
-    "llama": {},
-    "gemma2": {"block_size": 8},  # windows beside full attention
-    "gpt_oss": {"block_size": 16},  # the same, with sinks
-    "deepseek_v2": {"block_size": 16},  # latents
-}
+CASES = [
+    ("llama", "handed over", {"steps_ahead": 1}),
+    ("llama", "computed here", {"block_size": 32}),
+    ("gemma2", "handed over", {"block_size": 8}),  # windows beside full attention
+    ("gemma2", "computed here", {"block_size": 8, "steps_ahead": 1}),
+    ("gpt_oss", "handed over", {}),  # the same, with sinks
+    ("deepseek_v2", "handed over", {}),  # latents
+]
 
 
 def sampled(n: int, max_tokens: int = 12, **others) -> SamplingParams:
@@ -47,13 +50,11 @@ def one_by_one(cluster, token_ids: list[int], sampling: SamplingParams) -> list[
     return answers
 
 
-@pytest.mark.parametrize("where", ["handed over", "computed here"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_sample_is_what_a_request_with_its_seed_gives(family, where, local_cluster, tiny_checkpoint):
+@pytest.mark.parametrize(("family", "where", "settings"), CASES)
+def test_each_sample_is_what_a_request_with_its_seed_gives(family, where, settings, tiny_checkpoint):
     """With and without a half-full block at the prompt's end, and beside each other."""
-    settings = {"decode_batched_tokens": 24, "max_num_batched_tokens": 24, **FAMILIES[family]}
-    cluster = local_cluster(tiny_checkpoint(family), **settings)
-    asked = {f"r{length}": (prompt(length, length), sampled(3, seed=length)) for length in (1, 31, 48)}
+    cluster = LocalCluster(tiny_checkpoint(family), decode_batched_tokens=24, max_num_batched_tokens=24, **settings)
+    asked = {f"r{length}": (prompt(length, length), sampled(3, 8, seed=length)) for length in (27, 48)}
     for name, (token_ids, sampling) in asked.items():
         (cluster.submit if where == "handed over" else cluster.submit_local)(name, token_ids, sampling)
     cluster.run()
@@ -65,8 +66,8 @@ def test_each_sample_is_what_a_request_with_its_seed_gives(family, where, local_
     cluster.assert_all_blocks_free()
 
 
-def test_the_first_sample_is_the_answer_of_one(local_cluster, tiny_checkpoint):
-    cluster = local_cluster(tiny_checkpoint("llama"))
+def test_the_first_sample_is_the_answer_of_one(tiny_checkpoint):
+    cluster = LocalCluster(tiny_checkpoint("llama"))
     cluster.submit("one", prompt(20), replace(sampled(1), seed=5))
     cluster.submit("three", prompt(20), replace(sampled(3), seed=5))
     tokens = cluster.run()
@@ -74,8 +75,8 @@ def test_the_first_sample_is_the_answer_of_one(local_cluster, tiny_checkpoint):
     assert sampled(3).of_sample(2).seed == 0, "seeds are counted modulo 2^64"
 
 
-def test_the_prompt_is_handed_over_once_and_its_blocks_are_shared(local_cluster, tiny_checkpoint):
-    cluster = local_cluster(tiny_checkpoint("llama"), block_size=16)
+def test_the_prompt_is_handed_over_once_and_its_blocks_are_shared(tiny_checkpoint):
+    cluster = LocalCluster(tiny_checkpoint("llama"), block_size=16)
     (decode,) = cluster.decode.values()
     cluster.submit("one", prompt(56), sampled(1))
     cluster.run()
@@ -91,12 +92,12 @@ def test_the_prompt_is_handed_over_once_and_its_blocks_are_shared(local_cluster,
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_samples_make_room_and_come_back(caching, local_cluster, tiny_checkpoint):
+def test_samples_make_room_and_come_back(caching, tiny_checkpoint):
     """There is room for their beginning alone: all but a few are in host memory for most of the time."""
-    sizes = {"decode_blocks": 12, "block_size": 8, "enable_prefix_caching": caching}
-    cluster = local_cluster(tiny_checkpoint("llama"), **sizes)
+    sizes = {"decode_blocks": 10, "block_size": 8, "enable_prefix_caching": caching}
+    cluster = LocalCluster(tiny_checkpoint("llama"), **sizes)
     (decode,) = cluster.decode.values()
-    cluster.submit("r", prompt(45), sampled(5, 30))
+    cluster.submit("r", prompt(45), sampled(4, 14))
     preempted = 0
     while cluster.busy:
         cluster.step()
@@ -104,26 +105,32 @@ def test_samples_make_room_and_come_back(caching, local_cluster, tiny_checkpoint
     assert preempted >= 2
     samples = by_sample(cluster, "r")
     cluster.assert_all_blocks_free()
-    assert samples == one_by_one(cluster, prompt(45), sampled(5, 30))
+    assert samples == one_by_one(cluster, prompt(45), sampled(4, 14))
 
 
-def test_samples_for_which_there_is_no_room_when_they_part_wait_in_host_memory(local_cluster, tiny_checkpoint):
-    cluster = local_cluster(tiny_checkpoint("llama"), decode_blocks=16, block_size=8, max_num_batched_tokens=8)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_samples_for_which_there_is_no_room_when_they_part_wait_in_host_memory(family, tiny_checkpoint):
+    """Others have grown into it while the prompt was computed."""
+    cluster = LocalCluster(tiny_checkpoint(family), decode_blocks=14, block_size=8, max_num_batched_tokens=4)
     (decode,) = cluster.decode.values()
-    cluster.submit("long", prompt(30, 1), sampled(1, 60))
-    cluster.submit("r", prompt(45), sampled(4, 10))
-    preempted_before_decoding = 0
-    while cluster.busy:
+    cluster.submit("long", prompt(23, 1), sampled(1, 60))
+    while not cluster.tokens["long"]:
         cluster.step()
-        if cluster.tokens["r"] and len(cluster.tokens["r"]) == 4:
-            preempted_before_decoding = max(preempted_before_decoding, decode.load.preempted)
+    cluster.submit("r", prompt(45), sampled(5, 6))
+    while len(cluster.tokens["r"]) < 5:
+        assert decode.load.preempted == 0
+        cluster.step()
+    while decode.load.waiting:
+        cluster.step()
+    assert 0 < decode.load.preempted < 5
+    cluster.run()
     samples = by_sample(cluster, "r")
-    assert samples == one_by_one(cluster, prompt(45), sampled(4, 10))
+    assert samples == one_by_one(cluster, prompt(45), sampled(5, 6))
     cluster.assert_all_blocks_free()
 
 
-def test_steps_ahead_and_prefix_hits(local_cluster, tiny_checkpoint):
-    cluster = local_cluster(tiny_checkpoint("llama"), steps_ahead=2, prefill_steps_ahead=1)
+def test_steps_ahead_and_prefix_hits(tiny_checkpoint):
+    cluster = LocalCluster(tiny_checkpoint("llama"), steps_ahead=2, prefill_steps_ahead=1)
     expected = one_by_one(cluster, prompt(70), sampled(3))
     cluster.submit("again", prompt(70), sampled(3))
     cluster.submit("longer", prompt(70) + expected[1][:5], sampled(2))
@@ -134,9 +141,9 @@ def test_steps_ahead_and_prefix_hits(local_cluster, tiny_checkpoint):
     cluster.assert_all_blocks_free()
 
 
-def test_samples_end_each_for_itself(local_cluster, tiny_checkpoint):
+def test_samples_end_each_for_itself(tiny_checkpoint):
     """One by a stop token, maybe its first one; the others go on to their limit, and the finish reasons say so."""
-    cluster = local_cluster(tiny_checkpoint("llama"))
+    cluster = LocalCluster(tiny_checkpoint("llama"))
     free = one_by_one(cluster, prompt(40), sampled(4, ignore_eos=True))
     for stop in (free[0][0], free[2][0], free[1][4]):
         sampling = sampled(4, ignore_eos=True, stop_token_ids=(stop,))
@@ -152,8 +159,8 @@ def test_samples_end_each_for_itself(local_cluster, tiny_checkpoint):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_one_sample_is_stopped_and_the_others_go_on(when, local_cluster, tiny_checkpoint):
-    cluster = local_cluster(tiny_checkpoint("llama"), max_num_batched_tokens=16)
+def test_one_sample_is_stopped_and_the_others_go_on(when, tiny_checkpoint):
+    cluster = LocalCluster(tiny_checkpoint("llama"), max_num_batched_tokens=16)
     (decode,) = cluster.decode.values()
     free = one_by_one(cluster, prompt(40), sampled(3))
     cluster.submit("r", prompt(40), sampled(3))
@@ -167,19 +174,19 @@ def test_one_sample_is_stopped_and_the_others_go_on(when, local_cluster, tiny_ch
     cluster.assert_all_blocks_free()
 
 
-@pytest.mark.parametrize("steps", [0, 2, 6, 12])
-def test_a_request_is_aborted_with_all_of_its_samples(steps, local_cluster, tiny_checkpoint):
-    cluster = local_cluster(tiny_checkpoint("gemma2"), max_num_batched_tokens=16, steps_ahead=1)
-    cluster.submit("r", prompt(40), sampled(4, 40))
-    for _ in range(steps):
-        cluster.step()
-    cluster.abort("r")
-    cluster.run()
-    cluster.assert_all_blocks_free()
+def test_a_request_is_aborted_with_all_of_its_samples(tiny_checkpoint):
+    cluster = LocalCluster(tiny_checkpoint("gemma2"), max_num_batched_tokens=16, steps_ahead=1)
+    for steps in (0, 2, 6, 12):
+        cluster.submit(f"after {steps}", prompt(40), sampled(4, 40))
+        for _ in range(steps):
+            cluster.step()
+        cluster.abort(f"after {steps}")
+        cluster.run()
+        cluster.assert_all_blocks_free()
 
 
-def test_what_does_not_fit_is_refused_with_the_value_and_the_limit(local_cluster, tiny_checkpoint):
-    cluster = local_cluster(tiny_checkpoint("llama"), max_num_seqs=4, decode_blocks=6)
+def test_what_does_not_fit_is_refused_with_the_value_and_the_limit(tiny_checkpoint):
+    cluster = LocalCluster(tiny_checkpoint("llama"), max_num_seqs=4, decode_blocks=6)
     cluster.submit("places", prompt(10), sampled(5))
     cluster.submit("blocks", prompt(70), sampled(4))
     cluster.run()
