@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 
 import grpc
 import pytest
+import pytest_asyncio
 import torch
 
+from cluster.cli.main import main
 from cluster.client.client import AsyncBatonClient, BatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
 from cluster.launch import launch
@@ -20,7 +23,10 @@ from workers.sampling_params import SamplingParams
 PROMPT = [random.Random(7).randrange(3, 500) for _ in range(45)]
 
 
-@pytest.fixture
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def connection(tiny_checkpoint):
     overrides = {
         "model.path": str(tiny_checkpoint("llama")),
@@ -73,6 +79,24 @@ async def test_samples_and_prompt_logprobs_reach_the_client(connection, tiny_che
     for place, position in enumerate(answer.prompt_logprobs):
         assert position.chosen.logprob == pytest.approx(expected[place, PROMPT[place + 1]].item(), abs=1e-4)
         assert [top.token_id for top in position.top] == expected[place].topk(2).indices.tolist()
+
+
+async def test_the_command_line_prints_every_sample(connection, capsys):
+    said = (
+        "generate",
+        "a cat",
+        "--server",
+        connection.address,
+        *["--n", "3", "--seed", "2", "--max-tokens", "6", "--ignore-eos"],
+    )
+    assert await asyncio.to_thread(main, said) == 0
+    plain = capsys.readouterr().out
+    assert await asyncio.to_thread(main, (*said, "--json", "--prompt-logprobs", "1")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert plain == "\n---\n".join(sample["text"] for sample in answer["samples"]) + "\n"
+    assert answer["text"] == answer["samples"][0]["text"]
+    assert [len(sample["token_ids"]) for sample in answer["samples"]] == [6, 6, 6]
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"] - 1
 
 
 async def test_one_sample_is_on_the_wire_as_ever_and_too_many_are_refused(connection):

@@ -48,7 +48,7 @@ def check(found: PromptLogprobs, token_ids: list[int], num_top: int, reference) 
 @pytest.mark.parametrize(("family", "chunk"), [("llama", 256), ("gemma2", 16)])
 def test_they_equal_transformers(family, chunk, where, tiny_checkpoint, reference, monkeypatch):
     """In one chunk and in many, some rows of logits at a time, beside prompts that ask for none."""
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 7 * 512)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 7 * 512)
     cluster = LocalCluster(tiny_checkpoint(family), max_num_batched_tokens=chunk, decode_batched_tokens=chunk)
     (worker,) = getattr(cluster, where).values()
     model = reference(tiny_checkpoint(family))

@@ -15,7 +15,7 @@ from workers.sampling.ops.row_params import LOGPROBS, WORDS
 from workers.sampling.ops.top_logprobs import top_logprobs
 from workers.token_ids import TokenIds
 
-_LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24
 """Elements of the logits that are there at once: 64 MiB of float32, 128 rows of a vocabulary of 131,072."""
 
 
@@ -89,7 +89,7 @@ class ScoredRows:
         Args:
             hidden: (T, hidden size), what the model has made of the step's tokens.
         """
-        most_rows = max(1, _LOGITS_AT_ONCE // self._vocab_size)
+        most_rows = max(1, LOGITS_AT_ONCE // self._vocab_size)
         for wanted in self._wanted:
             states = hidden[wanted.rows]
             targets = to_device(torch.from_numpy(wanted.targets.astype(np.int64)), hidden.device)
