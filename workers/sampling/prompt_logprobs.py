@@ -61,16 +61,9 @@ class _Wanted:
 
 
 class ScoredRows:
-    """Those tokens of a step whose log-probabilities are asked for.
+    """Those tokens of a step whose log-probabilities are asked for."""
 
-    Args:
-        compute_logits: (N, hidden size) of the model to (N, V) float32.
-        vocab_size: V.
-    """
-
-    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> None:
-        self._compute_logits = compute_logits
-        self._vocab_size = vocab_size
+    def __init__(self) -> None:
         self._wanted: list[_Wanted] = []
         self._copies: list[tuple[PromptScores, Sequence[HostCopy]]] = []
 
@@ -83,13 +76,17 @@ class ScoredRows:
             self._wanted.append(_Wanted(scores, slice(first_row, first_row + len(targets)), targets))
 
     @torch.inference_mode()
-    def launch(self, hidden: torch.Tensor) -> None:
+    def launch(
+        self, hidden: torch.Tensor, compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
+    ) -> None:
         """Queue the computation and its way to the host; nobody waits.
 
         Args:
             hidden: (T, hidden size), what the model has made of the step's tokens.
+            compute_logits: of the model, (N, hidden size) to (N, V) float32.
+            vocab_size: V.
         """
-        most_rows = max(1, LOGITS_AT_ONCE // self._vocab_size)
+        most_rows = max(1, LOGITS_AT_ONCE // vocab_size)
         for wanted in self._wanted:
             states = hidden[wanted.rows]
             targets = to_device(torch.from_numpy(wanted.targets.astype(np.int64)), hidden.device)
@@ -97,8 +94,8 @@ class ScoredRows:
                 part = targets[start : start + most_rows]
                 words = torch.zeros(len(part), WORDS, dtype=torch.int32, device=hidden.device)
                 words[:, LOGPROBS] = wanted.scores.num_top
-                logits = self._compute_logits(states[start : start + most_rows])
-                found = top_logprobs(logits, words, part, min(wanted.scores.num_top, self._vocab_size))
+                logits = compute_logits(states[start : start + most_rows])
+                found = top_logprobs(logits, words, part, min(wanted.scores.num_top, vocab_size))
                 self._copies.append((wanted.scores, [HostCopy(tensor) for tensor in found]))
 
     def wait(self) -> None:

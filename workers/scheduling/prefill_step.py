@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from workers.errors import SamplingError
@@ -99,7 +100,7 @@ def launch_chunks(
     """
     pairs = list(zip(chunks, prompts, strict=True))
     rows, num_tokens = [], 0
-    scored = ScoredRows(runner.model.compute_logits, runner.model.config.vocab_size)
+    scored = ScoredRows()
     for chunk, prompt in pairs:
         prompt.in_flight += 1
         tokens = prompt.token_ids[chunk.start : chunk.end]
@@ -108,7 +109,12 @@ def launch_chunks(
         if prompt.scores is not None:
             scored.add(prompt.scores, num_tokens, prompt.token_ids[chunk.start + 1 : chunk.end + 1])
         num_tokens += len(tokens)
-    logits = runner.forward(rows, on_layer, scored.launch) if scored else runner.forward(rows, on_layer)
+    if scored:
+        model = runner.model
+        score = partial(scored.launch, compute_logits=model.compute_logits, vocab_size=model.config.vocab_size)
+        logits = runner.forward(rows, on_layer, score)
+    else:
+        logits = runner.forward(rows, on_layer)
     for chunk in chunks:
         scheduler.advance(chunk)
     finished = [prompt for chunk, prompt in pairs if chunk.last]
