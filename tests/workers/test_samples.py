@@ -15,8 +15,7 @@ from workers.sampling_params import SamplingParams
 CASES = [
     ("llama", "handed over", {"steps_ahead": 1}),
     ("llama", "computed here", {"block_size": 32}),
-    ("gemma2", "handed over", {"block_size": 8}),  # windows beside full attention
-    ("gemma2", "computed here", {"block_size": 8, "steps_ahead": 1}),
+    ("gemma2", "computed here", {"block_size": 8, "steps_ahead": 1}),  # windows beside full attention
     ("gpt_oss", "handed over", {}),  # the same, with sinks
     ("deepseek_v2", "handed over", {}),  # latents
 ]
@@ -52,9 +51,10 @@ def one_by_one(cluster, token_ids: list[int], sampling: SamplingParams) -> list[
 
 @pytest.mark.parametrize(("family", "where", "settings"), CASES)
 def test_each_sample_is_what_a_request_with_its_seed_gives(family, where, settings, tiny_checkpoint):
-    """With and without a half-full block at the prompt's end, and beside each other."""
+    """With and without a half-full block at the prompt's end and penalties for what each has said; beside each other."""
     cluster = LocalCluster(tiny_checkpoint(family), decode_batched_tokens=24, max_num_batched_tokens=24, **settings)
-    asked = {f"r{length}": (prompt(length, length), sampled(3, 8, seed=length)) for length in (27, 48)}
+    penalties = {"repetition_penalty": 1.5, "frequency_penalty": 1.0, "min_tokens": 4}
+    asked = {"half": (prompt(27), sampled(3, 8, seed=1)), "full": (prompt(48, 1), sampled(3, 8, seed=7, **penalties))}
     for name, (token_ids, sampling) in asked.items():
         (cluster.submit if where == "handed over" else cluster.submit_local)(name, token_ids, sampling)
     cluster.run()
