@@ -51,7 +51,7 @@ def one_by_one(cluster, token_ids: list[int], sampling: SamplingParams) -> list[
 
 @pytest.mark.parametrize(("family", "where", "settings"), CASES)
 def test_each_sample_is_what_a_request_with_its_seed_gives(family, where, settings, tiny_checkpoint):
-    """With and without a half-full block at the prompt's end and penalties for what each has said; beside each other."""
+    """With and without a half-full block at the prompt's end and penalties for what each has said."""
     cluster = LocalCluster(tiny_checkpoint(family), decode_batched_tokens=24, max_num_batched_tokens=24, **settings)
     penalties = {"repetition_penalty": 1.5, "frequency_penalty": 1.0, "min_tokens": 4}
     asked = {"half": (prompt(27), sampled(3, 8, seed=1)), "full": (prompt(48, 1), sampled(3, 8, seed=7, **penalties))}
