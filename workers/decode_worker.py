@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 
 from kv_transfer.connector import KVConnector
@@ -95,7 +95,7 @@ class DecodeWorker:
         self._connector = connector
         self.cache = KVCacheManager(
             runner.groups,
-            [kv_cache.shape[1] for kv_cache in runner.kv_caches],
+            runner.num_blocks,
             prompt_tokens_in_flight=(self._steps_ahead + 1) * (max_num_batched_tokens or 1),
             decode_tokens_in_flight=self._steps_ahead + 1,
         )
@@ -182,7 +182,7 @@ class DecodeWorker:
     @property
     def blocks(self) -> PrefixCache:
         """The blocks of its primary cache group: free, in use, or kept for what is in them."""
-        return self.cache.groups[self.cache.primary].pool
+        return self.cache.primary_pool
 
     @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
@@ -208,6 +208,11 @@ class DecodeWorker:
     def running_requests(self) -> tuple[str, ...]:
         """Those in the batch, oldest first."""
         return tuple(sequence.request.request_id for sequence in self._batch.running)
+
+    @property
+    def broken_peers(self) -> Mapping[str, str]:
+        """Engine ids to which the connection is broken; see `KVConnector.broken_peers`."""
+        return self._connector.broken_peers
 
     @property
     def load(self) -> Load:

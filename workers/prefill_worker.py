@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
 from workers.errors import BatonError, HandoffError, SamplingError
@@ -82,7 +82,7 @@ class PrefillWorker:
         self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self.cache = KVCacheManager(
             runner.groups,
-            [kv_cache.shape[1] for kv_cache in runner.kv_caches],
+            runner.num_blocks,
             prompt_tokens_in_flight=(self._steps_ahead + 1) * max_num_batched_tokens,
         )
         self._scheduler = PrefillScheduler(self.cache, max_num_batched_tokens, max_num_seqs)
@@ -141,7 +141,7 @@ class PrefillWorker:
     @property
     def blocks(self) -> PrefixCache:
         """The blocks of its primary cache group: free, in use, or kept for what is in them."""
-        return self.cache.groups[self.cache.primary].pool
+        return self.cache.primary_pool
 
     @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
@@ -158,6 +158,11 @@ class PrefillWorker:
         """The blocks of the primary cache group that launched steps may still write to."""
         prompts = [prompt for launch in self._launches for prompt in launch.prompts]
         return frozenset(block for prompt in prompts for block in self.cache.held(prompt.progress.tables))
+
+    @property
+    def broken_peers(self) -> Mapping[str, str]:
+        """Engine ids to which the connection is broken; see `KVConnector.broken_peers`."""
+        return self._connector.broken_peers
 
     @property
     def load(self) -> Load:

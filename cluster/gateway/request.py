@@ -35,8 +35,23 @@ class AttemptStarter(Protocol):
         attempts: int,
         output: TokenIds,
         again: bool,
+        avoid: frozenset[tuple[str, str]],
     ) -> Attempt:
-        """Begin an attempt that goes on after so much output; `again`: it is not the first."""
+        """Begin an attempt that goes on after so much output.
+
+        Args:
+            request: what is asked for.
+            deadline: seconds on `clock.now`.
+            arrived: likewise.
+            attempts: how many there have been, this one included.
+            output: what the client has.
+            again: whether it is not the first.
+            avoid: pairs of (prefill, decode) on which its handoff has failed.
+        """
+        ...
+
+    def handoff_failed(self, attempt: Attempt) -> None:
+        """An attempt's handoff has failed, which its pair of workers answers for."""
         ...
 
     def end_attempt(self, attempt: Attempt) -> None:
@@ -60,11 +75,13 @@ class Continued:
         output: token ids generated so far.
         arrived: when the request came, monotonic time.
         num_attempts: made so far.
+        avoid: pairs on which it has failed.
     """
 
     output: Sequence[int]
     arrived: float
     num_attempts: int
+    avoid: frozenset[tuple[str, str]] = frozenset()
 
 
 class RunningRequest:
@@ -79,6 +96,7 @@ class RunningRequest:
         arrived: when it came, monotonic time.
         attempt: the one under way, or the last one; None: it has not been placed yet.
         num_attempts: at it so far, those left out in which nothing failed.
+        avoid: pairs on which it has failed.
 
     Args:
         attempts: where they begin and end.
@@ -107,6 +125,7 @@ class RunningRequest:
         self._output: list[int] = [] if continued is None else list(continued.output)
         self.num_attempts = 0 if continued is None else continued.num_attempts
         self._started = continued is not None
+        self.avoid = frozenset[tuple[str, str]]() if continued is None else continued.avoid
         self._first_report: RequestReport | None = None
         self._over = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -186,6 +205,9 @@ class RunningRequest:
                 self.num_attempts -= 1  # nothing has failed
             except (WorkerLostError, HandoffError) as error:
                 self._observers.attempt_failed(self.attempt, error)
+                if isinstance(error, HandoffError):
+                    self.avoid |= {(self.attempt.prefill, self.attempt.decode)}
+                    self._starter.handoff_failed(self.attempt)
                 if self.num_attempts >= _MAX_ATTEMPTS:
                     raise
                 self._observers.request_migrated(self.attempt, error)
@@ -205,7 +227,13 @@ class RunningRequest:
         try:
             async with asyncio.timeout(self._deadline - now()):
                 attempt = await self._starter.start_attempt(
-                    self._request, self._deadline, self.arrived, self.num_attempts, as_token_ids(self._output), again
+                    self._request,
+                    self._deadline,
+                    self.arrived,
+                    self.num_attempts,
+                    as_token_ids(self._output),
+                    again,
+                    self.avoid,
                 )
         except TimeoutError:
             raise DeadlineExceededError(self._passed) from None

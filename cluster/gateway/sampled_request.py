@@ -120,7 +120,8 @@ class SampledRequest:
         """A sample as a request of its own, which goes on where it is."""
         sampling = replace(self._request.sampling.of_sample(index), prompt_logprobs=None)
         request = replace(self._request, sampling=sampling)
-        so_far = Continued(self._outputs[index], self._whole.arrived, self._whole.num_attempts)
+        whole = self._whole
+        so_far = Continued(self._outputs[index], whole.arrived, whole.num_attempts, whole.avoid)
         return RunningRequest(self._starter, request, _AttemptEvents(self._observers), so_far)
 
     async def _close(self) -> None:

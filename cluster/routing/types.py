@@ -31,6 +31,7 @@ class RoutingRequest:
         arrivals_per_s: how many other requests come in a second, to all workers.
         num_samples: sequences that go on from its prompt on the decode worker, which share the prompt's full blocks.
         all_computed: all of its prompt is computed, whatever of it is cached where that is done.
+        avoid: pairs on which it has failed: taken only where there is no other.
     """
 
     prompt_tokens: int
@@ -43,6 +44,7 @@ class RoutingRequest:
     cached: npt.NDArray[np.float64] | None = field(default=None, compare=False)
     num_samples: int = 1
     all_computed: bool = False
+    avoid: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def steps(self) -> int:
