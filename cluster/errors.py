@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.errors import BatonError
+from workers.errors import BatonError, InvalidRequestError
 
 
 class QueueFullError(BatonError):
@@ -39,6 +39,10 @@ class WorkerLostError(BatonError):
 
 class WorkerLeavesError(BatonError):
     """A worker is to leave before it has finished the request: others go on with it, and no client sees this."""
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names another model than the one that is served."""
 
 
 class AuthenticationError(BatonError):

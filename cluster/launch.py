@@ -25,8 +25,10 @@ from cluster.clock import now
 from cluster.config.groups import groups_of
 from cluster.config.load import ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
+from cluster.conversation.registry import choose_formats
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
+from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, weights_size, worker_line
@@ -34,6 +36,7 @@ from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
+from cluster.text.sampling_defaults import read_sampling_defaults
 from cluster.text.tokenizer import Tokenizer
 from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.transports.local import LocalFabric
@@ -94,6 +97,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         # What is truncated or no checkpoint is told before Ray starts.
         stored = await asyncio.to_thread(stored_tensors, folder)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    wanted = config.model.tool_format, config.model.reasoning_format
+    formats = choose_formats(*wanted, tokenizer.chat_template.text, model.family)
+    defaults = read_sampling_defaults(folder) if config.model.generation_config == "auto" else {}
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
@@ -136,7 +142,14 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        yield Service(engine, Generation(engine, tokenizer, info, config.server.max_n), info, readiness)
+        grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
+        stack.push_async_callback(grammars.aclose)
+        yield Service(
+            engine,
+            Generation(engine, tokenizer, info, defaults, grammars, formats, config.server.max_n),
+            info,
+            readiness,
+        )
 
 
 def check_backend_name(section: str, name: str) -> None:

@@ -17,6 +17,7 @@ from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
 from workers.errors import CacheTooSmallError
+from workers.grammars.compiler import GrammarCompiler
 from workers.kv_cache.sizing import allocate_kv_caches, kv_layout
 from workers.models.causal_lm import CausalLM
 from workers.models.loader import load_model, model_bytes
@@ -66,6 +67,7 @@ class BuiltWorker:
         step_times: measured on its device.
         memory: what it takes there.
         blocks_per_sequence: of these, the most that a sequence holds at once; None: those of all its tokens.
+        grammars: compiles what its requests ask for.
     """
 
     worker: PrefillWorker | DecodeWorker
@@ -77,6 +79,7 @@ class BuiltWorker:
     step_times: StepTimes
     memory: WorkerMemory
     blocks_per_sequence: int | None
+    grammars: GrammarCompiler
 
 
 def build_worker(
@@ -124,7 +127,9 @@ def build_worker(
     kv_caches, max_model_len = _caches_and_context(config, model, group)
     runner = ModelRunner(model, kv_caches)
     graphs = _Graphs(runner.device, capture_progress)
-    worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
+    vocabulary = (model.config.vocab_size, model.config.eos_token_ids)
+    grammars = GrammarCompiler.of_checkpoint(Path(config.model), *vocabulary)
+    worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured, grammars)
     memory = graphs.memory(
         model_bytes(type(model), model.config, model.dtype, group),
         sum(kv_cache.nbytes for kv_cache in runner.kv_caches),
@@ -146,6 +151,7 @@ def build_worker(
         step_times,
         memory,
         worker.cache.blocks_per_sequence(max_model_len, computed=isinstance(worker, PrefillWorker)),
+        grammars,
     )
 
 
@@ -179,6 +185,7 @@ def _make_worker(
     connector: KVConnector,
     clock: Callable[[], float],
     capture_progress: Progress,
+    grammars: GrammarCompiler,
 ) -> PrefillWorker | DecodeWorker:
     if config.role == "prefill" or config.local_prefill:  # logits of prompts are float32
         warm_up_sampling(runner.model.config.vocab_size, torch.float32, runner.device)
@@ -191,6 +198,7 @@ def _make_worker(
             max_num_batched_tokens=config.max_num_batched_tokens if config.local_prefill else None,
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=config.enable_prefix_caching,
+            grammars=grammars,
             progress=capture_progress,
             clock=clock,
         )
@@ -204,6 +212,7 @@ def _make_worker(
         handoff_timeout_s=config.handoff_timeout_s,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
+        grammars=grammars,
         progress=capture_progress,
         clock=clock,
     )

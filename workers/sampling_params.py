@@ -6,10 +6,15 @@ import math
 from dataclasses import dataclass, replace
 
 from workers.errors import InvalidRequestError
+from workers.structured_output import StructuredOutput
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 _SEEDS = 2**64
+MAX_LOGIT_BIAS = 100.0
+MAX_LISTED_TOKENS = 131_072
+"""Of `allowed_token_ids`, and of `logit_bias`."""
+MAX_BAD_WORDS = 1024
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing by the temperature leaves one token anyway, so sampling is greedy."""
 
@@ -37,6 +42,14 @@ class SamplingParams:
             likely one, as all of them would be the same.
         prompt_logprobs: of each token of the prompt but the first, log-probabilities of the token and of this many most
             likely ones; None returns none.
+        include_stop_str_in_output: what ended the text, a stop string or a token, is part of the text.
+        skip_special_tokens: special tokens have no text.
+        structured_output: the form of the answer; None leaves it free.
+        logit_bias: (token id, what is added to its logit) pairs, the latter in [-100, 100].
+        allowed_token_ids: the only tokens that may be generated; empty allows all.
+        bad_words: texts that are not generated: the last token of each never follows the others.
+        bad_words_token_ids: the same as tokens, each word in every way that it is to be kept out. The gateway fills it
+            in, which has the tokenizer.
 
     Raises:
         InvalidRequestError: a value outside its range.
@@ -58,6 +71,13 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    structured_output: StructuredOutput | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0.0, 100.0)
@@ -85,6 +105,13 @@ class SamplingParams:
             raise InvalidRequestError(f"{len(self.stop)} stop strings given, at most {MAX_STOP_STRINGS} are allowed")
         if any(not text for text in self.stop):
             raise InvalidRequestError("a stop string is empty")
+        for _, bias in self.logit_bias:
+            _require("a logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        _require_at_most("logit_bias", len(self.logit_bias), MAX_LISTED_TOKENS)
+        _require_at_most("allowed_token_ids", len(self.allowed_token_ids), MAX_LISTED_TOKENS)
+        _require_at_most("bad_words", len(self.bad_words), MAX_BAD_WORDS)
+        if any(not text.strip() for text in self.bad_words):
+            raise InvalidRequestError("a text in bad_words is empty")
 
     @property
     def greedy(self) -> bool:
@@ -109,3 +136,8 @@ def _require(name: str, value: float, low: float, high: float, *, open_low: bool
     if not inside or math.isnan(value):
         bounds = f"{'(' if open_low else '['}{low}, {high}]"
         raise InvalidRequestError(f"{name} is {value}, it must be in {bounds}")
+
+
+def _require_at_most(name: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidRequestError(f"{name} has {count} entries, at most {most} are allowed")

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from workers.errors import CapacityError, InvalidRequestError
 from workers.kv_cache.manager import KVCacheManager
 from workers.sampling_params import SamplingParams
+from workers.token_ids import as_token_ids
 
 
 def check_prompt(num_tokens: int, sampling: SamplingParams, max_model_len: int) -> None:
@@ -33,6 +34,23 @@ def check_token_ids(token_ids: npt.NDArray[np.integer], vocab_size: int, what: s
     if len(token_ids) and (token_ids.min() < 0 or token_ids.max() >= vocab_size):
         wrong = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
         raise InvalidRequestError(f"{what} {wrong} is out of range: the vocabulary has {vocab_size} tokens")
+
+
+def check_sampling_tokens(sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuse token ids outside the vocabulary wherever the sampling parameters name one.
+
+    Raises:
+        InvalidRequestError: an id out of range.
+    """
+    named = {
+        "stop token": sampling.stop_token_ids,
+        "logit_bias token": tuple(token_id for token_id, _ in sampling.logit_bias),
+        "allowed_token_ids token": sampling.allowed_token_ids,
+        "bad_words token": tuple(token_id for word in sampling.bad_words_token_ids for token_id in word),
+    }
+    for what, token_ids in named.items():
+        if token_ids:
+            check_token_ids(as_token_ids(token_ids, what), vocab_size, what)
 
 
 def check_local(is_local: bool, computes_prompts: bool) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
 
 from cluster.api import RequestReport, Usage
+from cluster.conversation.deltas import Delta
 from cluster.wire import convert
+from cluster.wire.chat import deltas_from_proto
+from cluster.wire.sampling import sampling_to_proto
 from protos import baton_pb2
 from workers.errors import InvalidRequestError
 from workers.messages import FinishReason
 from workers.sampling_params import SamplingParams
+from workers.structured_output import StructuredOutput
 
 Messages = Sequence[tuple[str, str]]
 """Chat messages as (role, content)."""
@@ -25,12 +29,16 @@ class Options(TypedDict, total=False):
         request_id: its name for the request, for logs; the server makes one up.
         priority: where requests wait for room, lower ones go first; 0 is the default.
         user: whose request it is: users of one priority take turns.
+        structured_output: the form of the answer, in place of what `sampling` says of it.
+        logit_bias: what is added to the logits of these tokens, in place of what `sampling` says of it.
     """
 
     model: str
     request_id: str
     priority: int
     user: str
+    structured_output: StructuredOutput
+    logit_bias: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,13 @@ class Sample:
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...]
     finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    deltas: tuple[Delta, ...] | None = None
 
 
 @dataclass(frozen=True)
 class GenerateChunk:
-    """A part of an answer (or all of it); `finish_reason`, `usage` and `report` are in the last one.
+    """A part of an answer (or all of it); `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
 
     Attributes:
         request_id: the client's name for the request, or the server's.
@@ -76,6 +86,8 @@ class GenerateChunk:
         index: of several samples the one that the above is of.
         samples: of a whole answer of several samples all of them, the first one too; else empty.
         prompt_logprobs: of each token of the prompt but the first, in the first part, if they were asked for.
+        stop_reason: which of the request's stop strings or stop tokens ended it; None: something else did.
+        deltas: of a chat's answer, what the text says; None where all of it is content.
     """
 
     request_id: str
@@ -85,6 +97,8 @@ class GenerateChunk:
     finish_reason: FinishReason | None
     usage: Usage | None
     report: RequestReport | None
+    stop_reason: str | int | None = None
+    deltas: tuple[Delta, ...] | None = None
     index: int = 0
     samples: tuple[Sample, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
@@ -104,13 +118,18 @@ def generate_request(
     """
     if sum(form is not None for form in (prompt, token_ids, chat)) != 1:
         raise InvalidRequestError("give exactly one of prompt, token_ids and chat")
+    named: dict[str, Any] = dict(options)
+    if restrictions := {name: named.pop(name) for name in ("structured_output", "logit_bias") if name in named}:
+        if "logit_bias" in restrictions:
+            restrictions["logit_bias"] = tuple(restrictions["logit_bias"].items())
+        sampling = replace(sampling or SamplingParams(), **restrictions)
     try:
         return baton_pb2.GenerateRequest(
             text=prompt,
             token_ids=None if token_ids is None else baton_pb2.TokenIds(ids=token_ids),
             chat=None if chat is None else _chat(chat),
-            sampling=None if sampling is None else convert.sampling_to_proto(sampling),
-            **options,
+            sampling=None if sampling is None else sampling_to_proto(sampling),
+            **named,
         )
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"the request cannot be sent: {error}") from error
@@ -150,6 +169,8 @@ def chunk(response: baton_pb2.GenerateResponse) -> GenerateChunk:
         finish_reason=convert.finish_reason_from_proto(response.finish_reason),
         usage=convert.usage_from_proto(response.usage) if response.HasField("usage") else None,
         report=convert.report_from_proto(response.timings) if response.HasField("timings") else None,
+        stop_reason=convert.stop_reason_from_proto(response.stop_reason),
+        deltas=deltas_from_proto(response.chat_delta) if response.HasField("chat_delta") else None,
         index=response.index,
         samples=tuple(map(_sample, response.samples)),
         prompt_logprobs=_positions(response.prompt_logprobs),
@@ -163,6 +184,8 @@ def _sample(message: baton_pb2.Sample) -> Sample:
         tuple(message.token_ids),
         _positions(message.logprobs),
         convert.finish_reason_from_proto(message.finish_reason),
+        convert.stop_reason_from_proto(message.stop_reason),
+        deltas_from_proto(message.chat_delta) if message.HasField("chat_delta") else None,
     )
 
 

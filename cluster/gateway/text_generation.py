@@ -8,25 +8,33 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.conversation.deltas import Delta
+from cluster.conversation.registry import NO_FORMATS, Formats
+from cluster.errors import ModelNotFoundError
+from cluster.gateway.conversations import AnswerReader, Conversation, Conversations
+from cluster.gateway.grammar_check import GrammarCheck
+from cluster.gateway.marker_positions import MarkerPositions, Markers
 from cluster.gateway.prompt_positions import PromptPosition, check_prompt_logprobs, prompt_positions
+from cluster.gateway.restrictions import Restrictions
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
-from cluster.text.tokenizer import ChatMessage, Tokenizer
+from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
+from workers.structured_output import StructuredOutput
 from workers.token_ids import TokenIds, as_token_ids
 from workers.validation import check_token_ids
 
@@ -39,38 +47,43 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Chat messages, oldest first."""
-
-    messages: tuple[ChatMessage, ...]
-
-
 Prompt = str | TokenIds | Conversation
 """A text, token ids, or a conversation for the checkpoint's chat template."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest(RequestOptions):
-    """What a client asks for. An empty `model` accepts the served one."""
+    """What a client asks for. An empty `model` accepts the served one.
+
+    `add_special_tokens`: begin (or end) the prompt with what the checkpoint's tokenizer adds; None: a text, and not a
+    conversation, whose template writes it.
+    """
 
     prompt: Prompt
     model: str = ""
+    add_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A part of an answer. `finish_reason`, `usage` and `report` are in the last one.
+    """A part of an answer. `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
 
-    Of several samples each has a part of its own, the last of them with its finish reason; `usage` and `report` are in
+    Of several samples each has parts of its own, the last of them with its finish reason; `usage` and `report` are in
     the last of all. Log-probabilities of the prompt are in the first.
+
+    `stop_reason`: the stop string, or the one of the request's stop tokens, that ended the text; None: something else.
+    `markers`: special tokens of the model's formats, and where they stand in the text, which is without them.
+    `deltas`: of a conversation's answer, what the text says; None where all of it is content.
     """
 
     text: str
     tokens: tuple[TokenOutput, ...] = ()
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     usage: Usage | None = None
     report: RequestReport | None = None
+    markers: Markers = ()
+    deltas: tuple[Delta, ...] | None = None
     index: int = 0
     prompt_logprobs: tuple[PromptPosition, ...] | None = None
 
@@ -82,14 +95,32 @@ class Generation:
         engine: runs token ids.
         tokenizer: of the served checkpoint.
         model_info: the served model's name and limits.
+        sampling_defaults: of what a request's sampling leaves open, by name.
+        grammars: says which ones its workers can compile; None: no structured output is taken.
+        formats: how the model writes tool calls and reasoning.
         max_n: samples of one request at most.
+
+    Attributes:
+        sampling_defaults: the same, for the doors.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_info: ModelInfo, max_n: int = DEFAULT_MAX_N) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        model_info: ModelInfo,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        grammars: GrammarCheck | None = None,
+        formats: Formats = NO_FORMATS,
+        max_n: int = DEFAULT_MAX_N,
+    ) -> None:
+        self.sampling_defaults = dict(sampling_defaults or {})
         self._engine = engine
         self._tokenizer = tokenizer
+        self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
         self._max_n = max_n
+        self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -100,14 +131,50 @@ class Generation:
             InvalidRequestError: the request is wrong; nothing was started.
             BatonError: what the engine raises.
         """
+        chat = request.prompt if isinstance(request.prompt, Conversation) else None
+        async with aclosing(self.run(await self.prepare(request), chat)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def prepare(self, request: GenerationRequest) -> EngineRequest:
+        """The one request that goes from here to the workers, checked and whole, for `run`.
+
+        Raises:
+            InvalidRequestError: the request is wrong.
+            DeadlineExceededError: no time is left.
+        """
         arrival = time.monotonic()
         engine_request = await self._engine_request(request)
         timeout_s = request.timeout_s - (time.monotonic() - arrival)
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
-        engine_request = replace(engine_request, timeout_s=timeout_s)
+        return replace(engine_request, timeout_s=timeout_s)
+
+    def run(self, engine_request: EngineRequest, chat: Conversation | None = None) -> AsyncGenerator[TextChunk, None]:
+        """Run what `prepare` has made, of this conversation if it was one. Closing the generator cancels it.
+
+        Raises:
+            BatonError: what the engine raises.
+        """
+        chunks = self._run(engine_request)
+        if chat is None:
+            return chunks
+        shows_special = not engine_request.sampling.skip_special_tokens
+        prompt = engine_request.prompt_token_ids
+        readers = [
+            reader
+            for _ in range(engine_request.sampling.n)
+            if (reader := self._conversations.reader(chat, prompt, shows_special_tokens=shows_special)) is not None
+        ]
+        return _taken_apart(chunks, readers) if readers else chunks
+
+    async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
+        markers = self._conversations.marker_ids if engine_request.sampling.skip_special_tokens else {}
         sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
-        texts = {index: _TextAssembler(self._tokenizer, sampling) for index in range(sampling.n)}
+        texts = {
+            index: _TextAssembler(self._tokenizer, sampling, self._model.eos_token_ids, markers)
+            for index in range(sampling.n)
+        }
         num_tokens, last, positions = 0, TextChunk(""), None
         async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
@@ -124,7 +191,7 @@ class Generation:
                         continue
                     del texts[index]
                     num_tokens += text.num_tokens
-                    last = replace(part, text=part.text + text.finish(), finish_reason=text.finish_reason)
+                    last = replace(text.end(part), finish_reason=text.finish_reason, stop_reason=text.stop_reason)
                     if texts:
                         if text.stopped:
                             stream.drop(index)
@@ -146,8 +213,8 @@ class Generation:
         pairs = self._engine.explain(asked)
         return Explanation(len(asked.prompt_token_ids), asked.sampling.max_tokens or 1, tuple(pairs))
 
-    async def tokenize(self, prompt: Prompt, model: str = "") -> TokenIds:
-        """Check a prompt and turn it into token ids.
+    async def tokenize(self, prompt: Prompt, model: str = "", add_special_tokens: bool | None = None) -> TokenIds:
+        """Check a prompt and turn it into token ids, as `generate` does.
 
         Raises:
             InvalidRequestError: it is empty, too long, or has ids out of range; or `model` is not the served one.
@@ -155,7 +222,22 @@ class Generation:
         self._check_model(model)
         if isinstance(prompt, np.ndarray):
             return self._checked(prompt)
-        return await self._in_thread(self._encode, prompt)
+        return await self._in_thread(self._encode, prompt, add_special_tokens)
+
+    async def detokenize(self, token_ids: TokenIds, model: str = "") -> str:
+        """The text of token ids, special tokens as they are spelled.
+
+        Raises:
+            InvalidRequestError: ids out of range, more than the context window has, or `model` is not the served one.
+        """
+        self._check_model(model)
+        check_token_ids(token_ids, self._model.vocab_size)
+        if len(token_ids) > self._model.max_model_len:
+            raise InvalidRequestError(
+                f"{len(token_ids)} tokens are given; the context window has {self._model.max_model_len}"
+            )
+        decode = self._tokenizer.with_special_tokens.decode
+        return await asyncio.get_running_loop().run_in_executor(self._executor, decode, token_ids.tolist())
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
         """The one request that goes from here to the workers, checked and whole; long work is done on other threads.
@@ -164,19 +246,27 @@ class Generation:
             InvalidRequestError: the request is wrong.
         """
         self._check_model(request.model)
+        sampling = await self._restrictions.resolve(request.sampling)
         if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
-            prompt, prefix = self._hashed(request.prompt, request.cache_salt)
+            prompt, prefix = self._hashed(request)
         else:
-            prompt, prefix = await self._in_thread(self._hashed, request.prompt, request.cache_salt)
+            prompt, prefix = await self._in_thread(self._hashed, request)
+        if isinstance(request.prompt, Conversation):
+            grammar = self._conversations.call_grammar(request.prompt, prompt)
+            if grammar is not None:
+                sampling = await self._restrictions.resolve(_obliged(sampling, grammar))
         options = shared_options(request)
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = self._complete(request.sampling, len(prompt))
+        options["sampling"] = self._complete(sampling, len(prompt))
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
 
-    def _hashed(self, prompt: Prompt, cache_salt: bytes) -> tuple[TokenIds, PromptPrefix]:
+    def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""
-        token_ids = self._checked(prompt) if isinstance(prompt, np.ndarray) else self._encode(prompt)
-        prefix = PromptPrefix(token_ids, cache_salt)
+        if isinstance(request.prompt, np.ndarray):
+            token_ids = self._checked(request.prompt)
+        else:
+            token_ids = self._encode(request.prompt, request.add_special_tokens)
+        prefix = PromptPrefix(token_ids, request.cache_salt)
         prefix.prepare(self._engine.block_sizes)
         return token_ids, prefix
 
@@ -188,22 +278,36 @@ class Generation:
         """A token's text by itself; special tokens have none."""
         return self._tokenizer.decode([token_id])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, special ones as they are spelled."""
+        return self._tokenizer.token_bytes(token_id)
+
+    def token_name(self, token_id: int) -> str:
+        """A token as the checkpoint spells it."""
+        return self._tokenizer.token_name(token_id)
+
+    async def text_of(self, token_ids: TokenIds) -> str:
+        """The text of a prompt that was given as token ids; special tokens have none."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._tokenizer.decode, token_ids.tolist())
+
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
-            raise InvalidRequestError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
+            raise ModelNotFoundError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
 
     def _checked(self, token_ids: TokenIds) -> TokenIds:
         check_token_ids(token_ids, self._model.vocab_size)
         self._check_length(len(token_ids))
         return token_ids
 
-    def _encode(self, prompt: str | Conversation) -> TokenIds:
+    def _encode(self, prompt: str | Conversation, add_special_tokens: bool | None) -> TokenIds:
         is_text = isinstance(prompt, str)
-        text = prompt if isinstance(prompt, str) else self._tokenizer.apply_chat_template(prompt.messages)
+        text = prompt if isinstance(prompt, str) else self._conversations.render(prompt)
         if is_text and not text:
             raise InvalidRequestError("the prompt is empty")
         self._tokenizer.check_length(text, self._model.max_model_len)
-        token_ids = as_token_ids(self._tokenizer.encode(text, add_special_tokens=is_text))
+        add = is_text if add_special_tokens is None else add_special_tokens
+        token_ids = as_token_ids(self._tokenizer.encode(text, add_special_tokens=add))
         self._check_length(len(token_ids))
         return token_ids
 
@@ -222,7 +326,6 @@ class Generation:
         if sampling.n > self._max_n:
             raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
         check_prompt_logprobs(sampling, prompt_len)
-        check_token_ids(as_token_ids(sampling.stop_token_ids, "stop token"), self._model.vocab_size, "stop token")
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(
@@ -244,22 +347,63 @@ def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[To
     return samples.items()
 
 
+def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
+    """The same, with an answer that must call a function."""
+    if sampling.structured_output is not None:
+        raise InvalidRequestError("tool_choice wants a call, and response_format or structured_output another answer")
+    return replace(sampling, structured_output=StructuredOutput.grammar(grammar))
+
+
+async def _taken_apart(
+    chunks: AsyncGenerator[TextChunk, None], readers: Sequence[AnswerReader]
+) -> AsyncGenerator[TextChunk, None]:
+    """The parts of an answer, each with what it says; `readers` has one for each sample."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            reader = readers[chunk.index]
+            deltas = reader.read(chunk.text, chunk.markers, ended=chunk.finish_reason is not None)
+            reason = chunk.finish_reason
+            if reason is FinishReason.STOP and reader.calls_tools:
+                reason = FinishReason.TOOL_CALLS
+            yield replace(chunk, deltas=deltas, finish_reason=reason)
+
+
 class _TextAssembler:
     """The text of one answer, token by token, up to a stop string.
 
+    Args:
+        tokenizer: whose tokens they are.
+        sampling: says what ends the text.
+        eos_token_ids: what ends it in any case.
+        markers: special tokens whose places are wanted, by id.
+
     Attributes:
         finish_reason: why the text ended; None while it goes on.
+        stop_reason: see `TextChunk`.
         stopped: a stop string was found; what comes after it is not part of the answer.
         num_tokens: tokens taken.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        eos_token_ids: Sequence[int],
+        markers: Mapping[int, str],
+    ) -> None:
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
         self.stopped = False
         self.num_tokens = 0
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._stops = StopStrings(sampling.stop)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
+        )
+        self._show_stop = sampling.include_stop_str_in_output
+        self._stops = StopStrings(sampling.stop, include=self._show_stop)
+        self._stop_token_ids = set(sampling.stop_token_ids).difference(() if sampling.ignore_eos else eos_token_ids)
         self._min_tokens = sampling.min_tokens
+        self._markers = markers
+        self._positions = MarkerPositions()
 
     def push(self, tokens: Sequence[TokenOutput]) -> TextChunk:
         """Take tokens up to the one that completes a stop string, and return them with the text that is certain."""
@@ -267,12 +411,25 @@ class _TextAssembler:
         for position, token in enumerate(tokens):
             self.num_tokens += 1
             self.finish_reason = token.finish_reason
-            # The token that ended the text is not part of it.
-            if token.finish_reason is not FinishReason.STOP:
+            # The token that ended the text is not part of it, unless that is wanted.
+            if token.finish_reason is FinishReason.STOP and token.token_id in self._stop_token_ids:
+                self.stop_reason = token.token_id
+            if token.finish_reason is not FinishReason.STOP or self._show_stop:
+                if marker := self._markers.get(token.token_id):
+                    # What is held back stands before it, whatever that turns out to be.
+                    text += self._scan(self._detokenizer.finish())
+                    self._positions.add(marker, len(text) + self._stops.num_held)
                 text += self._scan(self._detokenizer.push([token.token_id]))
             if self.stopped:
-                return TextChunk(text, tuple(tokens[: position + 1]))
-        return TextChunk(text, tuple(tokens))
+                tokens = tokens[: position + 1]
+                break
+        return TextChunk(text, tuple(tokens), markers=self._positions.send(len(text)))
+
+    def end(self, last: TextChunk) -> TextChunk:
+        """The last part, with what had been held back."""
+        rest = self.finish()
+        markers = [(len(last.text) + position, marker) for position, marker in self._positions.send(len(rest))]
+        return replace(last, text=last.text + rest, markers=(*last.markers, *markers))
 
     def finish(self) -> str:
         """The rest of the text: what had been held back."""
@@ -285,5 +442,5 @@ class _TextAssembler:
             return text
         kept, self.stopped = self._stops.push(text)
         if self.stopped:
-            self.finish_reason = FinishReason.STOP
+            self.finish_reason, self.stop_reason = FinishReason.STOP, self._stops.found
         return kept

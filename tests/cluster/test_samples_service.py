@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 
 import grpc
 import pytest
@@ -19,6 +20,7 @@ from cluster.server.grpc.serve import start_server
 from protos import baton_pb2
 from workers.messages import FinishReason
 from workers.sampling_params import SamplingParams
+from workers.structured_output import StructuredOutput
 
 PROMPT = [random.Random(7).randrange(3, 500) for _ in range(45)]
 
@@ -122,3 +124,16 @@ async def test_one_sample_is_on_the_wire_as_ever_and_too_many_are_refused(connec
             with pytest.raises(BatonClientError, match=why) as error:
                 await anext(client.generate(token_ids=PROMPT, sampling=SamplingParams(**asked)))
             assert error.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_each_sample_has_the_form_that_is_asked_for(connection):
+    form = StructuredOutput.regex("[0-9]{3}-[a-d]{2,9}")
+    sampling = SamplingParams(temperature=1.5, seed=2, n=3, max_tokens=40, structured_output=form)
+
+    def whole():
+        with BatonClient(connection) as client:
+            return client.generate_once(token_ids=PROMPT, sampling=sampling)
+
+    samples = (await asyncio.to_thread(whole)).samples
+    assert all(re.fullmatch("[0-9]{3}-[a-d]{2,9}", sample.text) for sample in samples)
+    assert len({sample.text for sample in samples}) == 3

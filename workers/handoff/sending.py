@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError
+from workers.grammars.matcher import TokenMatcher
 from workers.handoff.layers_per_write import LayersPerWrite
 from workers.kv_cache.manager import KVCacheManager
 from workers.messages import WorkerRequest
@@ -53,6 +54,7 @@ class Prompt:
         max_model_len: int,
         now: float,
         cached_block_size: int | None = None,
+        matchers: Sequence[TokenMatcher | None] = (),
     ) -> Prompt:
         """A request that has just come and is in order; its blocks have hashes if a block size is given."""
         hashes = request.hashes_for(cached_block_size) if cached_block_size is not None else ()
@@ -61,7 +63,7 @@ class Prompt:
         return cls(
             request,
             PromptProgress(request.attempt_id, num_tokens, hashes, all_computed=scores is not None),
-            sample_states(request, eos_token_ids, max_model_len),
+            sample_states(request, eos_token_ids, max_model_len, matchers),
             deadline=now + request.timeout_s,
             arrived=now,
             scores=scores,

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.gateway.prompt_positions import PromptPosition, ScoredToken
 from cluster.gateway.text_generation import TextChunk
 from cluster.wire import convert
+from cluster.wire.chat import deltas_to_proto
 from protos import baton_pb2
 from workers.messages import TokenLogprob, TokenOutput
 
@@ -53,12 +54,15 @@ class ResponseWriter:
 
     def _answer(self, chunks: Sequence[TextChunk]) -> dict[str, Any]:
         """What a sample has said, by the wire's names."""
-        tokens = [token for chunk in chunks for token in chunk.tokens]
+        tokens, last = [token for chunk in chunks for token in chunk.tokens], chunks[-1]
+        deltas = None if last.deltas is None else [delta for chunk in chunks for delta in chunk.deltas or ()]
         return {
             "text": "".join(chunk.text for chunk in chunks),
             "token_ids": [token.token_id for token in tokens],
             "logprobs": [self._logprobs(token, token.logprob) for token in tokens if token.logprob is not None],
-            "finish_reason": convert.finish_reason_to_proto(chunks[-1].finish_reason),
+            "finish_reason": convert.finish_reason_to_proto(last.finish_reason),
+            "stop_reason": convert.stop_reason_to_proto(last.stop_reason),
+            "chat_delta": None if deltas is None else deltas_to_proto(deltas),
         }
 
     def _logprobs(self, token: TokenOutput, logprob: float) -> baton_pb2.TokenLogprobs:

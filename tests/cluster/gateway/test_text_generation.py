@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from cluster.api import TokenChunk, Usage
+from cluster.conversation.messages import ChatMessage
 from cluster.gateway.text_generation import Conversation, Generation, GenerationRequest, TextChunk
 from cluster.routing.prefix_index import PromptPrefix
-from cluster.text.tokenizer import ChatMessage, Tokenizer
+from cluster.text.tokenizer import Tokenizer
 from workers.block_hashes import BlockHashes, PromptHashes, block_hashes
 from workers.errors import DeadlineExceededError
 from workers.messages import FinishReason, RequestOptions, TokenOutput

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cluster.conversation.messages import ChatMessage
 from cluster.text.length_bound import LengthBound, length_bound
-from cluster.text.tokenizer import ChatMessage, Tokenizer
+from cluster.text.tokenizer import Tokenizer
 from workers.errors import CheckpointError, InvalidRequestError
 
 SaveTokenizer = Callable[..., Path]
