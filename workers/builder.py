@@ -23,9 +23,10 @@ from workers.models.causal_lm import CausalLM
 from workers.models.loader import load_model, model_bytes
 from workers.parallel.group import SINGLE, TensorParallelGroup
 from workers.prefill_worker import PrefillWorker
+from workers.runner.measured_steps import measure_decode, measure_prefill
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
-from workers.runner.step_times import StepTimes, measure_decode, measure_prefill
+from workers.runner.step_times import StepTimes
 from workers.sampling.warm_up import warm_up_sampling
 from workers.scheduling.local_prefill import warm_up_chunks
 

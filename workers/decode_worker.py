@@ -43,6 +43,7 @@ from workers.validation import (
     check_local,
     check_prompt,
     check_samples,
+    check_sampling,
     check_sampling_tokens,
     check_token_ids,
 )
@@ -130,20 +131,20 @@ class DecodeWorker:
     def add(self, request: WorkerRequest) -> None:
         """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
         num_tokens, num_samples = len(request.prompt_token_ids), request.sampling.n
-        is_local = request.peer_engine is None
+        config, is_local = self._runner.model.config, request.peer_engine is None
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
             check_samples(num_samples, self._batch.max_num_seqs)
             check_capacity(self.cache, num_tokens + 1, "decode", computed=is_local, samples=num_samples)
-            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_token_ids(request.prompt_token_ids, config.vocab_size)
+            check_sampling(request.sampling, config.eos_token_ids, config.vocab_size)
             check_local(is_local, self._computes_prompts)
             check_sampling_tokens(request.sampling, self._runner.model.config.vocab_size)
             matchers = [self._grammars.matcher(request.sampling.structured_output) for _ in range(num_samples)]
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
-        eos_token_ids = self._runner.model.config.eos_token_ids
-        state, *others = sample_states(request, eos_token_ids, self._max_model_len, matchers)
+        state, *others = sample_states(request, config.eos_token_ids, self._max_model_len, matchers)
         now = self._clock()
         sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now, others=others)
         self._kept.begin(sequence)

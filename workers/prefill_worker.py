@@ -34,7 +34,7 @@ from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
 from workers.scheduling.prefill_step import Launch, launch_chunks
-from workers.validation import check_capacity, check_prompt, check_sampling_tokens, check_token_ids
+from workers.validation import check_capacity, check_prompt, check_sampling, check_sampling_tokens, check_token_ids
 
 
 class PrefillWorker:
@@ -102,10 +102,11 @@ class PrefillWorker:
 
     def add(self, request: WorkerRequest) -> None:
         """Queue a prompt. One that is wrong or can never fit ends in `RequestFailed`."""
-        num_tokens = len(request.prompt_token_ids)
+        num_tokens, config = len(request.prompt_token_ids), self._runner.model.config
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
-            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_token_ids(request.prompt_token_ids, config.vocab_size)
+            check_sampling(request.sampling, config.eos_token_ids, config.vocab_size)
             check_capacity(self.cache, num_tokens, "prefill", computed=True)
             check_sampling_tokens(request.sampling, self._runner.model.config.vocab_size)
             structured = request.sampling.structured_output
@@ -113,9 +114,8 @@ class PrefillWorker:
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
-        eos_token_ids = self._runner.model.config.eos_token_ids
         block_size = self._cached_block_size
-        prompt = Prompt.of(request, eos_token_ids, self._max_model_len, self._clock(), block_size, matchers)
+        prompt = Prompt.of(request, config.eos_token_ids, self._max_model_len, self._clock(), block_size, matchers)
         self._prompts[request.attempt_id] = prompt
         self._scheduler.add(prompt.progress)
         if request.peer_engine is not None:

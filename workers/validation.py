@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
 from workers.errors import CapacityError, InvalidRequestError
-from workers.kv_cache.manager import KVCacheManager
 from workers.sampling_params import SamplingParams
 from workers.token_ids import as_token_ids
+
+
+class SizedCache(Protocol):
+    """A worker's KV cache, as far as its door asks it; `workers.kv_cache.manager.KVCacheManager` is one."""
+
+    def too_small(self, num_tokens: int, *, computed: bool, samples: int = 1) -> tuple[int, int] | None:
+        """The blocks that so many tokens, and the samples behind them, need and those there are; None: they fit."""
+        ...
+
+
+SMALLEST_FLOAT32 = 2.0**-126
+"""What is above 0 must be so in float32: less is 0 there, or is taken for it."""
+MIN_REPETITION_PENALTY = 1e-6
+"""A logit divided by it must stay finite in float32: those of up to 1e32 do, which no model gives."""
 
 
 def check_prompt(num_tokens: int, sampling: SamplingParams, max_model_len: int) -> None:
@@ -23,6 +39,36 @@ def check_prompt(num_tokens: int, sampling: SamplingParams, max_model_len: int) 
         raise InvalidRequestError(f"the prompt has {num_tokens} tokens, the context window {max_model_len}")
     if sampling.seed is None:
         raise InvalidRequestError("the sampling parameters have no seed; both workers must draw with the same one")
+
+
+def check_sampling(sampling: SamplingParams, eos_token_ids: Iterable[int], vocab_size: int) -> None:
+    """Refuse parameters that leave no token to choose.
+
+    Args:
+        sampling: the request's.
+        eos_token_ids: of the model.
+        vocab_size: of the model.
+
+    Raises:
+        InvalidRequestError: a number that float32, in which tokens are sampled, cannot reckon with, or `min_tokens`
+            rules out every token there is, because each ends the text.
+    """
+    for name, value, least in (
+        ("top_p", sampling.top_p, SMALLEST_FLOAT32),
+        ("repetition_penalty", sampling.repetition_penalty, MIN_REPETITION_PENALTY),
+    ):
+        if value < least:
+            raise InvalidRequestError(
+                f"{name} is {value}, it must be at least {least:.3g}: tokens are sampled in float32"
+            )
+    if not sampling.min_tokens:
+        return
+    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_token_ids))
+    if len(ends) >= vocab_size and all(token_id in ends for token_id in range(vocab_size)):
+        raise InvalidRequestError(
+            f"min_tokens is {sampling.min_tokens}, but all {vocab_size} tokens of the vocabulary end the text: none of "
+            "them may come first"
+        )
 
 
 def check_token_ids(token_ids: npt.NDArray[np.integer], vocab_size: int, what: str = "prompt token") -> None:
@@ -73,7 +119,7 @@ def check_samples(num_samples: int, max_num_seqs: int) -> None:
         raise CapacityError(f"n is {num_samples}, the decode worker runs at most {max_num_seqs} sequences at once")
 
 
-def check_capacity(cache: KVCacheManager, num_tokens: int, role: str, *, computed: bool, samples: int = 1) -> None:
+def check_capacity(cache: SizedCache, num_tokens: int, role: str, *, computed: bool, samples: int = 1) -> None:
     """Refuse what needs more blocks than there are.
 
     Args:

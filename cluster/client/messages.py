@@ -1,44 +1,16 @@
-"""What a client sends and gets: requests put on the wire, answers taken from it."""
+"""What a client gets: answers taken from the wire."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cluster.api import RequestReport, Usage
 from cluster.conversation.deltas import Delta
 from cluster.wire import convert
 from cluster.wire.chat import deltas_from_proto
-from cluster.wire.sampling import sampling_to_proto
 from protos import baton_pb2
-from workers.errors import InvalidRequestError
 from workers.messages import FinishReason
-from workers.sampling_params import SamplingParams
-from workers.structured_output import StructuredOutput
-
-Messages = Sequence[tuple[str, str]]
-"""Chat messages as (role, content)."""
-
-
-class Options(TypedDict, total=False):
-    """What a client may say of a request beside its prompt and sampling, by the wire's names.
-
-    Attributes:
-        model: that it expects; another one than is served is refused.
-        request_id: its name for the request, for logs; the server makes one up.
-        priority: where requests wait for room, lower ones go first; 0 is the default.
-        user: whose request it is: users of one priority take turns.
-        structured_output: the form of the answer, in place of what `sampling` says of it.
-        logit_bias: what is added to the logits of these tokens, in place of what `sampling` says of it.
-    """
-
-    model: str
-    request_id: str
-    priority: int
-    user: str
-    structured_output: StructuredOutput
-    logit_bias: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -102,61 +74,6 @@ class GenerateChunk:
     index: int = 0
     samples: tuple[Sample, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
-
-
-def generate_request(
-    prompt: str | None,
-    token_ids: Sequence[int] | None,
-    chat: Messages | None,
-    sampling: SamplingParams | None,
-    **options: Unpack[Options],
-) -> baton_pb2.GenerateRequest:
-    """The message for `BatonClient.generate`'s arguments.
-
-    Raises:
-        InvalidRequestError: not exactly one form of prompt, or a value that cannot be put on the wire.
-    """
-    if sum(form is not None for form in (prompt, token_ids, chat)) != 1:
-        raise InvalidRequestError("give exactly one of prompt, token_ids and chat")
-    named: dict[str, Any] = dict(options)
-    if restrictions := {name: named.pop(name) for name in ("structured_output", "logit_bias") if name in named}:
-        if "logit_bias" in restrictions:
-            restrictions["logit_bias"] = tuple(restrictions["logit_bias"].items())
-        sampling = replace(sampling or SamplingParams(), **restrictions)
-    try:
-        return baton_pb2.GenerateRequest(
-            text=prompt,
-            token_ids=None if token_ids is None else baton_pb2.TokenIds(ids=token_ids),
-            chat=None if chat is None else _chat(chat),
-            sampling=None if sampling is None else sampling_to_proto(sampling),
-            **named,
-        )
-    except (ValueError, TypeError) as error:
-        raise InvalidRequestError(f"the request cannot be sent: {error}") from error
-
-
-def tokenize_request(prompt: str | None, chat: Messages | None) -> baton_pb2.TokenizeRequest:
-    """The message for `BatonClient.tokenize`'s arguments. Errors as in `generate_request`."""
-    if (prompt is None) == (chat is None):
-        raise InvalidRequestError("give exactly one of prompt and chat")
-    try:
-        return baton_pb2.TokenizeRequest(text=prompt, chat=None if chat is None else _chat(chat))
-    except (ValueError, TypeError) as error:
-        raise InvalidRequestError(f"the request cannot be sent: {error}") from error
-
-
-def scale_request(targets: Mapping[str, int]) -> baton_pb2.ScaleRequest:
-    """The message for `BatonClient.scale`'s targets. Errors as in `generate_request`."""
-    try:
-        return baton_pb2.ScaleRequest(targets=dict(targets))
-    except (ValueError, TypeError) as error:
-        raise InvalidRequestError(f"the request cannot be sent: {error}") from error
-
-
-def _chat(messages: Messages) -> baton_pb2.ChatMessages:
-    return baton_pb2.ChatMessages(
-        messages=[baton_pb2.ChatMessage(role=role, content=content) for role, content in messages]
-    )
 
 
 def chunk(response: baton_pb2.GenerateResponse) -> GenerateChunk:

@@ -141,4 +141,4 @@ class Conversations:
         return self._formats
 
     def _end_of(self, prompt_token_ids: TokenIds) -> str:
-        return self._tokenizer.with_special_tokens.decode(prompt_token_ids[-_TAIL:].tolist())
+        return self._tokenizer.with_special_tokens.text_of(prompt_token_ids[-_TAIL:].tolist())

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -30,13 +31,14 @@ from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
+from cluster.text.stop_tokens import stop_token_ids
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
 from workers.structured_output import StructuredOutput
 from workers.token_ids import TokenIds, as_token_ids
-from workers.validation import check_token_ids
+from workers.validation import check_sampling, check_token_ids
 
 DEFAULT_MAX_N = 64
 _TOKENIZER_THREADS = 2
@@ -169,10 +171,10 @@ class Generation:
         return _taken_apart(chunks, readers) if readers else chunks
 
     async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
-        markers = self._conversations.marker_ids if engine_request.sampling.skip_special_tokens else {}
         sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
+        markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
         texts = {
-            index: _TextAssembler(self._tokenizer, sampling, self._model.eos_token_ids, markers)
+            index: _TextAssembler(self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
             for index in range(sampling.n)
         }
         num_tokens, last, positions = 0, TextChunk(""), None
@@ -236,7 +238,7 @@ class Generation:
             raise InvalidRequestError(
                 f"{len(token_ids)} tokens are given; the context window has {self._model.max_model_len}"
             )
-        decode = self._tokenizer.with_special_tokens.decode
+        decode = self._tokenizer.with_special_tokens.text_of
         return await asyncio.get_running_loop().run_in_executor(self._executor, decode, token_ids.tolist())
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
@@ -275,8 +277,8 @@ class Generation:
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(work, *args, **kwargs))
 
     def token_text(self, token_id: int) -> str:
-        """A token's text by itself; special tokens have none."""
-        return self._tokenizer.decode([token_id])
+        """What a token adds to a text, its first space included; special tokens add nothing."""
+        return self._tokenizer.token_text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, special ones as they are spelled."""
@@ -289,7 +291,7 @@ class Generation:
     async def text_of(self, token_ids: TokenIds) -> str:
         """The text of a prompt that was given as token ids; special tokens have none."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._tokenizer.decode, token_ids.tolist())
+        return await loop.run_in_executor(self._executor, self._tokenizer.text_of, token_ids.tolist())
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
@@ -322,7 +324,11 @@ class Generation:
             )
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
-        """Keep `max_tokens` within the context window, and draw a seed if none was given."""
+        """Turn stop strings that are tokens into these, keep `max_tokens` within the window, draw a missing seed.
+
+        Raises:
+            InvalidRequestError: the request cannot be served; names the value and the limit.
+        """
         if sampling.n > self._max_n:
             raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
         check_prompt_logprobs(sampling, prompt_len)
@@ -334,7 +340,12 @@ class Generation:
             )
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return replace(sampling, max_tokens=max_tokens, seed=seed)
+        # Where special tokens are shown, a stop string is found in the text, whatever it has.
+        special = self._tokenizer.special_token_ids if sampling.skip_special_tokens else {}
+        stops = stop_token_ids(sampling, special)
+        complete = replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stops)
+        check_sampling(complete, self._model.eos_token_ids, self._model.vocab_size)
+        return complete
 
 
 def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
@@ -382,25 +393,32 @@ class _TextAssembler:
         stop_reason: see `TextChunk`.
         stopped: a stop string was found; what comes after it is not part of the answer.
         num_tokens: tokens taken.
+
+    Args:
+        tokenizer: of the served checkpoint.
+        sampling: of the request.
+        prompt: what the answer continues; None: some text or other.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         sampling: SamplingParams,
-        eos_token_ids: Sequence[int],
-        markers: Mapping[int, str],
+        prompt: TokenIds | None = None,
+        eos_token_ids: Sequence[int] = (),
+        markers: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.stopped = False
         self.num_tokens = 0
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
-        )
+        shown = tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
+        self._detokenizer = IncrementalDetokenizer(shown, tokenizer.anchor if prompt is None else prompt)
         self._show_stop = sampling.include_stop_str_in_output
         self._stops = StopStrings(sampling.stop, include=self._show_stop)
         self._stop_token_ids = set(sampling.stop_token_ids).difference(() if sampling.ignore_eos else eos_token_ids)
+        special = tokenizer.special_token_ids
+        self._stop_strings = {special[stop]: stop for stop in sampling.stop if stop in special}
         self._min_tokens = sampling.min_tokens
         self._markers = markers
         self._positions = MarkerPositions()
@@ -413,7 +431,7 @@ class _TextAssembler:
             self.finish_reason = token.finish_reason
             # The token that ended the text is not part of it, unless that is wanted.
             if token.finish_reason is FinishReason.STOP and token.token_id in self._stop_token_ids:
-                self.stop_reason = token.token_id
+                self.stop_reason = self._stop_strings.get(token.token_id, token.token_id)
             if token.finish_reason is not FinishReason.STOP or self._show_stop:
                 if marker := self._markers.get(token.token_id):
                     # What is held back stands before it, whatever that turns out to be.
@@ -438,9 +456,7 @@ class _TextAssembler:
         return self._scan(self._detokenizer.finish()) + self._stops.finish()
 
     def _scan(self, text: str) -> str:
-        if self.num_tokens < self._min_tokens:
-            return text
-        kept, self.stopped = self._stops.push(text)
+        kept, self.stopped = self._stops.push(text, may_end=self.num_tokens >= self._min_tokens)
         if self.stopped:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self._stops.found
         return kept

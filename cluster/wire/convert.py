@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 
 from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, Usage, WorkerStatus
-from cluster.routing.router import CandidateReport
+from cluster.routing.types import CandidateReport
 from protos import baton_pb2
 from workers.messages import FinishReason, Load
 from workers.runner.step_times import StepTimes

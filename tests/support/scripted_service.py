@@ -62,7 +62,7 @@ class TextEngine:
     @property
     def prompt(self) -> str:
         """Of the last request."""
-        return self.tokenizer.with_special_tokens.decode(self.requests[-1].prompt_token_ids.tolist())
+        return self.tokenizer.with_special_tokens.text_of(self.requests[-1].prompt_token_ids.tolist())
 
     def generate(self, request: EngineRequest) -> TextStream:
         self.requests.append(request)
