@@ -72,7 +72,7 @@ class InstantConnector(KVConnector):
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")
 
-    def finish(self, handoff_id: bytes, first_token: int) -> None:
+    def finish(self, handoff_id: bytes, first_token: int, other_tokens: tuple[int, ...] = ()) -> None:
         """Refused: it has no peers."""
         raise RuntimeError("this connector has no peers")
 

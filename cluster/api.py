@@ -9,7 +9,7 @@ from typing import Protocol
 from cluster.config.group_key import group_key
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import CandidateReport
-from workers.messages import Load, RequestOptions, TokenOutput
+from workers.messages import Load, PromptLogprobs, RequestOptions, TokenOutput
 from workers.runner.step_times import StepTimes
 from workers.token_ids import TokenIds
 
@@ -32,9 +32,13 @@ class EngineRequest(RequestOptions):
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """Tokens that left a worker together. The last one of the last chunk carries the finish reason."""
+    """Tokens that left a worker together. The last one of each sample carries its finish reason.
+
+    Log-probabilities of the prompt come with the first tokens, if they were asked for.
+    """
 
     tokens: tuple[TokenOutput, ...]
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of a request; `completion_tokens` has the token that ended the text too."""
+    """Token counts of a request, of all samples; `completion_tokens` has the token that ended a text too."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -174,6 +178,10 @@ class TokenStream(Protocol):
 
     def complete(self) -> None:
         """The tokens so far are all that is wanted, a stop string was found: the request has finished well."""
+        ...
+
+    def drop(self, index: int) -> None:
+        """Nobody wants the rest of this sample; the others go on. The last one is ended by `aclose` alone."""
         ...
 
     async def aclose(self) -> None:

@@ -77,9 +77,9 @@ class InProcessWorker:
         """See `WorkerHandle.submit`."""
         self._host.submit(request)
 
-    def abort(self, attempt_id: str) -> None:
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
         """See `WorkerHandle.abort`."""
-        self._host.abort(attempt_id)
+        self._host.abort(attempt_id, index)
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `WorkerHandle.disconnect`."""

@@ -156,7 +156,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
         grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
         stack.push_async_callback(grammars.aclose)
-        generation = Generation(engine, tokenizer, info, defaults, grammars, formats)
+        generation = Generation(engine, tokenizer, info, defaults, grammars, formats, config.server.max_n)
         looked_at = await _observe(config, stack, engine, generation, info, readiness)
         yield Service(engine, generation, info, readiness, looked_at)
 

@@ -84,8 +84,8 @@ class WorkerHandle(Protocol):
         """Send a request; what becomes of it comes out of `outputs`."""
         ...
 
-    def abort(self, attempt_id: str) -> None:
-        """Stop an attempt at a request."""
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
+        """Stop an attempt at a request, or one of its samples."""
         ...
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:

@@ -41,10 +41,17 @@ class ReadyEvent(Protocol):
 
 @dataclass(frozen=True)
 class HandoffReceived:
-    """Decode: the whole cache has landed; nobody will write to its blocks any more."""
+    """Decode: the whole cache has landed; nobody will write to its blocks any more.
+
+    Attributes:
+        key: the reservation.
+        first_token: of the prompt's first sample.
+        other_tokens: the first tokens of its other samples, in order.
+    """
 
     key: HandoffKey
     first_token: int
+    other_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,8 +244,8 @@ class KVConnector(ABC):
         return 1
 
     @abstractmethod
-    def finish(self, handoff_id: bytes, first_token: int) -> None:
-        """Everything has been pushed; hand over the first token."""
+    def finish(self, handoff_id: bytes, first_token: int, other_tokens: tuple[int, ...] = ()) -> None:
+        """Everything has been pushed; hand over the first token, and those of the prompt's other samples."""
 
     @abstractmethod
     def abort(self, handoff_id: bytes, reason: str) -> None:

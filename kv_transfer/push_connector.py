@@ -148,10 +148,10 @@ class PushConnector(KVConnector):
             return 1
         return layers_per_write(path, self._layout.groups[group].num_layers, layer_bytes, layer_s, slack_s, tail_s)
 
-    def finish(self, handoff_id: bytes, first_token: int) -> None:
+    def finish(self, handoff_id: bytes, first_token: int, other_tokens: tuple[int, ...] = ()) -> None:
         """See `KVConnector.finish`."""
         finished_at = time.monotonic()
-        self._owner.post(lambda: self._sender.finish(handoff_id, first_token, finished_at))
+        self._owner.post(lambda: self._sender.finish(handoff_id, first_token, finished_at, other_tokens))
 
     def abort(self, handoff_id: bytes, reason: str) -> None:
         """See `KVConnector.abort`."""

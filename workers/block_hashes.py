@@ -87,6 +87,12 @@ class BlockHashes(PackedHashes):
         self.block_size = block_size
         self._last = digests[-HASH_BYTES:] or hashlib.blake2b(salt, digest_size=HASH_BYTES, person=_ROOT).digest()
 
+    def copy(self) -> BlockHashes:
+        """The same, to be continued in another way."""
+        other = BlockHashes(self.block_size, digests=self.digests)
+        other._last = self._last
+        return other
+
     def extend(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Go on with these tokens, the first of which begins a block; what fills no block at their end is left out."""
         data = as_token_ids(token_ids).astype("<i4", copy=False).tobytes()

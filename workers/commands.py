@@ -19,9 +19,10 @@ class Submit:
 
 @dataclass(frozen=True)
 class Abort:
-    """Stop an attempt at a request."""
+    """Stop an attempt at a request, or one of its samples."""
 
     attempt_id: str
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ Command = Submit | Abort | Disconnect
 def apply_command(worker: PrefillWorker | DecodeWorker, command: Command) -> None:
     """Carry a command out."""
     match command:
-        case Abort(attempt_id):
-            worker.abort(attempt_id)
+        case Abort(attempt_id, index):
+            worker.abort(attempt_id, index)
         case Disconnect(engine_id, confirmed_dead):
             worker.disconnect(engine_id, confirmed_dead)
         case Submit(request):

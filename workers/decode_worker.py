@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
 
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError, NoTokenLeftError, SamplingError
@@ -33,9 +34,10 @@ from workers.runner.decode_graphs import Progress
 from workers.runner.decode_runner import DecodeRunner, Launch
 from workers.runner.model_runner import ModelRunner
 from workers.sampling.results import SampledToken
-from workers.sampling.state import SamplingState, finish_reason
+from workers.sampling.state import finish_reason, sample_states
 from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import FirstToken, LocalPrefill
+from workers.scheduling.samples import Parting, RequestSequences
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
 from workers.scheduling.sequence_spans import note_local_prompt, sequence_spans
@@ -43,6 +45,7 @@ from workers.validation import (
     check_capacity,
     check_local,
     check_prompt,
+    check_samples,
     check_sampling,
     check_sampling_tokens,
     check_token_ids,
@@ -113,6 +116,7 @@ class DecodeWorker:
         )
         self._kept = SequenceBlocks(self.cache, enabled=enable_prefix_caching)
         self._batch = DecodeBatch(self.cache, runner, max_num_seqs)
+        self._parting = Parting(self.cache, runner, self._batch)
         self._remote = RemotePrefill(connector, self.cache, self._kept)
         self._local = LocalPrefill(
             runner,
@@ -124,36 +128,51 @@ class DecodeWorker:
         self._queue = DecodeQueue(self._batch, self._remote, self._local)
         self._computes_prompts = max_num_batched_tokens is not None
         self._max_model_len = max_model_len
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences = RequestSequences()
         self._events: list[WorkerEvent] = []
 
     def add(self, request: WorkerRequest) -> None:
         """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
-        num_tokens, config = len(request.prompt_token_ids), self._runner.model.config
+        num_tokens, num_samples = len(request.prompt_token_ids), request.sampling.n
+        config, is_local = self._runner.model.config, request.peer_engine is None
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
-            check_capacity(self.cache, num_tokens + 1, "decode", computed=request.peer_engine is None)
+            check_samples(num_samples, self._batch.max_num_seqs)
+            check_capacity(self.cache, num_tokens + 1, "decode", computed=is_local, samples=num_samples)
             check_token_ids(request.prompt_token_ids, config.vocab_size)
             check_sampling(request.sampling, config.eos_token_ids, config.vocab_size)
-            check_local(request.peer_engine is None, self._computes_prompts)
+            check_local(is_local, self._computes_prompts)
             check_sampling_tokens(request.sampling, self._runner.model.config.vocab_size)
-            matcher = self._grammars.matcher(request.sampling.structured_output)
+            matchers = [self._grammars.matcher(request.sampling.structured_output) for _ in range(num_samples)]
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
-        state = SamplingState.of(request, config.eos_token_ids, self._max_model_len, matcher)
+        state, *others = sample_states(request, config.eos_token_ids, self._max_model_len, matchers)
         now = self._clock()
         sequence = Sequence(
-            request, state, deadline=now + request.timeout_s, arrived=now, trace=RequestTrace.of(request)
+            request,
+            state,
+            deadline=now + request.timeout_s,
+            arrived=now,
+            trace=RequestTrace.of(request),
+            others=others,
         )
         self._kept.begin(sequence)
-        self._sequences[request.attempt_id] = sequence
+        self._sequences.add(sequence)
         self._queue.add(sequence)
 
-    def abort(self, attempt_id: str) -> None:
-        """Stop an attempt, wherever it is; nothing more is said of it."""
-        if sequence := self._sequences.pop(attempt_id, None):
-            self._stop(sequence)
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
+        """Stop an attempt, wherever it is, or one of its samples; nothing more is said of it."""
+        if index is None:
+            for sequence in self._sequences.pop(attempt_id):
+                self._stop(sequence)
+            return
+        for sequence in self._sequences.of(attempt_id):
+            if sequence in self._queue:  # it has not parted: all samples are this one
+                sequence.unwanted.add(index)
+            elif sequence.index == index:
+                self._sequences.remove(sequence)
+                self._stop(sequence)
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A prefill worker's process is gone."""
@@ -295,7 +314,7 @@ class DecodeWorker:
             return
         output_token_ids.append(sampled.token_id)
         self._kept.grown(sequence)
-        if len(output_token_ids) == sequence.request.num_output_tokens + 2:
+        if sequence.tells_decode and len(output_token_ids) == sequence.request.num_output_tokens + 2:
             cached_tokens = self._kept.cached_tokens(sequence)
             first_decode_s = now - sequence.received
             self._events.append(DecodeReport(request_id, first_decode_s, cached_tokens, attempt_id=attempt_id))
@@ -304,11 +323,10 @@ class DecodeWorker:
         reason = finish_reason(sequence.state)
         if reason is not None and sequence.trace is not None:
             self._events.append(sequence_spans(sequence, sequence.trace))
-        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
-        self._events.append(TokenOutput(request_id, *chosen, attempt_id=attempt_id))
+        self._events.append(TokenOutput(request_id, *sampled, reason, sequence.index, attempt_id=attempt_id))
         if reason is not None:
             self._batch.remove(sequence)
-            del self._sequences[attempt_id]
+            self._sequences.remove(sequence)
 
     def _forget(self, sequence: Sequence, why: SamplingError) -> None:
         """Keep nothing of a sequence whose logits are not in order; what was only asked for too much is right."""
@@ -316,57 +334,68 @@ class DecodeWorker:
             self._kept.forget(sequence)
 
     def _accept_first(self, first: FirstToken) -> None:
-        """A prompt that was computed here has its first token, or none can be chosen for it."""
+        """A prompt that was computed here has its first tokens, or none can be chosen for it."""
         sequence, sampled = first.sequence, first.sampled
         request_id, attempt_id = sequence.request.request_id, sequence.request.attempt_id
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
             self._forget(sequence, sampled)
             self.cache.release(sequence.tables)
-            del self._sequences[attempt_id]
+            self._sequences.remove(sequence)
             return
-        reason = self._begin(sequence, sampled.token_id)
-        if sequence.trace is not None:
-            note_local_prompt(sequence.trace, first.report)
-            if reason is not None:
-                self._events.append(sequence_spans(sequence, sequence.trace))
-        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
-        self._events += [first.report, TokenOutput(request_id, *chosen, attempt_id=attempt_id)]
+        trace = sequence.trace
+        reasons = self._begin(sequence, [token.token_id for token in sampled])
+        if trace is not None:
+            note_local_prompt(trace, first.report)
+            if all(reason is not None for reason in reasons):
+                self._events.append(sequence_spans(sequence, trace))
+        self._events.append(first.report)
+        if first.logprobs is not None:
+            self._events.append(first.logprobs)
+        self._events += [
+            TokenOutput(request_id, *token, reason, index, attempt_id=attempt_id)
+            for index, (token, reason) in enumerate(zip(sampled, reasons, strict=True))
+            if index not in sequence.unwanted
+        ]
 
     def _join(self, arrival: Arrival) -> None:
         """The KV cache has come whole: the sequence goes on where prefill left it. Or it will not come."""
-        sequence, first_token = arrival.sequence, arrival.first_token
-        if isinstance(first_token, HandoffError):
+        sequence, first_tokens = arrival.sequence, arrival.first_tokens
+        if not isinstance(first_tokens, HandoffError) and len(first_tokens) != sequence.num_samples:
+            self.cache.release(sequence.tables)
+            first_tokens = HandoffError(f"{len(first_tokens)} first tokens came for {sequence.num_samples} samples")
+        if isinstance(first_tokens, HandoffError):
+            self._sequences.remove(sequence)
             attempt_id = sequence.request.attempt_id
-            del self._sequences[attempt_id]
-            self._events.append(RequestFailed(sequence.request.request_id, first_token, attempt_id=attempt_id))
+            self._events.append(RequestFailed(sequence.request.request_id, first_tokens, attempt_id=attempt_id))
         else:
-            self._begin(sequence, first_token)
+            self._begin(sequence, first_tokens)
 
-    def _begin(self, sequence: Sequence, first_token: int) -> FinishReason | None:
-        """The KV cache is whole and the first token known: decode, unless that ends it."""
-        sequence.received = self._clock()
+    def _begin(self, sequence: Sequence, first_tokens: Many[int]) -> list[FinishReason | None]:
+        """The KV cache is whole and the first tokens known: decode every sample that its own does not end."""
+        going_on, reasons = self._parting.begin(sequence, first_tokens, self._clock())
         if sequence.trace is not None:
             sequence.trace.mark("received")
-        sequence.state.output_token_ids.append(first_token)
-        if (reason := finish_reason(sequence.state)) is not None:
-            self.cache.release(sequence.tables)
-            del self._sequences[sequence.request.attempt_id]
-        else:
-            self._batch.add(sequence)
-        return reason
+            if (
+                going_on and going_on[0] is not sequence
+            ):  # one that goes on tells when what happened
+                going_on[0].trace, sequence.trace = sequence.trace, None
+        self._sequences.remove(sequence)
+        for each in going_on:
+            self._sequences.add(each)
+        return reasons
 
     def _enforce_deadlines(self) -> None:
-        now = self._clock()
-        for attempt_id, sequence in [(a, s) for a, s in self._sequences.items() if s.deadline <= now]:
-            del self._sequences[attempt_id]
+        for sequences in self._sequences.overdue(self._clock()):
+            request = sequences[0].request
             where = "decoding"
-            if sequence in self._queue:
-                is_local = sequence.request.peer_engine is None
+            if sequences[0] in self._queue:
+                is_local = request.peer_engine is None
                 where = "waiting for or computing its prompt" if is_local else "waiting for the KV cache"
             error = DeadlineExceededError(f"the deadline passed while {where}")
-            self._events.append(RequestFailed(sequence.request.request_id, error, attempt_id=attempt_id))
-            self._stop(sequence)
+            self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
+            for sequence in sequences:
+                self._stop(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         """End a sequence that is no longer in `_sequences`; its blocks follow when they are safe."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 _ALIGNMENT = 256
@@ -63,7 +64,12 @@ class HostCopy:
 
     def tolist(self) -> list[Any]:
         """The values, nested as the tensor is; waits for this copy, and for nothing that was queued after it."""
+        values: list[Any] = self.numpy().tolist()
+        return values
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """The values, which are this copy's own; waits as `tolist` does."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values: list[Any] = self._host.tolist()
+        values: npt.NDArray[Any] = self._host.numpy()
         return values

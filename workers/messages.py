@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from workers.block_hashes import BlockHashes, PromptHashes
 from workers.sampling_params import SamplingParams
 from workers.token_ids import TokenIds
@@ -117,6 +120,27 @@ class TokenOutput:
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    index: int = 0
+    """Of the request's samples the one that it belongs to."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLogprobs:
+    """Log-probabilities of a prompt of T tokens, each given those before it; the first token has none.
+
+    Natural logarithms, of the distribution before temperature and filters. Comes before the first token.
+
+    Attributes:
+        logprobs: (T - 1,) float32, of the prompt's own tokens.
+        top_token_ids: (T - 1, k) int32, the k most likely tokens at each place, most likely first.
+        top_logprobs: (T - 1, k) float32, theirs.
+    """
+
+    request_id: str
+    attempt_id: str = field(kw_only=True)
+    logprobs: npt.NDArray[np.float32]
+    top_token_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -230,7 +254,14 @@ class RequestFailed:
 
 
 WorkerEvent = (
-    TokenOutput | PrefillReport | HandoffReport | DecodeReport | SpansReport | RequestPreempted | RequestFailed
+    TokenOutput
+    | PromptLogprobs
+    | PrefillReport
+    | HandoffReport
+    | DecodeReport
+    | SpansReport
+    | RequestPreempted
+    | RequestFailed
 )
 
 

@@ -110,21 +110,22 @@ class PrefillWorker:
             check_sampling(request.sampling, config.eos_token_ids, config.vocab_size)
             check_capacity(self.cache, num_tokens, "prefill", computed=True)
             check_sampling_tokens(request.sampling, self._runner.model.config.vocab_size)
-            matcher = self._grammars.matcher(request.sampling.structured_output)
+            structured = request.sampling.structured_output
+            matchers = [self._grammars.matcher(structured) for _ in range(request.sampling.n)]
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
         block_size = self._cached_block_size
-        prompt = Prompt.of(request, config.eos_token_ids, self._max_model_len, self._clock(), block_size, matcher)
+        prompt = Prompt.of(request, config.eos_token_ids, self._max_model_len, self._clock(), block_size, matchers)
         self._prompts[request.attempt_id] = prompt
         self._scheduler.add(prompt.progress)
         if request.peer_engine is not None:
             self._handoffs[request.handoff_id] = prompt
             self._connector.begin(request.handoff_id, request.peer_engine)
 
-    def abort(self, attempt_id: str) -> None:
-        """Stop an attempt, wherever it is; nothing more is said of it."""
-        if prompt := self._prompts.pop(attempt_id, None):
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
+        """Stop an attempt, wherever it is; nothing more is said of it. Of one sample there is nothing to stop."""
+        if index is None and (prompt := self._prompts.pop(attempt_id, None)):
             self._stop(prompt, "the request was cancelled")
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
@@ -238,8 +239,8 @@ class PrefillWorker:
         """Whether somebody still waits for the prompt's first token."""
         return self._prompts.get(prompt.request.attempt_id) is prompt and not prompt.computed
 
-    def _accept(self, prompt: Prompt, sampled: SampledToken | SamplingError) -> None:
-        """A prompt has its first token, or none can be chosen for it."""
+    def _accept(self, prompt: Prompt, sampled: list[SampledToken] | SamplingError) -> None:
+        """A prompt has the first tokens of its samples, or none can be chosen for it."""
         request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
@@ -248,13 +249,14 @@ class PrefillWorker:
             del self._prompts[attempt_id]
             self._stop(prompt, str(sampled))
             return
-        prompt.state.output_token_ids.append(sampled.token_id)
-        reason = finish_reason(prompt.state)
-        chosen = (sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
-        self._finish(prompt, TokenOutput(request_id, *chosen, attempt_id=attempt_id))
+        outputs = []
+        for index, (state, token) in enumerate(zip(prompt.states, sampled, strict=True)):
+            state.output_token_ids.append(token.token_id)
+            outputs.append(TokenOutput(request_id, *token, finish_reason(state), index, attempt_id=attempt_id))
+        self._finish(prompt, outputs)
 
-    def _finish(self, prompt: Prompt, output: TokenOutput) -> None:
-        """The first token is known: tell the client and the decode worker."""
+    def _finish(self, prompt: Prompt, outputs: list[TokenOutput]) -> None:
+        """The first tokens are known: tell the client and the decode worker."""
         now = self._clock()
         request = prompt.request
         prompt.computed = True
@@ -271,13 +273,15 @@ class PrefillWorker:
                 prompt.progress.num_cached_tokens,
                 attempt_id=request.attempt_id,
             ),
-            output,
+            *(() if prompt.scores is None else (prompt.scores.event(request),)),
+            *outputs,
         ]
         if request.peer_engine is None:
             del self._prompts[request.attempt_id]
             self._give_back(prompt)
         else:
-            self._connector.finish(request.handoff_id, output.token_id)
+            first, *others = (output.token_id for output in outputs)
+            self._connector.finish(request.handoff_id, first, tuple(others))
             prompt.deadline = min(prompt.deadline, now + self._handoff_timeout_s)
 
     def _on_connector_event(self, event: ConnectorEvent) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from workers.errors import InvalidRequestError
@@ -14,6 +14,7 @@ _Item = TypeVar("_Item", str, int)
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+_SEEDS = 2**64
 MAX_LOGIT_BIAS = 100.0
 MAX_LISTED_TOKENS = 131_072
 """Of `allowed_token_ids`, and of `logit_bias`."""
@@ -41,6 +42,10 @@ class SamplingParams:
         max_tokens: the most tokens to generate; None goes on to the end of the context window.
         min_tokens: no end-of-sequence or stop token before this many were generated.
         logprobs: log-probabilities of the chosen and of this many most likely tokens; None returns none.
+        n: samples, answers to one prompt; see `of_sample`. More than one is refused where every token is the most
+            likely one, as all of them would be the same.
+        prompt_logprobs: of each token of the prompt but the first, log-probabilities of the token and of this many most
+            likely ones; None returns none.
         include_stop_str_in_output: what ended the text, a stop string or a token, is part of the text.
         skip_special_tokens: special tokens have no text.
         structured_output: the form of the answer; None leaves it free.
@@ -68,6 +73,8 @@ class SamplingParams:
     max_tokens: int | None = None
     min_tokens: int = 0
     logprobs: int | None = None
+    n: int = 1
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
@@ -86,9 +93,14 @@ class SamplingParams:
         _require("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         _require_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.seed is not None:
-            _require_int("seed", self.seed, 0, 2**64 - 1)
+            _require_int("seed", self.seed, 0, _SEEDS - 1)
         if self.logprobs is not None:
             _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _require_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _require_int("n", self.n, 1, 2**31 - 1)
+        if self.n > 1 and self.greedy:
+            raise InvalidRequestError(f"n is {self.n}, it must be 1 for greedy sampling")
         if self.max_tokens is not None:
             _require_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
             if self.min_tokens > self.max_tokens:
@@ -121,6 +133,18 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < MIN_TEMPERATURE
+
+    def of_sample(self, index: int) -> SamplingParams:
+        """The parameters of one sample as those of a request of its own, whose tokens are the same.
+
+        Its seed is the request's plus `index`, modulo 2^64; so the first sample is what `n` = 1 gives. Noise is made of
+        the mixed bits of a seed, so that neighbours have nothing in common.
+
+        Args:
+            index: of the sample, 0 to `n` - 1.
+        """
+        seed = None if self.seed is None else (self.seed + index) % _SEEDS
+        return replace(self, n=1, seed=seed) if index or self.n > 1 else self
 
 
 def _require(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:

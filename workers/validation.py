@@ -16,8 +16,8 @@ from workers.token_ids import as_token_ids
 class SizedCache(Protocol):
     """A worker's KV cache, as far as its door asks it; `workers.kv_cache.manager.KVCacheManager` is one."""
 
-    def too_small(self, num_tokens: int, *, computed: bool) -> tuple[int, int] | None:
-        """The blocks that so many tokens need and those there are; None: they fit."""
+    def too_small(self, num_tokens: int, *, computed: bool, samples: int = 1) -> tuple[int, int] | None:
+        """The blocks that so many tokens, and the samples behind them, need and those there are; None: they fit."""
         ...
 
 
@@ -109,7 +109,17 @@ def check_local(is_local: bool, computes_prompts: bool) -> None:
         raise InvalidRequestError("the request names no prefill worker, and this decode worker computes no prompts")
 
 
-def check_capacity(cache: SizedCache, num_tokens: int, role: str, *, computed: bool) -> None:
+def check_samples(num_samples: int, max_num_seqs: int) -> None:
+    """Refuse more samples than sequences can run at once.
+
+    Raises:
+        CapacityError: with both numbers.
+    """
+    if num_samples > max_num_seqs:
+        raise CapacityError(f"n is {num_samples}, the decode worker runs at most {max_num_seqs} sequences at once")
+
+
+def check_capacity(cache: SizedCache, num_tokens: int, role: str, *, computed: bool, samples: int = 1) -> None:
     """Refuse what needs more blocks than there are.
 
     Args:
@@ -117,10 +127,12 @@ def check_capacity(cache: SizedCache, num_tokens: int, role: str, *, computed: b
         num_tokens: of the prompt, with those behind it for which there must be room.
         role: the worker's.
         computed: whether the prompt is computed there.
+        samples: sequences that go on from its end.
 
     Raises:
         CapacityError: with both numbers.
     """
-    if lacking := cache.too_small(num_tokens, computed=computed):
+    if lacking := cache.too_small(num_tokens, computed=computed, samples=samples):
         needed, num_blocks = lacking
-        raise CapacityError(f"the prompt needs {needed} KV blocks, a {role} worker has {num_blocks}")
+        what = "the prompt needs" if samples == 1 else f"the prompt and n = {samples} samples need"
+        raise CapacityError(f"{what} {needed} KV blocks, a {role} worker has {num_blocks}")

@@ -48,9 +48,9 @@ class DecodeQueue:
         """Whether there is room for the first one that waits."""
         if not self._waiting or self._batch.num_preempted:
             return False
-        taken = self._batch.size + self._remote.num_admitted + self._local.num_admitted
+        taken = self._batch.size + self._remote.num_places + self._local.num_places
         first = self._waiting[0]
-        return taken < self._batch.max_num_seqs and self._side_of(first).fits(first)
+        return taken + first.num_samples <= self._batch.max_num_seqs and self._side_of(first).fits(first)
 
     def add(self, sequence: Sequence) -> None:
         """Put it at the end."""

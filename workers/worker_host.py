@@ -134,10 +134,11 @@ class WorkerHost:
     def _take(self, request: WorkerRequest) -> None:
         self._loop.post(lambda worker: worker.take(Submit(request)))
 
-    def abort(self, attempt_id: str) -> None:
-        """Stop an attempt at a request."""
-        self._intake.abort(attempt_id)
-        self._loop.post(lambda worker: worker.take(Abort(attempt_id)))
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
+        """Stop an attempt at a request, or one of its samples."""
+        if index is None:
+            self._intake.abort(attempt_id)
+        self._loop.post(lambda worker: worker.take(Abort(attempt_id, index)))
 
     def new_endpoint(self, peer: Sequence[EngineInfo], timeout_s: float) -> EngineInfo:
         """Begin to meet a peer, all of whose ranks are given, its lead first; see `KVConnector.new_endpoint`."""

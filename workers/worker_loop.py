@@ -15,6 +15,7 @@ from workers.messages import (
     HandoffReport,
     Load,
     PrefillReport,
+    PromptLogprobs,
     RequestFailed,
     RequestPreempted,
     SpansReport,
@@ -159,6 +160,8 @@ def _told(event: WorkerEvent, engine_id: str) -> str:
             return f"was handed over by {engine_id}, {event.num_bytes} bytes in {event.transfer_s * 1e3:.1f} ms"
         case DecodeReport():
             return f"had its second token on {engine_id} {event.first_decode_s * 1e3:.1f} ms after its cache"
+        case PromptLogprobs():
+            return f"had its prompt's log-probabilities computed on {engine_id}"
         case SpansReport():
             return f"was traced on {engine_id}, {len(event.spans)} spans"
         case RequestPreempted():

@@ -113,8 +113,8 @@ class SimulatedWorker:
             self._memory.enter(sequence)
         self._news.set()
 
-    def abort(self, attempt_id: str) -> None:
-        """See `WorkerHandle.abort`."""
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
+        """See `WorkerHandle.abort`; requests of several samples are not simulated."""
         if self.role == "prefill":
             self._prompts = deque(prompt for prompt in self._prompts if prompt.attempt_id != attempt_id)
         else:

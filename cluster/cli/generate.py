@@ -12,7 +12,7 @@ from typing import Any
 from cluster.api import RequestReport, Usage
 from cluster.cli.connection import add_connection_arguments, connection_of
 from cluster.client.client import BatonClient
-from cluster.client.messages import GenerateChunk, TokenLogprob
+from cluster.client.messages import GenerateChunk, PositionLogprobs, TokenLogprob
 from workers.errors import InvalidRequestError
 from workers.messages import FinishReason
 from workers.sampling_params import SamplingParams
@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_connection_arguments(parser)
     add_sampling_arguments(parser)
     parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and of the N best")
+    parser.add_argument("--n", type=int, metavar="N", help="answers to the prompt, one printed after the other")
+    parser.add_argument(
+        "--prompt-logprobs", type=int, metavar="N", help="with --json: of the prompt's tokens, and of the N best there"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +70,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 _SAMPLING_FLAGS = (
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "ignore_eos", "logprobs",
+    "frequency_penalty", "repetition_penalty", "ignore_eos", "logprobs", "n", "prompt_logprobs",
 )  # fmt: skip
 
 
@@ -107,32 +111,54 @@ def _read_standard_input() -> str:
 
 
 def _print_text(chunks: Iterator[GenerateChunk]) -> GenerateChunk:
+    """Print the first answer as it comes; those that come beside it follow, each behind a line of dashes."""
     chunk: GenerateChunk | None = None
+    others: dict[int, str] = {}
     try:
         for chunk in chunks:
+            if chunk.index:
+                others[chunk.index] = others.get(chunk.index, "") + chunk.text
+                continue
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
     finally:
         if chunk is not None:
-            print(flush=True)
+            print(*("", *(text for _, text in sorted(others.items()))), sep="\n---\n" if others else "\n", flush=True)
     return _last(chunk)
 
 
 def _print_json(chunks: list[GenerateChunk]) -> GenerateChunk:
     last = _last(chunks[-1] if chunks else None)
+    samples = [[chunk for chunk in chunks if chunk.index == i] for i in range(1 + max(chunk.index for chunk in chunks))]
     answer: dict[str, Any] = {
         "request_id": last.request_id,
-        "text": "".join(chunk.text for chunk in chunks),
-        "token_ids": [token_id for chunk in chunks for token_id in chunk.token_ids],
-        "finish_reason": last.finish_reason and last.finish_reason.value,
+        **_sample(samples[0]),
         "usage": last.usage and asdict(last.usage),
         "timings": last.report and {**asdict(last.report), "hidden_fraction": last.report.hidden_fraction},
     }
-    logprobs = [entry for chunk in chunks for entry in chunk.logprobs]
-    if logprobs:
-        answer["logprobs"] = [{**_logprob(p.chosen), "top": [_logprob(entry) for entry in p.top]} for p in logprobs]
+    if len(samples) > 1:
+        answer["samples"] = [_sample(own) for own in samples]
+    if positions := [entry for chunk in chunks for entry in chunk.prompt_logprobs]:
+        answer["prompt_logprobs"] = list(map(_position, positions))
     print(json.dumps(answer, ensure_ascii=False))
     return last
+
+
+def _sample(chunks: list[GenerateChunk]) -> dict[str, Any]:
+    """One answer."""
+    reason = chunks[-1].finish_reason
+    answer: dict[str, Any] = {
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": [token_id for chunk in chunks for token_id in chunk.token_ids],
+        "finish_reason": reason and reason.value,
+    }
+    if logprobs := [entry for chunk in chunks for entry in chunk.logprobs]:
+        answer["logprobs"] = list(map(_position, logprobs))
+    return answer
+
+
+def _position(position: PositionLogprobs) -> dict[str, Any]:
+    return {**_logprob(position.chosen), "top": list(map(_logprob, position.top))}
 
 
 def _last(chunk: GenerateChunk | None) -> GenerateChunk:

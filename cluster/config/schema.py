@@ -95,6 +95,7 @@ class ServerConfig:
     max_queue_wait_s: float = _setting(
         30.0, "the longest wait before a prompt is computed; who would wait longer is refused at once", above=0
     )
+    max_n: int = _setting(64, "samples (n) of one request at most", low=1)
     max_concurrent_rpcs: int | None = _setting(None, "calls in progress at once, of any kind", low=1)
     drain_timeout_s: float = _setting(
         30.0, "a server that is told to stop gives the requests under way so long, and refuses new ones", low=0

@@ -15,6 +15,7 @@ from workers.messages import (
     FinishReason,
     HandoffReport,
     PrefillReport,
+    PromptLogprobs,
     RequestFailed,
     TokenOutput,
     WorkerEvent,
@@ -29,20 +30,26 @@ class Attempt:
 
     The two workers' streams are independent, so that a decoded token can overtake the first one, which prefill sampled:
     it is held until that has come. Where the decode worker computes the prompt itself, all tokens are in one stream.
+    An attempt may have several samples, each with a first token of its own.
 
     Attributes:
         attempt_id: its name on its workers.
         prefill: engine id; empty when the decode worker computes the prompt.
         decode: engine id; empty when there is nothing to decode.
-        num_tokens: prompt and output tokens so far, for the books.
+        num_prompt: tokens of the prompt.
         arrived: when the request came, monotonic time.
         attempts: this one included.
         user: whose request it is.
         request_id: the client's name for the request.
+        num_samples: answers to the prompt.
         dispatched: when its workers were sent the request.
         first_token_at: when the first token came; 0 before.
         last_token_at: when the last token came that is in order; 0 before the first.
-        finished: the last token is here.
+        num_output: tokens of all samples so far.
+        ended_after: tokens of the sample that ended last.
+        last_gap_s: from a sample's token before to the last one that came; None: that was its first.
+        prompt_logprobs: those of the prompt; None: they have not come, or nobody asks.
+        finished: the last token of every sample is here.
         error: why the attempt failed.
         traced: whether its workers are to say when what happened.
         output_before: tokens that earlier attempts have generated, which are part of its prompt.
@@ -53,15 +60,21 @@ class Attempt:
     attempt_id: str
     prefill: str
     decode: str
-    num_tokens: int
+    num_prompt: int
     arrived: float
     attempts: int
     user: str = ""
     request_id: str = ""
+    num_samples: int = 1
     dispatched: float = field(default_factory=now)
     first_token_at: float = 0.0
     last_token_at: float = 0.0
+    num_output: int = 0
+    ended_after: int = 0
+    last_gap_s: float | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     finished: bool = False
+    _running: dict[int, _Sample] = field(default_factory=dict)
     _held: list[TokenOutput] = field(default_factory=list)
     _ready: list[TokenOutput] = field(default_factory=list)
     error: Exception | None = None
@@ -76,6 +89,7 @@ class Attempt:
     _handoff_reported: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self._running = {index: _Sample() for index in range(self.num_samples)}
         if not self.prefill:  # there is no handoff to hear of
             self._handoff_reported.set()
 
@@ -84,6 +98,8 @@ class Attempt:
         match event:
             case TokenOutput():
                 self._take_token(engine_id, event)
+            case PromptLogprobs():
+                self.prompt_logprobs = event
             case PrefillReport():
                 self._prefill_report = event
             case HandoffReport():
@@ -132,7 +148,25 @@ class Attempt:
             self._news.clear()
             await self._news.wait()
         tokens, self._ready = tuple(self._ready), []
-        return TokenChunk(tokens)
+        logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        return TokenChunk(tokens, logprobs)
+
+    @property
+    def num_running(self) -> int:
+        """Samples whose last token is not here."""
+        return len(self._running)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, of the longest sample that runs, for the books; of the last one, if none does."""
+        return self.num_prompt + max([sample.num_tokens for sample in self._running.values()], default=self.ended_after)
+
+    def drop(self, index: int) -> None:
+        """Nobody wants the rest of a sample, which is not the last one that runs."""
+        if len(self._running) > 1:
+            self._running.pop(index, None)
+            self._held = [token for token in self._held if token.index != index]
+            self._ready = [token for token in self._ready if token.index != index]
 
     def serve_alone(self) -> None:
         """The prefill worker's one token is all that is wanted: there is no handoff to hear of."""
@@ -172,17 +206,35 @@ class Attempt:
         return replace(report, queue_s=first.queue_s, prefill_s=first.prefill_s, ttft_s=first.ttft_s)
 
     def _take_token(self, engine_id: str, token: TokenOutput) -> None:
-        if engine_id == self.decode and (self.first_token_at or self.prefill):
-            if not self.first_token_at:
+        sample = self._running.get(token.index)
+        if sample is None:  # dropped
+            return
+        tokens = [token]
+        if not sample.last_at:
+            if engine_id == self.decode and self.prefill:
                 self._held.append(token)
                 return
-            tokens = [token]
-        else:
-            self.first_token_at = now()
-            tokens, self._held = [token, *self._held], []
-        self.last_token_at = now()
+            if self._held:
+                tokens += [held for held in self._held if held.index == token.index]
+                self._held = [held for held in self._held if held.index != token.index]
+        self.last_token_at = at = now()
+        self.first_token_at = self.first_token_at or at
+        self.last_gap_s = at - sample.last_at if sample.last_at else None
+        sample.last_at = at
+        sample.num_tokens += len(tokens)
+        self.num_output += len(tokens)
         self._ready += tokens
-        self.num_tokens += len(tokens)
-        self.finish_reason = self._ready[-1].finish_reason
-        self.finished = self.finish_reason is not None
+        if tokens[-1].finish_reason is not None:
+            del self._running[token.index]
+            self.ended_after = sample.num_tokens
+            self.finish_reason = tokens[-1].finish_reason
+            self.finished = not self._running
         self._news.set()
+
+
+@dataclass
+class _Sample:
+    """How far a sample is: its tokens, and when the last one came; 0 before the first."""
+
+    num_tokens: int = 0
+    last_at: float = 0.0

@@ -101,6 +101,14 @@ class Attempts:
             self._abort(attempt)
         self._queue.retry()
 
+    def drop_sample(self, attempt: Attempt, index: int) -> None:
+        """Nobody wants the rest of one of its samples: stop it there."""
+        if attempt.attempt_id in self._under_way:
+            attempt.drop(index)
+            self._abort(attempt, index)
+            self._track_load(attempt)
+            self._queue.retry()
+
     def handoff_failed(self, attempt: Attempt) -> None:
         """Between its two workers: for a while others go there only if there is no better pair."""
         self._load_tracker.handoff_failed(attempt.prefill, attempt.decode)
@@ -157,6 +165,7 @@ class Attempts:
             attempts,
             request.user,
             request.request_id,
+            routing_request.num_samples,
             output_before=routing_request.prompt_tokens - len(request.prompt_token_ids),
         )
         if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
@@ -169,6 +178,7 @@ class Attempts:
             attempt.num_tokens,
             routing_request.max_tokens,
             placement.cached_tokens,
+            attempt.num_samples,
         )
         return attempt
 
@@ -191,21 +201,22 @@ class Attempts:
         self._observers.request_placed(request, attempt)
         dispatch(attempt, request, output, prefix, timeout_s, prefill, decode)
 
-    def _abort(self, attempt: Attempt) -> None:
+    def _abort(self, attempt: Attempt, index: int | None = None) -> None:
         for engine_id in (attempt.prefill, attempt.decode):
             replica = self._pools.find(engine_id)
             if replica is not None and replica.state != "lost":
-                replica.handle.abort(attempt.attempt_id)
+                replica.handle.abort(attempt.attempt_id, index)
 
     def _take_event(self, attempt: Attempt, engine_id: str, event: WorkerEvent) -> None:
-        tokens_before, last_token_at = attempt.num_tokens, attempt.last_token_at
+        before, is_first, running = attempt.num_output, not attempt.first_token_at, attempt.num_running
         attempt.take(engine_id, event)
+        if attempt.num_running < running and not attempt.finished:
+            self._load_tracker.sample_finished(attempt.attempt_id, attempt.num_prompt + attempt.ended_after)
         self._track_load(attempt)
-        if num_new := attempt.num_tokens - tokens_before:
-            if not last_token_at:
+        if num_new := attempt.num_output - before:
+            if is_first:
                 self._observers.first_token(attempt)
-            seconds = attempt.last_token_at - last_token_at if last_token_at else None
-            self._observers.tokens_received(attempt, num_new, seconds)
+            self._observers.tokens_received(attempt, num_new, attempt.last_gap_s)
         match event:
             case PrefillReport():
                 self._observers.prefill_reported(attempt, event)
@@ -225,7 +236,7 @@ class Attempts:
             self._load_tracker.finished(attempt.attempt_id, attempt.num_tokens)
         elif attempt.first_token_at:
             self._load_tracker.first_token(attempt.attempt_id)
-            self._load_tracker.grown(attempt.attempt_id, attempt.num_tokens)
+            self._load_tracker.grown(attempt.attempt_id, attempt.num_tokens, attempt.num_running)
 
     def _finish(self, attempt: Attempt) -> None:
         """The last token is here: end the attempt, but give the report of the handoff a moment to arrive before."""
@@ -244,5 +255,7 @@ def routing_request_of(
         len(request.prompt_token_ids) + len(output),
         (request.sampling.max_tokens or 1) - len(output),
         prefix=prefix.followed_by(output) if len(output) else prefix,
+        num_samples=request.sampling.n,
+        all_computed=request.sampling.prompt_logprobs is not None and not len(output),
         avoid=avoid,
     )

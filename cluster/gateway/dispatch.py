@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,6 +45,8 @@ def dispatch(
         "num_output_tokens": len(output),
         "traced": attempt.traced,
     }
+    if len(output) and request.sampling.prompt_logprobs is not None:  # the client has them
+        common["sampling"] = replace(request.sampling, prompt_logprobs=None)
     attempt.dispatched = now()
     # Prefill first: it is on the way to the first token, and what it computes before the grant comes waits for it.
     for replica, peer in ((prefill, decode), (decode, prefill)):

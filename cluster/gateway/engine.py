@@ -18,6 +18,7 @@ from cluster.gateway.latency_windows import LatencyWindows
 from cluster.gateway.observers import EngineObserver, Observers
 from cluster.gateway.request import RunningRequest
 from cluster.gateway.request_log import RequestLog
+from cluster.gateway.sampled_request import SampledRequest
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits
 from cluster.pools.pools import WorkerPools
@@ -163,10 +164,11 @@ class ServingEngine:
             self._latencies.local_ttft_s,
         )
 
-    def generate(self, request: EngineRequest) -> RunningRequest:
+    def generate(self, request: EngineRequest) -> RunningRequest | SampledRequest:
         """See `Engine.generate`."""
         self._observers.request_arrived(request)
-        return RunningRequest(self._attempts, request, self._observers)
+        kind = RunningRequest if request.sampling.n == 1 else SampledRequest
+        return kind(self._attempts, request, self._observers)
 
     def _on_output(self, output: StepOutput) -> None:
         self._load_tracker.quarantine(output.engine_id, output.load.quarantined_blocks)

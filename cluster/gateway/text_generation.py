@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from cluster.errors import ModelNotFoundError
 from cluster.gateway.conversations import AnswerReader, Conversation, Conversations
 from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.marker_positions import MarkerPositions, Markers
+from cluster.gateway.prompt_positions import PromptPosition, check_prompt_logprobs, prompt_positions
 from cluster.gateway.restrictions import Restrictions
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
@@ -39,9 +41,13 @@ from workers.structured_output import StructuredOutput
 from workers.token_ids import TokenIds, as_token_ids
 from workers.validation import check_sampling, check_token_ids
 
+DEFAULT_MAX_N = 64
 _TOKENIZER_THREADS = 2
 _HASHED_AT_ONCE = 1024
 """Tokens: that many are hashed in less time than another thread takes to hear of it."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 Prompt = str | TokenIds | Conversation
@@ -65,6 +71,9 @@ class GenerationRequest(RequestOptions):
 class TextChunk:
     """A part of an answer. `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
 
+    Of several samples each has parts of its own, the last of them with its finish reason; `usage` and `report` are in
+    the last of all. Log-probabilities of the prompt are in the first.
+
     `stop_reason`: the stop string, or the one of the request's stop tokens, that ended the text; None: something else.
     `markers`: special tokens of the model's formats, and where they stand in the text, which is without them.
     `deltas`: of a conversation's answer, what the text says; None where all of it is content.
@@ -78,6 +87,8 @@ class TextChunk:
     report: RequestReport | None = None
     markers: Markers = ()
     deltas: tuple[Delta, ...] | None = None
+    index: int = 0
+    prompt_logprobs: tuple[PromptPosition, ...] | None = None
 
 
 class Generation:
@@ -90,6 +101,7 @@ class Generation:
         sampling_defaults: of what a request's sampling leaves open, by name.
         grammars: says which ones its workers can compile; None: no structured output is taken.
         formats: how the model writes tool calls and reasoning.
+        max_n: samples of one request at most.
 
     Attributes:
         sampling_defaults: the same, for the doors.
@@ -103,12 +115,14 @@ class Generation:
         sampling_defaults: Mapping[str, Any] | None = None,
         grammars: GrammarCheck | None = None,
         formats: Formats = NO_FORMATS,
+        max_n: int = DEFAULT_MAX_N,
     ) -> None:
         self.sampling_defaults = dict(sampling_defaults or {})
         self._engine = engine
         self._tokenizer = tokenizer
         self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
+        self._max_n = max_n
         self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -149,35 +163,50 @@ class Generation:
         if chat is None:
             return chunks
         shows_special = not engine_request.sampling.skip_special_tokens
-        reader = self._conversations.reader(chat, engine_request.prompt_token_ids, shows_special_tokens=shows_special)
-        return chunks if reader is None else _taken_apart(chunks, reader)
+        prompt = engine_request.prompt_token_ids
+        readers = [
+            reader
+            for _ in range(engine_request.sampling.n)
+            if (reader := self._conversations.reader(chat, prompt, shows_special_tokens=shows_special)) is not None
+        ]
+        return _taken_apart(chunks, readers) if readers else chunks
 
     async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
         sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
         markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
-        text = _TextAssembler(self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
+        texts = {
+            index: _TextAssembler(self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
+            for index in range(sampling.n)
+        }
+        num_tokens, stopped, last, positions = 0, False, TextChunk(""), None
         async with aclosing(self._engine.generate(engine_request)) as stream:
-            last = TextChunk("")
             async for chunk in stream:
-                part = text.push(chunk.tokens)
-                if text.finish_reason is None:
-                    yield part
-                else:
-                    last = part  # it goes with the end, in one message
-                if text.stopped:
-                    stream.complete()
-                    break  # There is more on its way that nobody wants: closing the stream stops it.
+                if chunk.prompt_logprobs is not None:
+                    positions = await self._in_thread(prompt_positions, prompt, chunk.prompt_logprobs, self.token_text)
+                for index, tokens in _by_sample(chunk.tokens):
+                    if (text := texts.get(index)) is None:
+                        continue  # a stop string was found before
+                    part = text.push(tokens)
+                    if index or positions is not None:
+                        part, positions = replace(part, index=index, prompt_logprobs=positions), None
+                    if text.finish_reason is None:
+                        yield part
+                        continue
+                    del texts[index]
+                    num_tokens, stopped = num_tokens + text.num_tokens, text.stopped
+                    last = replace(text.end(part), finish_reason=text.finish_reason, stop_reason=text.stop_reason)
+                    if texts:
+                        if text.stopped:
+                            stream.drop(index)
+                        yield last
+                if not texts:
+                    if stopped:
+                        stream.complete()
+                    break  # What is still on its way nobody wants: closing the stream stops it.
             report = await stream.report()
-        if text.finish_reason is None:
+        if texts:
             raise RuntimeError(f"the engine ended request {engine_request.request_id} without a finish reason")
-        usage = Usage(prompt_tokens=len(engine_request.prompt_token_ids), completion_tokens=text.num_tokens)
-        yield replace(
-            text.end(last),
-            finish_reason=text.finish_reason,
-            stop_reason=text.stop_reason,
-            usage=usage,
-            report=report,
-        )
+        yield replace(last, usage=Usage(prompt_tokens=len(prompt), completion_tokens=num_tokens), report=report)
 
     async def explain(self, request: GenerationRequest) -> Explanation:
         """Where a request would go if it came now. Nothing is started.
@@ -198,9 +227,7 @@ class Generation:
         self._check_model(model)
         if isinstance(prompt, np.ndarray):
             return self._checked(prompt)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, self._encode, prompt, add_special_tokens
-        )
+        return await self._in_thread(self._encode, prompt, add_special_tokens)
 
     async def detokenize(self, token_ids: TokenIds, model: str = "") -> str:
         """The text of token ids, special tokens as they are spelled.
@@ -228,7 +255,7 @@ class Generation:
         if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
             prompt, prefix = self._hashed(request)
         else:
-            prompt, prefix = await asyncio.get_running_loop().run_in_executor(self._executor, self._hashed, request)
+            prompt, prefix = await self._in_thread(self._hashed, request)
         if isinstance(request.prompt, Conversation):
             grammar = self._conversations.call_grammar(request.prompt, prompt)
             if grammar is not None:
@@ -248,6 +275,10 @@ class Generation:
         prefix = PromptPrefix(token_ids, request.cache_salt)
         prefix.prepare(self._engine.block_sizes)
         return token_ids, prefix
+
+    async def _in_thread(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Do long work on another thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, partial(work, *args, **kwargs))
 
     def token_text(self, token_id: int) -> str:
         """What a token adds to a text, its first space included; special tokens add nothing."""
@@ -302,6 +333,9 @@ class Generation:
         Raises:
             InvalidRequestError: the request cannot be served; names the value and the limit.
         """
+        if sampling.n > self._max_n:
+            raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
+        check_prompt_logprobs(sampling, prompt_len)
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(
@@ -318,6 +352,16 @@ class Generation:
         return complete
 
 
+def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
+    """The tokens of each sample, in order."""
+    if all(token.index == tokens[0].index for token in tokens):
+        return [(tokens[0].index, tokens)] if tokens else []
+    samples: dict[int, list[TokenOutput]] = {}
+    for token in tokens:
+        samples.setdefault(token.index, []).append(token)
+    return samples.items()
+
+
 def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
     """The same, with an answer that must call a function."""
     if sampling.structured_output is not None:
@@ -326,11 +370,12 @@ def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
 
 
 async def _taken_apart(
-    chunks: AsyncGenerator[TextChunk, None], reader: AnswerReader
+    chunks: AsyncGenerator[TextChunk, None], readers: Sequence[AnswerReader]
 ) -> AsyncGenerator[TextChunk, None]:
-    """The parts of an answer, each with what it says."""
+    """The parts of an answer, each with what it says; `readers` has one for each sample."""
     async with aclosing(chunks):
         async for chunk in chunks:
+            reader = readers[chunk.index]
             deltas = reader.read(chunk.text, chunk.markers, ended=chunk.finish_reason is not None)
             reason = chunk.finish_reason
             if reason is FinishReason.STOP and reader.calls_tools:

@@ -89,12 +89,13 @@ class WorkerActor:
         if request.attempt_id not in self._aborted:
             self._started.submit(request)
 
-    async def abort(self, attempt_id: str) -> None:
+    async def abort(self, attempt_id: str, index: int | None = None) -> None:
         """See `WorkerHost.abort`."""
-        self._aborted[attempt_id] = None
+        if index is None:
+            self._aborted[attempt_id] = None
         if len(self._aborted) > _REMEMBERED_ABORTS:
             self._aborted.popitem(last=False)
-        self._started.abort(attempt_id)
+        self._started.abort(attempt_id, index)
 
     async def new_endpoint(self, peer: Sequence[EngineInfo]) -> EngineInfo:
         """See `WorkerHost.new_endpoint`."""

@@ -100,9 +100,9 @@ class RayWorker:
         """See `WorkerHandle.submit`."""
         self._lead.submit.remote(request)
 
-    def abort(self, attempt_id: str) -> None:
+    def abort(self, attempt_id: str, index: int | None = None) -> None:
         """See `WorkerHandle.abort`."""
-        self._lead.abort.remote(attempt_id)
+        self._lead.abort.remote(attempt_id, index)
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """See `WorkerHandle.disconnect`."""

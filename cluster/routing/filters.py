@@ -21,8 +21,10 @@ def fits(table: WorkerTable, request: RoutingRequest) -> _Flags:
 def has_room(table: WorkerTable, request: RoutingRequest) -> _Flags:
     """Of those whom it fits, whose cache and batch have room for it and its first token now, and for all growth."""
     roomy: _Flags = table.column("room_tokens") > request.prompt_tokens
+    if request.num_samples > 1:
+        roomy &= [worker.has_room(request.prompt_tokens, request.num_samples) for worker in table.workers]
     if request.outlook is not None:
-        roomy &= table.column("growth_tokens") >= request.outlook.peak(request.prompt_tokens)
+        roomy &= table.column("growth_tokens") >= request.outlook.peak(request.prompt_tokens, request.num_samples)
     return roomy
 
 
@@ -37,6 +39,8 @@ def is_hopeless(request: RoutingRequest, prefill: WorkerTable, decode: WorkerTab
     if not len(decode) or (request.in_pairs and not len(prefill)):
         return False
     could_d = decode.column("most_tokens") > request.prompt_tokens
+    if request.num_samples > 1:
+        could_d &= [worker.could_run(request.prompt_tokens, request.num_samples) for worker in decode.workers]
     if request.alone and could_d.any():
         return False
     if not request.in_pairs:
@@ -61,12 +65,19 @@ def unfit(table: WorkerTable, row: int, request: RoutingRequest) -> str:
 def no_room(table: WorkerTable, row: int, request: RoutingRequest) -> str:
     """Why a decode worker has no room for the request now, in words; empty if it has."""
     worker = table.workers[row]
-    name, needed = worker.traits.engine_id, worker.blocks(request.prompt_tokens)
-    if worker.free_slots < 1:
-        return f"{name}: its batch is full"
+    name, samples = worker.traits.engine_id, request.num_samples
+    needed, total = worker.blocks_to_begin(request.prompt_tokens, samples), worker.traits.total_blocks
+    if samples > worker.traits.max_num_seqs:
+        return f"{name}: n is {samples}, it runs at most {worker.traits.max_num_seqs} sequences at once"
+    if needed > total:
+        return f"{name}: {needed} blocks needed for n = {samples}, {total} in all"
+    if worker.free_slots < samples:
+        return f"{name}: its batch is full" if samples == 1 else f"{name}: {worker.free_slots} of {samples} places free"
     if needed > worker.free_blocks:
         return f"{name}: {needed} blocks needed, {worker.free_blocks} free"
-    if request.outlook is not None and (more := request.outlook.peak(request.prompt_tokens)) > worker.growth_tokens:
+    if request.outlook is None:
+        return ""
+    if (more := request.outlook.peak(request.prompt_tokens, samples)) > worker.growth_tokens:
         peak = worker.peak_tokens + more
         return f"{name}: its requests would grow to about {peak:.0f} tokens, {worker.capacity_tokens} fit"
     return ""

@@ -35,7 +35,7 @@ class _Booking:
     """What one request takes of its pair; prefill's share ends with the first token.
 
     `decode` may be nobody, ""; `prefill` may be None: the decode worker computes the prompt, too. Of `decode_places`,
-    the blocks of all its tokens, it holds `decode_blocks`.
+    the blocks of all its tokens, it holds `decode_blocks`; `running` of its samples have not ended.
     """
 
     prefill: str | None
@@ -48,6 +48,7 @@ class _Booking:
     future: npt.NDArray[np.float64]
     prefilling: bool = True
     decode_places: int = 0
+    running: int = 1
 
 
 class LoadTracker:
@@ -150,6 +151,7 @@ class LoadTracker:
         num_tokens: int,
         max_tokens: int = 1,
         cached_tokens: int = 0,
+        num_samples: int = 1,
     ) -> None:
         """A request is on its way to two workers, or to one alone: prefill (`decode` is "") or decode.
 
@@ -160,9 +162,10 @@ class LoadTracker:
             num_tokens: of its prompt.
             max_tokens: the most that it may generate.
             cached_tokens: of its prompt, that the worker that computes it has in its cache.
+            num_samples: sequences that go on from it.
         """
         self._arrivals.count()
-        booking = _Booking(prefill, decode, 0, 0, 0.0, num_tokens, max_tokens, _NOTHING)
+        booking = _Booking(prefill, decode, 0, 0, 0.0, num_tokens, max_tokens, _NOTHING, running=num_samples)
         local_s = 0.0
         if prefill is None:
             booking.prefill_s = local_s = self._decode.local_seconds_of(decode, num_tokens, cached_tokens)
@@ -172,9 +175,15 @@ class LoadTracker:
             self._prefill.take(prefill, blocks=booking.prefill_blocks, requests=1, queued_s=booking.prefill_s)
         if decode:
             booking.decode_places = blocks_for(num_tokens + 1, self._decode.traits(decode).block_size)
-            booking.decode_blocks = self._decode.blocks(decode, num_tokens)
+            booking.decode_blocks = self._decode.blocks(decode, num_tokens, num_samples, num_tokens)
             booking.future = self._future(booking, num_tokens)
-            self._decode.take(decode, blocks=booking.decode_blocks, requests=1, queued_s=local_s, future=booking.future)
+            self._decode.take(
+                decode,
+                blocks=booking.decode_blocks,
+                requests=num_samples,
+                queued_s=local_s,
+                future=booking.future,
+            )
         self._bookings[request] = booking
 
     def first_token(self, request: str) -> None:
@@ -191,22 +200,32 @@ class LoadTracker:
                 booking.prefill, blocks=-booking.prefill_blocks, requests=-1, queued_s=-booking.prefill_s
             )
 
-    def grown(self, request: str, num_tokens: int) -> None:
-        """It has so many tokens now."""
+    def grown(self, request: str, num_tokens: int, running: int = 1) -> None:
+        """It has so many tokens now, each of its samples that are `running` still."""
         booking = self._bookings.get(request)
         if booking is None or booking.decode not in self._decode:
             return
         places = blocks_for(num_tokens + 1, self._decode.traits(booking.decode).block_size)
-        if places != booking.decode_places:
-            blocks = self._decode.blocks(booking.decode, num_tokens)
+        if places != booking.decode_places or running != booking.running:
+            ended, booking.running = booking.running - running, running
+            blocks = self._decode.blocks(booking.decode, num_tokens, running, booking.prompt_tokens)
             future = self._future(booking, num_tokens)
-            self._decode.take(booking.decode, blocks=blocks - booking.decode_blocks, future=future - booking.future)
+            self._decode.take(
+                booking.decode,
+                blocks=blocks - booking.decode_blocks,
+                requests=-ended,
+                future=future - booking.future,
+            )
             booking.decode_places, booking.decode_blocks, booking.future = places, blocks, future
+
+    def sample_finished(self, request: str, num_tokens: int) -> None:
+        """One of its samples has ended by itself, with so many tokens in all: learn from it."""
+        if (booking := self._bookings.get(request)) is not None:
+            self._lengths.observe(booking.max_tokens, num_tokens - booking.prompt_tokens)
 
     def finished(self, request: str, num_tokens: int) -> None:
         """It has ended by itself, with so many tokens in all: learn from it, and release it."""
-        if (booking := self._bookings.get(request)) is not None:
-            self._lengths.observe(booking.max_tokens, num_tokens - booking.prompt_tokens)
+        self.sample_finished(request, num_tokens)
         self.release(request)
 
     def handoff_failed(self, prefill: str, decode: str) -> None:
@@ -218,7 +237,9 @@ class LoadTracker:
         self.first_token(request)
         booking = self._bookings.pop(request, None)
         if booking is not None and booking.decode in self._decode:
-            self._decode.take(booking.decode, blocks=-booking.decode_blocks, requests=-1, future=-booking.future)
+            self._decode.take(
+                booking.decode, blocks=-booking.decode_blocks, requests=-booking.running, future=-booking.future
+            )
 
     def quarantine(self, engine_id: str, blocks: int) -> None:
         """A worker says that so many of its blocks cannot be used until a peer that was lost is surely gone."""
@@ -239,6 +260,8 @@ class LoadTracker:
             self._disaggregation,
             self._arrivals.per_s(),
             self._prefixes.cached_tokens(request.prefix) if request.prefix is not None else None,
+            request.num_samples,
+            request.all_computed,
             request.avoid,
         )
 
@@ -247,4 +270,8 @@ class LoadTracker:
         outlook = self._lengths.outlook(booking.max_tokens, num_tokens - booking.prompt_tokens)
         traits = self._decode.traits(booking.decode)
         half_a_block = traits.block_size / 2  # of its last block, that much is empty
-        return outlook.held(num_tokens + half_a_block, traits.tokens_per_sequence)
+        if booking.running == 1:
+            return outlook.held(num_tokens + half_a_block, traits.tokens_per_sequence)
+        own = num_tokens - booking.prompt_tokens + half_a_block
+        held = booking.prompt_tokens + own * booking.running
+        return outlook.held(held, traits.tokens_per_sequence * booking.running, booking.running)

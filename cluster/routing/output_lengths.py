@@ -51,26 +51,30 @@ class OutputLengthForecast:
         lines = zip((above * self.alive).tolist(), (above * self.growth).tolist(), strict=True)
         object.__setattr__(self, "_peaks", tuple(lines))
 
-    def held(self, num_tokens: float, most: float = math.inf) -> _Floats:
+    def held(self, num_tokens: float, most: float = math.inf, num_samples: int = 1) -> _Floats:
         """(2, spans): mean and variance of the tokens that it holds in each span, given those that it holds now.
 
         Args:
             num_tokens: that it has now.
             most: that it holds at once, however many it has.
+            num_samples: sequences that grow.
         """
         held = np.empty((2, len(HORIZONS)))
         mean, variance = held
         np.multiply(self.alive, num_tokens, out=mean)
-        mean += self.growth
+        mean += self.growth if num_samples == 1 else self.growth * num_samples
         if most < math.inf:
             np.minimum(mean, self.alive * most, out=mean)
         np.multiply(mean, mean, out=variance)
         variance *= self.spread
         return held
 
-    def peak(self, num_tokens: float) -> float:
-        """`likely_peak` of what it holds, given those that it holds now: on the highest of a few lines."""
-        return max([slope * num_tokens + start for slope, start in self._peaks])
+    def peak(self, num_tokens: float, num_samples: int = 1) -> float:
+        """`likely_peak` of what it holds, given those that it holds now: on the highest of a few lines.
+
+        Of several samples the prompt, which they share, counts once.
+        """
+        return max([slope * num_tokens + start * num_samples for slope, start in self._peaks])
 
 
 def likely_peak(held: _Floats) -> float:

@@ -146,7 +146,7 @@ def _best_alone(
     d = int(costs.argmin())
     if (cost := float(costs[d])) == np.inf:
         return None
-    cached, ttft_s = int(decoding.cached[d]), float(local.ttft_s[d])
+    cached, ttft_s = int(local.cached[d]), float(local.ttft_s[d])
     return Placement(None, decode.engine_ids[d], ttft_s, float(decoding.itl_s[d]), cached), cost
 
 
@@ -205,7 +205,7 @@ def _local_reports(
             cost_s=float(local.ttft_s[d] + local.others_s[d] + decoding.steps_s[d]),
             refusal=unfit(decode, d, request) or busy(decode, d, request) or no_room(decode, d, request),
             chosen=(None, d_id) == chosen,
-            cached_tokens=int(decoding.cached[d]),
+            cached_tokens=int(local.cached[d]),
             others_s=float(local.others_s[d]),
             decode_cached_tokens=int(decoding.cached[d]),
         )

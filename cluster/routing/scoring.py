@@ -27,13 +27,13 @@ class Prefilling:
     """On prefill workers.
 
     Attributes:
-        cached: of the prompt, tokens that each has in its cache.
+        cached: of the prompt, tokens that each has in its cache and does not compute.
         compute_s: what each has to compute of the prompt.
         ttft_s: to the first token on each: the prompts before it, and its own.
     """
 
     def __init__(self, request: RoutingRequest, prefill: WorkerTable) -> None:
-        self.cached: _Floats = prefill.cached_tokens(request.cached)
+        self.cached: _Floats = prefill.cached_tokens(None if request.all_computed else request.cached)
         self.compute_s: _Floats = prefill.missing_seconds(request.prompt_tokens, self.cached)
         self.ttft_s: _Floats = self.compute_s + prefill.column("queued_s")
 
@@ -125,6 +125,7 @@ class Local:
     """On decode workers that compute the prompt themselves.
 
     Attributes:
+        cached: of the prompt, tokens that each has in its cache and does not compute.
         compute_s: what each would have to compute of the prompt.
         ttft_s: to the first token on each: the prompts before it, its own, and a step of its batch for each chunk.
         others_s: what the sequences on each would be held up by the prompt, in all: none decodes meanwhile. Those that
@@ -133,8 +134,9 @@ class Local:
     """
 
     def __init__(self, request: RoutingRequest, decode: WorkerTable, decoding: Decoding) -> None:
-        self.compute_s: _Floats = decode.missing_seconds(request.prompt_tokens, decoding.cached)
-        chunks = decoding.missing / decode.column("chunk_tokens")
+        self.cached: _Floats = decode.cached_tokens(None) if request.all_computed else decoding.cached
+        self.compute_s: _Floats = decode.missing_seconds(request.prompt_tokens, self.cached)
+        chunks = (request.prompt_tokens - self.cached) / decode.column("chunk_tokens")
         self.ttft_s: _Floats = np.ceil(chunks, out=chunks)
         self.ttft_s *= decode.column("busy_step_s")
         self.ttft_s += self.compute_s

@@ -29,6 +29,8 @@ class RoutingRequest:
         cached: of its prompt, tokens that are in each prefix cache, by the caches' numbers; None: they are not asked.
         disaggregation: where its prompt may be computed: always on a prefill worker, never, or auto, on either.
         arrivals_per_s: how many other requests come in a second, to all workers.
+        num_samples: sequences that go on from its prompt on the decode worker, which share the prompt's full blocks.
+        all_computed: all of its prompt is computed, whatever of it is cached where that is done.
         avoid: pairs on which it has failed: taken only where there is no other.
     """
 
@@ -40,6 +42,8 @@ class RoutingRequest:
     disaggregation: str = "always"
     arrivals_per_s: float = 0.0
     cached: npt.NDArray[np.float64] | None = field(default=None, compare=False)
+    num_samples: int = 1
+    all_computed: bool = False
     avoid: frozenset[tuple[str, str]] = frozenset()
 
     @property

@@ -126,10 +126,39 @@ class WorkerState:
         """
         return self.short_step_s + self.traits.step_times.kv_token_s * float(self.future[0, _EXPECTED_AT])
 
-    def blocks(self, num_tokens: int) -> int:
-        """KV blocks that a sequence of so many tokens and the next one holds."""
+    def blocks(self, num_tokens: int, num_samples: int = 1, shared_tokens: int = 0) -> int:
+        """KV blocks that sequences of so many tokens and the next one hold.
+
+        Args:
+            num_tokens: of each.
+            num_samples: sequences.
+            shared_tokens: of their prompt, whose full blocks they share.
+        """
         blocks, most = blocks_for(num_tokens + 1, self.traits.block_size), self.traits.blocks_per_sequence
-        return blocks if most is None else min(blocks, most)
+        if most is not None:
+            return min(blocks, most) * num_samples  # by and by no two of them hold the same
+        shared = shared_tokens // self.traits.block_size
+        return shared + (blocks - shared) * num_samples
+
+    def blocks_to_begin(self, num_tokens: int, num_samples: int = 1) -> int:
+        """KV blocks that it takes to begin with so many samples of a prompt: each has one of its own."""
+        return self.blocks(num_tokens) + num_samples - 1
+
+    def could_run(self, num_tokens: int, num_samples: int) -> bool:
+        """Whether it could run so many samples of a prompt if it were idle and ready."""
+        return (
+            num_samples <= self.traits.max_num_seqs
+            and num_tokens < self.most_tokens
+            and self.blocks_to_begin(num_tokens, num_samples) <= self.traits.total_blocks
+        )
+
+    def has_room(self, num_tokens: int, num_samples: int) -> bool:
+        """Whether it could begin with so many samples of a prompt now."""
+        return (
+            num_samples <= self.free_slots
+            and num_tokens < self.room_tokens
+            and self.blocks_to_begin(num_tokens, num_samples) <= self.free_blocks
+        )
 
     def _tokens_in(self, blocks: int) -> int:
         """The longest sequence that so many blocks suffice for."""

@@ -134,9 +134,9 @@ class WorkerTable:
         self._workers[row].ready = ready
         self._note(row)
 
-    def blocks(self, engine_id: str, num_tokens: int) -> int:
-        """KV blocks of that worker's size for so many tokens and the next one."""
-        return self._workers[self._rows[engine_id]].blocks(num_tokens)
+    def blocks(self, engine_id: str, num_tokens: int, num_samples: int = 1, shared_tokens: int = 0) -> int:
+        """KV blocks of that worker's size for so many tokens and the next one; see `WorkerState.blocks`."""
+        return self._workers[self._rows[engine_id]].blocks(num_tokens, num_samples, shared_tokens)
 
     def traits(self, engine_id: str) -> WorkerTraits:
         """What does not change of that worker."""

@@ -13,7 +13,7 @@ from kv_transfer.errors import ProtocolError
 from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 
-_VERSION = 3
+_VERSION = 4
 _HEADER = struct.Struct("<BB16sQQ")
 _GRANT = struct.Struct("<H")
 _GRANT_GROUP = struct.Struct("<II")
@@ -68,11 +68,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Final:
-    """Prefill → decode: the first token, and how many parts were written in all."""
+    """Prefill → decode: the first token, and how many parts were written in all.
+
+    Attributes:
+        key: the reservation.
+        first_token: of the prompt's first sample.
+        num_parts: WRITEs of the handoff.
+        other_tokens: the first tokens of the prompt's other samples, in order.
+    """
 
     key: HandoffKey
     first_token: int
     num_parts: int
+    other_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,8 @@ def encode(message: Message) -> bytes:
             return header + _GRANT.pack(len(groups)) + b"".join(map(_encode_blocks, groups))
         case Part(_, index, group, first_layer, num_layers, first_block, num_blocks):
             return header + _PART.pack(index, group, first_layer, num_layers, first_block, num_blocks)
-        case Final(_, first_token, num_parts):
-            return header + _FINAL.pack(first_token, num_parts)
+        case Final(_, first_token, num_parts, others):
+            return header + _FINAL.pack(first_token, num_parts) + struct.pack(f"<{len(others)}I", *others)
         case Cancel():
             return header
         case Closed(_, reason):
@@ -137,7 +145,9 @@ def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
     if kind is Part:
         return Part(key, *_PART.unpack(body))
     if kind is Final:
-        return Final(key, *_FINAL.unpack(body))
+        first_token, num_parts = _FINAL.unpack_from(body)
+        others = body[_FINAL.size :]
+        return Final(key, first_token, num_parts, struct.unpack(f"<{len(others) // 4}I", others))
     if kind is Cancel:
         return Cancel(key)
     return Closed(key, body.decode(errors="replace"))

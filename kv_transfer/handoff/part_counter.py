@@ -63,3 +63,8 @@ class PartCounter:
         if final is None or len(self._indices) < final.num_parts or any(missing > 0 for missing in self._missing):
             return None
         return final.first_token
+
+    @property
+    def other_tokens(self) -> tuple[int, ...]:
+        """What came with it: the first tokens of the prompt's other samples."""
+        return () if self._final is None else self._final.other_tokens

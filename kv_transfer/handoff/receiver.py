@@ -184,7 +184,7 @@ class HandoffReceiver:
             self._release(handoff)
         else:
             del self._open[handoff.key]
-            self._emit(HandoffReceived(handoff.key, first_token))
+            self._emit(HandoffReceived(handoff.key, first_token, handoff.ledger.other_tokens))
 
     def _fail(self, handoff: _Incoming, reason: str) -> None:
         if not handoff.cancelled:

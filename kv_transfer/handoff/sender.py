@@ -85,11 +85,13 @@ class HandoffSender:
         handoff.waiting.append(part)
         self._flush(handoff)
 
-    def finish(self, handoff_id: bytes, first_token: int, finished_at: float) -> None:
-        """No more parts; the first token, sampled at `finished_at` (monotonic), goes with the last message."""
+    def finish(
+        self, handoff_id: bytes, first_token: int, finished_at: float, other_tokens: tuple[int, ...] = ()
+    ) -> None:
+        """No more parts; the first tokens, sampled at `finished_at` (monotonic), go with the last message."""
         handoff = self._open.get(handoff_id)
         if handoff is not None and handoff.failure is None:
-            handoff.first_token = first_token
+            handoff.first_token, handoff.other_tokens = first_token, other_tokens
             handoff.finished_at = finished_at
             self._flush(handoff)
 
@@ -215,7 +217,7 @@ class HandoffSender:
             if posted != wanted:
                 self._fail(handoff, f"cache group {index}: {posted} of {wanted} granted blocks of all layers came")
                 return
-        self._transport.send(handoff.peer, encode(Final(grant.key, first_token, handoff.posted)))
+        self._transport.send(handoff.peer, encode(Final(grant.key, first_token, handoff.posted, handoff.other_tokens)))
         handoff.final_sent = True
 
     def _reap(self, handoff: SentHandoff) -> None:

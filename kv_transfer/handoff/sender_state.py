@@ -72,6 +72,7 @@ class SentHandoff:
         posted: WRITEs so far.
         num_bytes: that they carried.
         first_token: once everything has been pushed.
+        other_tokens: those of the prompt's other samples.
         final_sent: whether the last message is on its way.
         failure: why it will not become whole.
         tell_peer: whether the peer is told so.
@@ -91,6 +92,7 @@ class SentHandoff:
     posted: int = 0
     num_bytes: int = 0
     first_token: int | None = None
+    other_tokens: tuple[int, ...] = ()
     final_sent: bool = False
     failure: str | None = None
     tell_peer: bool = True

@@ -20,11 +20,11 @@ class Arrival:
 
     Attributes:
         sequence: its blocks are its owner's from now on, if it has a first token.
-        first_token: which the prefill worker has told the client; or why there is none.
+        first_tokens: which the prefill worker has told the client, of each sample; or why there are none.
     """
 
     sequence: Sequence
-    first_token: int | HandoffError
+    first_tokens: tuple[int, ...] | HandoffError
 
 
 class RemotePrefill:
@@ -52,6 +52,11 @@ class RemotePrefill:
     def num_admitted(self) -> int:
         """Prompts that have blocks, and wait for their cache."""
         return len(self._wanted)
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that they will be in the batch."""
+        return sum(sequence.num_samples for sequence in self._wanted)
 
     @property
     def expected(self) -> tuple[Sequence, ...]:
@@ -83,7 +88,7 @@ class RemotePrefill:
         return bool(self._expected)
 
     def fits(self, sequence: Sequence) -> bool:
-        """Whether there are blocks for its prompt and its first token now."""
+        """Whether there are blocks for its prompt and its first tokens now."""
         return self._kept.fits(sequence)
 
     def admit(self, sequence: Sequence) -> None:
@@ -108,11 +113,11 @@ class RemotePrefill:
         """What has come to an end since the last call."""
         for event in self._connector.poll():
             match event:
-                case HandoffReceived(key, first_token):
+                case HandoffReceived(key, first_token, other_tokens):
                     sequence = self._expected.pop(key)
                     if self._wanted.pop(sequence, None) is not None:
                         self._kept.received(sequence)
-                        yield Arrival(sequence, first_token)
+                        yield Arrival(sequence, (first_token, *other_tokens))
                     else:  # aborted while the last part was on its way
                         self._cache.release(sequence.tables)
                 case HandoffFailed(key, reason):

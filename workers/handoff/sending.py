@@ -13,7 +13,8 @@ from workers.kv_cache.manager import KVCacheManager
 from workers.messages import WorkerRequest
 from workers.request_trace import RequestTrace
 from workers.runner.model_runner import ModelRunner
-from workers.sampling.state import SamplingState
+from workers.sampling.prompt_logprobs import PromptScores
+from workers.sampling.state import SamplingState, sample_states
 from workers.scheduling.prefill_scheduler import Chunk, PromptProgress
 from workers.token_ids import TokenIds
 
@@ -25,7 +26,7 @@ class Prompt:
     Attributes:
         request: as it came.
         progress: how much of it is computed, as the schedule knows it: steps in flight included.
-        state: for its first token.
+        states: for its first tokens, one of each sample.
         deadline: when it fails, by the worker's clock.
         arrived: when it came.
         started: when its first chunk was launched.
@@ -33,11 +34,12 @@ class Prompt:
         in_flight: steps that compute some of it and have not been waited for.
         cancelled: whether its blocks go back as soon as no step is in flight.
         trace: when what happened; None: nobody asks.
+        scores: its log-probabilities; None: they are not asked for.
     """
 
     request: WorkerRequest
     progress: PromptProgress
-    state: SamplingState
+    states: Sequence[SamplingState]
     deadline: float
     arrived: float
     started: float = 0.0
@@ -45,6 +47,7 @@ class Prompt:
     in_flight: int = 0
     cancelled: bool = False
     trace: RequestTrace | None = None
+    scores: PromptScores | None = None
 
     @classmethod
     def of(
@@ -54,17 +57,20 @@ class Prompt:
         max_model_len: int,
         now: float,
         cached_block_size: int | None = None,
-        matcher: TokenMatcher | None = None,
+        matchers: Sequence[TokenMatcher | None] = (),
     ) -> Prompt:
         """A request that has just come and is in order; its blocks have hashes if a block size is given."""
         hashes = request.hashes_for(cached_block_size) if cached_block_size is not None else ()
+        scores = PromptScores.of(request)
+        num_tokens = len(request.prompt_token_ids)
         return cls(
             request,
-            PromptProgress(request.attempt_id, len(request.prompt_token_ids), hashes),
-            SamplingState.of(request, eos_token_ids, max_model_len, matcher),
+            PromptProgress(request.attempt_id, num_tokens, hashes, all_computed=scores is not None),
+            sample_states(request, eos_token_ids, max_model_len, matchers),
             deadline=now + request.timeout_s,
             arrived=now,
             trace=RequestTrace.of(request),
+            scores=scores,
         )
 
     @property

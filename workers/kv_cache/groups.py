@@ -85,10 +85,10 @@ class CacheGroup:
             ends.start, min(ends.stop, len(self.pool.find(self.hashes(hashes))) * self.block_size + 1), ends.step
         )
 
-    def fits_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int) -> bool:
-        """Whether `admit_prompt` would succeed."""
+    def fits_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int, more: int = 0) -> bool:
+        """Whether `admit_prompt` would succeed, and leave so many `more` blocks free."""
         return self.pool.fits(
-            self.hashes(hashes)[: num_found // self.block_size], blocks_for(num_tokens, self.block_size)
+            self.hashes(hashes)[: num_found // self.block_size], blocks_for(num_tokens, self.block_size) + more
         )
 
     def admit_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int) -> BlockTable:
@@ -108,10 +108,10 @@ class CacheGroup:
 
     # what comes from elsewhere
 
-    def fits(self, hashes: Hashes, num_computed: int, num_tokens: int) -> bool:
-        """Whether `admit` would succeed."""
+    def fits(self, hashes: Hashes, num_computed: int, num_tokens: int, more: int = 0) -> bool:
+        """Whether `admit` would succeed, and leave so many `more` blocks free."""
         start = self.first_needed(num_computed)
-        return self.pool.fits(self.hashes(hashes)[start:], blocks_for(num_tokens, self.block_size) - start)
+        return self.pool.fits(self.hashes(hashes)[start:], blocks_for(num_tokens, self.block_size) - start + more)
 
     def admit(self, hashes: Hashes, num_computed: int, num_tokens: int) -> tuple[BlockTable, int]:
         """Take the blocks for so many tokens that the query behind `num_computed` of them sees.
@@ -124,6 +124,21 @@ class CacheGroup:
         return BlockTable([NULL_BLOCK] * start + blocks, start), found
 
     # sequences
+
+    def fork(self, table: BlockTable, num_tokens: int) -> tuple[BlockTable, int | None]:
+        """A table for one more sequence that goes on from these tokens, which are in the cache: full blocks are shared.
+
+        Returns:
+            The table, and the block whose content is to be copied into its last one; None: there is none half full.
+
+        Raises:
+            ValueError: there is no free block for the copy.
+        """
+        full = num_tokens // self.block_size
+        partial = table.blocks[full] if num_tokens % self.block_size else None
+        own = [] if partial is None else self.pool.take(1)
+        self.pool.share(table.blocks[table.start : full])
+        return BlockTable(table.blocks[:full] + own, table.start), partial
 
     def missing(self, table: BlockTable, num_tokens: int) -> int:
         """Blocks that it lacks for so many tokens."""
@@ -194,9 +209,9 @@ class WindowGroup(CacheGroup):
                 usable.append(end)
         return usable
 
-    def fits_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int) -> bool:
+    def fits_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int, more: int = 0) -> bool:
         """See `CacheGroup.fits_prompt`."""
-        return self.most_blocks(num_tokens, in_flight) <= self.pool.num_free
+        return self.most_blocks(num_tokens, in_flight) + more <= self.pool.num_free
 
     def admit_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int) -> BlockTable:
         """See `CacheGroup.admit_prompt`."""

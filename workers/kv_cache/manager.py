@@ -101,25 +101,28 @@ class KVCacheManager:
         most = self._primary.most_blocks(max_model_len, in_flight)
         return most if isinstance(self._primary, WindowGroup) else None
 
-    def too_small(self, num_tokens: int, *, computed: bool) -> tuple[int, int] | None:
+    def too_small(self, num_tokens: int, *, computed: bool, samples: int = 1) -> tuple[int, int] | None:
         """The blocks that a prompt of so many tokens needs and those that there are, of a group that cannot hold it.
 
         Args:
             num_tokens: of the prompt, with those behind it for which there must be room.
             computed: whether it is computed here.
+            samples: sequences that go on from its end; each has a block of its own at least.
         """
         in_flight = self._prompt_tokens_in_flight if computed else self._decode_tokens_in_flight
         for group in self.groups:
-            needed = group.most_blocks(num_tokens, in_flight)
+            needed = group.most_blocks(num_tokens, in_flight) + samples - 1
             if needed > group.pool.num_blocks:
                 return needed, group.pool.num_blocks
         return None
 
     # prompts that are computed here
 
-    def fits_prompt(self, hashes: Hashes, num_tokens: int) -> bool:
-        """Whether `admit_prompt` would succeed."""
-        return self._fits_prompt(hashes, 0, num_tokens) or self._fits_prompt(hashes, self._found(hashes), num_tokens)
+    def fits_prompt(self, hashes: Hashes, num_tokens: int, samples: int = 1) -> bool:
+        """Whether `admit_prompt` would succeed, with a block for each sample but the first besides."""
+        return self._fits_prompt(hashes, 0, num_tokens, samples - 1) or self._fits_prompt(
+            hashes, self._found(hashes), num_tokens, samples - 1
+        )
 
     def admit_prompt(self, hashes: Hashes, num_tokens: int) -> tuple[SequenceTables, int]:
         """Take what a prompt needs so that it always ends: blocks of its beginning that are here, and others.
@@ -149,9 +152,9 @@ class KVCacheManager:
 
     # what comes from elsewhere: a handoff, or host memory
 
-    def fits(self, hashes: Hashes, num_computed: int, num_tokens: int) -> bool:
-        """Whether `admit` would succeed."""
-        return all(group.fits(hashes, num_computed, num_tokens) for group in self.groups)
+    def fits(self, hashes: Hashes, num_computed: int, num_tokens: int, samples: int = 1) -> bool:
+        """Whether `admit` would succeed, with a block for each sample but the first besides."""
+        return all(group.fits(hashes, num_computed, num_tokens, samples - 1) for group in self.groups)
 
     def admit(self, hashes: Hashes, num_computed: int, num_tokens: int) -> tuple[SequenceTables, tuple[int, ...]]:
         """Take blocks for a sequence's tokens, as far as queries behind the first `num_computed` of them see them.
@@ -173,6 +176,30 @@ class KVCacheManager:
         tables = SequenceTables([table for table, _ in admitted])
         self._note(tables)
         return tables, tuple(found for _, found in admitted)
+
+    # several sequences that go on from one prompt
+
+    def can_fork(self, num_tokens: int, count: int = 1) -> bool:
+        """Whether there are free blocks to `fork` a sequence of so many tokens so often."""
+        return all(group.pool.num_free >= count for group in self.groups if num_tokens % group.block_size)
+
+    def fork(self, tables: SequenceTables, num_tokens: int) -> tuple[SequenceTables, list[int | None]]:
+        """Tables for one more sequence that goes on from these tokens, all of which are in the cache.
+
+        Full blocks are shared by count: nobody writes to them again. A half-full one has a copy.
+
+        Returns:
+            The tables, and for each group the block that is to be copied into the last one of its table; None: none.
+
+        Raises:
+            ValueError: there are not enough blocks; ask `can_fork` first.
+        """
+        if not self.can_fork(num_tokens):
+            raise ValueError(f"too few blocks for one more sample: {self.num_free} are free")
+        forked = [group.fork(table, num_tokens) for group, table in zip(self.groups, tables.groups, strict=True)]
+        own = SequenceTables([table for table, _ in forked])
+        self._note(own)
+        return own, [source for _, source in forked]
 
     # sequences that run
 
@@ -247,9 +274,9 @@ class KVCacheManager:
             return usable[0][-1] if usable[0] else 0
         return max(set(usable[0]).intersection(*usable[1:]), default=0)
 
-    def _fits_prompt(self, hashes: Hashes, found: int, num_tokens: int) -> bool:
+    def _fits_prompt(self, hashes: Hashes, found: int, num_tokens: int, more: int = 0) -> bool:
         in_flight = self._prompt_tokens_in_flight
-        return all(group.fits_prompt(hashes, found, num_tokens, in_flight) for group in self.groups)
+        return all(group.fits_prompt(hashes, found, num_tokens, in_flight, more) for group in self.groups)
 
     def _note(self, tables: SequenceTables) -> None:
         """What is looked at with every token."""

@@ -108,7 +108,7 @@ def _ended(name: HandoffKey | bytes, ends: list[_End], failure: str | None) -> l
     received = [end for end in ends if isinstance(end, HandoffReceived)]
     if failure is not None or len(received) < len(ends):
         return [HandoffReleased(name)]
-    if len({end.first_token for end in received}) > 1:
-        tokens = ", ".join(str(end.first_token) for end in received)
+    if len({(end.first_token, end.other_tokens) for end in received}) > 1:
+        tokens = ", ".join(" ".join(map(str, (end.first_token, *end.other_tokens))) for end in received)
         return [HandoffFailed(name, f"the ranks received different first tokens: {tokens}"), HandoffReleased(name)]
     return [received[0]]

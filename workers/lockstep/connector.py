@@ -147,9 +147,9 @@ class AgreedConnector(KVConnector):
         """See `KVConnector.layers_per_write`; each rank has its own path, and may group otherwise than the others."""
         return self._own.layers_per_write(self._peer(peer), group, layer_bytes, layer_s, slack_s, tail_s)
 
-    def finish(self, handoff_id: bytes, first_token: int) -> None:
+    def finish(self, handoff_id: bytes, first_token: int, other_tokens: tuple[int, ...] = ()) -> None:
         """See `KVConnector.finish`."""
-        self._own.finish(handoff_id, first_token)
+        self._own.finish(handoff_id, first_token, other_tokens)
 
     def abort(self, handoff_id: bytes, reason: str) -> None:
         """See `KVConnector.abort`."""

@@ -60,20 +60,28 @@ class ModelRunner:
             self._prefill_graphs = PrefillGraphs(self.model, self.kv_caches, sizes, progress)
 
     @torch.inference_mode()
-    def forward(self, rows: Sequence[Row], on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        rows: Sequence[Row],
+        on_layer: Callable[[int], None] | None = None,
+        on_hidden: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """Compute a batch; its keys and values are in the cache afterwards. On a GPU it is queued: nothing here waits.
 
         Args:
             rows: the batch; every block of a row's tokens is in its block table.
             on_layer: called with each layer's number as soon as its keys and values are in the cache.
+            on_hidden: called with what the model has made of all T tokens, (T, hidden size), for `compute_logits`.
 
         Returns:
             (N, vocab) float32, the logits after the last token of each row that wants them, in order.
         """
-        if self._prefill_graphs is not None and self._prefill_graphs.fits(rows):
+        if on_hidden is None and self._prefill_graphs is not None and self._prefill_graphs.fits(rows):
             return self._prefill_graphs.run(rows[0], on_layer)
         inputs = batch_inputs(rows, self._block_sizes, self.device)
         hidden = self.model(inputs.input_ids, inputs.positions, self.kv_caches, inputs.metadata, on_layer)
+        if on_hidden is not None:
+            on_hidden(hidden)
         if inputs.wanted is not None:
             hidden = hidden[inputs.wanted]
         logits: torch.Tensor = self.model.compute_logits(hidden)
@@ -111,6 +119,13 @@ class ModelRunner:
         index = to_device(torch.tensor(blocks), self.device)
         for layer, copy in zip(_indexable(self.kv_caches[group]), data, strict=True):
             layer[index] = copy.to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
+        """Copy blocks of a group into others, before whatever is queued on the device from now on; no waiting."""
+        pairs = to_device(torch.tensor([list(sources), list(targets)]), self.device)
+        for layer in _indexable(self.kv_caches[group]):
+            layer[pairs[1]] = layer[pairs[0]]
 
 
 def _indexable(kv_cache: torch.Tensor) -> torch.Tensor:

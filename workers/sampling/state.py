@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from workers.grammars.matcher import TokenMatcher
@@ -70,11 +70,12 @@ class SamplingState:
         eos_token_ids: Iterable[int],
         max_model_len: int,
         matcher: TokenMatcher | None = None,
+        index: int = 0,
     ) -> SamplingState:
-        """Of a request that has just come, with the tokens that other workers have generated for it before."""
+        """Of a sample of a request that has just come, with the tokens that other workers have generated before."""
         num_prompt = len(request.prompt_token_ids) - request.num_output_tokens
         return cls(
-            request.sampling,
+            request.sampling.of_sample(index),
             request.prompt_token_ids[:num_prompt],
             frozenset(eos_token_ids),
             max_model_len,
@@ -100,6 +101,20 @@ class SamplingState:
     def plain_greedy_after(self, num_output: int) -> bool:
         """Whether the token after `num_output` ones is the argmax of the logits as they are, and all that is wanted."""
         return self._plain and num_output >= self.params.min_tokens
+
+
+def sample_states(
+    request: WorkerRequest,
+    eos_token_ids: Iterable[int],
+    max_model_len: int,
+    matchers: Sequence[TokenMatcher | None] = (),
+) -> tuple[SamplingState, ...]:
+    """One for each sample of a request that has just come; each has a matcher of its own, if there are any."""
+    eos = frozenset(eos_token_ids)
+    return tuple(
+        SamplingState.of(request, eos, max_model_len, matchers[index] if matchers else None, index)
+        for index in range(request.sampling.n)
+    )
 
 
 def finish_reason(state: SamplingState) -> FinishReason | None:

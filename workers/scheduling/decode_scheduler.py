@@ -23,6 +23,10 @@ class BlockStore(Protocol):
         """Copy them back, into other blocks."""
         ...
 
+    def copy_blocks(self, sources: list[int], targets: list[int], group: int = 0) -> None:
+        """Copy blocks of a cache group into others."""
+        ...
+
 
 class DecodeBatch:
     """The sequences that decode together, oldest first.
@@ -69,6 +73,11 @@ class DecodeBatch:
     def add(self, sequence: Sequence) -> None:
         """A sequence whose cache is complete joins."""
         self._running.append(sequence)
+
+    def add_waiting(self, sequence: Sequence) -> None:
+        """One for whose blocks there is no room joins with its cache in host memory, as if it had made room."""
+        self._preempted.append(sequence)
+        self._preempted.sort(key=lambda s: s.received)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ends; its blocks are free at once, or when its steps in flight have landed."""

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from workers.errors import SamplingError
 from workers.kv_cache.manager import KVCacheManager
-from workers.messages import PrefillReport
+from workers.messages import PrefillReport, PromptLogprobs
 from workers.runner.measured_tables import measured_tables, most_measured_tokens
 from workers.runner.model_runner import ModelRunner, Row
+from workers.sampling.prompt_logprobs import PromptScores
 from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState
 from workers.scheduling.prefill_scheduler import PrefillScheduler, PromptProgress
@@ -31,13 +32,15 @@ class FirstToken:
 
     Attributes:
         sequence: whose; its blocks hold the prompt, and are its owner's from now on.
-        sampled: its first token, or why there is none.
+        sampled: the first token of each of its samples, or why there are none.
+        logprobs: of its prompt, if they are asked for.
         report: what the prompt took.
     """
 
     sequence: Sequence
-    sampled: SampledToken | SamplingError
+    sampled: list[SampledToken] | SamplingError
     report: PrefillReport
+    logprobs: PromptLogprobs | None = None
 
 
 @dataclass(eq=False)
@@ -50,18 +53,20 @@ class _Prompt:
         started: when its first chunk was launched; None before.
         in_flight: steps that compute some of it and have not been waited for.
         cancelled: whether its blocks go back as soon as no step is in flight.
+        scores: its log-probabilities; None: they are not asked for.
     """
 
     sequence: Sequence
     progress: PromptProgress
+    scores: PromptScores | None = None
     started: float | None = None
     in_flight: int = 0
     cancelled: bool = False
 
     @property
-    def state(self) -> SamplingState:
-        """For its first token."""
-        return self.sequence.state
+    def states(self) -> tuple[SamplingState, ...]:
+        """For its first tokens, one of each sample."""
+        return self.sequence.states
 
     @property
     def token_ids(self) -> TokenIds:
@@ -107,6 +112,11 @@ class LocalPrefill:
         return len(self._prompts)
 
     @property
+    def num_places(self) -> int:
+        """Sequences that they will be in the batch."""
+        return sum(prompt.sequence.num_samples for prompt in self._prompts.values())
+
+    @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:
         """The blocks, of the primary group, of each prompt that holds some: also what only steps in flight write to."""
         prompts = {prompt for launch in self._launches for prompt in launch.prompts}.union(self._prompts.values())
@@ -133,7 +143,7 @@ class LocalPrefill:
         return bool(self._launches)
 
     def fits(self, sequence: Sequence) -> bool:
-        """Whether there are blocks for its prompt and its first token now."""
+        """Whether there are blocks for its prompt and its first tokens now."""
         return self._scheduler.fits(_progress_of(sequence), more_tokens=1)
 
     def admit(self, sequence: Sequence) -> None:
@@ -144,7 +154,7 @@ class LocalPrefill:
         progress = _progress_of(sequence)
         self._scheduler.admit(progress)
         sequence.tables = progress.tables
-        self._prompts[progress.attempt_id] = _Prompt(sequence, progress)
+        self._prompts[progress.attempt_id] = _Prompt(sequence, progress, PromptScores.of(sequence.request))
 
     def remove(self, sequence: Sequence) -> None:
         """Nobody wants it any more; its blocks are free as soon as no step that writes to them is in flight."""
@@ -178,7 +188,7 @@ class LocalPrefill:
                     ended.append(self._end(prompt, token))
         return ended
 
-    def _end(self, prompt: _Prompt, sampled: SampledToken | SamplingError) -> FirstToken:
+    def _end(self, prompt: _Prompt, sampled: list[SampledToken] | SamplingError) -> FirstToken:
         progress, now = prompt.progress, self._clock()
         del self._prompts[progress.attempt_id]
         started = now if prompt.started is None else prompt.started
@@ -190,7 +200,8 @@ class LocalPrefill:
             progress.num_cached_tokens,
             attempt_id=progress.attempt_id,
         )
-        return FirstToken(prompt.sequence, sampled, report)
+        logprobs = None if prompt.scores is None else prompt.scores.event(prompt.sequence.request)
+        return FirstToken(prompt.sequence, sampled, report, logprobs)
 
     def _give_back(self, prompt: _Prompt) -> None:
         if prompt.in_flight == 0:
@@ -220,4 +231,10 @@ def warm_up_chunks(runner: ModelRunner, longest: int, max_model_len: int) -> Non
 def _progress_of(sequence: Sequence) -> PromptProgress:
     """Of a prompt that has not been begun."""
     request = sequence.request
-    return PromptProgress(request.attempt_id, len(request.prompt_token_ids), sequence.hashes)
+    return PromptProgress(
+        request.attempt_id,
+        len(request.prompt_token_ids),
+        sequence.hashes,
+        num_samples=sequence.num_samples,
+        all_computed=request.sampling.prompt_logprobs is not None,
+    )

@@ -18,6 +18,8 @@ class PromptProgress:
         attempt_id: whose prompt it is.
         num_tokens: its length.
         hashes: of its full blocks, see `workers.block_hashes`; empty where nothing is cached.
+        num_samples: sequences that go on from its end.
+        all_computed: nothing of it is taken from the cache: somebody wants to know more of its tokens than their keys.
         tables: its block tables; none until it is admitted.
         num_computed_tokens: tokens that are in the cache, or will be when the steps in flight have landed.
         num_cached_tokens: of the computed ones, those that were in the cache when it was admitted.
@@ -27,6 +29,8 @@ class PromptProgress:
     attempt_id: str
     num_tokens: int
     hashes: Sequence[bytes] = ()
+    num_samples: int = 1
+    all_computed: bool = False
     tables: SequenceTables = field(default_factory=SequenceTables)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -126,8 +130,9 @@ class PrefillScheduler:
             self._waiting.remove(prompt)
 
     def fits(self, prompt: PromptProgress, more_tokens: int = 0) -> bool:
-        """Whether there are blocks for all of a prompt, and for so many tokens behind it."""
-        return self._cache.fits_prompt(self._reusable(prompt), prompt.num_tokens + more_tokens)
+        """Whether there are blocks for all of a prompt, and for so many tokens behind it, of each sample."""
+        samples = prompt.num_samples if more_tokens else 1
+        return self._cache.fits_prompt(self._reusable(prompt), prompt.num_tokens + more_tokens, samples)
 
     def admit(self, prompt: PromptProgress) -> None:
         """Take the blocks of a prompt that `fits` and is not queued here (any more); it is under way from now on."""
@@ -137,6 +142,8 @@ class PrefillScheduler:
 
     def _reusable(self, prompt: PromptProgress) -> Sequence[bytes]:
         """Hashes of the blocks that need not be computed: not of the one with the last token."""
+        if prompt.all_computed:
+            return ()
         return prompt.hashes[: (prompt.num_tokens - 1) // self._cache.block_size]
 
     def _take(self, prompt: PromptProgress, budget: int, chunks: list[Chunk]) -> int:

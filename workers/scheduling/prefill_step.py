@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from workers.errors import SamplingError
 from workers.kv_cache.manager import KVCacheManager
 from workers.runner.model_runner import ModelRunner, Row
+from workers.sampling.prompt_logprobs import PromptScores, ScoredRows
 from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState
 from workers.scheduling.first_tokens import FirstTokens
@@ -21,9 +23,11 @@ class StepPrompt(Protocol):
 
     Attributes:
         in_flight: steps that compute some of it and have not been waited for.
+        scores: where its log-probabilities go; None: they are not asked for.
     """
 
     in_flight: int
+    scores: PromptScores | None
 
     @property
     def token_ids(self) -> TokenIds:
@@ -31,8 +35,8 @@ class StepPrompt(Protocol):
         ...
 
     @property
-    def state(self) -> SamplingState:
-        """For its first token."""
+    def states(self) -> Sequence[SamplingState]:
+        """For the first tokens: one of each of its samples."""
         ...
 
 
@@ -48,19 +52,22 @@ class Launch(Generic[P]):
         prompts: whose chunks they are.
         finished: those of them that are computed with it.
         first_tokens: of the finished ones.
+        scored: the tokens whose log-probabilities are asked for.
     """
 
     chunks: Sequence[Chunk]
     prompts: Sequence[P]
     finished: Sequence[P]
     first_tokens: FirstTokens
+    scored: ScoredRows
 
-    def wait(self, cache: KVCacheManager) -> list[tuple[P, SampledToken | SamplingError]]:
+    def wait(self, cache: KVCacheManager) -> list[tuple[P, list[SampledToken] | SamplingError]]:
         """Wait for it, and keep the full blocks that it has completed; the finished prompts with their first tokens.
 
-        What lies behind a window by now is given back.
+        What lies behind a window by now is given back. A prompt has a first token for each of its samples.
         """
         sampled = self.first_tokens.wait()
+        self.scored.wait()
         for chunk in self.chunks:
             progress = chunk.prompt
             if progress.hashes:
@@ -92,15 +99,24 @@ def launch_chunks(
         on_layer: see `ModelRunner.forward`.
     """
     pairs = list(zip(chunks, prompts, strict=True))
-    rows = []
+    rows, num_tokens = [], 0
+    scored = ScoredRows()
     for chunk, prompt in pairs:
         prompt.in_flight += 1
         tokens = prompt.token_ids[chunk.start : chunk.end]
         tables = cache.row_tables(chunk.prompt.tables, chunk.start)
         rows.append(Row(tokens, chunk.start, tables, wants_logits=chunk.last))
-    logits = runner.forward(rows, on_layer)
+        if prompt.scores is not None:
+            scored.add(prompt.scores, num_tokens, prompt.token_ids[chunk.start + 1 : chunk.end + 1])
+        num_tokens += len(tokens)
+    if scored:
+        model = runner.model
+        score = partial(scored.launch, compute_logits=model.compute_logits, vocab_size=model.config.vocab_size)
+        logits = runner.forward(rows, on_layer, score)
+    else:
+        logits = runner.forward(rows, on_layer)
     for chunk in chunks:
         scheduler.advance(chunk)
     finished = [prompt for chunk, prompt in pairs if chunk.last]
-    first_tokens = FirstTokens(logits, [prompt.state for prompt in finished], runner.ready_event())
-    return Launch(chunks, prompts, finished, first_tokens)
+    first_tokens = FirstTokens(logits, [prompt.states for prompt in finished], runner.ready_event())
+    return Launch(chunks, prompts, finished, first_tokens, scored)

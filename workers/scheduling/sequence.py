@@ -1,4 +1,4 @@
-"""One request on a decode worker."""
+"""One request on a decode worker, or one of its samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from workers.token_ids import TokenIds, as_token_ids
 
 @dataclass(eq=False)
 class Sequence:
-    """One request on a decode worker.
+    """One request on a decode worker: until its prompt is whole all of it, from then on one of its samples.
 
     Attributes:
         request: what was asked.
         state: its tokens, as the sampler sees them.
+        others: the states of the request's other samples, until they go on from the end of the prompt.
+        index: of the request's samples the one that it is.
+        unwanted: samples that nobody wants any more before they have begun.
+        tells_decode: whether its second token is the request's first decoded one.
         deadline: monotonic time.
         arrived: when its request came, monotonic time.
         tables: its block tables; none while preempted. They grow in place; after preemption they are others.
@@ -47,12 +51,26 @@ class Sequence:
     host_copy: Many[torch.Tensor] | None = None
     in_flight: int = 0
     trace: RequestTrace | None = None
+    others: Many[SamplingState] = ()
+    index: int = 0
+    unwanted: set[int] = field(default_factory=set)
+    tells_decode: bool = True
     max_output: int = field(init=False)
 
     def __post_init__(self) -> None:
         room = self.state.max_model_len - len(self.state.prompt_token_ids)
         wanted = self.state.params.max_tokens
         self.max_output = room if wanted is None else min(room, wanted)
+
+    @property
+    def states(self) -> tuple[SamplingState, ...]:
+        """Of all samples, until they part."""
+        return (self.state, *self.others)
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences that it is, or will be."""
+        return 1 + len(self.others)
 
     @property
     def num_tokens(self) -> int:

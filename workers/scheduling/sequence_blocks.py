@@ -30,9 +30,9 @@ class SequenceBlocks:
             sequence.content = sequence.request.hashes_for(self._block_size)
 
     def fits(self, sequence: Sequence) -> bool:
-        """Whether there are blocks for its prompt and its next token now."""
+        """Whether there are blocks for its prompt and the next token of each of its samples now."""
         num_tokens = len(sequence.request.prompt_token_ids)
-        return self._cache.fits(sequence.hashes, num_tokens, num_tokens + 1)
+        return self._cache.fits(sequence.hashes, num_tokens, num_tokens + 1, sequence.num_samples)
 
     def take(self, sequence: Sequence) -> None:
         """Take the blocks of its prompt that decode sees: as many of the first as are here, and others for the rest."""

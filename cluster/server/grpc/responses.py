@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from cluster.gateway.prompt_positions import PromptPosition, ScoredToken
 from cluster.gateway.text_generation import TextChunk
 from cluster.wire import convert
 from cluster.wire.chat import deltas_to_proto
@@ -24,21 +26,44 @@ class ResponseWriter:
         self._token_text = token_text
 
     def response(self, chunks: Sequence[TextChunk]) -> baton_pb2.GenerateResponse:
-        """One message that says what `chunks`, in order, say."""
-        tokens = [token for chunk in chunks for token in chunk.tokens]
+        """One message that says what `chunks`, in order and of one sample, say."""
+        return self._message(chunks, chunks, index=chunks[-1].index)
+
+    def whole(self, chunks: Sequence[TextChunk]) -> baton_pb2.GenerateResponse:
+        """One message that says what all chunks of a request say: of several samples the first, and a list of all."""
+        samples: dict[int, list[TextChunk]] = {}
+        for chunk in chunks:
+            samples.setdefault(chunk.index, []).append(chunk)
+        if len(samples) == 1:
+            return self.response(chunks)
+        of_all = [baton_pb2.Sample(index=index, **self._answer(own)) for index, own in sorted(samples.items())]
+        return self._message(samples[0], chunks, samples=of_all)
+
+    def _message(
+        self, answer: Sequence[TextChunk], chunks: Sequence[TextChunk], **others: Any
+    ) -> baton_pb2.GenerateResponse:
         last = chunks[-1]
-        deltas = None if last.deltas is None else [delta for chunk in chunks for delta in chunk.deltas or ()]
         return baton_pb2.GenerateResponse(
             request_id=self._request_id,
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=[token.token_id for token in tokens],
-            logprobs=[self._logprobs(token, token.logprob) for token in tokens if token.logprob is not None],
-            finish_reason=convert.finish_reason_to_proto(last.finish_reason),
             usage=None if last.usage is None else convert.usage_to_proto(last.usage),
-            chat_delta=None if deltas is None else deltas_to_proto(deltas),
-            stop_reason=convert.stop_reason_to_proto(last.stop_reason),
             timings=None if last.report is None else convert.report_to_proto(last.report),
+            prompt_logprobs=[_position(position) for chunk in chunks for position in chunk.prompt_logprobs or ()],
+            **self._answer(answer),
+            **others,
         )
+
+    def _answer(self, chunks: Sequence[TextChunk]) -> dict[str, Any]:
+        """What a sample has said, by the wire's names."""
+        tokens, last = [token for chunk in chunks for token in chunk.tokens], chunks[-1]
+        deltas = None if last.deltas is None else [delta for chunk in chunks for delta in chunk.deltas or ()]
+        return {
+            "text": "".join(chunk.text for chunk in chunks),
+            "token_ids": [token.token_id for token in tokens],
+            "logprobs": [self._logprobs(token, token.logprob) for token in tokens if token.logprob is not None],
+            "finish_reason": convert.finish_reason_to_proto(last.finish_reason),
+            "stop_reason": convert.stop_reason_to_proto(last.stop_reason),
+            "chat_delta": None if deltas is None else deltas_to_proto(deltas),
+        }
 
     def _logprobs(self, token: TokenOutput, logprob: float) -> baton_pb2.TokenLogprobs:
         return baton_pb2.TokenLogprobs(
@@ -50,3 +75,11 @@ class ResponseWriter:
         return baton_pb2.TokenLogprob(
             token_id=entry.token_id, logprob=entry.logprob, text=self._token_text(entry.token_id)
         )
+
+
+def _position(position: PromptPosition) -> baton_pb2.TokenLogprobs:
+    return baton_pb2.TokenLogprobs(chosen=_scored(position.chosen), top=map(_scored, position.top))
+
+
+def _scored(token: ScoredToken) -> baton_pb2.TokenLogprob:
+    return baton_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob, text=token.text)

@@ -68,7 +68,7 @@ class BatonService:
         writer = ResponseWriter(request_id, self._generation.token_text)
         asked = self._request(request, request_id, timeout_s)
         async with aclosing(self._generation.generate(asked)) as chunks:
-            return writer.response([chunk async for chunk in chunks])
+            return writer.whole([chunk async for chunk in chunks])
 
     async def Tokenize(  # noqa: N802
         self, request: baton_pb2.TokenizeRequest, timeout_s: float

@@ -39,12 +39,13 @@ async def test_generate_sends_every_sampling_flag(serve: Serve, answer: Answer) 
     flags = (
         "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 7 "
         "--presence-penalty 1 --frequency-penalty -1 --repetition-penalty 1.5 "
-        "--stop END --stop . --ignore-eos --logprobs 3"
+        "--stop END --stop . --ignore-eos --logprobs 3 --n 1 --prompt-logprobs 0"
     )
     assert await baton("generate", "x", "--server", served.server.address, *flags.split()) == 0
     assert served.engine.requests[0].sampling == SamplingParams(
         max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7, presence_penalty=1.0,
         frequency_penalty=-1.0, repetition_penalty=1.5, stop=("END", "."), ignore_eos=True, logprobs=3,
+        n=1, prompt_logprobs=0,
     )  # fmt: skip
 
 

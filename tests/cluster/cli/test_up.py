@@ -47,6 +47,9 @@ class Stream:
         yield TokenChunk((TokenOutput("r", self.token, finish_reason=FinishReason.LENGTH, attempt_id="r"),))
     async def report(self):
         return RequestReport("p-0", "d-0")
+    def complete(self) -> None:
+        pass
+
     async def aclose(self):
         pass
 

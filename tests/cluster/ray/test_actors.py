@@ -35,7 +35,7 @@ class RecordingHost:
     def submit(self, request: WorkerRequest) -> None:
         self.calls.append(("submit", request.attempt_id))
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, index: int | None = None) -> None:
         self.calls.append(("abort", request_id))
 
 

@@ -56,6 +56,9 @@ class QueueEngine:
     async def report(self) -> RequestReport:
         return RequestReport("p", "d")
 
+    def complete(self) -> None:
+        pass
+
     async def aclose(self) -> None:
         pass
 

@@ -18,7 +18,7 @@ messages = st.one_of(
     st.builds(Hello, keys, st.booleans()),
     st.builds(Grant, keys, st.lists(blocks, max_size=4).map(tuple)),
     st.builds(Part, keys, u32, u16, u16, u16, u32, u32),
-    st.builds(Final, keys, u32, u32),
+    st.builds(Final, keys, u32, u32, st.lists(u32, max_size=5).map(tuple)),
     st.builds(Cancel, keys),
     st.builds(Closed, keys, st.text(max_size=100)),
 )

@@ -172,3 +172,24 @@ def test_a_digest_tells_outcomes_apart():
     assert digest_of(load, [DecodeReport("a", 0.1, attempt_id="a")]) == digest_of(
         load, [DecodeReport("a", 0.2, attempt_id="a")]
     )
+
+
+def test_samples_part_on_all_ranks_alike(tiny_checkpoint):
+    """They share blocks, make room and come back; the tokens are those of one rank."""
+    checkpoint = tiny_checkpoint("llama", num_hidden_layers=2)
+    sampling = SamplingParams(temperature=1.1, seed=5, n=3, max_tokens=24, ignore_eos=True)
+    prompt = [token for part in prompts(9, seed=2) for token in part][:75]
+    answers = []
+    for size in (1, 2):
+        cluster = LockstepCluster(checkpoint, size=size, seed=size, prefill_blocks=24, decode_blocks=8)
+        cluster.submit("r", prompt, sampling)
+        preempted = 0
+        while cluster.busy:
+            cluster.step()
+            preempted += sum(load.preempted for load in cluster.loads.values())
+        assert preempted > 0
+        assert not cluster.failures
+        answers.append([[o.token_id for o in cluster.tokens["r"] if o.index == i] for i in range(3)])
+        cluster.assert_all_blocks_free()
+    assert answers[0] == answers[1]
+    assert [len(sample) for sample in answers[0]] == [24] * 3

@@ -34,7 +34,8 @@ class Prompt:
     numbers: list[int]
     in_flight: int = 0
     cancelled: bool = False
-    state: None = None
+    states: None = None
+    scores: None = None
     landed: int = 0
     pushed: dict[int, list[int]] = field(default_factory=dict)
 

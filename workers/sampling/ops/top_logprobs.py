@@ -35,6 +35,7 @@ def top_logprobs_torch(logits: torch.Tensor, words: torch.Tensor, tokens: torch.
     if len(asking):
         logprobs = logits[asking].float().log_softmax(dim=-1)
         result.chosen[asking] = logprobs.gather(1, tokens[asking].unsqueeze(1)).squeeze(1)
-        ordered, token_ids = logprobs.sort(dim=-1, descending=True, stable=True)
-        result.token_ids[asking], result.values[asking] = token_ids[:, :most], ordered[:, :most]
+        if most:
+            ordered, token_ids = logprobs.sort(dim=-1, descending=True, stable=True)
+            result.token_ids[asking], result.values[asking] = token_ids[:, :most], ordered[:, :most]
     return result
