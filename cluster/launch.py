@@ -31,6 +31,7 @@ from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
+from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
@@ -80,7 +81,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         ConfigError: the configuration does not fit the model or the machine.
     """
     path = config.model.path or str(SHIPPED_MODEL)
-    folder = await asyncio.to_thread(resolve_checkpoint, path)
+    folder = (await asyncio.to_thread(resolve_checkpoint, path)).absolute()
     model_class, model = read_model(folder)
     groups = groups_of(config)
     for group in groups:
@@ -209,6 +210,7 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
         ray.init(
             address="local" if local else config.ray.address,
             namespace=config.ray.namespace,
+            job_config=OwnModulesOnly(),
             # A small machine may share its cores between all workers that pools may have; a cluster's own figures are
             # its operator's business.
             num_cpus=max(os.cpu_count() or 1, int(-(-most // 1))) if local else None,

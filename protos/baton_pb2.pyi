@@ -183,6 +183,20 @@ class GetModelInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "commit", "uptime_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    commit: str
+    uptime_s: float
+    def __init__(self, version: _Optional[str] = ..., commit: _Optional[str] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+
 class GetModelInfoResponse(_message.Message):
     __slots__ = ("name", "architecture", "dtype", "max_model_len", "vocab_size", "eos_token_ids", "has_chat_template")
     NAME_FIELD_NUMBER: _ClassVar[int]

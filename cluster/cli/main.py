@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
+from cluster.version import describe
 from workers.errors import BatonError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -40,8 +40,15 @@ commands:
 
 options:
   -h, --help     show this and exit
-  --version      show the version and exit
+  --version      show the version and the commit, and exit
 """
+
+SERVER_PACKAGES = frozenset({
+    "grpc_reflection", "huggingface_hub", "jinja2", "nixl", "nixl_cu13", "numpy", "ray", "safetensors", "tokenizers",
+    "torch", "transformers",
+})  # fmt: skip
+"""What the whole service needs and `baton-llm-client` does not bring."""
+_INCOMPLETE = "this needs {}, which baton-llm-client does not bring: pip install baton-llm in its place"
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help(), end="")
         return 0 if arguments else EXIT_USAGE
     if arguments[0] == "--version":
-        print(f"baton {_version()}")
+        print(f"baton {describe()}")
         return 0
     name = arguments[0]
     if name not in COMMANDS:
@@ -71,6 +78,10 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         return code
     except BatonError as error:
         return _fail(f"baton {name}", str(error), EXIT_ERROR)
+    except ModuleNotFoundError as error:
+        if error.name not in SERVER_PACKAGES:
+            raise
+        return _fail(f"baton {name}", _INCOMPLETE.format(error.name), EXIT_ERROR)
     except KeyboardInterrupt:
         return _fail(f"baton {name}", "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -94,13 +105,6 @@ def _unknown(name: str) -> str:
     nearest = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
     return f"there is no command {name}; {hint}"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("baton")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed: run from a checkout)"
 
 
 if __name__ == "__main__":

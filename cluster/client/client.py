@@ -11,7 +11,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from cluster.api import Explanation, ModelInfo, PoolTarget, WorkerStatus
+from cluster.api import Explanation, ModelInfo, PoolTarget, ServerInfo, WorkerStatus
 from cluster.client.health import check
 from cluster.client.messages import (
     GenerateChunk,
@@ -152,6 +152,13 @@ class BatonClient:
         with _errors(self._connection):
             response = self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._metadata)
         return convert.model_info_from_proto(response)
+
+    def server_info(self, timeout_s: float | None = None) -> ServerInfo:
+        """The program that serves. Errors as in `model_info`."""
+        request = baton_pb2.GetServerInfoRequest()
+        with _errors(self._connection):
+            response = self._stub.GetServerInfo(request, timeout=timeout_s, metadata=self._metadata)
+        return convert.server_info_from_proto(response)
 
     def explain(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.api import Engine, ModelInfo
+from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.config.schema import ServerConfig
 from cluster.errors import StartingError
 from cluster.gateway.readiness import WELL, Health
@@ -20,6 +21,7 @@ from cluster.server.grpc.health import HealthBoard
 from cluster.server.grpc.listen import listen
 from cluster.server.grpc.pacing import Pacer
 from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
+from cluster.version import commit, version
 
 MAX_REQUEST_BYTES = 64 * 2**20
 """Larger than any prompt, so that one that is too long is refused with its length and the limit, not by gRPC."""
@@ -53,6 +55,7 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self.address, self.port = "", 0
         self._config = config
+        self._version, self._commit, self._began = version(), commit(), time.monotonic()
         self._gate = CallGate()
         self._health = HealthBoard()
         self._service = _Service()
@@ -88,13 +91,17 @@ class Server:
 
     async def serve(self, generation: Generation, engine: Engine, model_info: ModelInfo, found: Health = WELL) -> None:
         """Answer the service's calls from now on; `found` is how the service is, until the next `report`."""
-        service = BatonService(generation, engine, model_info, self._pacer)
+        service = BatonService(generation, engine, model_info, self._pacer, self.info)
         self._service.handlers = method_handlers(service, self._config.default_timeout_s, self._gate)
         await self._health.report(found)
 
     async def report(self, found: Health) -> None:
         """How the service is, for health checks."""
         await self._health.report(found)
+
+    def info(self) -> ServerInfo:
+        """Which program this is."""
+        return ServerInfo(self._version, self._commit, time.monotonic() - self._began)
 
     @property
     def num_calls(self) -> int:
