@@ -43,3 +43,7 @@ class WorkerLeavesError(BatonError):
 
 class AuthenticationError(BatonError):
     """The call carries no bearer token, or a wrong one."""
+
+
+class ForbiddenError(AuthenticationError):
+    """The call's bearer token is good for other calls than this."""

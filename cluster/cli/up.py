@@ -65,12 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs ({prefill,decode}.enforce_eager)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
+    parser.add_argument("--check", action="store_true", help="say whether the settings are right, and start nothing")
     parser.add_argument("--verbose", action="store_true", help="log what happens inside")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from cluster.server.grpc.listen import check_access
+
     config = load_config(args.config, overrides=overrides_of(args))
+    if args.check:
+        check_access(config.server)
+        groups_of(config)
+        print("The settings are right.")
+        return 0
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(_until_signal(config))

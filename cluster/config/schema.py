@@ -49,7 +49,10 @@ class ServerConfig:
         None, "bearer token that every call must carry; none runs open", secret=True, not_blank=True
     )
     auth_token_file: str | None = _setting(
-        None, "file that holds the bearer token; none runs open", is_path=True, not_blank=True
+        None,
+        "file of tokens, one a line, alone or behind its roles (generate, operate); read again when it changes",
+        is_path=True,
+        not_blank=True,
     )
     default_timeout_s: float = _setting(600.0, "deadline of a call that brings none", above=0)
     max_queue: int = _setting(256, "requests that may wait; more are refused at once", low=0)

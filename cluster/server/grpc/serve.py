@@ -14,6 +14,7 @@ from cluster.config.schema import ServerConfig
 from cluster.errors import StartingError
 from cluster.gateway.readiness import WELL, Health
 from cluster.gateway.text_generation import Generation
+from cluster.server.credentials import credentials_of
 from cluster.server.grpc.access import BearerTokenInterceptor
 from cluster.server.grpc.call_gate import CallGate
 from cluster.server.grpc.errors import status_of
@@ -61,7 +62,8 @@ class Server:
         self._service = _Service()
         self._pacer = Pacer()
         self._pacing: asyncio.Task[None] | None = None
-        interceptors = [] if config.auth_token is None else [BearerTokenInterceptor(config.auth_token)]
+        credentials = credentials_of(config)
+        interceptors = [] if credentials is None else [BearerTokenInterceptor(credentials)]
         self._grpc = grpc.aio.server(
             interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=config.max_concurrent_rpcs
         )
