@@ -304,7 +304,7 @@ class MeasuredTime(_message.Message):
     def __init__(self, size: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("total_blocks", "free_blocks", "reserved_blocks", "quarantined_blocks", "running", "waiting", "waiting_tokens", "preempted")
+    __slots__ = ("total_blocks", "free_blocks", "reserved_blocks", "quarantined_blocks", "running", "waiting", "waiting_tokens", "preempted", "prefill_pace", "decode_pace")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +313,8 @@ class Load(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PACE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_PACE_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     free_blocks: int
     reserved_blocks: int
@@ -321,7 +323,9 @@ class Load(_message.Message):
     waiting: int
     waiting_tokens: int
     preempted: int
-    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., preempted: _Optional[int] = ...) -> None: ...
+    prefill_pace: float
+    decode_pace: float
+    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., preempted: _Optional[int] = ..., prefill_pace: _Optional[float] = ..., decode_pace: _Optional[float] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
     __slots__ = ("targets",)

@@ -29,6 +29,8 @@ from workers.messages import (
 from workers.runner.decode_graphs import Progress
 from workers.runner.decode_runner import DecodeRunner, Launch
 from workers.runner.model_runner import ModelRunner
+from workers.runner.step_pace import StepPace
+from workers.runner.step_times import StepTimes
 from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState, finish_reason
 from workers.scheduling.decode_scheduler import DecodeBatch
@@ -90,6 +92,8 @@ class DecodeWorker:
         )
         self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self._launches: deque[Launch[Sequence]] = deque()
+        self.step_times = StepTimes()
+        self._pace = StepPace(clock)
         self._connector = connector
         self.cache = KVCacheManager(
             runner.groups,
@@ -208,6 +212,7 @@ class DecodeWorker:
             waiting=self._queue.size,
             waiting_tokens=self._queue.num_tokens,
             preempted=self._batch.num_preempted,
+            decode_pace=self._pace.ratio,
         )
 
     def step(self) -> list[WorkerEvent]:
@@ -230,6 +235,7 @@ class DecodeWorker:
             self._collect(0)
         launched = self._local.launch()
         if batch := self._batch.schedule():
+            self._pace.launched(0.0 if launched else self._predicted_s(batch))
             self._launches.append(self.decoder.launch(batch))
             self._batch.launched(batch)
         self._collect(self._steps_ahead if batch else 0)
@@ -237,11 +243,16 @@ class DecodeWorker:
         for first in self._local.collect(self._steps_ahead if launched and more else 0):
             self._accept_first(first)
 
+    def _predicted_s(self, batch: list[Sequence]) -> float:
+        """How long a decode step takes, by what was measured."""
+        return self.step_times.decode_seconds(len(batch), sum(sequence.num_scheduled for sequence in batch))
+
     def _collect(self, ahead: int) -> None:
         """Take the tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             sampled = launch.sampled.tokens([sequence.state for sequence in launch.sequences])
+            self._pace.landed()
             now = self._clock()
             for sequence, token in zip(launch.sequences, sampled, strict=True):
                 if self._batch.landed(sequence):
