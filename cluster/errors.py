@@ -41,6 +41,10 @@ class WorkerLeavesError(BatonError):
     """A worker is to leave before it has finished the request: others go on with it, and no client sees this."""
 
 
+class ServiceBrokenError(BatonError):
+    """Something that the whole service stands on is gone: it has ended."""
+
+
 class AuthenticationError(BatonError):
     """The call carries no bearer token, or a wrong one."""
 

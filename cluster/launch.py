@@ -31,6 +31,7 @@ from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
+from cluster.ray.control_service import until_unreachable
 from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
@@ -60,12 +61,14 @@ class Service:
         generation: takes text.
         model_info: what is served.
         readiness: whether it can answer, once it is run.
+        broken: done when it cannot go on, with the reason.
     """
 
     engine: ServingEngine
     generation: Generation
     model_info: ModelInfo
     readiness: Readiness
+    broken: asyncio.Future[str]
 
 
 @contextlib.asynccontextmanager
@@ -133,7 +136,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        yield Service(engine, Generation(engine, tokenizer, info), info, readiness)
+        broken = _watch_ray() if present is not None else asyncio.get_running_loop().create_future()
+        stack.callback(broken.cancel)
+        yield Service(engine, Generation(engine, tokenizer, info), info, readiness, broken)
 
 
 def check_backend_name(section: str, name: str) -> None:
@@ -179,6 +184,11 @@ def _autoscale(
     )
     task = asyncio.create_task(autoscaler.run())
     stack.callback(task.cancel)
+
+
+def _watch_ray() -> asyncio.Future[str]:
+    """Done when Ray cannot be reached any more."""
+    return asyncio.ensure_future(until_unreachable(ray.get_runtime_context().gcs_address))
 
 
 async def _count_gpus(stock: GpuBudget) -> None:

@@ -14,6 +14,7 @@ from cluster.cli.stop_signals import StopSignals
 from cluster.config.groups import groups_of
 from cluster.config.load import describe_settings, load_config
 from cluster.config.schema import ServiceConfig
+from cluster.errors import ServiceBrokenError
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ async def _launch(
         async with launch(config, report) as service:
             stopping = asyncio.Event()
             signals.on_request = stopping.set
+            service.broken.add_done_callback(lambda _: stopping.set())
             # Ray puts its own SIGTERM handler in place when it starts.
             signals.take()
             await server.serve(service.generation, service.engine, service.model_info, service.readiness.health)
@@ -182,10 +184,15 @@ async def _launch(
                 console.print(f"warning: {warning}", style="yellow", markup=False)
             print(_welcome(config, server.address, service.model_info), flush=True)
             await stopping.wait()
+            broken = service.broken.result() if service.broken.done() else None
+            if broken is not None:
+                _tell(console, broken[0].upper() + broken[1:] + ".")
             await _drain(server, config.server.drain_timeout_s, console, signals)
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await following
+            if broken is not None:
+                raise ServiceBrokenError(broken)
 
 
 async def _follow(readiness: Readiness, server: Server) -> None:

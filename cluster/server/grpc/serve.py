@@ -17,6 +17,7 @@ from cluster.gateway.text_generation import Generation
 from cluster.server.credentials import credentials_of
 from cluster.server.grpc.access import BearerTokenInterceptor
 from cluster.server.grpc.call_gate import CallGate
+from cluster.server.grpc.closing import LastCalls
 from cluster.server.grpc.errors import status_of
 from cluster.server.grpc.health import HealthBoard
 from cluster.server.grpc.listen import listen
@@ -63,9 +64,12 @@ class Server:
         self._pacer = Pacer()
         self._pacing: asyncio.Task[None] | None = None
         credentials = credentials_of(config)
-        interceptors = [] if credentials is None else [BearerTokenInterceptor(credentials)]
+        self._last_calls = LastCalls()
+        guards = [] if credentials is None else [BearerTokenInterceptor(credentials)]
         self._grpc = grpc.aio.server(
-            interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=config.max_concurrent_rpcs
+            interceptors=[self._last_calls, *guards],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )
 
     async def open(self) -> None:
@@ -133,7 +137,7 @@ class Server:
         if self._pacing is not None:
             self._pacing.cancel()
         await self._health.enter_graceful_shutdown()
-        await self._grpc.stop(_LAST_WORDS_S)
+        await self._last_calls.stop(self._grpc, _LAST_WORDS_S)
 
 
 async def start_server(config: ServerConfig, generation: Generation, engine: Engine, model_info: ModelInfo) -> Server:
