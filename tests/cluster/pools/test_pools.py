@@ -222,6 +222,22 @@ async def test_a_replacement_that_fails_is_tried_again_whatever_the_error(error)
     await stage.pools.stop()
 
 
+async def test_a_loss_why_it_lasts_and_the_return_are_said_once_each(caplog: pytest.LogCaptureFixture):
+    full, gone = {"error": ConfigError("no memory")}, {"error": OSError("no file")}
+    stage = Stage(1, 1, {"decode-0": [{}, full, full, full, gone, gone, {}]})
+    await stage.pools.start()
+    stage.replica("decode-0").handle.said.put_nowait(WorkerLostError("killed"))
+    await until(lambda: stage.states().get("decode-0.6") == "ready")
+    await until(lambda: "is back" in caplog.text)
+    first, second, third, fourth = (record.getMessage() for record in caplog.records)
+    assert first == "lost decode-0.0: killed"
+    assert second == "could not start decode-0, and goes on trying: ConfigError: no memory"
+    assert third == "could not start decode-0, and goes on trying: OSError: no file"
+    assert fourth.startswith("decode-0 is back, ")
+    assert fourth.endswith(": decode-0.6")
+    await stage.pools.stop()
+
+
 async def test_an_error_in_taking_output_costs_one_worker_not_the_service():
     stage = Stage()
     await stage.pools.start()
