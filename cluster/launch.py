@@ -31,7 +31,7 @@ from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
-from cluster.ray.control_service import until_unreachable
+from cluster.ray.control_service import missing_of_ray, until_lost
 from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
@@ -187,8 +187,8 @@ def _autoscale(
 
 
 def _watch_ray() -> asyncio.Future[str]:
-    """Done when Ray cannot be reached any more."""
-    return asyncio.ensure_future(until_unreachable(ray.get_runtime_context().gcs_address))
+    """Done when what the service needs of Ray is gone."""
+    return asyncio.ensure_future(until_lost(missing_of_ray))
 
 
 async def _count_gpus(stock: GpuBudget) -> None:

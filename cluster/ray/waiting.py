@@ -10,7 +10,7 @@ from cluster.ray.placement_group import RankResources
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 10.0
+PATIENCE_S = 20.0
 
 
 def awaited(resources: RankResources, ranks: int, free: Mapping[str, float]) -> str:

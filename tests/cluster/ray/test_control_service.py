@@ -1,4 +1,4 @@
-"""When the service learns that Ray's GCS is gone."""
+"""When the service learns that something of Ray is gone."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import socket
 import pytest
 
 from cluster.ray import control_service
-from cluster.ray.control_service import listens, until_unreachable
+from cluster.ray.control_service import listens, until_lost
 
 
-async def test_it_has_to_be_out_of_reach_five_times_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_same_has_to_be_missing_five_times_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_service, "INTERVAL_S", 0.0)
-    looks = [True, *[False] * 4, True, *[False] * 5]
-    asked = iter(looks)
-    sentence = await until_unreachable("10.0.0.1:6379", lambda address: next(asked))
-    assert "10.0.0.1:6379 is out of reach" in sentence
+    asked = iter(["", *["the GCS is gone"] * 4, "", *["the GCS is gone"] * 3, *["the node is gone"] * 5])
+    assert await until_lost(lambda: next(asked)) == "the node is gone: no worker can be replaced, so the service ends"
     assert list(asked) == []
 
 
