@@ -2,10 +2,12 @@
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --no-compile -c constraints.txt
 MODEL ?= deploy/models/recall
 # pytest processes side by side; tests with Ray never are
 TEST_PROCESSES ?= 3
+# Bytecode is kept, whatever the machine's setting: the tests start hundreds of processes that import the same files
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # The first Python here that Baton runs on; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -22,6 +24,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing PyTorch, Ray, NIXL and the rest; the versions are those of constraints.txt"
 	@$(PIP) 'torch==2.13.0'
 	@$(PIP) -e '.[dev]'
+	@# pip compiles on one core, and slowly; what some packages bring beside modules is no Python, and does not matter
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 install: $(VENV)/.installed  ## Create the environment and install everything
@@ -29,11 +33,13 @@ install: $(VENV)/.installed  ## Create the environment and install everything
 demo: $(VENV)/.installed  ## Start a service on this machine, send it prompts, show what happened, stop it
 	@$(BIN)/baton demo --model $(MODEL)
 
-test: check  ## Install and run every check
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
+test: $(VENV)/.installed  ## Install and run every check
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync check
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-all: check  ## The same with the tests that take long
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+test-all: $(VENV)/.installed  ## The same with the tests that take long
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync check
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: lint typecheck imports protos-check tables  ## Every check but the tests
 

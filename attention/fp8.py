@@ -1,4 +1,4 @@
-"""FP8 (e4m3) KV cache: storing with a scale, and finding the scales."""
+"""FP8 (e4m3) KV cache: storing with a scale, reading it again, and finding the scales."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def quantize(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     # By a number, PyTorch would multiply with the reciprocal on a GPU.
     divisor = torch.full((), scale, dtype=torch.float32, device=tensor.device)
     return (tensor.float() / divisor).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def dequantize(stored: torch.Tensor, scale: float) -> torch.Tensor:
+    """What `quantize` stored, as float32."""
+    return stored.float().mul_(scale)
 
 
 def calibrate(key: torch.Tensor, value: torch.Tensor) -> KVScales:

@@ -208,6 +208,18 @@ def put_rows(cache: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> N
     cache.index_copy_(0, torch.where(skipped, row.clamp(min=0), rows), torch.where(skipped[:, None], value, values))
 
 
+def take_rows(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Copies of rows of a cache, of its dtype.
+
+    Args:
+        cache: (rows, n), one layer's, see `token_rows`.
+        rows: (N,) int64, none of them negative.
+    """
+    if cache.dtype.itemsize == 1:  # copied as bytes: indexing knows no FP8
+        return cache.view(torch.uint8).index_select(0, rows).view(cache.dtype)
+    return cache.index_select(0, rows)
+
+
 def store_rows(
     key: torch.Tensor,
     value: torch.Tensor,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kv_transfer.errors import LayoutMismatchError
+from kv_transfer.identity import UNKNOWN, KVIdentity
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _KV_ORDER, _LATENT_ORDER = "kv,slot,head,element", "slot,element"
@@ -95,6 +97,7 @@ class KVLayout:
     Attributes:
         groups: in the model's order; a group's index stands for it in every message.
         tp_size: tensor-parallel ranks that share the heads.
+        identity: whose keys and values they are.
 
     Raises:
         ValueError: no groups, or a layer in two of them.
@@ -102,6 +105,7 @@ class KVLayout:
 
     groups: tuple[GroupLayout, ...]
     tp_size: int = 1
+    identity: KVIdentity = UNKNOWN
 
     def __post_init__(self) -> None:
         layers = [layer for group in self.groups for layer in group.layers]
@@ -121,9 +125,8 @@ class KVLayout:
 
     @property
     def primary_index(self) -> int:
-        """The index of the group that bounds how many tokens fit: the first that keeps all, else the widest window."""
-        windows = [math.inf if group.window is None else group.window for group in self.groups]
-        return windows.index(max(windows))
+        """The index of the group that bounds how many tokens fit, see `primary_group`."""
+        return primary_group([group.window for group in self.groups])
 
     @property
     def primary(self) -> GroupLayout:
@@ -131,8 +134,8 @@ class KVLayout:
         return self.groups[self.primary_index]
 
     def differences(self, other: KVLayout) -> list[str]:
-        """Each cache group and field in which the two differ, in words."""
-        found = []
+        """Each part of the identity, cache group and field in which the two differ, in words."""
+        found = self.identity.differences(other.identity)
         if self.tp_size != other.tp_size:
             found.append(f"tp_size is {self.tp_size} here and {other.tp_size} there")
         if len(self.groups) != len(other.groups):
@@ -150,6 +153,12 @@ class KVLayout:
         plan = TransferPlan(self, other)
         if plan.unsupported_reasons:
             raise LayoutMismatchError(f"cannot exchange KV cache with {peer}: " + "; ".join(plan.unsupported_reasons))
+
+
+def primary_group(windows: Sequence[int | None]) -> int:
+    """Which of the groups of these windows bounds how many tokens fit: the first that keeps all, else the widest."""
+    widths = [math.inf if window is None else window for window in windows]
+    return widths.index(max(widths))
 
 
 class TransferPlan:

@@ -56,9 +56,9 @@ class PushConnector(KVConnector):
         self._incarnation = secrets.randbits(64)
         self._layout = layout
         engine_id = f"{name}.{self._incarnation:016x}"
-        self._incoming = HandoffReceiver(self._transport, layout, self._drain_s, self._emit)
+        self._receiver = HandoffReceiver(self._transport, layout, self._drain_s, self._emit)
         self._handshakes = Handshakes(self._transport, self._incarnation)
-        self._outgoing = HandoffSender(self._transport, layout, self._emit, self._handshakes.paths.get)
+        self._sender = HandoffSender(self._transport, layout, self._emit, self._handshakes.paths.get)
         self._owner.start(f"kv-connector-{name}")
         return self._owner.call(lambda: self._transport.register(engine_id, self._incarnation, kv_caches, layout))
 
@@ -109,16 +109,16 @@ class PushConnector(KVConnector):
         self._generation += 1
         key = HandoffKey(handoff_id, self._incarnation, self._generation)
         granted = tuple(blocks)
-        self._owner.post(lambda: self._incoming.expect(key, prefill_engine, granted))
+        self._owner.post(lambda: self._receiver.expect(key, prefill_engine, granted))
         return key
 
     def cancel(self, key: HandoffKey) -> None:
         """See `KVConnector.cancel`."""
-        self._owner.post(lambda: self._incoming.cancel(key))
+        self._owner.post(lambda: self._receiver.cancel(key))
 
     def begin(self, handoff_id: bytes, decode_engine: str) -> None:
         """See `KVConnector.begin`."""
-        self._owner.post(lambda: self._outgoing.begin(handoff_id, decode_engine))
+        self._owner.post(lambda: self._sender.begin(handoff_id, decode_engine))
 
     def push(
         self,
@@ -131,7 +131,7 @@ class PushConnector(KVConnector):
     ) -> None:
         """See `KVConnector.push`."""
         blocks = tuple(src_blocks)
-        self._owner.post(lambda: self._outgoing.push(handoff_id, group, layers, first_block, blocks, ready))
+        self._owner.post(lambda: self._sender.push(handoff_id, group, layers, first_block, blocks, ready))
 
     def layers_per_write(
         self,
@@ -151,11 +151,11 @@ class PushConnector(KVConnector):
     def finish(self, handoff_id: bytes, first_token: int) -> None:
         """See `KVConnector.finish`."""
         finished_at = time.monotonic()
-        self._owner.post(lambda: self._outgoing.finish(handoff_id, first_token, finished_at))
+        self._owner.post(lambda: self._sender.finish(handoff_id, first_token, finished_at))
 
     def abort(self, handoff_id: bytes, reason: str) -> None:
         """See `KVConnector.abort`."""
-        self._owner.post(lambda: self._outgoing.abort(handoff_id, reason))
+        self._owner.post(lambda: self._sender.abort(handoff_id, reason))
 
     def poll(self) -> list[ConnectorEvent]:
         """See `KVConnector.poll`."""
@@ -177,16 +177,16 @@ class PushConnector(KVConnector):
     @property
     def num_open(self) -> int:
         """Handoffs that are not over, on either side, and grants whose request has not come."""
-        return self._outgoing.num_open + self._incoming.num_open
+        return self._sender.num_open + self._receiver.num_open
 
     def progress(self) -> bool:
         """One round of the owner's work: commands, messages, transfers. Whether more is expected soon."""
         self._owner.run_commands()
         self._receive()
-        self._outgoing.progress()
-        self._incoming.progress()
+        self._sender.progress()
+        self._receiver.progress()
         self._handshakes.progress()
-        return self._outgoing.active or self._incoming.active or self._handshakes.active
+        return self._sender.active or self._receiver.active or self._handshakes.active
 
     def _receive(self) -> None:
         for sender, data in self._transport.receive():
@@ -200,35 +200,35 @@ class PushConnector(KVConnector):
             return
         match message:
             case Part():
-                self._incoming.on_part(sender, message)
+                self._receiver.on_part(sender, message)
             case Final():
-                self._incoming.on_final(sender, message)
+                self._receiver.on_final(sender, message)
             case Closed():
-                self._incoming.on_closed(sender, message)
+                self._receiver.on_closed(sender, message)
             case Grant():
-                self._outgoing.on_grant(sender, message)
+                self._sender.on_grant(sender, message)
             case Cancel():
-                self._outgoing.on_cancel(sender, message)
+                self._sender.on_cancel(sender, message)
             case Hello():
                 self._handshakes.on_hello(sender, message)
 
     def _connect(self, peer: EngineInfo) -> None:
         self._transport.add_peer(peer)
-        self._incoming.connected(peer.engine_id)
+        self._receiver.connected(peer.engine_id)
 
     def _new_endpoint(self, engine_id: str) -> EngineInfo:
         self._receive()  # what was said over the old connection still counts
         endpoint = self._transport.new_endpoint(engine_id)
-        self._outgoing.reconnect(engine_id)
-        self._incoming.reconnect(engine_id)
+        self._sender.reconnect(engine_id)
+        self._receiver.reconnect(engine_id)
         self._handshakes.peer_lost(engine_id)
         return endpoint
 
     def _peer_lost(self, engine_id: str, confirmed_dead: bool) -> None:
         self._receive()  # what it said before it was lost still counts
         self._transport.remove_peer(engine_id)
-        self._outgoing.peer_lost(engine_id)
-        self._incoming.peer_lost(engine_id, confirmed_dead)
+        self._sender.peer_lost(engine_id)
+        self._receiver.peer_lost(engine_id, confirmed_dead)
         self._handshakes.peer_lost(engine_id)
 
     def _emit(self, event: ConnectorEvent) -> None:

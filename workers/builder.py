@@ -137,7 +137,7 @@ def build_worker(
         connector.register_kv_caches(
             config.name,
             [as_stored(kv_cache) for kv_cache in runner.kv_caches],
-            kv_layout(model.kv_cache_groups, group.size),
+            kv_layout(model.kv_cache_groups, group.size, model.identity),
         ),
         torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         model.backend_names,
@@ -232,7 +232,7 @@ def measure_step_times(
     decode = measure_decode(
         worker.decoder,
         groups=runner.groups,
-        num_blocks=[kv_cache.shape[1] for kv_cache in runner.kv_caches],
+        num_blocks=runner.num_blocks,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         agree=slowest,

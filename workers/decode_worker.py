@@ -97,7 +97,7 @@ class DecodeWorker:
         self._connector = connector
         self.cache = KVCacheManager(
             runner.groups,
-            [kv_cache.shape[1] for kv_cache in runner.kv_caches],
+            runner.num_blocks,
             prompt_tokens_in_flight=(self._steps_ahead + 1) * (max_num_batched_tokens or 1),
             decode_tokens_in_flight=self._steps_ahead + 1,
         )
@@ -173,7 +173,7 @@ class DecodeWorker:
     @property
     def blocks(self) -> PrefixCache:
         """The blocks of its primary cache group: free, in use, or kept for what is in them."""
-        return self.cache.groups[self.cache.primary].pool
+        return self.cache.primary_pool
 
     @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:

@@ -84,7 +84,7 @@ class PrefillWorker:
         self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self.cache = KVCacheManager(
             runner.groups,
-            [kv_cache.shape[1] for kv_cache in runner.kv_caches],
+            runner.num_blocks,
             prompt_tokens_in_flight=(self._steps_ahead + 1) * max_num_batched_tokens,
         )
         self._scheduler = PrefillScheduler(self.cache, max_num_batched_tokens, max_num_seqs)
@@ -145,7 +145,7 @@ class PrefillWorker:
     @property
     def blocks(self) -> PrefixCache:
         """The blocks of its primary cache group: free, in use, or kept for what is in them."""
-        return self.cache.groups[self.cache.primary].pool
+        return self.cache.primary_pool
 
     @property
     def block_tables(self) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from attention.backend import KVScales
-from attention.kv_cache import key_rows, token_rows
+from attention.fp8 import dequantize
+from attention.kv_cache import key_rows, take_rows, token_rows
 from attention.ops.merge_attn_states import apply_sinks, merge_states
 from attention.spec import FP8
 
@@ -110,14 +111,11 @@ def gather(
     """
     _, _, block_size, num_kv_heads, head_size = kv_cache.shape
     cache = token_rows(kv_cache)
-    fp8 = cache.dtype == FP8
-    if fp8:  # indexing knows no FP8
-        cache = cache.view(torch.uint8)
     rows = key_rows(slots.flatten(), block_size)
     found = []
     for half, scale in ((rows, scales.k), (rows + block_size, scales.v)):
-        tokens = cache.index_select(0, half)
-        tokens = tokens.view(FP8).float().mul_(scale) if fp8 else tokens
+        tokens = take_rows(cache, half)
+        tokens = dequantize(tokens, scale) if tokens.dtype == FP8 else tokens
         found.append(tokens.view(*slots.shape, num_kv_heads, head_size))
     return found[0], found[1]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from cluster.errors import WorkerLostError
 from cluster.pools.handshake import Handshakes
 from cluster.pools.heartbeat import listen_for
+from cluster.pools.pinned_identity import PinnedIdentity
 from cluster.pools.replica import Replica, Roster
 from cluster.pools.streams import OutputStreams
 from cluster.worker_handle import LoadProgress
@@ -51,14 +52,17 @@ class Supervisor:
         self._progress = progress
         self._silence_s = silence_s
         self._said: dict[str, str] = {}
+        self._pinned_identity = PinnedIdentity()
 
     async def start(self, replica: Replica) -> None:
         """Have a member's worker load, measure itself and meet its peers: then it takes requests.
 
         Raises:
-            BatonError: it could not start.
+            BatonError: it could not start, or is not of the model that the others are of.
         """
-        replica.info = await replica.handle.start(self._progress)
+        info = await replica.handle.start(self._progress)
+        self._pinned_identity.check(info)
+        replica.info = info
         replica.load = Load(replica.info.num_blocks, replica.info.num_blocks)
         self._roster.know(replica)
         async with self._handshakes.one_at_a_time:
@@ -103,7 +107,7 @@ class Supervisor:
     def _say_once(self, name: str, reason: str) -> None:
         """That a worker could not start, unless it was said before and for the same reason."""
         if self._said.get(name) != reason:
-            logger.warning("could not start %s, and goes on trying: %s", name, reason)
+            logger.warning("could not start %s: %s; it is tried again and again", name, reason)
         self._said[name] = reason
 
     async def _replace(self, replica: Replica) -> None:

@@ -11,7 +11,7 @@ import ray
 
 INTERVAL_S = 1.0
 _PATIENCE = 5
-"""Looks in a row that must find the same. Ray itself ends this process without a word, 60 s after it has lost the GCS."""
+"""Looks in a row that must find the same. Without the GCS Ray itself ends this process after 60 s, without a word."""
 _CONNECT_TIMEOUT_S = 2.0
 
 

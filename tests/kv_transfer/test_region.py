@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kv_transfer.errors import LayoutMismatchError
+from kv_transfer.identity import KVIdentity
 from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.region import Region, regions_of
@@ -104,3 +105,12 @@ def test_the_group_that_bounds_how_many_tokens_fit():
     assert KVLayout((narrow, wide)).primary is wide
     assert KVLayout((narrow, full)).bytes_per_token == full.block_bytes / 4
     assert KVLayout((narrow, wide)).bytes_per_token == 2 * narrow.block_bytes / 4
+
+
+def test_caches_of_unlike_identities_are_never_exchanged():
+    mine, theirs = KVIdentity(version="1", weights="aa"), KVIdentity(version="1", weights="bb")
+    KVLayout((FULL,), identity=mine).check_compatible(KVLayout((FULL,), identity=mine), "d")
+    with pytest.raises(LayoutMismatchError, match=r"with d: weights is aa here and bb there$"):
+        KVLayout((FULL,), identity=mine).check_compatible(KVLayout((FULL,), identity=theirs), "d")
+    with pytest.raises(LayoutMismatchError, match="weights is aa here and unknown there"):
+        KVLayout((FULL,), identity=mine).check_compatible(KVLayout((FULL,)), "d")

@@ -9,6 +9,7 @@ import torch
 
 from attention.kv_cache import KVCacheSpec
 from workers.kv_cache.manager import KVCacheManager
+from workers.kv_cache.sizing import allocate_groups
 from workers.kv_cache.tables import BlockTable, SequenceTables
 from workers.models.causal_lm import CausalLM
 
@@ -17,12 +18,7 @@ def group_caches(
     model: CausalLM, num_blocks: int | Sequence[int], device: torch.device | str | None = None
 ) -> list[torch.Tensor]:
     """A zeroed cache for each group: of so many blocks, and one more where a group has a window, for its null block."""
-    groups = model.kv_cache_groups
-    counts = [num_blocks] * len(groups) if isinstance(num_blocks, int) else num_blocks
-    return [
-        spec.allocate(count + (spec.window is not None), device or model.device)
-        for spec, count in zip(groups, counts, strict=True)
-    ]
+    return allocate_groups(model.kv_cache_groups, num_blocks, device or model.device)
 
 
 def unwritten_caches(model: CausalLM, num_blocks: int | Sequence[int], value: float = math.nan) -> list[torch.Tensor]:

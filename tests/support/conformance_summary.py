@@ -12,14 +12,12 @@ import pytest
 import torch
 
 PROPERTY = "conformance"
-"""The name under which a test reports its (backend, reasons of a refusal or None)."""
+"""The name under which a test reports its backend and the reasons of each refusal, or None where it ran a case."""
 
 
-def note(request: pytest.FixtureRequest, backend: str, refused: list[str] | None = None) -> None:
-    """Say in a test which backend it holds against the reference, and why that refused, if it did."""
-    properties = request.node.user_properties
-    properties[:] = [(name, value) for name, value in properties if name != PROPERTY]
-    properties.append((PROPERTY, [backend, refused]))
+def note(request: pytest.FixtureRequest, backend: str, refusals: list[list[str]] | None = None) -> None:
+    """Say in a test which backend it holds against the reference, or why that refused each of the test's cases."""
+    request.node.user_properties.append((PROPERTY, [backend, refusals]))
 
 
 class ConformanceSummary:
@@ -40,12 +38,13 @@ class ConformanceSummary:
         noted: Any = dict(report.user_properties).get(PROPERTY)
         if report.when != "call" or noted is None:
             return
-        backend, refused = noted
+        backend, refusals = noted
         if report.failed:
             self.failures[backend].append(report.nodeid.rpartition("::")[2])
-        if refused is not None and not report.failed:
-            self.counts[backend]["refused"] += 1
-            self.reasons[backend].update(refused)
+        if refusals is not None and not report.failed:
+            self.counts[backend]["refused"] += len(refusals)
+            for reasons in refusals:
+                self.reasons[backend].update(reasons)
         else:
             self.counts[backend]["run"] += 1
             self.counts[backend]["failed" if report.failed else "passed"] += 1

@@ -23,7 +23,7 @@ from paged_run import PagedRun
 from workers.errors import ConfigError
 from workers.kv_cache.sizing import kv_layout
 from workers.layers.rotation import FusedRotation
-from workers.models import attention_backend, causal_lm
+from workers.models import attention_backend
 from workers.models.attention_backend import choose_backends
 from workers.models.causal_lm import attention_specs
 from workers.models.loader import load_model, load_weights, weight_map
@@ -95,7 +95,7 @@ def test_keys_are_stored_by_the_rotation_only_where_the_backend_lets_it(
             stored.append(cache is not None)
             return super().apply(qkv, prepared, qk_norm, cache)
 
-    monkeypatch.setattr(causal_lm, "make_rotation", Watched)
+    monkeypatch.setattr("workers.layers.rotation.make_rotation", Watched)
     folder = tiny_checkpoint("qwen3")
     model = load_model(folder, "float32", backend_name=name)
     prompts = [prompt(20, 1), prompt(3, 2)]

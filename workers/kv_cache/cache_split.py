@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from attention.kv_cache import KVCacheSpec
+from kv_transfer.layout import primary_group
 from workers.config import WorkerConfig
 from workers.kv_cache.block_pool import blocks_for
-from workers.kv_cache.manager import primary_group
-from workers.kv_cache.windows import most_window_blocks
+from workers.kv_cache.windows import most_sequence_blocks
 
 
 class CacheSplit:
@@ -30,7 +30,7 @@ class CacheSplit:
     """
 
     def __init__(self, groups: Sequence[KVCacheSpec], most_blocks: Sequence[int], max_num_seqs: int) -> None:
-        self.primary = primary_group(groups)
+        self.primary = primary_group([spec.window for spec in groups])
         self.most_blocks = tuple(most_blocks)
         self._groups = tuple(groups)
         self._max_num_seqs = max_num_seqs
@@ -63,13 +63,10 @@ class CacheSplit:
 
 def most_blocks(config: WorkerConfig, spec: KVCacheSpec, max_model_len: int) -> int:
     """The most blocks of a group that a sequence holds at once on a worker."""
-    whole = blocks_for(max_model_len, spec.block_size)
-    if spec.window is None:
-        return whole
     steps = 1 + default_steps_ahead(config.device)
     computes = config.role == "prefill" or config.local_prefill
     in_flight = steps * config.max_num_batched_tokens if computes else steps
-    return min(whole, most_window_blocks(spec.window, in_flight, spec.block_size))
+    return most_sequence_blocks(max_model_len, spec.window, in_flight, spec.block_size)
 
 
 def default_steps_ahead(device: torch.device | str) -> int:

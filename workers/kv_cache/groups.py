@@ -14,7 +14,7 @@ from workers.kv_cache.block_pool import blocks_for
 from workers.kv_cache.prefix_cache import PrefixCache
 from workers.kv_cache.tables import NULL_BLOCK, BlockTable
 from workers.kv_cache.window_pool import WindowPool
-from workers.kv_cache.windows import first_needed_block, most_window_blocks
+from workers.kv_cache.windows import first_needed_block, most_sequence_blocks
 
 Hashes = Sequence[bytes]
 
@@ -180,8 +180,7 @@ class WindowGroup(CacheGroup):
 
     def most_blocks(self, num_tokens: int, in_flight: int) -> int:
         """See `CacheGroup.most_blocks`."""
-        whole = blocks_for(num_tokens, self.block_size)
-        return min(whole, most_window_blocks(self._window, in_flight, self.block_size))
+        return most_sequence_blocks(num_tokens, self._window, in_flight, self.block_size)
 
     def usable(self, hashes: Hashes, ends: range) -> range | list[int]:
         """See `CacheGroup.usable`: the blocks that the next query would see are here."""

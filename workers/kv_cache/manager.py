@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from attention.kv_cache import KVCacheSpec
+from kv_transfer.layout import primary_group
 from workers.kv_cache.groups import CacheGroup, Hashes, WindowGroup
 from workers.kv_cache.prefix_cache import PrefixCache
 from workers.kv_cache.tables import NULL_BLOCK, SequenceTables
@@ -50,7 +51,7 @@ class KVCacheManager:
     ) -> None:
         self.block_size = min(spec.block_size for spec in specs)
         self.groups = tuple(_group(spec, count, self.block_size) for spec, count in zip(specs, num_blocks, strict=True))
-        self.primary = primary_group(specs)
+        self.primary = primary_group([spec.window for spec in specs])
         self._primary = self.groups[self.primary]
         self._hit_tokens = math.lcm(*(spec.block_size for spec in specs))
         self._prompt_tokens_in_flight = prompt_tokens_in_flight
@@ -67,6 +68,11 @@ class KVCacheManager:
     def num_free(self) -> int:
         """Blocks that nobody holds and nobody was promised."""
         return self._primary.pool.num_free
+
+    @property
+    def primary_pool(self) -> PrefixCache:
+        """The blocks of the primary group."""
+        return self._primary.pool
 
     def held(self, tables: SequenceTables) -> list[int]:
         """The blocks that a sequence holds."""
@@ -253,12 +259,6 @@ class KVCacheManager:
         tables.release_at = min(
             group.release_at(table) for group, table in zip(self.groups, tables.groups, strict=True)
         )
-
-
-def primary_group(specs: Sequence[KVCacheSpec]) -> int:
-    """The group that binds most: the first that keeps all tokens, else that of the largest window."""
-    whole = [i for i, spec in enumerate(specs) if spec.window is None]
-    return whole[0] if whole else max(range(len(specs)), key=lambda i: specs[i].window or 0)
 
 
 def _group(spec: KVCacheSpec, num_blocks: int, smallest: int) -> CacheGroup:

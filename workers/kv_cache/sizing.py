@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from attention.kv_cache import KVCacheSpec
+from kv_transfer.identity import UNKNOWN, KVIdentity
 from kv_transfer.layout import GroupLayout, KVLayout
 from workers.config import WorkerConfig
 from workers.errors import CacheTooSmallError, ConfigError
@@ -47,8 +48,8 @@ class KVCachePlan:
         return f"model {_gb(gpu.allocated)}, activations {_gb(gpu.activations)}, CUDA {_gb(gpu.context)}, {cache}"
 
 
-def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1) -> KVLayout:
-    """The cache of one of `tp_size` ranks as two workers compare it when they meet."""
+def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1, identity: KVIdentity = UNKNOWN) -> KVLayout:
+    """The cache of one of `tp_size` ranks as two workers compare it when they meet, and whose it is."""
     return KVLayout(
         tuple(
             GroupLayout(
@@ -65,6 +66,7 @@ def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1) -> KVLayout:
             for spec in groups
         ),
         tp_size,
+        identity,
     )
 
 
@@ -85,9 +87,12 @@ def allocate_kv_caches(
     return [spec.allocate(count, config.device) for spec, count in zip(groups, plan.counts, strict=True)]
 
 
-def allocate_groups(groups: Sequence[KVCacheSpec], num_blocks: int, device: torch.device | str) -> list[torch.Tensor]:
+def allocate_groups(
+    groups: Sequence[KVCacheSpec], num_blocks: int | Sequence[int], device: torch.device | str
+) -> list[torch.Tensor]:
     """A cache for each group in which sequences have so many blocks; with a window it has a null block besides."""
-    return [spec.allocate(num_blocks + (spec.window is not None), device) for spec in groups]
+    counts = [num_blocks] * len(groups) if isinstance(num_blocks, int) else num_blocks
+    return [spec.allocate(n + (spec.window is not None), device) for spec, n in zip(groups, counts, strict=True)]
 
 
 def plan_kv_cache(

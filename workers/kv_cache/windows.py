@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from workers.kv_cache.block_pool import blocks_for
+
 
 def first_needed_block(num_computed: int, window: int, block_size: int) -> int:
     """The place in the sequence of the first block that the next query sees.
@@ -14,6 +16,19 @@ def first_needed_block(num_computed: int, window: int, block_size: int) -> int:
         block_size: tokens in a block.
     """
     return max(0, num_computed - window + 1) // block_size
+
+
+def most_sequence_blocks(num_tokens: int, window: int | None, in_flight: int, block_size: int) -> int:
+    """The most blocks that a sequence holds at once until it has so many tokens.
+
+    Args:
+        num_tokens: of the sequence.
+        window: tokens that a query sees; None: all.
+        in_flight: the most tokens that steps in flight compute at once.
+        block_size: tokens in a block.
+    """
+    whole = blocks_for(num_tokens, block_size)
+    return whole if window is None else min(whole, most_window_blocks(window, in_flight, block_size))
 
 
 def most_window_blocks(window: int, in_flight: int, block_size: int) -> int:

@@ -76,10 +76,10 @@ def make_rotation(
 
 
 def make_rotations(
-    ropes: Iterable[RopeConfig | None], heads: HeadShape, max_model_len: int, dtype: torch.dtype, device: torch.device
-) -> Mapping[RopeConfig | None, Rotation]:
-    """One rotation for each different one of `ropes`, which is one a layer; what it prepares serves all its layers."""
-    return {rope: make_rotation(rope, heads, max_model_len, dtype, device) for rope in dict.fromkeys(ropes)}
+    kinds: Iterable[tuple[RopeConfig | None, HeadShape]], max_model_len: int, dtype: torch.dtype, device: torch.device
+) -> Mapping[tuple[RopeConfig | None, HeadShape], Rotation]:
+    """One rotation for each different kind, of which a layer has one; what it prepares serves all its layers."""
+    return {kind: make_rotation(*kind, max_model_len, dtype, device) for kind in dict.fromkeys(kinds)}
 
 
 class PlainRotation:

@@ -13,6 +13,7 @@ import torch
 
 from workers.errors import ConfigError
 from workers.loading.checkpoint import whole
+from workers.loading.dequantize import MXFP4_BLOCK
 from workers.loading.quantized_storage import Fp8BlockStorage, Mxfp4Storage
 from workers.loading.weight_target import QuantizedSource, WeightTarget
 
@@ -155,23 +156,23 @@ def interleaved_mxfp4(
         ConfigError: a matrix is not made of whole blocks.
     """
     num, hidden, inner = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
-    if hidden % 32 or inner % 32:
-        raise ConfigError(f"MXFP4 stores multiples of 32 inputs, not {hidden} and {inner}")
+    if hidden % MXFP4_BLOCK or inner % MXFP4_BLOCK:
+        raise ConfigError(f"MXFP4 stores multiples of {MXFP4_BLOCK} inputs, not {hidden} and {inner}")
     storage, targets = Mxfp4Storage(), _interleaved_biases(sizes, prefix, parameter)
     for name, rows, columns, view, region, arrange in (
         (GATE_UP, 2 * inner, hidden, (num, inner, 2, hidden), (sizes.own, (0, 2), (0, hidden)), _interleaved),
         (DOWN, hidden, inner, (num, hidden, inner), ((0, hidden), sizes.own), None),
     ):
-        scales_shape = (num, rows, columns // 32)
+        shape = (num, rows, columns)
         targets[f"{prefix}.{name}_blocks"] = WeightTarget(
             f"{parameter}.{name}.weight",
-            (*scales_shape, 16),
+            storage.values_shape(shape),
             ((0, num), *region),
             0,
             num,
             view=view,
             arrange=arrange,
-            quantized=QuantizedSource(storage, f"{prefix}.{name}_scales", scales_shape),
+            quantized=QuantizedSource(storage, f"{prefix}.{name}_scales", storage.scales_shape(shape)),
         )
     return targets
 

@@ -19,6 +19,7 @@ from attention.layers.chunked_local_attention import ChunkedLocalAttention
 from attention.layers.mla_attention import MLAAttention
 from attention.metadata import CommonAttentionMetadata
 from attention.spec import FP8, AttentionSpec
+from kv_transfer.identity import UNKNOWN, KVIdentity
 from workers.errors import ConfigError
 from workers.layers.context import LayerContext
 from workers.layers.linear import Linear
@@ -28,7 +29,7 @@ from workers.layers.lm_head import LMHead, vocab_share
 from workers.layers.moe.experts import GroupedLinear
 from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.residual import Norm, ResidualStream
-from workers.layers.rotation import HeadShape, Rotation, make_rotation
+from workers.layers.rotation import HeadShape, Rotation, make_rotations
 from workers.layers.self_attention import LayerBatch
 from workers.models.cache_groups import cache_groups
 from workers.models.config.attention_config import AttentionConfig
@@ -95,21 +96,24 @@ class CausalLM(nn.Module, ABC):
         self.block_size = block_size
         self.kv_cache_dtype = kv_cache_dtype
         self.max_model_len = config.context_length(max_model_len)
-        self._rotations: dict[tuple[Any, HeadShape], Rotation] = {}
         num_rows = vocab_share(config.vocab_size, group.size) * group.size
         self.embed_tokens = empty_parameter(num_rows, config.hidden_size, dtype=dtype, device=device)
-        self._attention = [
-            self._make_attention(layer.sharded(group.size), backends, f"layers.{i}")
-            for i, layer in enumerate(config.attention)
-        ]
+        own = [layer.sharded(group.size) for layer in config.attention]
+        self._attention = [self._make_attention(layer, backends, f"layers.{i}") for i, layer in enumerate(own)]
         self._builders = _builders(self._attention, dtype, block_size, device)
         self._layer_index = {attention.name: i for i, attention in enumerate(self._attention)}
         kinds = [(attention.spec, attention.backend) for attention in self._attention]
         self.kv_cache_groups = cache_groups(kinds, block_size, kv_cache_dtype or dtype)
         self._places = dict(zip(self._layer_index, layer_places(self.kv_cache_groups), strict=True))
+        turns = [(layer.rope, _rotated_heads(layer)) for layer in own]
+        self.rotated_kinds = [(rope, heads.head_size) for rope, heads in dict.fromkeys(turns) if rope is not None]
+        """What its layers rotate, and the size of the heads: each kind once."""
+        self.identity: KVIdentity = UNKNOWN
+        """Whose keys and values it writes; known once its weights are loaded."""
+        self._rotations = make_rotations(turns, self.max_model_len, dtype, device)
         self._in_order = [
-            self.make_layer(i, attention, self._rotation(config.attention[i].sharded(group.size)))
-            for i, attention in enumerate(self._attention)
+            self.make_layer(i, attention, self._rotations[turn])
+            for i, (attention, turn) in enumerate(zip(self._attention, turns, strict=True))
         ]
         self.layers = nn.ModuleList(self._in_order)
         self.norm = self.make_norm()
@@ -264,15 +268,6 @@ class CausalLM(nn.Module, ABC):
             )
         return ChunkedLocalAttention(spec, backends[spec], name, config.chunk_size, sinks, KVScales())
 
-    def _rotation(self, config: AttentionConfig) -> Rotation:
-        """One for all layers whose heads are alike and rotated alike: what it prepares serves all of them."""
-        size = config.head_size if config.mla is None else config.mla.qk_rope_head_dim
-        heads = HeadShape(config.num_heads, config.num_kv_heads, size)
-        key = (config.rope, heads)
-        if key not in self._rotations:
-            self._rotations[key] = make_rotation(config.rope, heads, self.max_model_len, self.dtype, self.device)
-        return self._rotations[key]
-
     def _cache_writes(
         self, caches: Mapping[str, torch.Tensor], common: Sequence[CommonAttentionMetadata]
     ) -> Mapping[str, CacheWrite]:
@@ -307,6 +302,12 @@ class CausalLM(nn.Module, ABC):
             kv_caches=caches,
             save_layer=None if on_layer is None else lambda name: on_layer(self._layer_index[name]),
         )
+
+
+def _rotated_heads(config: AttentionConfig) -> HeadShape:
+    """Of a layer, or the parts of its heads that latent attention rotates."""
+    size = config.head_size if config.mla is None else config.mla.qk_rope_head_dim
+    return HeadShape(config.num_heads, config.num_kv_heads, size)
 
 
 def _builders(

@@ -6,50 +6,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from torch import nn
-
 from attention.layers.mla_attention import MLAAttention
 from workers.errors import ConfigError
-from workers.layers.context import LayerContext
-from workers.layers.gated_mlp import GatedMLP
 from workers.layers.latent_attention import LatentAttention
-from workers.layers.moe.mlp import MoEConfig, MoEMLP
+from workers.layers.moe.mlp import MoEConfig
 from workers.layers.moe.routing import RouterConfig
-from workers.layers.norm import RMSNorm
-from workers.layers.residual import ResidualStream
 from workers.layers.rotation import Rotation
-from workers.layers.self_attention import LayerBatch
 from workers.loading.config_reader import ConfigReader
-from workers.loading.expert_weights import ExpertSizes, expert_by_expert, fused
-from workers.models.causal_lm import CausalLM
+from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.latent_heads import read_latent_attention, read_q_lora_rank
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.rope import RopeFamily
 from workers.models.latent_weights import map_latent_attention
-from workers.models.weight_map import Share, WeightMap
+from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_expert_matrices, map_router
+from workers.models.weight_map import WeightMap
 
 _LATENT_NORM_EPS = 1e-6
 """Of the norms of latents and compressed queries, whatever `rms_norm_eps` is, as in the published code."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepseekConfig(ModelConfig):
+class DeepseekConfig(LlamaMoEConfig):
     """DeepSeek-V2, and what differs from it by these fields.
 
     Attributes:
         q_lora_rank: size that queries are compressed to; None: they are not.
         attention_bias: whether the attention's projections have a bias, but for those that expand to heads.
-        moe: of the layers that have experts.
-        is_sparse: of each layer, whether it has.
-        dense_intermediate_size: of the MLPs of the others.
         num_mtp_layers: layers behind the last that a checkpoint may hold; they predict tokens further on.
     """
 
     q_lora_rank: int | None
     attention_bias: bool
-    moe: MoEConfig
-    is_sparse: tuple[bool, ...]
-    dense_intermediate_size: int
     num_mtp_layers: int = 0
 
     def shared_out(self) -> Mapping[str, int]:
@@ -137,92 +124,51 @@ def read_sparse_layers(read: ConfigReader) -> tuple[bool, ...]:
     return tuple(i >= first and i % every == 0 for i in range(read.positive_int("num_hidden_layers")))
 
 
-class DeepseekLayer(nn.Module):
-    """Latent attention, and an MLP or a mixture, each behind a norm and added to the residual stream."""
-
-    def __init__(
-        self,
-        config: DeepseekConfig,
-        attention: MLAAttention,
-        rotation: Rotation,
-        context: LayerContext,
-        mlp: GatedMLP | MoEMLP,
-    ) -> None:
-        super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
-        self.self_attention = LatentAttention(
-            config.hidden_size,
-            attention,
-            rotation,
-            context,
-            q_lora_rank=config.q_lora_rank,
-            norm_eps=_LATENT_NORM_EPS,
-            bias=config.attention_bias,
-        )
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
-        self.mlp = mlp
-
-    def forward(self, stream: ResidualStream, batch: LayerBatch) -> None:
-        """See `CausalLM.make_layer`."""
-        attended = self.self_attention(stream.normalized(self.input_norm), batch)
-        stream.add_product(self.self_attention.o_proj, attended)
-        self.mlp.add_to(stream, stream.normalized(self.post_attention_norm))
-
-
-class DeepseekV2ForCausalLM(CausalLM):
+class DeepseekV2ForCausalLM(LlamaMoEForCausalLM):
     """DeepSeek-V2, and what differs from it by the fields of `DeepseekConfig`."""
 
     config_class: ClassVar[type[ModelConfig]] = DeepseekConfig
     config: DeepseekConfig
 
-    def make_layer(self, index: int, attention: MLAAttention, rotation: Rotation) -> nn.Module:
-        """See `CausalLM.make_layer`."""
-        config, context, hidden = self.config, self.context, self.config.hidden_size
-        mlp: GatedMLP | MoEMLP
-        if config.is_sparse[index]:
-            mlp = MoEMLP(hidden, config.moe, config.activation, context)
-        else:
-            inner = config.dense_intermediate_size // context.group.size
-            mlp = GatedMLP(hidden, inner, context, activation=config.activation)
-        return DeepseekLayer(config, attention, rotation, context, mlp)
+    def make_self_attention(self, index: int, attention: MLAAttention, rotation: Rotation) -> LatentAttention:
+        """See `LlamaMoEForCausalLM.make_self_attention`."""
+        config = self.config
+        return LatentAttention(
+            config.hidden_size,
+            attention,
+            rotation,
+            self.context,
+            q_lora_rank=config.q_lora_rank,
+            norm_eps=_LATENT_NORM_EPS,
+            bias=config.attention_bias,
+        )
 
     @classmethod
     def map_weights(cls, config: ModelConfig, weights: WeightMap) -> None:
         """See `CausalLM.map_weights`."""
         assert isinstance(config, DeepseekConfig)
-        hidden, first_mtp = config.hidden_size, config.num_layers
-        weights.outside_layers(config)
+        super().map_weights(config, weights)
+        first_mtp = config.num_layers
         weights.ignored |= {f"model.layers.{i}." for i in range(first_mtp, first_mtp + config.num_mtp_layers)}
-        for i, attention in enumerate(config.attention):
-            theirs, ours = f"model.layers.{i}", f"layers.{i}"
-            weights.vector(f"{theirs}.input_layernorm.weight", f"{ours}.input_norm.weight", hidden)
-            weights.vector(f"{theirs}.post_attention_layernorm.weight", f"{ours}.post_attention_norm.weight", hidden)
-            map_latent_attention(
-                weights,
-                f"{theirs}.self_attn",
-                f"{ours}.self_attention",
-                attention,
-                hidden,
-                q_lora_rank=config.q_lora_rank,
-                bias=config.attention_bias,
-            )
-            if config.is_sparse[i]:
-                _map_experts(config, weights, theirs, ours)
-            else:
-                weights.gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", hidden, config.dense_intermediate_size)
 
+    @classmethod
+    def map_attention(
+        cls, config: ModelConfig, weights: WeightMap, attention: AttentionConfig, theirs: str, ours: str
+    ) -> None:
+        """See `LlamaForCausalLM.map_attention`."""
+        assert isinstance(config, DeepseekConfig)
+        q_lora_rank, bias = config.q_lora_rank, config.attention_bias
+        map_latent_attention(weights, theirs, ours, attention, config.hidden_size, q_lora_rank=q_lora_rank, bias=bias)
 
-def _map_experts(config: DeepseekConfig, weights: WeightMap, theirs: str, ours: str) -> None:
-    moe, hidden, num_experts = config.moe, config.hidden_size, config.moe.router.num_experts
-    gate, router = f"{theirs}.mlp.gate", f"{ours}.mlp.router"
-    weights.matrix(gate, router, Share.all(num_experts), hidden)
-    if moe.router_corrected:
-        weights.vector(f"{gate}.e_score_correction_bias", f"{router}.e_score_correction_bias", num_experts)
-    sizes = ExpertSizes(num_experts, hidden, moe.intermediate_size, weights.rank, weights.size)
-    one_by_one, together = weights.like(), weights.like()
-    one_by_one.extend(expert_by_expert(sizes), theirs, ours)
-    together.extend(fused(sizes), theirs, ours)
-    weights.one_of(one_by_one, together)
-    if moe.shared_intermediate_size:
-        shared = f"{ours}.mlp.shared_expert.mlp"
-        weights.gated_mlp(f"{theirs}.mlp.shared_experts", shared, hidden, moe.shared_intermediate_size)
+    @classmethod
+    def map_experts(cls, config: LlamaMoEConfig, weights: WeightMap, theirs: str, ours: str) -> None:
+        """See `LlamaMoEForCausalLM.map_experts`."""
+        moe, gate = config.moe, f"{theirs}.mlp.gate"
+        map_router(config, weights, gate, ours)
+        if moe.router_corrected:
+            bias = "e_score_correction_bias"
+            weights.vector(f"{gate}.{bias}", f"{ours}.mlp.router.{bias}", moe.router.num_experts)
+        map_expert_matrices(config, weights, theirs, ours)
+        if moe.shared_intermediate_size:
+            shared = f"{ours}.mlp.shared_expert.mlp"
+            weights.gated_mlp(f"{theirs}.mlp.shared_experts", shared, config.hidden_size, moe.shared_intermediate_size)

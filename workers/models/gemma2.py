@@ -5,43 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from attention.layers.attention import Attention
 from workers.layers.context import LayerContext
-from workers.layers.gated_mlp import GatedMLP
-from workers.layers.norm import HeadNorm, RMSNorm
+from workers.layers.norm import RMSNorm
 from workers.layers.residual import Norm, ResidualStream
 from workers.layers.rotation import Rotation
-from workers.layers.self_attention import LayerBatch, SelfAttention
+from workers.layers.self_attention import LayerBatch
 from workers.loading.config_reader import ConfigReader
-from workers.models.causal_lm import CausalLM
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
-from workers.models.config.model_config import ModelConfig
-from workers.models.weight_map import WeightMap
-
-_NORMS = {
-    "input_layernorm": "input_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "pre_mlp_norm",
-    "post_feedforward_layernorm": "post_mlp_norm",
-}
-"""A layer's, in the checkpoint and in the model."""
+from workers.models.llama import LlamaConfig, LlamaForCausalLM, make_head_norm, make_mlp, make_self_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gemma2Config(ModelConfig):
-    """Gemma 2, and what differs from it by these fields.
-
-    Attributes:
-        attention_bias: whether the attention's projections have a bias.
-        qk_norm: whether each head of queries and keys is normalised before it is rotated.
-    """
-
-    attention_bias: bool = False
-    qk_norm: bool = False
+class Gemma2Config(LlamaConfig):
+    """Gemma 2, and what differs from it by the fields of `LlamaConfig`."""
 
     @classmethod
     def read_gemma(cls, read: ConfigReader, generation_config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -52,13 +33,15 @@ class Gemma2Config(ModelConfig):
         """
         read.refuse_others({"use_bidirectional_attention": False})
         common = cls.read_common(read, generation_config, activation_key="hidden_activation")
+        biased = read.flag("attention_bias", False)
         return {
             **common,
             "tie_word_embeddings": read.flag("tie_word_embeddings", True),
             "embedding_scale": math.sqrt(common["hidden_size"]),
             "rounds_embedding_scale": True,
             "logits_soft_cap": read.optional_positive_float("final_logit_softcapping"),
-            "attention_bias": read.flag("attention_bias", False),
+            "qkv_bias": biased,
+            "o_bias": biased,
         }
 
     @classmethod
@@ -89,24 +72,13 @@ class Gemma2Layer(nn.Module):
 
     def __init__(self, config: Gemma2Config, attention: Attention, rotation: Rotation, context: LayerContext) -> None:
         super().__init__()
-        hidden, eps, spec = config.hidden_size, config.norm_eps, attention.spec
-        num_rotated = spec.num_heads + spec.num_kv_heads
-        norm = HeadNorm(num_rotated, spec.head_size, eps, context, plus_one=True) if config.qk_norm else None
+        hidden, eps = config.hidden_size, config.norm_eps
+        norm = make_head_norm(config, attention, context, plus_one=True) if config.qk_norm else None
         self.input_norm = RMSNorm(hidden, eps, context, plus_one=True)
-        self.self_attention = SelfAttention(
-            hidden,
-            attention,
-            rotation,
-            context,
-            qkv_bias=config.attention_bias,
-            o_bias=config.attention_bias,
-            qk_norm=norm,
-        )
+        self.self_attention = make_self_attention(config, attention, rotation, context, head_norm=norm)
         self.post_attention_norm = RMSNorm(hidden, eps, context, plus_one=True)
         self.pre_mlp_norm = RMSNorm(hidden, eps, context, plus_one=True)
-        self.mlp = GatedMLP(
-            hidden, config.intermediate_size // context.group.size, context, activation=config.activation
-        )
+        self.mlp = make_mlp(config, context)
         self.post_mlp_norm = RMSNorm(hidden, eps, context, plus_one=True)
 
     def forward(self, stream: ResidualStream, batch: LayerBatch) -> None:
@@ -116,11 +88,17 @@ class Gemma2Layer(nn.Module):
         stream.add(self.post_mlp_norm(self.mlp(stream.normalized(self.pre_mlp_norm))))
 
 
-class Gemma2ForCausalLM(CausalLM):
+class Gemma2ForCausalLM(LlamaForCausalLM):
     """Gemma 2, and what differs from it by the fields of `Gemma2Config`."""
 
     config_class = Gemma2Config
     config: Gemma2Config
+    norms: ClassVar[Mapping[str, str]] = {
+        "input_layernorm": "input_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "pre_mlp_norm",
+        "post_feedforward_layernorm": "post_mlp_norm",
+    }
 
     def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
         """See `CausalLM.make_layer`."""
@@ -129,19 +107,3 @@ class Gemma2ForCausalLM(CausalLM):
     def make_norm(self) -> Norm:
         """See `CausalLM.make_norm`."""
         return RMSNorm(self.config.hidden_size, self.config.norm_eps, self.context, plus_one=True)
-
-    @classmethod
-    def map_weights(cls, config: ModelConfig, weights: WeightMap) -> None:
-        """See `CausalLM.map_weights`."""
-        assert isinstance(config, Gemma2Config)
-        hidden, biased = config.hidden_size, config.attention_bias
-        weights.outside_layers(config)
-        for i, attention in enumerate(config.attention):
-            theirs, ours = f"model.layers.{i}", f"layers.{i}"
-            for their_norm, our_norm in _NORMS.items():
-                weights.vector(f"{theirs}.{their_norm}.weight", f"{ours}.{our_norm}.weight", hidden)
-            their_attention, our_attention = f"{theirs}.self_attn", f"{ours}.self_attention"
-            weights.attention(their_attention, our_attention, attention, hidden, qkv_bias=biased, o_bias=biased)
-            if config.qk_norm:
-                weights.head_norms(their_attention, our_attention, attention)
-            weights.gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", hidden, config.intermediate_size)

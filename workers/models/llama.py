@@ -15,8 +15,10 @@ from workers.layers.norm import HeadNorm, RMSNorm, WideNorm
 from workers.layers.residual import ResidualStream
 from workers.layers.rotation import Rotation
 from workers.layers.self_attention import LayerBatch, SelfAttention
+from workers.layers.temperature import AttentionTemperature
 from workers.loading.config_reader import ConfigReader
 from workers.models.causal_lm import CausalLM
+from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.heads import FULL, read_attention, refuse_other_layer_types
 from workers.models.config.model_config import ModelConfig
 from workers.models.weight_map import WeightMap
@@ -58,16 +60,28 @@ class LlamaConfig(ModelConfig):
         )
 
 
+def make_head_norm(
+    config: LlamaConfig, attention: Attention, context: LayerContext, *, plus_one: bool = False, weighted: bool = True
+) -> HeadNorm:
+    """Of the queries and keys of a layer; see `HeadNorm`."""
+    spec = attention.spec
+    num_heads = spec.num_heads + spec.num_kv_heads
+    return HeadNorm(num_heads, spec.head_size, config.norm_eps, context, plus_one=plus_one, weighted=weighted)
+
+
 def make_self_attention(
     config: LlamaConfig,
     attention: Attention,
     rotation: Rotation,
     context: LayerContext,
+    *,
+    head_norm: HeadNorm | None = None,
     wide_norm: WideNorm | None = None,
+    temperature: AttentionTemperature | None = None,
 ) -> SelfAttention:
-    """The attention of a layer, with its projections."""
-    spec = attention.spec
-    num_rotated = spec.num_heads + spec.num_kv_heads
+    """The attention of a layer, with its projections; without a `head_norm` it has the one that `qk_norm` asks for."""
+    if head_norm is None and config.qk_norm:
+        head_norm = make_head_norm(config, attention, context)
     return SelfAttention(
         config.hidden_size,
         attention,
@@ -75,8 +89,9 @@ def make_self_attention(
         context,
         qkv_bias=config.qkv_bias,
         o_bias=config.o_bias,
-        qk_norm=HeadNorm(num_rotated, spec.head_size, config.norm_eps, context) if config.qk_norm else None,
+        qk_norm=head_norm,
         wide_norm=wide_norm,
+        temperature=temperature,
     )
 
 
@@ -135,19 +150,34 @@ class LlamaForCausalLM(CausalLM):
             theirs, ours = f"model.layers.{i}", f"layers.{i}"
             for name, norm in cls.norms.items():
                 weights.vector(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight", hidden)
-            ours_attention, theirs_attention = f"{ours}.self_attention", f"{theirs}.self_attn"
-            weights.attention(
-                theirs_attention,
-                ours_attention,
-                attention,
-                hidden,
-                qkv_bias=config.qkv_bias,
-                o_bias=config.o_bias,
-                fused=config.fused_qkv,
-            )
-            if config.qk_norm:
-                weights.head_norms(theirs_attention, ours_attention, attention)
+            cls.map_attention(config, weights, attention, f"{theirs}.self_attn", f"{ours}.self_attention")
             cls.map_mlp(config, weights, i, theirs, ours)
+
+    @classmethod
+    def map_attention(
+        cls, config: ModelConfig, weights: WeightMap, attention: AttentionConfig, theirs: str, ours: str
+    ) -> None:
+        """Enter the tensors of a layer's attention.
+
+        Args:
+            config: of the whole model.
+            weights: where they are entered.
+            attention: of the layer, of the whole model.
+            theirs: what the attention is called in a checkpoint.
+            ours: what it is called in the model.
+        """
+        assert isinstance(config, LlamaConfig)
+        weights.attention(
+            theirs,
+            ours,
+            attention,
+            config.hidden_size,
+            qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            fused=config.fused_qkv,
+        )
+        if config.qk_norm:
+            weights.head_norms(theirs, ours, attention)
 
     @classmethod
     def map_mlp(cls, config: ModelConfig, weights: WeightMap, index: int, theirs: str, ours: str) -> None:

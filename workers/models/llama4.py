@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 from attention.layers.attention import Attention
 from workers.layers.moe.mlp import MoEConfig
 from workers.layers.moe.routing import RouterConfig
-from workers.layers.norm import HeadNorm
 from workers.layers.rotation import Rotation
 from workers.layers.self_attention import SelfAttention
 from workers.layers.temperature import AttentionTemperature
@@ -22,6 +21,7 @@ from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.heads import FULL, read_heads, read_layer_types
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.rope import RopeFamily, read_rope, read_rotating_layers
+from workers.models.llama import make_head_norm, make_self_attention
 from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_router, read_num_experts, read_top_k
 from workers.models.weight_map import WeightMap
 from workers.ops.rope_config import LongRopeScaling, YarnScaling
@@ -133,21 +133,11 @@ class Llama4ForCausalLM(LlamaMoEForCausalLM):
 
     def make_self_attention(self, index: int, attention: Attention, rotation: Rotation) -> SelfAttention:
         """See `LlamaMoEForCausalLM.make_self_attention`."""
-        config, spec = self.config, attention.spec
-        rotates, norm = config.attention[index].rope is not None, None
-        if rotates and config.qk_length_norm:
-            num_heads = spec.num_heads + spec.num_kv_heads
-            norm = HeadNorm(num_heads, spec.head_size, config.norm_eps, self.context, weighted=False)
-        return SelfAttention(
-            config.hidden_size,
-            attention,
-            rotation,
-            self.context,
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            qk_norm=norm,
-            temperature=None if rotates else config.temperature,
-        )
+        config, context = self.config, self.context
+        if config.attention[index].rope is None:
+            return make_self_attention(config, attention, rotation, context, temperature=config.temperature)
+        norm = make_head_norm(config, attention, context, weighted=False) if config.qk_length_norm else None
+        return make_self_attention(config, attention, rotation, context, head_norm=norm)
 
     @classmethod
     def map_experts(cls, config: LlamaMoEConfig, weights: WeightMap, theirs: str, ours: str) -> None:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
-from attention.layers.attention import Attention
 from workers.layers.context import LayerContext
 from workers.layers.gated_mlp import GatedMLP
+from workers.layers.latent_attention import LatentAttention
 from workers.layers.moe.mlp import MoEConfig, MoEMLP
-from workers.layers.norm import HeadNorm, RMSNorm
+from workers.layers.norm import RMSNorm
 from workers.layers.residual import ResidualStream
 from workers.layers.rotation import Rotation
 from workers.layers.self_attention import LayerBatch, SelfAttention
 from workers.loading.config_reader import ConfigReader
-from workers.loading.expert_weights import ExpertSizes
+from workers.loading.expert_weights import ExpertSizes, expert_by_expert, fused
 from workers.models.config.model_config import ModelConfig
-from workers.models.llama import LlamaConfig, LlamaForCausalLM
+from workers.models.llama import LlamaConfig, LlamaForCausalLM, make_self_attention
 from workers.models.weight_map import Share, WeightMap
 
 
@@ -58,7 +58,11 @@ class MoELayer(nn.Module):
     """Attention and an MLP or a mixture of experts, each behind a norm and added to the residual stream."""
 
     def __init__(
-        self, config: LlamaMoEConfig, self_attention: SelfAttention, mlp: GatedMLP | MoEMLP, context: LayerContext
+        self,
+        config: LlamaMoEConfig,
+        self_attention: SelfAttention | LatentAttention,
+        mlp: GatedMLP | MoEMLP,
+        context: LayerContext,
     ) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, context)
@@ -80,25 +84,14 @@ class LlamaMoEForCausalLM(LlamaForCausalLM):
     mlp_name: ClassVar[str] = "mlp"
     """What a layer's MLP is called in a checkpoint."""
 
-    def make_layer(self, index: int, attention: Attention, rotation: Rotation) -> nn.Module:
+    def make_layer(self, index: int, attention: Any, rotation: Rotation) -> nn.Module:
         """See `CausalLM.make_layer`."""
         own = self.make_self_attention(index, attention, rotation)
         return MoELayer(self.config, own, self.make_mlp(index), self.context)
 
-    def make_self_attention(self, index: int, attention: Attention, rotation: Rotation) -> SelfAttention:
+    def make_self_attention(self, index: int, attention: Any, rotation: Rotation) -> SelfAttention | LatentAttention:
         """The attention of a layer with its projections; arguments as of `CausalLM.make_layer`."""
-        config, spec, norm = self.config, attention.spec, None
-        if config.qk_norm:
-            norm = HeadNorm(spec.num_heads + spec.num_kv_heads, spec.head_size, config.norm_eps, self.context)
-        return SelfAttention(
-            config.hidden_size,
-            attention,
-            rotation,
-            self.context,
-            qkv_bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            qk_norm=norm,
-        )
+        return make_self_attention(self.config, attention, rotation, self.context)
 
     def make_mlp(self, index: int) -> GatedMLP | MoEMLP:
         """The MLP of a layer, or its mixture of experts."""
@@ -129,6 +122,14 @@ def map_router(config: LlamaMoEConfig, weights: WeightMap, name: str, ours: str)
     moe = config.moe
     rows = Share.all(moe.router.num_experts)
     weights.matrix(name, f"{ours}.mlp.router", rows, config.hidden_size, bias=moe.router_bias)
+
+
+def map_expert_matrices(config: LlamaMoEConfig, weights: WeightMap, theirs: str, ours: str) -> None:
+    """Enter the experts of `{theirs}.mlp`: one by one, as published, or fused, as transformers saves them."""
+    sizes, one_by_one, together = config.expert_sizes(weights), weights.like(), weights.like()
+    one_by_one.extend(expert_by_expert(sizes), theirs, ours)
+    together.extend(fused(sizes), theirs, ours)
+    weights.one_of(one_by_one, together)
 
 
 def read_num_experts(read: ConfigReader) -> int:

@@ -19,6 +19,7 @@ from workers.loading.weight_stream import load_tensors
 from workers.models.attention_backend import choose_backends
 from workers.models.causal_lm import CausalLM, attention_specs
 from workers.models.config.model_config import DTYPES, ModelConfig
+from workers.models.identity import kv_identity
 from workers.models.random_weights import fill_randomly
 from workers.models.registry import read_model
 from workers.models.weight_map import WeightMap
@@ -120,6 +121,7 @@ def load_model(
             fill_randomly(loaded, weights, seed)
         else:
             load_weights(loaded, weights, folder, progress)
+        loaded.identity = kv_identity(loaded, folder)
         loaded.process_weights()
     return loaded
 

@@ -45,7 +45,7 @@ class Olmo2Layer(nn.Module):
         spec, eps = attention.spec, config.norm_eps
         query_size, key_size = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
         wide_norm = WideNorm(query_size, key_size, eps, context)
-        self.self_attention = make_self_attention(config, attention, rotation, context, wide_norm)
+        self.self_attention = make_self_attention(config, attention, rotation, context, wide_norm=wide_norm)
         self.post_attention_norm = RMSNorm(config.hidden_size, eps, context)
         self.mlp = make_mlp(config, context)
         self.post_mlp_norm = RMSNorm(config.hidden_size, eps, context)

@@ -10,11 +10,17 @@ from workers.layers.moe.mlp import MoEConfig
 from workers.layers.moe.routing import RouterConfig
 from workers.loading.checkpoint import whole
 from workers.loading.config_reader import ConfigReader
-from workers.loading.expert_weights import expert_by_expert, fused
 from workers.loading.weight_target import WeightTarget
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
 from workers.models.config.model_config import ModelConfig
-from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_router, read_num_experts, read_top_k
+from workers.models.llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    map_expert_matrices,
+    map_router,
+    read_num_experts,
+    read_top_k,
+)
 from workers.models.weight_map import WeightMap
 
 
@@ -80,10 +86,7 @@ class Qwen2MoeForCausalLM(LlamaMoEForCausalLM):
     def map_experts(cls, config: LlamaMoEConfig, weights: WeightMap, theirs: str, ours: str) -> None:
         """See `LlamaMoEForCausalLM.map_experts`."""
         map_router(config, weights, f"{theirs}.mlp.gate", ours)
-        sizes, one_by_one, together = config.expert_sizes(weights), weights.like(), weights.like()
-        one_by_one.extend(expert_by_expert(sizes), theirs, ours)
-        together.extend(fused(sizes), theirs, ours)
-        weights.one_of(one_by_one, together)
+        map_expert_matrices(config, weights, theirs, ours)
         hidden, shared = config.hidden_size, config.moe.shared_intermediate_size
         if shared:
             weights.gated_mlp(f"{theirs}.mlp.shared_expert", f"{ours}.mlp.shared_expert.mlp", hidden, shared)

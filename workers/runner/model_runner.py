@@ -43,6 +43,11 @@ class ModelRunner:
         self._block_sizes = [group.block_size for group in self.groups]
         self._prefill_graphs: PrefillGraphs | None = None
 
+    @property
+    def num_blocks(self) -> list[int]:
+        """Of each group's cache."""
+        return [kv_cache.shape[1] for kv_cache in self.kv_caches]
+
     def capture_prefill(self, longest: int, progress: Progress | None = None) -> None:
         """Capture short prompts as CUDA graphs, where there is a GPU and the attention backend can be replayed.
 

@@ -19,7 +19,8 @@ from workers.token_ids import as_token_ids
 
 _PREFILL_LENGTHS = (32, 128, 512, 2048)
 _DECODE_BATCHES = (1, 4, 16, 64, 256)
-_MIN_REPEATS, _MAX_REPEATS, _ENOUGH_S = 2, 8, 0.05
+MIN_REPEATS, MAX_REPEATS, _ENOUGH_S = 2, 8, 0.05
+"""Each size is run at least, and at most, so often; no more once so many seconds have gone by."""
 _STEPS_IN_A_ROW, _PROBE_TOKENS = 4, 2
 _KV_TOKENS = (512, 4096, 16_384, 65_536)
 """Of all sequences of a batch; on a large GPU with a model of eight billion parameters the last is half a step."""
@@ -72,7 +73,7 @@ def measure_prefill(runner: ModelRunner, *, max_tokens: int, budget_s: float = 1
         budget_s: no longer one is tried after so many seconds of trying; the first one always is.
         agree: between ranks.
     """
-    capacity = most_measured_tokens(runner.groups, _num_blocks(runner))
+    capacity = most_measured_tokens(runner.groups, runner.num_blocks)
     most = max_tokens if capacity is None else min(max_tokens, capacity)
     sizes = sorted({min(_PREFILL_LENGTHS[0], most), *(n for n in _PREFILL_LENGTHS if n <= most)})
 
@@ -187,7 +188,7 @@ def _measure(
     points: list[tuple[int, float]] = []
     for size in sizes:
         times: list[float] = []
-        while len(times) < _MIN_REPEATS or (len(times) < _MAX_REPEATS and sum(times) < _ENOUGH_S):
+        while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and sum(times) < _ENOUGH_S):
             times.append(agree(run(size)))
         points.append((size, min(times)))
         spent += sum(times)
@@ -204,11 +205,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _prompt(runner: ModelRunner, num_tokens: int) -> list[Row]:
     tokens = [i % runner.model.config.vocab_size for i in range(num_tokens)]
-    return [Row(tokens, 0, measured_tables(runner.groups, _num_blocks(runner), num_tokens))]
-
-
-def _num_blocks(runner: ModelRunner) -> list[int]:
-    return [kv_cache.shape[1] for kv_cache in runner.kv_caches]
+    return [Row(tokens, 0, measured_tables(runner.groups, runner.num_blocks, num_tokens))]
 
 
 def _tables(groups: Sequence[KVCacheSpec], num_blocks: Sequence[int], num_tokens: int, index: int) -> SequenceTables:

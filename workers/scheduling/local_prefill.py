@@ -208,7 +208,7 @@ def warm_up_chunks(runner: ModelRunner, longest: int, max_model_len: int) -> Non
         max_model_len: tokens of the longest prompt.
     """
     prefix = runner.block_size
-    num_blocks = [kv_cache.shape[1] for kv_cache in runner.kv_caches]
+    num_blocks = runner.num_blocks
     capacity = most_measured_tokens(runner.groups, num_blocks)
     room = (max_model_len if capacity is None else min(max_model_len, capacity)) - prefix
     for length in sorted({min(length, room) for length in (2, longest)}):

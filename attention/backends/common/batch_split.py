@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from attention.kv_cache import key_rows, token_rows
+from attention.kv_cache import key_rows, take_rows, token_rows
 from attention.metadata import CommonAttentionMetadata
 
 
@@ -103,10 +103,7 @@ def gather_kv(kv_cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor
     """Keys and values of these slots, copied out of the cache: each (S, Hkv, D), of the cache's dtype."""
     _, _, block_size, heads, head_size = kv_cache.shape
     keys = key_rows(slots, block_size)
-    rows = token_rows(kv_cache)
-    if rows.dtype.itemsize == 1:  # indexing knows no FP8
-        rows = rows.view(torch.uint8)
-    gathered = rows.index_select(0, torch.cat((keys, keys + block_size))).view(kv_cache.dtype)
+    gathered = take_rows(token_rows(kv_cache), torch.cat((keys, keys + block_size)))
     key, value = gathered.view(2, -1, heads, head_size).unbind(0)
     return key, value
 

@@ -27,10 +27,11 @@ from attention.backends.flex_attention.plan import TILE, FlexGroup, plan_groups
 from attention.backends.triton_attn.backend import slopes_tensor
 from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport
 from attention.errors import AttentionInputError
-from attention.kv_cache import reshape_and_cache, token_rows
+from attention.fp8 import dequantize
+from attention.kv_cache import reshape_and_cache, take_rows, token_rows
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind, Platform
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
 _GATHERED_BYTES = 1 << 30
 """Keys and values gathered at a time on a GPU."""
@@ -111,13 +112,10 @@ class FlexAttentionImpl(AttentionImpl):
         """(S, Hkv, D) each, of the query's dtype."""
         block_size, *head = kv_cache.shape[2:]
         cache = token_rows(kv_cache)
-        if cache.dtype == FP8:  # indexing knows no FP8
-            cache = cache.view(torch.uint8)
-        key, value = (cache.index_select(0, half).view(-1, *head) for half in (rows, rows + block_size))
+        key, value = (take_rows(cache, half).view(-1, *head) for half in (rows, rows + block_size))
         if self.spec.fp8_cache:
             scales = self.kv_scales
-            key = key.view(FP8).float().mul_(scales.k).to(dtype)
-            value = value.view(FP8).float().mul_(scales.v).to(dtype)
+            key, value = dequantize(key, scales.k).to(dtype), dequantize(value, scales.v).to(dtype)
         return key, value
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: FlexGroup) -> torch.Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from attention.backends.common.batch_split import DecodePart, PrefillPart
 from attention.backends.mla.base import MLABackend, MLABuilder, MLAImpl, MLAMetadata
 from attention.capability import FLOATS, X86, Capabilities, DeviceSupport
+from attention.fp8 import dequantize
+from attention.kv_cache import take_rows
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind
 from attention.spec import FP8, Feature
@@ -101,11 +103,8 @@ class CpuMLAImpl(MLAImpl):
         return torch.cat(tiles)
 
     def _gather(self, kv_cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rows = kv_cache.view(-1, self.mla.latent_size)
-        if rows.dtype == FP8:  # indexing knows no FP8
-            stored = rows.view(torch.uint8).index_select(0, slots).view(FP8)
-            return (stored.float() * self.kv_scales.k).to(dtype)
-        return rows.index_select(0, slots)
+        stored = take_rows(kv_cache.view(-1, self.mla.latent_size), slots)
+        return dequantize(stored, self.kv_scales.k).to(dtype) if stored.dtype == FP8 else stored
 
 
 class CpuMLABackend(MLABackend):

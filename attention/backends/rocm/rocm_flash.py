@@ -20,6 +20,7 @@ from attention.backends.common.batch_split import BatchSplit, DecodePart, Prefil
 from attention.backends.triton_attn.backend import POWERS_OF_TWO
 from attention.capability import FLOATS, HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
+from attention.fp8 import dequantize
 from attention.kv_cache import reshape_and_cache
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind
@@ -96,8 +97,8 @@ class RocmFlashImpl(AttentionImpl):
         else:
             keys, values = gather_kv(kv_cache, part.slots)
             if self.spec.fp8_cache:
-                keys = (keys.float() * self.kv_scales.k).to(query.dtype)
-                values = (values.float() * self.kv_scales.v).to(query.dtype)
+                keys = dequantize(keys, self.kv_scales.k).to(query.dtype)
+                values = dequantize(values, self.kv_scales.v).to(query.dtype)
         if self._composable_kernel is not None and query.dtype in HALVES:
             window = self.spec.sliding_window
             attended = self._composable_kernel(

@@ -231,8 +231,8 @@ async def test_a_loss_why_it_lasts_and_the_return_are_said_once_each(caplog: pyt
     await until(lambda: "is back" in caplog.text)
     first, second, third, fourth = (record.getMessage() for record in caplog.records)
     assert first == "lost decode-0.0: killed"
-    assert second == "could not start decode-0, and goes on trying: ConfigError: no memory"
-    assert third == "could not start decode-0, and goes on trying: OSError: no file"
+    assert second == "could not start decode-0: ConfigError: no memory; it is tried again and again"
+    assert third == "could not start decode-0: OSError: no file; it is tried again and again"
     assert fourth.startswith("decode-0 is back, ")
     assert fourth.endswith(": decode-0.6")
     await stage.pools.stop()

@@ -218,8 +218,8 @@ def test_heads_are_rotated_in_place(kind: Any, rope: RopeConfig | None) -> None:
 
 
 def test_layers_that_turn_alike_share_a_rotation() -> None:
-    layers = [ROPES[1], ROPES[1], None, ROPES[2], RopeConfig(1e4), None]
-    rotations = make_rotations(layers, HEADS, MAX_POSITIONS, torch.float32, CPU)
-    assert list(rotations) == [ROPES[1], None, ROPES[2]]
-    assert rotations[None].prepare(POSITIONS) is None
+    layers = [(rope, HEADS) for rope in (ROPES[1], ROPES[1], None, ROPES[2], RopeConfig(1e4), None)]
+    rotations = make_rotations(layers, MAX_POSITIONS, torch.float32, CPU)
+    assert list(rotations) == [(ROPES[1], HEADS), (None, HEADS), (ROPES[2], HEADS)]
+    assert rotations[None, HEADS].prepare(POSITIONS) is None
     assert isinstance(make_rotation(None, HEADS, MAX_POSITIONS, torch.float32, CPU), PlainRotation)

@@ -7,7 +7,7 @@ if they are not there, from beside; `original_max_position_embeddings` from besi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,40 +71,6 @@ def read_rope(read: ConfigReader, head_size: int, max_positions: int, family: Ro
     original = family.original_max_position_embeddings if original is None else original
     context = _Context(read, family, head_size, max_positions, original)
     return _rope(context, ConfigReader(given, read.source, prefix=f"{key}."), family.theta)
-
-
-def read_rope_by_layer_type(
-    read: ConfigReader, layer_types: Iterable[str], head_size: int, max_positions: int, family: RopeFamily = PLAIN
-) -> Mapping[str, RopeConfig | None]:
-    """The rotation of each type of layer: one object for each in the settings, or the same for all of them.
-
-    Args:
-        read: the config.
-        layer_types: the types that the model's layers have.
-        head_size: D.
-        max_positions: the model's `max_position_embeddings`.
-        family: what its family adds.
-
-    Returns:
-        For each type its rotation; None where the settings are null, for layers that rotate nothing.
-
-    Raises:
-        CheckpointError: as `read_rope`, or a type of layer has no settings.
-    """
-    names = list(dict.fromkeys(layer_types))
-    key, given = _settings(read, family)
-    if not any(name in given for name in names):
-        return dict.fromkeys(names, read_rope(read, head_size, max_positions, family))
-    context = _Context(read, family, head_size, max_positions, None)
-    ropes: dict[str, RopeConfig | None] = {}
-    for name in names:
-        if name not in given:
-            raise read.error(f"{key}.{name}", f"is missing, beside {', '.join(map(repr, given))}")
-        settings = given[name]
-        ropes[name] = (
-            None if settings is None else _rope(context, _reader(read, f"{key}.{name}", settings), family.theta)
-        )
-    return ropes
 
 
 def read_global_and_local_rope(

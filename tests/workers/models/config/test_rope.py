@@ -17,10 +17,9 @@ from workers.models.config.rope import (
     RopeFamily,
     read_global_and_local_rope,
     read_rope,
-    read_rope_by_layer_type,
     read_rotating_layers,
 )
-from workers.ops.rope_config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from workers.ops.rope_config import LinearScaling, RopeConfig, YarnScaling
 from workers.ops.rope_frequencies import attention_factor, inverse_frequencies
 
 HEAD, POSITIONS = 64, 4096
@@ -215,27 +214,6 @@ def test_gemma3_reads_the_oldest_spelling_of_a_kind() -> None:
     assert local == RopeConfig(1e4)
 
 
-def test_settings_for_each_type_of_layer() -> None:
-    types = ["full_attention", "sliding_attention", "full_attention"]
-    nested = {"full_attention": {"rope_type": "llama3", **LLAMA3}, "sliding_attention": {"rope_theta": 3e4}}
-    read, theirs = both(
-        "gemma3_text", {"head_dim": HEAD, "num_hidden_layers": 3, "layer_types": types, "rope_parameters": nested}
-    )
-    ropes = read_rope_by_layer_type(read, types, HEAD, POSITIONS, RopeFamily(theta=1e6))
-    assert list(ropes) == ["full_attention", "sliding_attention"]
-    for name, rope in ropes.items():
-        assert rope is not None
-        assert_reads_as(rope, theirs, name)
-    assert ropes["full_attention"] == RopeConfig(1e6, Llama3Scaling(8.0, 1.0, 4.0, POSITIONS))
-
-
-def test_one_object_is_for_all_types_of_layers_and_null_for_none() -> None:
-    flat = ConfigReader({"rope_parameters": {"rope_theta": 7.0}}, "config.json")
-    assert read_rope_by_layer_type(flat, ("a", "b", "a"), HEAD, POSITIONS) == dict.fromkeys("ab", RopeConfig(7.0))
-    nested = ConfigReader({"rope_theta": 7.0, "rope_parameters": {"a": None, "b": {}}}, "config.json")
-    assert read_rope_by_layer_type(nested, ("a", "b"), HEAD, POSITIONS) == {"a": None, "b": RopeConfig(7.0)}
-
-
 @pytest.mark.parametrize(
     "config",
     [{}, {"no_rope_layers": []}, {"no_rope_layers": [1, 0, 0, 1, 1, 1]}, {"no_rope_layer_interval": 3}],
@@ -323,27 +301,6 @@ def test_a_proportional_share_needs_no_partial_rotation() -> None:
     )
     rope = read_rope(read, HEAD, POSITIONS, PLAIN)
     assert rope.rotary_dim(HEAD) == HEAD
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.sliding_attention: is missing"),
-        (
-            {"rope_parameters": {"full_attention": {}, "sliding_attention": 3}},
-            "rope_parameters.sliding_attention: must be an object, not 3",
-        ),
-        (
-            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "axial"}}},
-            "rope_parameters.sliding_attention.rope_type: 'axial' is not supported",
-        ),
-    ],
-)
-def test_errors_name_the_type_of_layer(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        read_rope_by_layer_type(
-            ConfigReader(config, "config.json"), ("full_attention", "sliding_attention"), HEAD, POSITIONS
-        )
 
 
 @pytest.mark.parametrize(
