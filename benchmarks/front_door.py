@@ -11,10 +11,7 @@ the two trees are measured in turn, several times, and the medians compared.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT, Environment
+from benchmarks.line_process import LineProcess
 from benchmarks.report import to_json, write_json
 
 _PROCESS = Path(__file__).with_name("front_door_process.py")
@@ -29,43 +27,12 @@ _WARM_UP_S = 2.0
 _PATIENCE_S = 120.0
 
 
-class _Process:
-    """One of the two, asked and answered by lines of JSON."""
-
-    def __init__(self, pythonpath: str, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROCESS), *arguments],
-            env={**os.environ, "PYTHONPATH": pythonpath},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process ended with {self._process.wait()}")
-        result: dict[str, Any] = json.loads(line)
-        return result
-
-    def ask(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 def measure(pythonpath: str, streams: int, step_s: float, seconds: float) -> dict[str, Any]:
     """One run: tokens, messages, processor seconds of the server, and what follows from them."""
-    processes = [server := _Process(pythonpath, "server", str(streams), str(step_s))]
+    processes = [server := LineProcess(_PROCESS, pythonpath, "server", str(streams), str(step_s))]
     try:
         hello = server.answer()
-        processes.append(client := _Process(pythonpath, "client", hello["address"], str(streams)))
+        processes.append(client := LineProcess(_PROCESS, pythonpath, "client", hello["address"], str(streams)))
         patience_ends = time.monotonic() + _PATIENCE_S
         while client.ask()["begun"] < streams:
             if time.monotonic() > patience_ends:

@@ -13,7 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attention_tables, gpu_change_tables, gpu_tables, model_tables, pool_tables, router_tables
+from benchmarks import (
+    attention_tables,
+    door_tables,
+    gpu_change_tables,
+    gpu_tables,
+    model_tables,
+    pool_tables,
+    router_tables,
+)
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.markdown import provenance, read_result, table
@@ -85,6 +93,7 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
         **gpu_change_tables.TABLES,
         **pool_tables.TABLES,
         **{name: _of_result(name, make) for name, make in router_tables.TABLES.items()},
+        **{name: _of_result(name, make) for name, make in door_tables.TABLES.items()},
     },
     "attention.md": attention_tables.TABLES,
     "models.md": model_tables.TABLES,

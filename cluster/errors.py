@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.errors import BatonError
+from workers.errors import BatonError, InvalidRequestError
 
 
 class QueueFullError(BatonError):
@@ -43,6 +43,10 @@ class WorkerLeavesError(BatonError):
 
 class ServiceBrokenError(BatonError):
     """Something that the whole service stands on is gone: it has ended."""
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names another model than the one that is served."""
 
 
 class AuthenticationError(BatonError):

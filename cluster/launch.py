@@ -36,6 +36,7 @@ from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
+from cluster.text.sampling_defaults import read_sampling_defaults
 from cluster.text.tokenizer import Tokenizer
 from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.transports.local import LocalFabric
@@ -94,6 +95,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
     if config.model.load_format == "auto":
         await asyncio.to_thread(stored_tensors, folder)  # what is truncated or no checkpoint is told before Ray starts
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    defaults = read_sampling_defaults(folder) if config.model.generation_config == "auto" else {}
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
@@ -138,7 +140,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
         broken = _watch_ray() if present is not None else asyncio.get_running_loop().create_future()
         stack.callback(broken.cancel)
-        yield Service(engine, Generation(engine, tokenizer, info), info, readiness, broken)
+        yield Service(engine, Generation(engine, tokenizer, info, defaults), info, readiness, broken)
 
 
 def check_backend_name(section: str, name: str) -> None:

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from workers.errors import InvalidRequestError
+
 MAX_LENGTH = 128
+MAX_NAME_BYTES = 128
+
+
+def check_name(field: str, text: str) -> str:
+    """A name that a client gives, of a request or of itself.
+
+    Raises:
+        InvalidRequestError: it has more than `MAX_NAME_BYTES`.
+    """
+    size = len(text.encode("utf-8", "replace"))
+    if size > MAX_NAME_BYTES:
+        raise InvalidRequestError(f"{field} has {size} bytes, at most {MAX_NAME_BYTES} are allowed")
+    return text
 
 
 def clean_request_id(given: str) -> str:

@@ -32,6 +32,8 @@ class SamplingParams:
         max_tokens: the most tokens to generate; None goes on to the end of the context window.
         min_tokens: no end-of-sequence or stop token before this many were generated.
         logprobs: log-probabilities of the chosen and of this many most likely tokens; None returns none.
+        include_stop_str_in_output: what ended the text, a stop string or a token, is part of the text.
+        skip_special_tokens: special tokens have no text.
 
     Raises:
         InvalidRequestError: a value outside its range.
@@ -51,6 +53,8 @@ class SamplingParams:
     max_tokens: int | None = None
     min_tokens: int = 0
     logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0.0, 100.0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli.stop_signals import StopSignals
-from cluster.config.groups import groups_of
+from cluster.cli.welcome import welcome
 from cluster.config.load import describe_settings, load_config
 from cluster.config.schema import ServiceConfig
 from cluster.errors import ServiceBrokenError
@@ -19,7 +19,7 @@ from workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.gateway.readiness import Readiness
-    from cluster.server.grpc.serve import Server
+    from cluster.server.doors import Doors
 
 _EPILOG = """\
 Settings come from the defaults, then the file, then the environment (BATON_SECTION__KEY, as in BATON_SERVER__PORT, and
@@ -38,8 +38,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.description = (
-        "Start Ray if needed, the workers and the gRPC server. Ctrl-C, SIGTERM or SIGHUP stops all of it when the "
-        "requests under way are done (server.drain_timeout_s); a second one does not wait for them."
+        "Start Ray if needed, the workers, the gRPC server and OpenAI's HTTP server. Ctrl-C, SIGTERM or SIGHUP stops "
+        "all of it when the requests under way are done (server.drain_timeout_s); a second one does not wait for them."
     )
     parser.epilog = _EPILOG.format(settings=describe_settings())
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", help="address to listen on (server.host)")
     parser.add_argument("--port", metavar="N", help="port to listen on (server.port)")
+    parser.add_argument("--http-port", metavar="N", help="port of the HTTP server (server.http.port)")
     parser.add_argument("--prefill", metavar="N", help="prefill workers (prefill.replicas)")
     parser.add_argument("--decode", metavar="N", help="decode workers (decode.replicas)")
     parser.add_argument(
@@ -72,12 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from cluster.server.grpc.listen import check_access
+    from cluster.server.doors import check_files
 
     config = load_config(args.config, overrides=overrides_of(args))
     if args.check:
-        check_access(config.server)
-        groups_of(config)
+        check_files(config.server)
         print("The settings are right.")
         return 0
     level = logging.INFO if args.verbose else logging.WARNING
@@ -98,6 +98,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
         "ray.address": args.address,
         "server.host": args.host,
         "server.port": args.port,
+        "server.http.port": args.http_port,
         "prefill.replicas": args.prefill,
         "decode.replicas": args.decode,
         **_of_both_pools("tensor_parallel_size", args.tensor_parallel_size),
@@ -143,22 +144,21 @@ async def _until_signal(config: ServiceConfig) -> None:
 
 
 async def _serve(config: ServiceConfig, console: Any, signals: StopSignals) -> None:
-    from cluster.server.grpc.listen import check_server, exposure_warnings
-    from cluster.server.grpc.serve import Server
+    from cluster.server.doors import Doors, check_doors
 
-    await check_server(config.server)
-    server = Server(config.server)
-    await server.open()
+    warnings = await check_doors(config.server)
+    doors = Doors(config.server)
+    await doors.open()
     try:
-        await _launch(config, server, console, signals, exposure_warnings(config.server))
+        await _launch(config, doors, console, signals, warnings)
     finally:
-        await server.stop(grace_s=0)
+        await doors.stop(grace_s=0)
 
 
 async def _launch(
-    config: ServiceConfig, server: Server, console: Any, signals: StopSignals, warnings: Sequence[str]
+    config: ServiceConfig, doors: Doors, console: Any, signals: StopSignals, warnings: Sequence[str]
 ) -> None:
-    """Start what is behind the server, serve, and stop it."""
+    """Start what is behind the doors, serve, and stop it."""
     from cluster.launch import launch
     from cluster.server.garbage_collector import settle
 
@@ -168,7 +168,7 @@ async def _launch(
         def report(step: str) -> None:
             console.print(f"{time.monotonic() - began:6.1f} s  {step}", markup=False, highlight=False, soft_wrap=True)
             status.update(step)
-            asyncio.run_coroutine_threadsafe(server.starting(step), loop)  # some steps are told by other threads
+            asyncio.run_coroutine_threadsafe(doors.starting(step), loop)  # some steps are told by other threads
 
         async with launch(config, report) as service:
             stopping = asyncio.Event()
@@ -176,18 +176,18 @@ async def _launch(
             service.broken.add_done_callback(lambda _: stopping.set())
             # Ray puts its own SIGTERM handler in place when it starts.
             signals.take()
-            await server.serve(service.generation, service.engine, service.model_info, service.readiness.health)
-            following = asyncio.gather(service.readiness.run(), _follow(service.readiness, server))
+            await doors.serve(service.generation, service.engine, service.model_info, service.readiness.health)
+            following = asyncio.gather(service.readiness.run(), _follow(service.readiness, doors))
             settle()
             status.stop()
             for warning in warnings:
                 console.print(f"warning: {warning}", style="yellow", markup=False)
-            print(_welcome(config, server.address, service.model_info), flush=True)
+            print(welcome(config, service.model_info, doors.address, doors.http_url), flush=True)
             await stopping.wait()
             broken = service.broken.result() if service.broken.done() else None
             if broken is not None:
                 _tell(console, broken[0].upper() + broken[1:] + ".")
-            await _drain(server, config.server.drain_timeout_s, console, signals)
+            await _drain(doors, config.server.drain_timeout_s, console, signals)
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await following
@@ -195,27 +195,27 @@ async def _launch(
                 raise ServiceBrokenError(broken)
 
 
-async def _follow(readiness: Readiness, server: Server) -> None:
+async def _follow(readiness: Readiness, doors: Doors) -> None:
     """Have health checks told how the service is, for ever."""
     async for found in readiness.follow():
-        await server.report(found)
+        await doors.report(found)
 
 
-async def _drain(server: Server, timeout_s: float, console: Any, signals: StopSignals) -> None:
-    """Stop the server when the requests under way are done, when their time is over, or at once at a second signal."""
+async def _drain(doors: Doors, timeout_s: float, console: Any, signals: StopSignals) -> None:
+    """Close the doors when the requests under way are done, when their time is over, or at once at a second signal."""
     _tell(
         console,
         f"Draining: new requests are refused, those under way have {timeout_s:g} s. Once more to stop at once.",
     )
-    draining = asyncio.create_task(server.drain(timeout_s))
+    draining = asyncio.create_task(doors.drain(timeout_s))
     at_once = asyncio.create_task(signals.at_once.wait())
     await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
     for task in (draining, at_once):
         task.cancel()
-    left = server.num_calls
+    left = doors.num_calls
     if left:
         _tell(console, f"{left} {'request was' if left == 1 else 'requests were'} not finished and ended.")
-    await server.stop(grace_s=0)
+    await doors.stop(grace_s=0)
     signals.release()
 
 
@@ -223,30 +223,3 @@ def _tell(console: Any, line: str) -> None:
     """Print a line where somebody may read it: the terminal may have been closed."""
     with contextlib.suppress(OSError):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _sizes(config: ServiceConfig) -> str:
-    """How many workers there are to begin with."""
-    return ", ".join(f"{group.settings.replicas} {group.key}" for group in groups_of(config))
-
-
-def _welcome(config: ServiceConfig, address: str, model: Any) -> str:
-    from cluster.recall import EXAMPLE, is_shipped
-
-    tls, token = config.server.tls_cert is not None, config.server.auth_token is not None
-    client = "" if address == "127.0.0.1:50051" else f" --server {address}"
-    client += " --tls-ca CA.pem" if tls else ""
-    curl = "" if tls else "-plaintext "
-    curl += '-H "authorization: Bearer $BATON_TOKEN" ' if token else ""
-    prompt = EXAMPLE if is_shipped(config.model.path) else "Hello"
-    lines = [
-        f"Baton serves {model.name} on {address} ({_sizes(config)}, context {model.max_model_len} tokens).",
-        "Try it:",
-        f'  baton generate "{prompt}"{client}',
-        f"  baton status{client}",
-    ]
-    if config.server.reflection:
-        lines.append(f'  grpcurl {curl}-d \'{{"text": "{prompt}"}}\' {address} baton.v1.Baton/Generate')
-    if token:
-        lines.insert(2, "  export BATON_TOKEN=…   the server asks for its token")
-    return "\n".join([*lines, "Ctrl-C stops it."])

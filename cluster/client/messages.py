@@ -52,7 +52,10 @@ class PositionLogprobs:
 
 @dataclass(frozen=True)
 class GenerateChunk:
-    """A part of an answer (or all of it); `finish_reason`, `usage` and `report` are in the last one."""
+    """A part of an answer (or all of it); `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
+
+    `stop_reason`: which of the request's stop strings or stop tokens ended it; None: something else did.
+    """
 
     request_id: str
     text: str
@@ -61,6 +64,7 @@ class GenerateChunk:
     finish_reason: FinishReason | None
     usage: Usage | None
     report: RequestReport | None
+    stop_reason: str | int | None = None
 
 
 def generate_request(
@@ -125,6 +129,7 @@ def chunk(response: baton_pb2.GenerateResponse) -> GenerateChunk:
         finish_reason=convert.finish_reason_from_proto(response.finish_reason),
         usage=convert.usage_from_proto(response.usage) if response.HasField("usage") else None,
         report=convert.report_from_proto(response.timings) if response.HasField("timings") else None,
+        stop_reason=convert.stop_reason_from_proto(response.stop_reason),
     )
 
 

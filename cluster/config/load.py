@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster.config.access import with_access
 from cluster.config.groups import build_pool, merge_groups, parse_group_setting, read_groups
 from cluster.config.parse import build, check_key, parse_text
 from cluster.config.rules import check_together
-from cluster.config.schema import POOLS, SECTIONS, ServiceConfig
+from cluster.config.schema import POOLS, SECTIONS, TOP_SECTIONS, ServiceConfig, sections_in, settings_of
 from workers.errors import ConfigError
 
 CLIENT_TOKEN_VARIABLE = "BATON_TOKEN"
@@ -51,13 +52,17 @@ def load_config(
         _merge(values, _read_file(Path(path)))
     _merge(values, _read_environment(os.environ if environ is None else environ))
     _merge(values, _read_overrides(overrides or {}))
-    sections = {
+    built = {
         name: build_pool(name, cls, values[name]) if name in POOLS else build(name, cls, values[name])
         for name, cls in SECTIONS.items()
     }
+    sections = {
+        name: replace(built[name], **{inner: built[f"{name}.{inner}"] for inner in sections_in(cls)})
+        for name, cls in TOP_SECTIONS.items()
+    }
     config = ServiceConfig(**sections)
     check_together(config)
-    return _with_token(config)
+    return replace(config, server=with_access(config.server))
 
 
 def client_token(environ: Mapping[str, str] | None = None) -> str | None:
@@ -92,14 +97,14 @@ def check_setting(key: str) -> None:
     Raises:
         ConfigError: the text has the nearest key that exists.
     """
-    check_key(key, [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)])
+    check_key(key, [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in settings_of(cls)])
 
 
 def describe_settings() -> str:
     """Every key with its default and meaning, one a line."""
     lines = []
     for section, cls in SECTIONS.items():
-        for f in fields(cls):
+        for f in settings_of(cls):
             default = "-" if f.default is None else str(f.default)
             lines.append(f"  {section + '.' + f.name:<32} {default:<10} {f.metadata['doc']}")
     return "\n".join(lines)
@@ -117,15 +122,12 @@ def _read_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of sections ({', '.join(SECTIONS)}), not {content!r:.80}")
-    for section, entries in content.items():
-        check_key(str(section), list(SECTIONS))
-        if not isinstance(entries, dict | None):
-            raise ConfigError(f"section {section} in {path} must be a mapping of keys to values, not {entries!r}")
-        for name in entries or {}:
-            check_setting(f"{section}.{name}")
+    for section in content:
+        check_key(str(section), list(TOP_SECTIONS))
+    flat = {name: each for section, entries in content.items() for name, each in _flat(section, entries, path)}
     sections: dict[str, Any] = {
-        section: _with_words(section, SECTIONS[section], _with_paths(SECTIONS[section], entries or {}, path.parent))
-        for section, entries in content.items()
+        section: _with_words(section, SECTIONS[section], _with_paths(SECTIONS[section], entries, path.parent))
+        for section, entries in flat.items()
     }
     for pool in POOLS:
         if "groups" in sections.get(pool, {}):
@@ -133,9 +135,21 @@ def _read_file(path: Path) -> dict[str, Any]:
     return sections
 
 
+def _flat(section: str, entries: object, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """A section of a file and those in it, each with its own settings."""
+    if not isinstance(entries, dict | None):
+        raise ConfigError(f"section {section} in {path} must be a mapping of keys to values, not {entries!r}")
+    inner = {name: f"{section}.{name}" for name in sections_in(SECTIONS[section])}
+    own = {name: value for name, value in (entries or {}).items() if name not in inner}
+    for name in own:
+        check_setting(f"{section}.{name}")
+    nested = [_flat(key, (entries or {})[name], path) for name, key in inner.items() if name in (entries or {})]
+    return [(section, own), *(each for pairs in nested for each in pairs)]
+
+
 def _with_paths(cls: type[Any], entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Entries of a file in this folder, whose paths are relative to it, wherever the command is started."""
-    paths = {f.name for f in fields(cls) if f.metadata.get("is_path")}
+    paths = {f.name for f in settings_of(cls) if f.metadata.get("is_path")}
     return {
         name: _path_from(folder, value, name)
         if name in paths and isinstance(value, str) and value.strip() and value != _WORD_FOR_NONE
@@ -150,7 +164,7 @@ def _with_words(section: str, cls: type[Any], entries: Mapping[str, Any]) -> dic
     Raises:
         ConfigError: a blank one.
     """
-    strict = {f.name for f in fields(cls) if f.metadata.get("not_blank")}
+    strict = {f.name for f in settings_of(cls) if f.metadata.get("not_blank")}
     for name, value in entries.items():
         if name in strict and value is None:
             raise ConfigError(f"{section}.{name} is empty; give a value, or {_WORD_FOR_NONE} to run without")
@@ -184,7 +198,8 @@ def _read_environment(environ: Mapping[str, str]) -> _Values:
     values: _Values = {name: {} for name in SECTIONS}
     if backend := environ.get(_BACKEND_VARIABLE):
         values["prefill"]["attention_backend"] = values["decode"]["attention_backend"] = backend
-    known = {f"{_PREFIX}{s}__{f.name}".upper(): f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)}
+    keys = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in settings_of(cls)]
+    known = {f"{_PREFIX}{key.replace('.', '__')}".upper(): key for key in keys}
     for variable, text in environ.items():
         # Without a double underscore it is somebody else's: a Kubernetes service named baton sets BATON_PORT and more.
         if not variable.startswith(_PREFIX) or "__" not in variable:
@@ -203,7 +218,7 @@ def _is_of_group(key: str) -> bool:
 
 def _put(values: _Values, key: str, called: str, value: Any) -> None:
     """Set what a known key, or one of a group, says: a value, or the text of one. Messages have it as `called`."""
-    section, _, name = key.partition(".")
+    section, _, name = key.partition(".") if _is_of_group(key) else key.rpartition(".")
     cls = SECTIONS[section]
     if _is_of_group(key):
         group, name, parsed = parse_group_setting(key, called, cls, value)
@@ -220,19 +235,3 @@ def _merge(values: _Values, more: Mapping[str, Mapping[str, Any]]) -> None:
         values[section].update(entries)
         if groups:
             values[section]["groups"] = groups
-
-
-def _with_token(config: ServiceConfig) -> ServiceConfig:
-    """Put the content of `server.auth_token_file` into `server.auth_token`."""
-    path = config.server.auth_token_file
-    if path is None:
-        return config
-    try:
-        token = Path(path).expanduser().read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise ConfigError(f"cannot read server.auth_token_file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"server.auth_token_file {path} holds characters that a gRPC header cannot carry") from error
-    if not token:
-        raise ConfigError(f"server.auth_token_file {path} is empty")
-    return replace(config, server=replace(config.server, auth_token=token))

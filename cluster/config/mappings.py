@@ -1,4 +1,5 @@
-"""Settings that are pairs of a name and a value: a mapping in a file, NAME=VALUE,NAME=VALUE as a text."""
+"""Settings of several values. Pairs of a name and a value: a mapping in a file, NAME=VALUE,NAME=VALUE as a text; and
+texts: a list in a file, TEXT,TEXT as a text."""
 
 from __future__ import annotations
 
@@ -37,3 +38,27 @@ def normal_pairs(kind: Any, value: object) -> dict[str, Any] | None:
     normal = {name: float(v) if value_kind is float and type(v) is int else v for name, v in value.items()}
     good = all(type(name) is str and name.strip() and type(v) is value_kind for name, v in normal.items())
     return normal if good else None
+
+
+def is_texts(kind: Any) -> bool:
+    """Whether a field of type `kind` holds several texts: tuple[str, ...]."""
+    return get_origin(kind) is tuple
+
+
+def parse_texts(text: str) -> tuple[str, ...]:
+    """The texts in one, with commas between them.
+
+    Raises:
+        ValueError: one is blank.
+    """
+    texts = normal_texts([part.strip() for part in text.split(",")])
+    if texts is None:
+        raise ValueError(text)
+    return texts
+
+
+def normal_texts(value: object) -> tuple[str, ...] | None:
+    """`value` as a tuple; None if it is no list of texts, is empty, or one is blank."""
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    return tuple(value) if all(type(text) is str and text.strip() for text in value) else None

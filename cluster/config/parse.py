@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from cluster.config.mappings import describe_pairs, is_pairs, normal_pairs, parse_pairs
+from cluster.config.mappings import (
+    describe_pairs,
+    is_pairs,
+    is_texts,
+    normal_pairs,
+    normal_texts,
+    parse_pairs,
+    parse_texts,
+)
 from workers.errors import ConfigError
 
 T = TypeVar("T")
@@ -71,6 +79,8 @@ def parse_text(key: str, cls: type[Any], name: str, text: str) -> Any:
     try:
         if is_pairs(kind):
             return parse_pairs(kind, stripped)
+        if is_texts(kind):
+            return parse_texts(stripped)
         if kind is bool:
             return _BOOLS[stripped.lower()]
         return text if kind is str else kind(stripped)
@@ -96,6 +106,8 @@ def _check_value(key: str, cls: type[Any], setting: Field[Any], value: Any) -> A
         return None
     if is_pairs(kind):
         return _check_pairs(key, cls, setting, value)
+    if is_texts(kind):
+        return _check_texts(key, cls, setting, value)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -120,6 +132,13 @@ def _check_pairs(key: str, cls: type[Any], setting: Field[Any], value: Any) -> d
     return pairs
 
 
+def _check_texts(key: str, cls: type[Any], setting: Field[Any], value: Any) -> tuple[str, ...]:
+    texts = normal_texts([value] if isinstance(value, str) else value)
+    if texts is None:
+        raise ConfigError(_wrong_type(key, cls, setting.name, value))
+    return texts
+
+
 def _check_range(key: str, value: float, rules: Mapping[str, Any]) -> None:
     low, high, above = rules.get("low", -math.inf), rules.get("high", math.inf), rules.get("above", -math.inf)
     if low <= value <= high and value > above and math.isfinite(value):
@@ -142,5 +161,5 @@ def _kind_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
 def _wrong_type(key: str, cls: type[Any], name: str, value: object) -> str:
     kind, optional = _kind_of(cls, name)
     hint = " (put it in quotes)" if kind is str and isinstance(value, int | float) else ""
-    what = describe_pairs(kind) if is_pairs(kind) else _TYPE_NAMES[kind]
+    what = describe_pairs(kind) if is_pairs(kind) else "a list of texts" if is_texts(kind) else _TYPE_NAMES[kind]
     return f"{key} is {value!r}, it must be {what}{' or null' if optional else ''}{hint}"

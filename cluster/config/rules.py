@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from cluster.config.access import DEFAULT_HTTP_PORT
 from cluster.config.groups import groups_of
-from cluster.config.schema import POOLS, PoolConfig, ServiceConfig
+from cluster.config.schema import POOLS, PoolConfig, ServerConfig, ServiceConfig
 from workers.errors import ConfigError
 
 _NO_ATTENTION = "NO_ATTENTION"
@@ -21,17 +22,37 @@ def check_together(config: ServiceConfig) -> None:
         ConfigError: the first rule that is broken.
     """
     server = config.server
-    if (server.tls_cert is None) != (server.tls_key is None):
-        missing = "server.tls_key" if server.tls_key is None else "server.tls_cert"
-        raise ConfigError(f"TLS needs both server.tls_cert and server.tls_key; {missing} is not set")
+    _check_tls("server", server.tls_cert, server.tls_key)
     if server.tls_client_ca is not None and server.tls_cert is None:
         raise ConfigError("server.tls_client_ca is set without server.tls_cert: client certificates need TLS")
     if server.auth_token is not None and server.auth_token_file is not None:
         raise ConfigError("both server.auth_token and server.auth_token_file are set; give one")
+    _check_http(server)
     for group in groups_of(config):
         _check_group(group.section, group.settings, config)
     for role in POOLS:
         _check_somebody_is_there(role, config)
+
+
+def _check_tls(section: str, cert: str | None, key: str | None) -> None:
+    """A certificate needs its key."""
+    if (cert is None) != (key is None):
+        missing = f"{section}.tls_key" if key is None else f"{section}.tls_cert"
+        raise ConfigError(f"TLS needs both {section}.tls_cert and {section}.tls_key; {missing} is not set")
+
+
+def _check_http(server: ServerConfig) -> None:
+    """The rules for the second door."""
+    http = server.http
+    _check_tls("server.http", http.tls_cert, http.tls_key)
+    if http.tls_client_ca is not None and http.tls_cert is None and server.tls_cert is None:
+        raise ConfigError("server.http.tls_client_ca is set without server.http.tls_cert: client certificates need TLS")
+    port = DEFAULT_HTTP_PORT if http.port is None else http.port
+    if http.enabled and port and (http.host, port) == (server.host, server.port):
+        raise ConfigError(
+            f"server.port and server.http.port are both {port}: give one of them another, or set "
+            "server.http.enabled=false"
+        )
 
 
 def _check_group(name: str, pool: PoolConfig, config: ServiceConfig) -> None:

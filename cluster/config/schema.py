@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
 
@@ -32,6 +32,39 @@ class ModelConfig:
         False, "let NO_ATTENTION serve, whose answers mean nothing: to profile what is beside attention"
     )
     load_format: str = _setting("auto", "dummy gives random weights", choices=("auto", "dummy"))
+    generation_config: str = _setting(
+        "auto",
+        "auto takes what requests leave open of sampling from the checkpoint's generation_config.json",
+        choices=("auto", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class HttpConfig:
+    """The OpenAI HTTP server, beside the gRPC server. What it does not say of access is as there."""
+
+    enabled: bool = _setting(True, "answer OpenAI's HTTP interface, too")
+    host: str = _setting("127.0.0.1", "address to listen on; only this machine by default")
+    port: int | None = _setting(
+        None, "0 takes a free one; default: 8000, or a free one where server.port is 0", low=0, high=65535
+    )
+    api_keys: tuple[str, ...] | None = _setting(
+        None, "keys, of which a call must carry one as its bearer token; default: server.auth_token", secret=True
+    )
+    tls_cert: str | None = _setting(
+        None, "PEM file with the certificate chain; turns TLS on; default: server.tls_cert", is_path=True
+    )
+    tls_key: str | None = _setting(None, "PEM file with the certificate's key; default: server.tls_key", is_path=True)
+    tls_client_ca: str | None = _setting(
+        None,
+        "PEM file; clients must show a certificate signed by one of these; default: server.tls_client_ca, where "
+        "server.tls_cert is taken too",
+        is_path=True,
+    )
+    cors_origins: tuple[str, ...] | None = _setting(
+        None, "origins of web pages that may call, such as https://chat.example; * is any; default: none"
+    )
+    max_body_mb: float = _setting(32.0, "a request's body is no larger than so many MB (10^6 bytes)", above=0)
 
 
 @dataclass(frozen=True)
@@ -68,6 +101,7 @@ class ServerConfig:
     )
     health_timeout_s: float = _setting(10.0, "a canary request that is not answered by then has failed", above=0)
     reflection: bool = _setting(True, "let clients such as grpcurl ask for the interface")
+    http: HttpConfig = field(default=HttpConfig(), metadata={"is_section": True})
 
 
 @dataclass(frozen=True)
@@ -216,5 +250,22 @@ class ServiceConfig:
     ray: RayConfig = RayConfig()
 
 
-SECTIONS: dict[str, type[Any]] = get_type_hints(ServiceConfig)
+def settings_of(cls: type[Any]) -> list[Field[Any]]:
+    """The settings of a section itself, without those of the sections in it."""
+    return [f for f in fields(cls) if not f.metadata.get("is_section")]
+
+
+def sections_in(cls: type[Any]) -> dict[str, type[Any]]:
+    """The sections in a section, by name."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.metadata.get("is_section")}
+
+
+TOP_SECTIONS: dict[str, type[Any]] = get_type_hints(ServiceConfig)
+SECTIONS: dict[str, type[Any]] = {
+    name: each
+    for top, cls in TOP_SECTIONS.items()
+    for name, each in ((top, cls), *((f"{top}.{inner}", each) for inner, each in sections_in(cls).items()))
+}
+"""All, by what their keys begin with: `server.http` is a section in a section."""
 POOLS = ("prefill", "decode")

@@ -28,6 +28,19 @@ def credentials_of(config: ServerConfig) -> Credentials | None:
     return lambda: only
 
 
+def http_credentials_of(config: ServerConfig) -> Credentials | None:
+    """Those of the HTTP server: keys of its own, else the gRPC server's.
+
+    Raises:
+        ConfigError: a key is wrong, or the file or a token in it.
+    """
+    keys = config.http.api_keys
+    if keys is None or keys == (config.auth_token,):
+        return credentials_of(config)
+    own = tuple(Credential(key) for key in keys)
+    return lambda: own
+
+
 def _read(path: str) -> tuple[Credential, ...]:
     try:
         return parse_credentials(Path(path).expanduser().read_text(encoding="ascii"))

@@ -15,16 +15,24 @@ class StopStrings:
     Every stop string is followed with the automaton of Knuth, Morris and Pratt ("Fast Pattern Matching in Strings",
     1977), so the cost is linear in the text whatever the strings are.
 
+    Args:
+        stops: the stop strings.
+        include: the match itself is part of the text.
+
+    Attributes:
+        found: the stop string that ended the text; None while it goes on.
+
     Raises:
         ValueError: a stop string is empty.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         if any(not stop for stop in stops):
             raise ValueError("a stop string is empty")
+        self.found: str | None = None
+        self._include = include
         self._automata = [_Automaton(stop) for stop in stops]
         self._held = ""
-        self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take more text.
@@ -33,16 +41,16 @@ class StopStrings:
             The text that may be shown now, and whether a stop string was found: then it is the last of the text,
             and whatever comes later is dropped.
         """
-        if self._stopped:
+        if self.found is not None:
             return "", True
         if not self._automata:
             return text, False
         pending = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
-            match = max((len(automaton.stop) for automaton in self._automata if automaton.step(char)), default=0)
+            match = max((automaton.stop for automaton in self._automata if automaton.step(char)), key=len, default="")
             if match:
-                self._held, self._stopped = "", True
-                return pending[: end - match], True
+                self._held, self.found = "", match
+                return pending[: end if self._include else end - len(match)], True
         keep = len(pending) - max(automaton.num_matched for automaton in self._automata)
         self._held = pending[keep:]
         return pending[:keep], False

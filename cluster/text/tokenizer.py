@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.text.detokenizer import TokenKind
+from cluster.text.detokenizer import TextDecoder, TokenKind
 from cluster.text.length_bound import LengthBound, length_bound
+from cluster.text.token_bytes import TokenBytes
 from workers.errors import CheckpointError, InvalidRequestError
 
 if TYPE_CHECKING:
     import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""What the template is given by this side, and no client may give it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Tokenizer:
         eos_token_ids: tokens that end a text, of the tokenizer and of the model's generation config.
         vocab_size: one more than the highest token id.
         length_bound: how much text a number of tokens can stand for, if this tokenizer allows to say so.
+        token_bytes: the bytes that a token stands for, by its id.
     """
 
     def __init__(self, hf_tokenizer: Any, model_eos_token_ids: frozenset[int] = frozenset()) -> None:
@@ -50,6 +60,7 @@ class Tokenizer:
         self._kinds = _token_kinds(self._rust)
         self.vocab_size: int = len(self._kinds)
         self.length_bound: LengthBound | None = length_bound(self._rust)
+        self.token_bytes = TokenBytes(self._rust)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -125,25 +136,70 @@ class Tokenizer:
         """What a token does to the text."""
         return self._kinds[token_id] if 0 <= token_id < len(self._kinds) else TokenKind.SILENT
 
-    def apply_chat_template(self, messages: Sequence[ChatMessage]) -> str:
+    def token_name(self, token_id: int) -> str:
+        """A token as the checkpoint spells it; empty for an id without a token."""
+        return self._rust.id_to_token(token_id) or ""
+
+    @property
+    def with_special_tokens(self) -> TextDecoder:
+        """The same vocabulary, whose special tokens have a text: the one that the checkpoint spells them with."""
+        return _WithSpecialTokens(self._rust, self.token_kind)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[ChatMessage],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
         """The prompt for a chat, by the checkpoint's template, up to where the model's answer begins.
 
         Encode it with `add_special_tokens=False`: the template writes the special tokens, the first one included.
 
+        Args:
+            messages: oldest first.
+            variables: more that the template may look at, such as `enable_thinking`.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: end in the last message, which the model goes on with; not with the one before.
+
         Raises:
-            InvalidRequestError: there is no template or no message, or the template refuses the messages.
+            InvalidRequestError: there is no template or no message, the template refuses the messages, or a variable
+                has a name that is not a client's to give.
         """
         if not self._hf.chat_template:
             raise InvalidRequestError("this model has no chat template; send a prompt instead of messages")
         if not messages:
             raise InvalidRequestError("the list of chat messages is empty")
+        if taken := sorted(_TEMPLATE_ARGUMENTS & set(variables or {})):
+            raise InvalidRequestError(f"chat_template_kwargs has {taken[0]}, which is not a variable of the template")
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError("continue_final_message and add_generation_prompt exclude each other")
         try:
             rendered = self._hf.apply_chat_template(
-                [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [asdict(message) for message in messages],
+                **(variables or {}),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
             )
         except Exception as error:  # a template is a program: it raises what it likes
             raise InvalidRequestError(f"the model's chat template refuses these messages: {_line(error)}") from error
         return str(rendered)
+
+
+class _WithSpecialTokens:
+    def __init__(self, rust: tokenizers.Tokenizer, token_kind: Callable[[int], TokenKind]) -> None:
+        self._rust = rust
+        self._token_kind = token_kind
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._rust.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_kind(self, token_id: int) -> TokenKind:
+        kind = self._token_kind(token_id)
+        special = kind is TokenKind.SILENT and self._rust.id_to_token(token_id) is not None
+        return TokenKind.TEXT if special else kind
 
 
 def _token_kinds(tokenizer: tokenizers.Tokenizer) -> tuple[TokenKind, ...]:

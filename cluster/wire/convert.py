@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, ServerInfo, Usage, WorkerStatus
 from cluster.routing.router import CandidateReport
+from cluster.text.sampling_defaults import with_defaults
 from protos import baton_pb2
 from workers.messages import FinishReason, Load
 from workers.runner.step_times import StepTimes
@@ -28,8 +29,8 @@ def sampling_to_proto(params: SamplingParams) -> baton_pb2.SamplingParams:
     return baton_pb2.SamplingParams(**{name: value for name, value in asdict(params).items() if value is not None})
 
 
-def sampling_from_proto(message: baton_pb2.SamplingParams) -> SamplingParams:
-    """What is not set has its default.
+def sampling_from_proto(message: baton_pb2.SamplingParams, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+    """What is not set has its value in `defaults`, or else its default.
 
     Raises:
         InvalidRequestError: a value out of range.
@@ -37,7 +38,7 @@ def sampling_from_proto(message: baton_pb2.SamplingParams) -> SamplingParams:
     values: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
         values[name] = tuple(getattr(message, name))
-    return SamplingParams(**values)
+    return with_defaults(values, defaults or {})
 
 
 def finish_reason_to_proto(reason: FinishReason | None) -> baton_pb2.FinishReason:
@@ -48,6 +49,19 @@ def finish_reason_to_proto(reason: FinishReason | None) -> baton_pb2.FinishReaso
 def finish_reason_from_proto(number: int) -> FinishReason | None:
     """UNSPECIFIED is None, still running."""
     return _FINISH_REASONS_BACK.get(number)  # type: ignore[call-overload,no-any-return]
+
+
+def stop_reason_to_proto(reason: str | int | None) -> baton_pb2.StopReason | None:
+    """None is None: nothing of the request's own ended the text."""
+    if reason is None:
+        return None
+    return baton_pb2.StopReason(stop=reason) if isinstance(reason, str) else baton_pb2.StopReason(stop_token_id=reason)
+
+
+def stop_reason_from_proto(message: baton_pb2.StopReason) -> str | int | None:
+    """An empty message is None."""
+    which = message.WhichOneof("reason")
+    return None if which is None else getattr(message, which)
 
 
 def usage_to_proto(usage: Usage) -> baton_pb2.Usage:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_change_tables, gpu_tables, pool_tables, router_tables, tables
+from benchmarks import door_tables, gpu_change_tables, gpu_tables, pool_tables, router_tables, tables
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import Environment
 
@@ -22,7 +22,8 @@ between
 after
 """ + "".join(
     f"<!-- table: {name} -->\n<!-- end of table -->\n"
-    for name in [*gpu_tables.TABLES, *gpu_change_tables.TABLES, *pool_tables.TABLES, *router_tables.TABLES]
+    for tables_of in (gpu_tables, gpu_change_tables, pool_tables, router_tables, door_tables)
+    for name in tables_of.TABLES
 )
 
 
@@ -43,6 +44,13 @@ def _saturated(bound: float | None, goodput: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _both_doors() -> dict[str, Any]:
+    runs = [{"tokens": 3000, "messages": 1500, "cpu_s": 0.3}]
+    return {
+        "streams": 4, "length": 9, "cpu_us_per_token": {"grpc": 100.0, "http": 99.0}, "runs": {"grpc": runs, "http": runs}
+    }  # fmt: skip
+
+
 def _results(folder: Path, ratio: float = 2.5) -> None:
     environment = Environment.capture(threads=2, argv=["python", "-m", "x"]).to_json()
     side = {"decode_median": 10.0, "total_median": 8.0}
@@ -57,6 +65,7 @@ def _results(folder: Path, ratio: float = 2.5) -> None:
         ("disaggregation_cost", {"cases": [case]}),
         ("router", {"cases": [decision]}),
         ("router_quality", {"cases": []}),
+        ("doors", {"points": [_both_doors()]}),
         ("saturation", {"cases": [_saturated(2.0, 40.0), _saturated(2.0, 30.0), _saturated(None, 60.0)]}),
         ("simulation_scale", _SCALE),
     ):
@@ -82,6 +91,7 @@ def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest
     assert "| prefill alone | 12.50 |" in text
     assert "| KV cache moved, KiB | 2 |" in text
     assert "| 7 | all | 41 | 90 | 10000 |" in text
+    assert "| 4 | 9 tokens | HTTP | 2.0 | 200 | 99 |" in text
     assert "| long | 2 s | 2.00 × | 80.0 | 30.0 | 75% |" in text, "of the peak under the same bound"
     assert "| long | no bound | 2.00 × | 80.0 | 60.0 | 100% |" in text
     assert "| ended in an error | 2 WorkerLostError |" in text

@@ -169,11 +169,13 @@ async def serve(
     for name in ("ON_THEIR_WAY_S", "GOODBYE_S"):  # nobody calls when they stop
         monkeypatch.setattr(closing, name, 0.0)
 
-    async def start(script: Sequence[Step] = (), **settings: object) -> Served:
+    async def start(
+        script: Sequence[Step] = (), sampling_defaults: Mapping[str, object] | None = None, **settings: object
+    ) -> Served:
         overrides = {"server.port": 0, **{f"server.{name}": value for name, value in settings.items()}}
         config = load_config(environ={}, overrides=overrides).server
         engine = ScriptedEngine(script)
-        server = await start_server(config, Generation(engine, byte_tokenizer, MODEL), engine, MODEL)
+        server = await start_server(config, Generation(engine, byte_tokenizer, MODEL, sampling_defaults), engine, MODEL)
         servers.append(server)
         return Served(server, engine, Connection(server.address), byte_tokenizer)
 

@@ -1,16 +1,13 @@
-"""Where the server listens: address, TLS, and what is wrong with them, found out before a model is loaded."""
+"""Where the gRPC server listens: found out before a model is loaded."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
-import ssl
-from pathlib import Path
 
 import grpc
 
 from cluster.config.schema import ServerConfig
+from cluster.server.address import bind, is_loopback, join, reachable, read_file, tls_context
 from cluster.server.credentials import credentials_of
 from cluster.server.reloaded import Reloaded
 from workers.errors import ConfigError
@@ -39,7 +36,7 @@ def check_access(config: ServerConfig) -> None:
 
 def exposure_warnings(config: ServerConfig) -> list[str]:
     """What a user who listens beyond this machine should know."""
-    if _is_loopback(config.host):
+    if is_loopback(config.host):
         return []
     warnings = []
     if config.auth_token is None and config.tls_client_ca is None:
@@ -60,7 +57,7 @@ def listen(server: grpc.aio.Server, config: ServerConfig) -> tuple[str, int]:
     Raises:
         ConfigError: the address cannot be listened on, or a TLS file is missing or wrong.
     """
-    address = _join(config.host, config.port)
+    address = join(config.host, config.port)
     credentials = None if config.tls_cert is None else _reloading_credentials(config)
     try:
         port: int = (
@@ -69,22 +66,12 @@ def listen(server: grpc.aio.Server, config: ServerConfig) -> tuple[str, int]:
     except RuntimeError as error:
         _probe(config)
         raise ConfigError(f"cannot listen on {address}: {error}") from error
-    return _join(_reachable(config.host), port), port
+    return join(reachable(config.host), port), port
 
 
 def _probe(config: ServerConfig) -> None:
     """Bind the address once, for the reason why it cannot be bound, which gRPC does not tell."""
-    address = _join(config.host, config.port)
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except socket.gaierror as error:
-        raise ConfigError(f"cannot listen on {address}: server.host {config.host!r}: {error.strerror}") from error
-    except OSError as error:
-        hint = "; is another server running? choose another with --port" if config.port else ""
-        raise ConfigError(f"cannot listen on {address}: {(error.strerror or str(error)).lower()}{hint}") from error
+    bind("server", config.host, config.port, "choose another with --port").close()
 
 
 def _reloading_credentials(config: ServerConfig) -> grpc.ServerCredentials:
@@ -105,38 +92,7 @@ def _reloading_credentials(config: ServerConfig) -> grpc.ServerCredentials:
 
 
 def _certificates(config: ServerConfig) -> grpc.ServerCertificateConfiguration:
-    cert, key = _read("server.tls_cert", config.tls_cert), _read("server.tls_key", config.tls_key)
-    client_ca = None if config.tls_client_ca is None else _read("server.tls_client_ca", config.tls_client_ca)
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(str(config.tls_cert), str(config.tls_key))
-        if client_ca is not None:
-            context.load_verify_locations(config.tls_client_ca)
-    except ssl.SSLError as error:
-        files = f"{config.tls_cert}, {config.tls_key}" + (f", {config.tls_client_ca}" if client_ca else "")
-        raise ConfigError(
-            f"the TLS files ({files}) are no certificate with its key: {error.reason or error}"
-        ) from error
+    tls_context("server", str(config.tls_cert), str(config.tls_key), config.tls_client_ca)
+    cert, key = read_file("server.tls_cert", config.tls_cert), read_file("server.tls_key", config.tls_key)
+    client_ca = None if config.tls_client_ca is None else read_file("server.tls_client_ca", config.tls_client_ca)
     return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=client_ca)
-
-
-def _read(key: str, path: str | None) -> bytes:
-    try:
-        return Path(str(path)).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {key} {path}: {error.strerror}") from error
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

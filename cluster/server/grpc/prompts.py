@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from google.protobuf import json_format  # type: ignore[import-untyped]
+
 from cluster.gateway.text_generation import Conversation, Prompt
 from cluster.text.tokenizer import ChatMessage
 from protos import baton_pb2
@@ -19,8 +23,23 @@ def prompt_from_proto(request: baton_pb2.GenerateRequest | baton_pb2.TokenizeReq
     if form == "text":
         return str(request.text)
     if form == "chat":
-        return Conversation(tuple(ChatMessage(m.role, m.content) for m in request.chat.messages))
+        messages = tuple(ChatMessage(m.role, m.content) for m in request.chat.messages)
+        return Conversation(messages, _whole(json_format.MessageToDict(request.chat.chat_template_kwargs)))
     if form == "token_ids" and isinstance(request, baton_pb2.GenerateRequest):
         return as_token_ids(request.token_ids.ids)
     forms = [field.name for field in request.DESCRIPTOR.oneofs_by_name["input"].fields]
     raise InvalidRequestError(f"the request has no prompt: set one of {', '.join(forms)}")
+
+
+def add_special_tokens_from_proto(request: baton_pb2.GenerateRequest | baton_pb2.TokenizeRequest) -> bool | None:
+    """What a request says of special tokens; None: nothing."""
+    return request.add_special_tokens if request.HasField("add_special_tokens") else None
+
+
+def _whole(value: Any) -> Any:
+    """A value of a Struct, whose numbers are all floats, with whole ones as integers: templates write them out."""
+    if isinstance(value, dict):
+        return {name: _whole(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -33,6 +33,7 @@ class ResponseWriter:
             logprobs=[self._logprobs(token, token.logprob) for token in tokens if token.logprob is not None],
             finish_reason=convert.finish_reason_to_proto(last.finish_reason),
             usage=None if last.usage is None else convert.usage_to_proto(last.usage),
+            stop_reason=convert.stop_reason_to_proto(last.stop_reason),
             timings=None if last.report is None else convert.report_to_proto(last.report),
         )
 

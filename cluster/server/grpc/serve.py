@@ -14,15 +14,15 @@ from cluster.config.schema import ServerConfig
 from cluster.errors import StartingError
 from cluster.gateway.readiness import WELL, Health
 from cluster.gateway.text_generation import Generation
+from cluster.server.call_gate import CallGate
 from cluster.server.credentials import credentials_of
 from cluster.server.grpc.access import BearerTokenInterceptor
-from cluster.server.grpc.call_gate import CallGate
 from cluster.server.grpc.closing import LastCalls
 from cluster.server.grpc.errors import status_of
 from cluster.server.grpc.health import HealthBoard
 from cluster.server.grpc.listen import listen
-from cluster.server.grpc.pacing import Pacer
 from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
+from cluster.server.pacing import Pacer
 from cluster.version import commit, version
 
 MAX_REQUEST_BYTES = 64 * 2**20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -16,22 +16,24 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.errors import ShuttingDownError
 from cluster.gateway.text_generation import Generation, GenerationRequest
-from cluster.server.grpc.call_gate import CallGate
+from cluster.request_id import check_name
+from cluster.server.call_gate import CallGate
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
-from cluster.server.grpc.pacing import Pacer
-from cluster.server.grpc.prompts import prompt_from_proto
+from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
+from cluster.server.pacing import Pacer
 from cluster.wire import convert
 from protos import baton_pb2
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import RequestOptions
 
 SERVICE = baton_pb2.DESCRIPTOR.services_by_name["Baton"]
-MAX_NAME_BYTES = 128
 _NO_DEADLINE_S = 1e9
+_NEW_WORK = frozenset({"Generate", "GenerateOnce", "Tokenize", "Scale"})
+"""Methods that a server which drains refuses; the others say how it is, and are answered until it stops."""
 _ON_THE_WIRE = set(baton_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) - {"request_id", "sampling"}
 _OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name in _ON_THE_WIRE)
-"""What a request says on the wire as it does inside; strings have at most `MAX_NAME_BYTES`."""
+"""What a request says on the wire as it does inside; strings have at most `request_id.MAX_NAME_BYTES`."""
 ServerInfoSource = Callable[[], ServerInfo]
 _Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[float]]
 
@@ -54,7 +56,8 @@ class BatonService:
         """Stream a text as it is generated."""
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
-        async with aclosing(self._generation.generate(_generation_request(request, request_id, timeout_s))) as chunks:
+        asked = self._request(request, request_id, timeout_s)
+        async with aclosing(self._generation.generate(asked)) as chunks:
             async for chunk in chunks:
                 yield writer.response([chunk])
                 await self._pacer.turn()
@@ -65,14 +68,17 @@ class BatonService:
         """Generate a text and return it whole."""
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
-        async with aclosing(self._generation.generate(_generation_request(request, request_id, timeout_s))) as chunks:
+        asked = self._request(request, request_id, timeout_s)
+        async with aclosing(self._generation.generate(asked)) as chunks:
             return writer.response([chunk async for chunk in chunks])
 
     async def Tokenize(  # noqa: N802
         self, request: baton_pb2.TokenizeRequest, timeout_s: float
     ) -> baton_pb2.TokenizeResponse:
         """Turn a prompt into token ids."""
-        token_ids = await self._generation.tokenize(prompt_from_proto(request), request.model)
+        token_ids = await self._generation.tokenize(
+            prompt_from_proto(request), request.model, add_special_tokens_from_proto(request)
+        )
         return baton_pb2.TokenizeResponse(token_ids=token_ids.tolist(), max_model_len=self._model_info.max_model_len)
 
     async def GetModelInfo(  # noqa: N802
@@ -98,15 +104,17 @@ class BatonService:
     ) -> baton_pb2.ExplainResponse:
         """Say where a request would go."""
         request_id = _request_id(request.request_id)
-        return convert.explanation_to_proto(
-            await self._generation.explain(_generation_request(request, request_id, timeout_s))
-        )
+        asked = self._request(request, request_id, timeout_s)
+        return convert.explanation_to_proto(await self._generation.explain(asked))
 
     async def Scale(  # noqa: N802
         self, request: baton_pb2.ScaleRequest, timeout_s: float
     ) -> baton_pb2.ScaleResponse:
         """Have pools grow or shrink."""
         return convert.targets_to_proto(self._engine.scale(dict(request.targets)))
+
+    def _request(self, request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
+        return _generation_request(request, request_id, timeout_s, self._generation.sampling_defaults)
 
 
 def method_handlers(service: BatonService, default_timeout_s: float, gate: CallGate) -> grpc.GenericRpcHandler:
@@ -163,7 +171,7 @@ async def _governed(
     timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
     try:
         async with asyncio.timeout(timeout_s) as deadline:
-            with gate.passage(method, deadline):
+            with gate.passage(deadline) if method in _NEW_WORK else nullcontext():
                 yield timeout_s
     except TimeoutError as error:
         await context.abort(*status_of(_passed(deadline, timeout_s, gate) if deadline.expired() else error))
@@ -191,24 +199,20 @@ def _serialize(message: Any) -> bytes:
 
 
 def _request_id(given: str) -> str:
-    return _short("request_id", given) or uuid.uuid4().hex
+    return check_name("request_id", given) or uuid.uuid4().hex
 
 
-def _short(field: str, text: str) -> str:
-    size = len(text.encode())
-    if size > MAX_NAME_BYTES:
-        raise InvalidRequestError(f"{field} has {size} bytes, at most {MAX_NAME_BYTES} are allowed")
-    return text
-
-
-def _generation_request(request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
+def _generation_request(
+    request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float, defaults: Mapping[str, Any]
+) -> GenerationRequest:
     options: dict[str, Any] = {name: getattr(request, name) for name in _OPTIONS}
-    options.update({name: _short(name, value) for name, value in options.items() if isinstance(value, str)})
+    options.update({name: check_name(name, value) for name, value in options.items() if isinstance(value, str)})
     return GenerationRequest(
         request_id=request_id,
         prompt=prompt_from_proto(request),
-        sampling=convert.sampling_from_proto(request.sampling),
+        sampling=convert.sampling_from_proto(request.sampling, defaults),
         timeout_s=timeout_s,
         model=request.model,
+        add_special_tokens=add_special_tokens_from_proto(request),
         **options,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import grpc
+import httpx2
 import pytest
 
 from cluster.cli.main import main
@@ -125,6 +126,10 @@ def test_up_serves_until_a_signal_and_exits_with_0(up: Callable, capsys: pytest.
     assert f'grpcurl -plaintext -d \'{{"text": "Hello"}}\' {address} baton.v1.Baton/Generate' in welcome
     assert main(["status", "--server", address]) == 0
     assert "echo" in capsys.readouterr().out
+    url = re.search(r"OpenAI's HTTP interface is at (http://127\.0\.0\.1:\d+)/v1", welcome)[1]
+    assert f"curl {url}/v1/completions -H 'content-type: application/json' -d" in welcome
+    answer = httpx2.post(f"{url}/v1/completions", json={"prompt": [70], "max_tokens": 2}).json()
+    assert answer["choices"][0]["text"] == "FF"
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0

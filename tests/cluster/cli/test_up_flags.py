@@ -31,6 +31,13 @@ def test_flags_of_the_engine_hold_for_both_pools() -> None:
         assert (pool.kv_cache_dtype, pool.gpu_memory_utilization, pool.enforce_eager) == ("fp8", 0.45, True)
 
 
+def test_each_door_has_a_port() -> None:
+    server = configured("--port", "50052", "--http-port", "8001").server
+    assert (server.port, server.http.port) == (50052, 8001)
+    assert configured("--port", "0").server.http.port == 0, "a free one for both"
+    assert configured().server.http.port == 8000
+
+
 def test_ranks_hold_for_both_pools() -> None:
     config = configured("--tensor-parallel-size", "2")
     assert (config.prefill.tensor_parallel_size, config.decode.tensor_parallel_size) == (2, 2)

@@ -14,8 +14,8 @@ from cluster.api import ModelInfo, RequestReport, ServerInfo, TokenChunk
 from cluster.client.client import AsyncBatonClient
 from cluster.gateway.text_generation import Generation
 from cluster.server import garbage_collector
-from cluster.server.grpc.pacing import Pacer
 from cluster.server.grpc.service import BatonService
+from cluster.server.pacing import Pacer
 from protos import baton_pb2, baton_pb2_grpc
 from workers.messages import FinishReason, TokenOutput
 

@@ -62,7 +62,7 @@ async def test_sampling_arrives_as_given_and_completed(serve: Serve, answer: Ans
     given = SamplingParams(
         temperature=0.0, top_p=0.5, top_k=3, min_p=0.25, seed=2**64 - 1, presence_penalty=-1.5, frequency_penalty=0.5,
         repetition_penalty=1.25, stop=("x", "y"), stop_token_ids=(7,), ignore_eos=True, max_tokens=9, min_tokens=2,
-        logprobs=0,
+        logprobs=0, include_stop_str_in_output=True, skip_special_tokens=False,
     )  # fmt: skip
     async with AsyncBatonClient(served.connection) as client:
         await collect(client, "ping", sampling=given)
@@ -73,6 +73,54 @@ async def test_sampling_arrives_as_given_and_completed(serve: Serve, answer: Ans
     assert asked[1] == replace(given, max_tokens=60)
     assert asked[2] == SamplingParams(max_tokens=60, seed=asked[2].seed)
     assert asked[2].seed is not None
+
+
+async def test_what_a_request_leaves_open_is_the_checkpoints(serve: Serve, answer: Answer) -> None:
+    served = await serve(answer("a"), sampling_defaults={"temperature": 0.25, "max_tokens": 3})
+    async with grpc.aio.insecure_channel(served.server.address) as channel:
+        generate = baton_pb2_grpc.BatonStub(channel).GenerateOnce
+        await generate(baton_pb2.GenerateRequest(text="x"))
+        await generate(baton_pb2.GenerateRequest(text="x", sampling={"temperature": 0, "max_tokens": 5}))
+    asked = [request.sampling for request in served.engine.requests]
+    assert [(sampling.temperature, sampling.max_tokens) for sampling in asked] == [(0.25, 3), (0.0, 5)]
+
+
+async def test_what_ended_a_text_is_named(serve: Serve, answer: Answer) -> None:
+    served = await serve(answer("one END", FinishReason.STOP, chunk=8))
+    async with AsyncBatonClient(served.connection) as client:
+        for sampling, reason, text in (
+            (SamplingParams(stop=("END",)), "END", "one "),
+            (SamplingParams(stop=("END",), include_stop_str_in_output=True), "END", "one END"),
+            (SamplingParams(stop_token_ids=(256,), ignore_eos=True), 256, "one END"),
+            (SamplingParams(stop_token_ids=(256,)), None, "one END"),  # it is the end of a text in any case
+            (SamplingParams(include_stop_str_in_output=True, skip_special_tokens=False), None, "one END<eos>"),
+        ):
+            chunks = await collect(client, "x", sampling=sampling)
+            assert ("".join(chunk.text for chunk in chunks), chunks[-1].stop_reason) == (text, reason)
+
+
+async def test_a_template_is_told_what_the_client_says_and_special_tokens_are_its_choice(
+    serve: Serve, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve(answer("a"))
+    told, added = [], []
+    monkeypatch.setattr(
+        served.tokenizer, "apply_chat_template", lambda messages, variables, **_: told.append(variables) or "chat"
+    )
+    encode = served.tokenizer.encode
+    monkeypatch.setattr(
+        served.tokenizer, "encode", lambda text, **given: added.append(given["add_special_tokens"]) or encode(text)
+    )
+    chat = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"deep": {"n": 3, "share": 0.5}}}
+    async with grpc.aio.insecure_channel(served.server.address) as channel:
+        stub = baton_pb2_grpc.BatonStub(channel)
+        await stub.GenerateOnce(baton_pb2.GenerateRequest(chat=chat))
+        await stub.GenerateOnce(baton_pb2.GenerateRequest(text="x"))
+        await stub.GenerateOnce(baton_pb2.GenerateRequest(text="x", add_special_tokens=False))
+        await stub.Tokenize(baton_pb2.TokenizeRequest(text="x", add_special_tokens=False))
+    assert told == [{"deep": {"n": 3, "share": 0.5}}]
+    assert type(told[0]["deep"]["n"]) is int
+    assert added == [False, True, False, False]
 
 
 async def test_token_ids_and_chat_are_prompts_too(serve: Serve, answer: Answer) -> None:

@@ -83,3 +83,11 @@ def test_nothing_comes_after_a_stop() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopStrings(["a", ""])
+
+
+def test_the_match_can_be_part_of_the_text_and_is_named() -> None:
+    for include, shown in ((False, "one "), (True, "one END")):
+        matcher = StopStrings(["xyz", "END"], include=include)
+        out = [matcher.push(part)[0] for part in ("one E", "ND two")]
+        assert "".join(out) == shown
+        assert matcher.found == "END"

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 from cluster.errors import ShuttingDownError
 
-_NEW_WORK = frozenset({"Generate", "GenerateOnce", "Tokenize", "Scale"})
-"""Methods that a server which drains refuses; the others say how it is, and are answered until it stops."""
-
 
 class CallGate:
-    """Every call passes it. Open at first; it closes for new work, and then ends what is left."""
+    """Every call that is new work passes it. Open at first; it closes, and then ends what is left.
+
+    Calls that only ask how the service is do not pass it, and are answered until it stops.
+    """
 
     def __init__(self) -> None:
         self._calls: set[asyncio.Timeout] = set()
@@ -28,15 +28,12 @@ class CallGate:
         return len(self._calls)
 
     @contextlib.contextmanager
-    def passage(self, method: str, deadline: asyncio.Timeout) -> Iterator[None]:
+    def passage(self, deadline: asyncio.Timeout) -> Iterator[None]:
         """A call, from its beginning to its end, inside the timeout context `deadline`.
 
         Raises:
             ShuttingDownError: the gate is closed.
         """
-        if method not in _NEW_WORK:
-            yield
-            return
         if self._closed:
             raise ShuttingDownError("the service is shutting down: send the request elsewhere")
         self._calls.add(deadline)

@@ -1,0 +1,34 @@
+"""The table of what each door costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.markdown import table
+
+Result = Mapping[str, Any]
+
+
+def doors(result: Result) -> str:
+    """Processor time for a message and for a token, by both doors."""
+    header = ("streams", "answers of", "door", "tokens a message", "µs a message", "µs a token")
+    rows = []
+    for point in result["points"]:
+        for door, runs in point["runs"].items():
+            tokens, messages, cpu_s = (sum(run[name] for run in runs) for name in ("tokens", "messages", "cpu_s"))
+            rows.append(
+                (
+                    f"{point['streams']}",
+                    f"{point['length']} tokens",
+                    {"grpc": "gRPC", "http": "HTTP"}[door],
+                    f"{tokens / messages:.1f}",
+                    f"{cpu_s / messages * 1e6:.0f}",
+                    f"{point['cpu_us_per_token'][door]:.0f}",
+                )
+            )
+    return table(header, rows, num_text_columns=3)
+
+
+TABLES: Mapping[str, Callable[[Result], str]] = {"doors": doors}
+"""Name of a table, and of its result file, to what makes it."""

@@ -1,0 +1,1 @@
+"""What clients send, checked field by field."""

@@ -1,0 +1,151 @@
+"""One service behind both doors for a module: workers in this process, the recall model, and the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+import openai
+import pytest
+
+from cluster.api import ModelInfo
+from cluster.client.client import Connection
+from cluster.config.load import load_config
+from cluster.gateway.engine import ServingEngine
+from cluster.gateway.text_generation import Generation
+from cluster.inprocess_worker import InProcessWorker
+from cluster.recall import SHIPPED_MODEL
+from cluster.server.doors import Doors
+from cluster.server.openai.serve import HttpServer, start_http_server
+from cluster.text.tokenizer import Tokenizer
+from kv_transfer.transports.local import LocalFabric
+from workers.config import WorkerConfig
+
+
+@dataclass
+class Service:
+    """A service whose doors are open, in a thread of its own."""
+
+    doors: Doors
+    engine: ServingEngine
+    generation: Generation
+    info: ModelInfo
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def url(self) -> str:
+        return self.doors.http_url
+
+    @property
+    def grpc(self) -> Connection:
+        return Connection(self.doors.address)
+
+    def client(self, **options: object) -> openai.OpenAI:
+        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
+
+    def until_idle(self) -> None:
+        """No call is under way, and the engine has forgotten every request."""
+
+        for _ in range(2000):
+            if not self.doors.num_calls and not self.engine.num_attempts:
+                return
+            time.sleep(0.01)
+        pytest.fail("calls are still under way")
+
+    def run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+
+async def _serve(opened: Future[Service], closing: Future[asyncio.Event]) -> None:
+    fabric = LocalFabric()
+    settings = {"model": str(SHIPPED_MODEL), "dtype": "float32", "num_blocks": 256, "max_model_len": 512}
+    places = {
+        role: [partial(InProcessWorker, WorkerConfig(name=f"{role}-0", role=role, **settings), fabric)]
+        for role in ("prefill", "decode")
+    }
+    engine = ServingEngine(places["prefill"], places["decode"], max_queue=64)
+    await engine.start()
+    tokenizer = Tokenizer.load(SHIPPED_MODEL)
+    info = ModelInfo("recall", "llama", "float32", 512, tokenizer.vocab_size, tuple(tokenizer.eos_token_ids), True)
+    generation = Generation(engine, tokenizer, info)
+    doors = Doors(load_config(environ={}, overrides={"server.port": 0}).server)
+    await doors.open()
+    await doors.serve(generation, engine, info)
+    close = asyncio.Event()
+    closing.set_result(close)
+    opened.set_result(Service(doors, engine, generation, info, asyncio.get_running_loop()))
+    await close.wait()
+    await doors.stop(grace_s=0)
+    await engine.stop()
+
+
+@contextlib.contextmanager
+def running_service() -> Iterator[Service]:
+    opened: Future[Service] = Future()
+    closing: Future[asyncio.Event] = Future()
+
+    def run() -> None:
+        try:
+            asyncio.run(_serve(opened, closing))
+        except BaseException as error:
+            if not opened.done():
+                opened.set_exception(error)
+            raise
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        service = opened.result(120)
+        yield service
+        service.loop.call_soon_threadsafe(closing.result().set)
+    finally:
+        thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running_service() as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with service.client() as client:
+        yield client
+
+
+@dataclass
+class HttpServed:
+    """A running HTTP server around an engine that follows a script."""
+
+    server: HttpServer
+    engine: object
+
+    def client(self, **options: object) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            **{"base_url": f"{self.server.url}/v1", "api_key": "none", "max_retries": 0, **options}
+        )
+
+
+@pytest.fixture
+async def serve_http(byte_tokenizer, scripted) -> AsyncIterator[Callable[..., Awaitable[HttpServed]]]:
+    """Start a server on a free loopback port; keyword arguments are settings of server.http, or of server."""
+    servers: list[HttpServer] = []
+
+    async def start(script: Sequence[object] = (), /, server: dict | None = None, **settings: object) -> HttpServed:
+        given = {f"server.{name}": value for name, value in (server or {}).items()}
+        own = {f"server.http.{name}": value for name, value in settings.items()}
+        config = load_config(environ={}, overrides={"server.port": 0, **given, **own}).server
+        engine, info = scripted(script)
+        servers.append(await start_http_server(config, Generation(engine, byte_tokenizer, info), engine, info))
+        return HttpServed(servers[-1], engine)
+
+    yield start
+    for each in servers:
+        await each.stop(grace_s=0)
