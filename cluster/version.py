@@ -20,12 +20,20 @@ def version() -> str:
     """The version of the distribution, which comes from git: a tag's, or `0.1.devN+gCOMMIT` of N commits; "unknown"
     where it is not installed.
     """
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
+    return next(filter(None, map(_version_of, DISTRIBUTIONS)), "unknown")
+
+
+def is_client_alone() -> bool:
+    """Whether what only the service needs is not here by intent."""
+    service, client = map(_version_of, DISTRIBUTIONS)
+    return bool(client) and not service
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def commit() -> str:

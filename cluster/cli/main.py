@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cluster.version import describe
+from cluster.version import describe, is_client_alone
 from workers.errors import BatonError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -43,11 +43,6 @@ options:
   --version      show the version and the commit, and exit
 """
 
-SERVER_PACKAGES = frozenset({
-    "grpc_reflection", "huggingface_hub", "jinja2", "nixl", "nixl_cu13", "numpy", "ray", "safetensors", "tokenizers",
-    "torch", "transformers",
-})  # fmt: skip
-"""What the whole service needs and `baton-llm-client` does not bring."""
 _INCOMPLETE = "this needs {}, which baton-llm-client does not bring: pip install baton-llm in its place"
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
@@ -79,7 +74,7 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     except BatonError as error:
         return _fail(f"baton {name}", str(error), EXIT_ERROR)
     except ModuleNotFoundError as error:
-        if error.name not in SERVER_PACKAGES:
+        if not is_client_alone():
             raise
         return _fail(f"baton {name}", _INCOMPLETE.format(error.name), EXIT_ERROR)
     except KeyboardInterrupt:
