@@ -230,22 +230,23 @@ def started_with(group: dict[str, Any]) -> dict[str, Any]:
 def test_the_service_leads_to_a_gateway_that_is_ready_and_nothing_else_is_open(
     documents: dict[str, dict[str, Any]], cluster: dict[str, Any], service: ServiceConfig
 ) -> None:
-    (port,) = documents["Service"]["spec"]["ports"]
+    ports = {port["name"]: port for port in documents["Service"]["spec"]["ports"]}
     gateway = container(groups(cluster)["gateway"])
     named = {entry["name"]: entry["containerPort"] for entry in gateway["ports"]}
-    assert port["port"] == named[port["targetPort"]] == service.server.port
+    for name, number in (("grpc", service.server.port), ("http", service.server.http.port)):
+        assert ports[name]["port"] == named[ports[name]["targetPort"]] == number
     assert documents["Service"]["spec"]["selector"] == {"ray.io/cluster": "baton", "ray.io/group": "gateway"}
     assert "publishNotReadyAddresses" not in documents["Service"]["spec"]
     for probe, name in (("startupProbe", LIVENESS), ("livenessProbe", LIVENESS), ("readinessProbe", "readiness")):
         assert gateway[probe]["grpc"] == {"port": service.server.port, "service": name}
     assert "readiness" in READINESS
     assert "readinessProbe" not in container(groups(cluster)["head"]), "it would cut the workers off from the GCS"
-    assert service.server.host == "0.0.0.0"
+    assert service.server.host == service.server.http.host == "0.0.0.0"
     assert service.server.auth_token == "secret"
     assert service.ray.address == "auto"
     policy = documents["NetworkPolicy"]["spec"]
     everybody = [rule for rule in policy["ingress"] if "from" not in rule]
-    assert everybody == [{"ports": [{"port": "grpc", "protocol": "TCP"}]}]
+    assert everybody == [{"ports": [{"port": name, "protocol": "TCP"} for name in ("grpc", "http")]}]
 
 
 def test_a_pod_has_the_time_to_drain_and_the_configuration_is_mounted_whole(
