@@ -49,7 +49,9 @@ class HttpConfig:
         None, "0 takes a free one; default: 8000, or a free one where server.port is 0", low=0, high=65535
     )
     api_keys: tuple[str, ...] | None = _setting(
-        None, "keys, of which a call must carry one as its bearer token; default: server.auth_token", secret=True
+        None,
+        "keys, of which a call must carry one as its bearer token; default: the tokens that may generate",
+        secret=True,
     )
     tls_cert: str | None = _setting(
         None, "PEM file with the certificate chain; turns TLS on; default: server.tls_cert", is_path=True
