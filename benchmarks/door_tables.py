@@ -1,4 +1,4 @@
-"""The table of what each door costs."""
+"""The tables of the doors: what each costs, and what other tools see through them."""
 
 from __future__ import annotations
 
@@ -30,5 +30,33 @@ def doors(result: Result) -> str:
     return table(header, rows, num_text_columns=3)
 
 
-TABLES: Mapping[str, Callable[[Result], str]] = {"doors": doors}
+def load_tools(result: Result) -> str:
+    """What each tool says of the same load."""
+    header = (
+        "tool",
+        "by",
+        "succeeded",
+        "prompt tokens",
+        "output tokens",
+        "requests/s",
+        "TTFT p50, ms",
+        "whole p50, ms",
+    )
+    rows = [
+        (
+            " ".join(filter(None, (run["tool"], run["version"]))),
+            "gRPC" if run["tool"].startswith("baton") else "HTTP",
+            f"{run['succeeded']} of {result['config']['requests']}",
+            f"{run['prompt_tokens']:.1f}",
+            f"{run['output_tokens']:.1f}",
+            f"{run['requests_per_s']:.2f}",
+            f"{run['ttft_p50_s'] * 1e3:.0f}",
+            f"{run['e2e_p50_s'] * 1e3:.0f}",
+        )
+        for run in result["tools"]
+    ]
+    return table(header, rows, num_text_columns=3)
+
+
+TABLES: Mapping[str, Callable[[Result], str]] = {"doors": doors, "load_tools": load_tools}
 """Name of a table, and of its result file, to what makes it."""

@@ -46,9 +46,8 @@ def _saturated(bound: float | None, goodput: float) -> dict[str, Any]:
 
 def _both_doors() -> dict[str, Any]:
     runs = [{"tokens": 3000, "messages": 1500, "cpu_s": 0.3}]
-    return {
-        "streams": 4, "length": 9, "cpu_us_per_token": {"grpc": 100.0, "http": 99.0}, "runs": {"grpc": runs, "http": runs}
-    }  # fmt: skip
+    doors = {"grpc": runs, "http": runs}
+    return {"streams": 4, "length": 9, "cpu_us_per_token": {"grpc": 100.0, "http": 99.0}, "runs": doors}
 
 
 def _results(folder: Path, ratio: float = 2.5) -> None:
@@ -66,6 +65,7 @@ def _results(folder: Path, ratio: float = 2.5) -> None:
         ("router", {"cases": [decision]}),
         ("router_quality", {"cases": []}),
         ("doors", {"points": [_both_doors()]}),
+        ("load_tools", {"config": {"requests": 9}, "tools": []}),
         ("saturation", {"cases": [_saturated(2.0, 40.0), _saturated(2.0, 30.0), _saturated(None, 60.0)]}),
         ("simulation_scale", _SCALE),
     ):
