@@ -29,7 +29,7 @@ from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
-from cluster.launch_report import context_line, group_size, in_words, progress_lines, readable_size, worker_line
+from cluster.launch_report import context_line, group_size, in_words, progress_lines, weights_size, worker_line
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.control_service import missing_of_ray, until_lost
 from cluster.ray.job import OwnModulesOnly
@@ -41,6 +41,8 @@ from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, star
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
 from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
+from workers.loading.gguf.header import is_gguf
+from workers.loading.stored_tensor import StoredTensor
 from workers.models.loader import model_bytes, resolve_dtype
 from workers.models.registry import read_model
 
@@ -91,8 +93,10 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         model.check_divisible(group.settings.tensor_parallel_size)
         if group.settings.attention_backend is not None:
             check_backend_name(group.section, group.settings.attention_backend)
+    stored: list[StoredTensor] = []
     if config.model.load_format == "auto":
-        await asyncio.to_thread(stored_tensors, folder)  # what is truncated or no checkpoint is told before Ray starts
+        # What is truncated or no checkpoint is told before Ray starts.
+        stored = await asyncio.to_thread(stored_tensors, folder)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
@@ -114,8 +118,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         )
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
-        weights = readable_size(model_bytes(model_class, model, dtype))
-        report(f"loading {folder.name} into {in_words(sizes)}, {weights} each")
+        weights = weights_size(model_bytes(model_class, model, dtype), dtype, stored)
+        report(f"loading {folder.name} into {in_words(sizes)}, {weights}")
         if not any(group.settings.replicas for group in groups if group.role == "prefill"):
             report("there are no prefill workers: every prompt is computed on its decode worker")
         await engine.start()
@@ -127,7 +131,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         if line := context_line(config.model.max_model_len, engine.max_model_len, model.max_position_embeddings):
             report(line)
         info = ModelInfo(
-            name=config.model.served_name or Path(path).name,
+            name=config.model.served_name or (folder.stem if is_gguf(folder) else Path(path).name),
             architecture=model.family,
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=engine.max_model_len,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
+
+import torch
 
 from cluster.config.groups import WorkerGroup
 from cluster.worker_handle import LoadProgress, StartProgress
+from workers.loading.gguf.storage import is_block_format
+from workers.loading.stored_tensor import StoredTensor
 from workers.worker_host import WorkerInfo
 
 
@@ -43,6 +48,24 @@ def context_line(asked: int | None, served: int, positions: int) -> str | None:
         "enlarge kv_cache_gb or num_blocks of both pools (on a GPU gpu_memory_utilization) for more, or set "
         "model.max_model_len to be refused where it does not fit"
     )
+
+
+def weights_size(num_bytes: int, dtype: torch.dtype, stored: Sequence[StoredTensor]) -> str:
+    """How large the weights are in each worker, and in the file where they are quantised there and not here.
+
+    Args:
+        num_bytes: in a worker.
+        dtype: there.
+        stored: the checkpoint's tensors; empty: none are read.
+    """
+    of_formats: Counter[str] = Counter()
+    for tensor in stored:
+        of_formats[tensor.dtype] += tensor.nbytes
+    size, file_size = f"{readable_size(num_bytes)} each", readable_size(of_formats.total())
+    if not any(map(is_block_format, of_formats)):
+        return size
+    formats = ", ".join(name for name, _ in of_formats.most_common())
+    return f"{size} in {str(dtype).removeprefix('torch.')}, out of {file_size} of {formats} in the file"
 
 
 def readable_size(num_bytes: int) -> str:

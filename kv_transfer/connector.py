@@ -18,7 +18,7 @@ more; prefill gets `HandoffAborted` when nothing reads its blocks any more.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,9 +144,9 @@ class KVConnector(ABC):
         """
 
     @property
-    def broken_peers(self) -> frozenset[str]:
-        """Engine ids of peers to whom something has failed since they were met; may be read from any thread."""
-        return frozenset()
+    def broken_peers(self) -> Mapping[str, str]:
+        """Peers to whom something has failed since they were met, and where each was reached; from any thread."""
+        return {}
 
     def link_to(self, engine_id: str) -> LinkCost | None:
         """What the way to a peer that has been met costs; None: it was not measured."""

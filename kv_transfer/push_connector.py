@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -73,7 +73,7 @@ class PushConnector(KVConnector):
         return self._owner.call(lambda: self._new_endpoint(peer.engine_id), timeout_s)
 
     @property
-    def broken_peers(self) -> frozenset[str]:
+    def broken_peers(self) -> Mapping[str, str]:
         """See `KVConnector.broken_peers`."""
         return self._transport.broken_peers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workers.decode_worker import DecodeWorker
@@ -63,6 +64,11 @@ class Alone:
     def has_work(self) -> bool:
         """Whether a step has something to do at once."""
         return self._worker.has_work
+
+    @property
+    def broken_peers(self) -> Mapping[str, str]:
+        """Engine ids to which the connection is broken."""
+        return self._worker.broken_peers
 
     @property
     def load(self) -> Load:

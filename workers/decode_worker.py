@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
@@ -199,6 +199,11 @@ class DecodeWorker:
     def running_requests(self) -> tuple[str, ...]:
         """Those in the batch, oldest first."""
         return tuple(sequence.request.request_id for sequence in self._batch.running)
+
+    @property
+    def broken_peers(self) -> Mapping[str, str]:
+        """Engine ids to which the connection is broken; see `KVConnector.broken_peers`."""
+        return self._connector.broken_peers
 
     @property
     def load(self) -> Load:

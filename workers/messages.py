@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -232,9 +233,11 @@ class StepOutput:
         events: of requests, in order.
         load: after the step.
         cache_update: None where nothing has changed.
+        broken_peers: of the other pool, to which the connection is broken: engine ids, and where each was reached.
     """
 
     engine_id: str
     events: tuple[WorkerEvent, ...]
     load: Load
     cache_update: CacheUpdate | None = None
+    broken_peers: Mapping[str, str] = field(default_factory=dict)

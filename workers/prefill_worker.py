@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
 from workers.errors import BatonError, HandoffError, SamplingError
@@ -162,6 +162,11 @@ class PrefillWorker:
         """The blocks of the primary cache group that launched steps may still write to."""
         prompts = [prompt for launch in self._launches for prompt in launch.prompts]
         return frozenset(block for prompt in prompts for block in self.cache.held(prompt.progress.tables))
+
+    @property
+    def broken_peers(self) -> Mapping[str, str]:
+        """Engine ids to which the connection is broken; see `KVConnector.broken_peers`."""
+        return self._connector.broken_peers
 
     @property
     def load(self) -> Load:

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from workers.messages import CacheUpdate, Load, RequestFailed, StepOutput, WorkerEvent
@@ -28,6 +28,11 @@ class Worker(Protocol):
     @property
     def load(self) -> Load:
         """The load now."""
+        ...
+
+    @property
+    def broken_peers(self) -> Mapping[str, str]:
+        """Engine ids to which the connection is broken."""
         ...
 
     def step(self) -> list[WorkerEvent]:
@@ -119,7 +124,7 @@ class WorkerLoop(Generic[W]):
                 if isinstance(event, RequestFailed):
                     names = (event.request_id, event.attempt_id, self._engine_id)
                     logger.warning("request %s (attempt %s) failed on %s: %s", *names, event.error)
-            self._emit(StepOutput(self._engine_id, tuple(events), load, cache_update))
+            self._emit(StepOutput(self._engine_id, tuple(events), load, cache_update, self._worker.broken_peers))
 
 
 def _nothing(worker: object) -> None:

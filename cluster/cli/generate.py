@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--priority", type=int, default=0, metavar="N", help="lower ones go first (default: 0)")
     parser.add_argument("--user", default="", metavar="NAME", help="whose request it is; users take turns")
     add_connection_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and of the N best")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how tokens are chosen."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate at most")
     group.add_argument("--min-tokens", type=int, metavar="N", help="tokens before the text may end")
@@ -56,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-sequence token")
-    group.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and of the N best")
 
 
 _SAMPLING_FLAGS = (
@@ -67,7 +72,7 @@ _SAMPLING_FLAGS = (
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    sampling = _sampling(args)
+    sampling = sampling_of(args)
     prompt = _read_standard_input() if args.prompt == "-" else args.prompt
     if args.timeout <= 0:
         raise InvalidRequestError(f"--timeout is {args.timeout:g}, it must be more than 0")
@@ -86,8 +91,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sampling(args: argparse.Namespace) -> SamplingParams:
-    values: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name) is not None}
+def sampling_of(args: argparse.Namespace) -> SamplingParams:
+    """What the flags say."""
+    values: dict[str, Any] = {
+        name: getattr(args, name) for name in _SAMPLING_FLAGS if getattr(args, name, None) is not None
+    }
     return SamplingParams(stop=tuple(args.stop or ()), **values)
 
 

@@ -15,6 +15,7 @@ from workers.errors import BatonError
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("start the service here, in the foreground", "cluster.cli.up"),
     "generate": ("send a prompt and stream the answer", "cluster.cli.generate"),
+    "chat": ("hold a conversation in the terminal", "cluster.cli.chat.command"),
     "status": ("show pools, workers, load and KV blocks", "cluster.cli.status"),
     "scale": ("have pools grow or shrink while they serve", "cluster.cli.scale"),
     "explain": ("show where a request would go, and why", "cluster.cli.explain"),

@@ -58,17 +58,18 @@ class Attempts:
         attempts: int,
         output: TokenIds = NO_TOKENS,
         again: bool = False,
+        avoid: frozenset[tuple[str, str]] = frozenset(),
     ) -> Attempt:
         """Wait for room, choose a pair of workers and send them the request, with what it has generated so far.
 
-        One that is here `again` is not turned away.
+        One that is here `again` is not turned away, and goes to none of the pairs to `avoid` if there is another.
 
         Raises:
             QueueFullError: too many requests are waiting.
             CapacityError: no pair of workers could ever hold the request.
             NoWorkersError: a pool has no worker, and none is likely to come back soon.
         """
-        routing_request = routing_request_of(request, output)
+        routing_request = routing_request_of(request, output, avoid)
         attempt = await self._queue.admit(
             lambda: self._try_to_place(request, routing_request, arrived, attempts),
             Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
@@ -91,6 +92,10 @@ class Attempts:
         if not attempt.finished:
             self._abort(attempt)
         self._queue.retry()
+
+    def handoff_failed(self, attempt: Attempt) -> None:
+        """Between its two workers: for a while others go there only if there is no better pair."""
+        self._load_tracker.handoff_failed(attempt.prefill, attempt.decode)
 
     def take(self, output: StepOutput) -> None:
         """What a worker has said after a step."""
@@ -217,11 +222,14 @@ class Attempts:
             asyncio.get_running_loop().call_later(REPORT_PATIENCE_S, self.end_attempt, attempt)
 
 
-def routing_request_of(request: EngineRequest, output: TokenIds = NO_TOKENS) -> RoutingRequest:
-    """What it needs, or what is left of it after this output."""
+def routing_request_of(
+    request: EngineRequest, output: TokenIds = NO_TOKENS, avoid: frozenset[tuple[str, str]] = frozenset()
+) -> RoutingRequest:
+    """What it needs, or what is left of it after this output; `avoid` are pairs on which it has failed."""
     prefix = request.prefix or PromptPrefix(request.prompt_token_ids, request.cache_salt)
     return RoutingRequest(
         len(request.prompt_token_ids) + len(output),
         (request.sampling.max_tokens or 1) - len(output),
         prefix=prefix.followed_by(output) if len(output) else prefix,
+        avoid=avoid,
     )

@@ -173,6 +173,8 @@ class ServingEngine:
         self._load_tracker.pace(output.engine_id, output.load.prefill_pace, output.load.decode_pace)
         if output.cache_update is not None:
             self._load_tracker.cache_update(output.engine_id, output.cache_update)
+        if output.broken_peers:  # before a request that failed for it is placed again
+            self._pools.connections_broke(output.engine_id, output.broken_peers)
         self._attempts.take(output)
         self._queue.retry()
 

@@ -34,8 +34,23 @@ class AttemptStarter(Protocol):
         attempts: int,
         output: TokenIds,
         again: bool,
+        avoid: frozenset[tuple[str, str]],
     ) -> Attempt:
-        """Begin an attempt that goes on after so much output; `again`: it is not the first."""
+        """Begin an attempt that goes on after so much output.
+
+        Args:
+            request: what is asked for.
+            deadline: seconds on `clock.now`.
+            arrived: likewise.
+            attempts: how many there have been, this one included.
+            output: what the client has.
+            again: whether it is not the first.
+            avoid: pairs of (prefill, decode) on which its handoff has failed.
+        """
+        ...
+
+    def handoff_failed(self, attempt: Attempt) -> None:
+        """An attempt's handoff has failed, which its pair of workers answers for."""
         ...
 
     def end_attempt(self, attempt: Attempt) -> None:
@@ -61,6 +76,7 @@ class RunningRequest:
         self._output: list[int] = []
         self._attempts = 0
         self._started = False
+        self._avoid: frozenset[tuple[str, str]] = frozenset()
         self._first_report: RequestReport | None = None
         self._over = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -131,6 +147,9 @@ class RunningRequest:
                 self._attempts -= 1  # nothing has failed
             except (WorkerLostError, HandoffError) as error:
                 self._observers.attempt_failed(self._attempt, error)
+                if isinstance(error, HandoffError):
+                    self._avoid |= {(self._attempt.prefill, self._attempt.decode)}
+                    self._starter.handoff_failed(self._attempt)
                 if self._attempts >= _MAX_ATTEMPTS:
                     raise
                 self._observers.request_migrated(self._attempt, error)
@@ -148,7 +167,13 @@ class RunningRequest:
         try:
             async with asyncio.timeout(self._deadline - now()):
                 attempt = await self._starter.start_attempt(
-                    self._request, self._deadline, self._arrived, self._attempts, as_token_ids(self._output), again
+                    self._request,
+                    self._deadline,
+                    self._arrived,
+                    self._attempts,
+                    as_token_ids(self._output),
+                    again,
+                    self._avoid,
                 )
         except TimeoutError:
             raise DeadlineExceededError(self._passed) from None

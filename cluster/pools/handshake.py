@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from cluster.errors import WorkerLostError
@@ -46,6 +46,7 @@ class Handshakes:
     async def handshake(self, replica: Replica) -> None:
         """Make a new worker and every serving one of the other pool known to each other."""
         replica.unsupported_reasons, replica.unreachable_peers, replica.links = {}, {}, {}
+        replica.peer_endpoints = {}
         for peer in self._roster.peers(replica):
             if not peer.serves:  # it has left while others were met
                 continue
@@ -66,9 +67,28 @@ class Handshakes:
             peer.unsupported_reasons.pop(gone, None)
             peer.unreachable_peers.pop(gone, None)
             peer.links.pop(gone, None)
+            peer.peer_endpoints.pop(gone, None)
         for peer in self._roster.pool("decode" if replica.handle.role == "prefill" else "prefill"):
             if peer.info is not None and peer.state != "lost":  # one that starts may be about to meet it, in vain
                 peer.handle.disconnect(gone, confirmed_dead)
+
+    def connections_broke(self, replica: Replica, peers: Mapping[str, str]) -> None:
+        """A worker says whose connection to it is broken: no request goes there until the two have met anew.
+
+        What it says of an endpoint other than the last is older than their handshake.
+        """
+        for engine_id, endpoint in peers.items():
+            peer = self._roster.find(engine_id)
+            if peer is None or not (peer.serves and replica.serves):
+                continue
+            if engine_id in replica.unreachable_peers or replica.engine_id in peer.unreachable_peers:
+                continue
+            if endpoint != replica.peer_endpoints.get(engine_id):
+                continue
+            replica.unreachable_peers[engine_id] = "the connection broke"
+            logger.warning("the connection between %s and %s broke", replica.engine_id, engine_id)
+            self._on_change()
+            self._tasks.spawn(self._reconcile(replica, peer, delay_s=0.0))
 
     async def check_some_pair_works(self) -> None:
         """Refuse pools of which no two workers fit; those that only could not reach each other get time to.
@@ -90,11 +110,12 @@ class Handshakes:
                 )
             await asyncio.sleep(_LOOK_INTERVAL_S)
 
-    async def _reconcile(self, one: Replica, other: Replica) -> None:
+    async def _reconcile(self, one: Replica, other: Replica, delay_s: float = RECONCILE_INTERVAL_S) -> None:
         """Introduce two workers again and again until they reach each other or one of them is gone."""
         names = (one.engine_id, other.engine_id)
         while True:
-            await asyncio.sleep(RECONCILE_INTERVAL_S)
+            await asyncio.sleep(delay_s)
+            delay_s = RECONCILE_INTERVAL_S
             if any(self._roster.find(name) is None for name in names) or not (one.serves and other.serves):
                 return
             with contextlib.suppress(KVTransferError, WorkerLostError):
@@ -109,6 +130,7 @@ async def _handshake(one: Replica, other: Replica) -> None:
     assert other.info is not None
     mine = await one.handle.new_endpoint(other.info.engines)  # a connection that broke is of no more use
     theirs = await other.handle.new_endpoint(one.info.engines)
+    one.peer_endpoints[other.engine_id], other.peer_endpoints[one.engine_id] = theirs[0].endpoint, mine[0].endpoint
     await one.handle.connect(theirs)
     await other.handle.connect(mine)
     seconds = await one.handle.probe(other.engine_id)

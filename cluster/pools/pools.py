@@ -83,6 +83,12 @@ class WorkerPools:
         """The member that holds this engine now."""
         return self._roster.find(engine_id)
 
+    def connections_broke(self, engine_id: str, peers: Mapping[str, str]) -> None:
+        """See `Handshakes.connections_broke`."""
+        replica = self._roster.find(engine_id)
+        if replica is not None:
+            self._handshakes.connections_broke(replica, peers)
+
     def status(self) -> list[WorkerStatus]:
         """Every worker, prefill first."""
         return [replica.status() for replica in self._roster]

@@ -36,6 +36,7 @@ class Replica:
         load: last reported.
         unsupported_reasons: engine ids of the other pool whose KV cache is laid out differently, and how.
         unreachable_peers: engine ids of the other pool that it cannot reach at present, and why.
+        peer_endpoints: where it reaches each peer of the other pool, by engine id, since they met last.
         links: of a prefill worker: what the link to each decode worker costs that it has met, by engine id.
         restarts: workers that this place has lost in a row.
         ready_since: monotonic time.
@@ -51,6 +52,7 @@ class Replica:
     load: Load = field(default_factory=lambda: Load(0, 0))
     unsupported_reasons: dict[str, str] = field(default_factory=dict)
     unreachable_peers: dict[str, str] = field(default_factory=dict)
+    peer_endpoints: dict[str, str] = field(default_factory=dict)
     links: dict[str, LinkCost] = field(default_factory=dict)
     restarts: int = 0
     ready_since: float = 0.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.routing.pair_failures import PairFailures
 from cluster.routing.types import Incompatibilities, Incompatibility
 from cluster.routing.worker_table import WorkerTable
 from kv_transfer.link_cost import LinkCost
@@ -26,10 +28,15 @@ class Links:
         incompatibilities: as last given.
         least_delay_s: no link has a shorter delay.
         least_byte_s: no link takes fewer seconds for a byte.
+        failures: what failed handoffs add to a pair's delay.
+
+    Args:
+        failures: what has failed so far; None: nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, failures: PairFailures | None = None) -> None:
         self.incompatibilities: Incompatibilities = {}
+        self.failures = PairFailures(time.monotonic) if failures is None else failures
         self.least_delay_s = self.least_byte_s = 0.0
         self._slots: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self._known: dict[str, set[str]] = {}  # by prefill worker: whose links from it are in the arrays
@@ -40,7 +47,7 @@ class Links:
     @property
     def differ(self) -> bool:
         """Whether it matters who works with whom."""
-        return bool(self.incompatibilities) or self._has_links
+        return bool(self.incompatibilities) or bool(self.failures) or self._has_links
 
     @property
     def _has_links(self) -> bool:
@@ -81,6 +88,8 @@ class Links:
         delays, seconds = self._delay_s[at], self._byte_s[at]
         np.maximum(delays, self.least_delay_s, out=delays)
         np.maximum(seconds, self.least_byte_s, out=seconds)
+        if self.failures:
+            delays += self.failures.matrix(*self._slots, len(self._delay_s))[at]
         return delays, seconds
 
     def some_fit(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> bool:
@@ -116,6 +125,8 @@ class Links:
         if size > len(self._link_s):
             self._grow(max(size, 2 * len(self._link_s)))
         before_p, before_d = self._slots
+        if self.failures and (lost := [*(before_p.keys() - prefill.keys()), *(before_d.keys() - decode.keys())]):
+            self.failures.forget(lost)
         for engine_id, slot in prefill.items() - before_p.items():
             self._link_s[slot], self._byte_s[slot], self._delay_s[slot] = 0.0, 0.0, 0.0
             self._known[engine_id] = set()

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from cluster.routing.arrival_rate import ArrivalRate
 from cluster.routing.links import Links
 from cluster.routing.output_lengths import HORIZONS, OutputLengths
+from cluster.routing.pair_failures import PairFailures
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.router import Choose, explain, place, unsupported_reasons
 from cluster.routing.types import CandidateReport, Incompatibility, NoPlacement, Placement, RoutingRequest
@@ -73,7 +74,7 @@ class LoadTracker:
         self._arrivals = ArrivalRate(clock)
         self._lengths = OutputLengths()
         self._prefill, self._decode = WorkerTable(), WorkerTable()
-        self._links = Links()
+        self._links = Links(PairFailures(clock))
         self._prefixes = PrefixIndex()
         self._bookings: dict[str, _Booking] = {}
         self._quarantined: dict[str, int] = {}
@@ -208,6 +209,10 @@ class LoadTracker:
             self._lengths.observe(booking.max_tokens, num_tokens - booking.prompt_tokens)
         self.release(request)
 
+    def handoff_failed(self, prefill: str, decode: str) -> None:
+        """Between these two: the pair costs more for a while, see `PairFailures`."""
+        self._links.failures.count(prefill, decode)
+
     def release(self, request: str) -> None:
         """It is over, or nobody cares any more. Nothing happens for one that is not booked."""
         self.first_token(request)
@@ -238,6 +243,7 @@ class LoadTracker:
             self._disaggregation,
             self._arrivals.per_s(),
             self._prefixes.cached_tokens(request.prefix) if request.prefix is not None else None,
+            request.avoid,
         )
 
     def _future(self, booking: _Booking, num_tokens: int) -> npt.NDArray[np.float64]:

@@ -8,6 +8,8 @@ pool, or for each pair.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +19,8 @@ from cluster.routing.worker_table import WorkerTable
 
 _Floats = npt.NDArray[np.float64]
 _Places = npt.NDArray[np.intp]
+_AVOIDED_S = 1e4
+"""What a pair costs more on which the request has failed: more than any queue."""
 
 
 class Prefilling:
@@ -66,6 +70,7 @@ class Handoffs:
     ) -> None:  # fmt: skip
         self._prefill, self._decode, self._links = prefill, decode, links
         self._prefilling, self._nothing_moves = prefilling, request.max_tokens == 1
+        self._avoided = _codes(request.avoid, prefill, decode)
         self._anybody_queued = bool(np.count_nonzero(decode.column("queued_s")))
         self._layer_bytes: _Floats = decoding.missing * decode.column("kv_layer_bytes")
         self.least_s: _Floats = self._layer_bytes * (0.0 if self._nothing_moves else links.least_byte_s)
@@ -74,7 +79,7 @@ class Handoffs:
     @property
     def differ(self) -> bool:
         """Whether it matters who works with whom."""
-        return self._anybody_queued or self._links.differ
+        return self._anybody_queued or self._links.differ or bool(len(self._avoided))
 
     def pair_s(self, ps: _Places, ds: _Places) -> _Floats:
         """Of the pairs (ps[i], ds[i]): what the second token waits for beside the first.
@@ -86,6 +91,8 @@ class Handoffs:
             behind = self._decode.column("queued_s")[ds]
             behind -= self._prefilling.ttft_s[ps]
             seconds += np.maximum(behind, 0.0, out=behind)
+        if len(self._avoided):
+            seconds += np.isin(ps * len(self._decode) + ds, self._avoided) * _AVOIDED_S
         return seconds
 
     def handoff_s(self, ps: _Places, ds: _Places) -> _Floats:
@@ -104,6 +111,14 @@ class Handoffs:
         moving -= self._prefilling.compute_s[ps]
         delays += np.maximum(moving, last_layer, out=moving)
         return delays
+
+
+def _codes(pairs: Iterable[tuple[str, str]], prefill: WorkerTable, decode: WorkerTable) -> _Places:
+    """Of the pairs that are here: the row of the first times the number of columns, plus the column of the second."""
+    rows = {engine_id: row for row, engine_id in enumerate(prefill.engine_ids)}
+    columns = {engine_id: column for column, engine_id in enumerate(decode.engine_ids)}
+    found = [rows[p] * len(columns) + columns[d] for p, d in pairs if p in rows and d in columns]
+    return np.array(found, dtype=np.intp)
 
 
 class Local:

@@ -29,6 +29,7 @@ class RoutingRequest:
         cached: of its prompt, tokens that are in each prefix cache, by the caches' numbers; None: they are not asked.
         disaggregation: where its prompt may be computed: always on a prefill worker, never, or auto, on either.
         arrivals_per_s: how many other requests come in a second, to all workers.
+        avoid: pairs on which it has failed: taken only where there is no other.
     """
 
     prompt_tokens: int
@@ -39,6 +40,7 @@ class RoutingRequest:
     disaggregation: str = "always"
     arrivals_per_s: float = 0.0
     cached: npt.NDArray[np.float64] | None = field(default=None, compare=False)
+    avoid: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def steps(self) -> int:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.text.detokenizer import TokenKind
+from cluster.text.gguf.folder import gguf_tokenizer_folder
 from cluster.text.length_bound import LengthBound, length_bound
 from workers.errors import CheckpointError, InvalidRequestError
+from workers.loading.gguf.header import is_gguf
 
 if TYPE_CHECKING:
     import tokenizers
@@ -53,11 +55,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Load the tokenizer of a checkpoint from its local folder; no code from the checkpoint is run.
+        """Load the tokenizer of a checkpoint from its local folder or GGUF file; no code from the checkpoint is run.
 
         Raises:
             CheckpointError: `tokenizer.json`, or a file beside it that is needed, is missing or damaged.
         """
+        if is_gguf(folder):
+            with gguf_tokenizer_folder(folder) as written:
+                return cls.load(written)
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; a checkpoint needs its fast tokenizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,8 +127,8 @@ class Transport(ABC):
 
     @property
     @abstractmethod
-    def broken_peers(self) -> frozenset[str]:
-        """Peers to whom something has failed since they were added."""
+    def broken_peers(self) -> Mapping[str, str]:
+        """Peers to whom something has failed since they were added, and the endpoint at which each was reached."""
 
     @abstractmethod
     def write(

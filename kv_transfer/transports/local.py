@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -69,9 +69,9 @@ class LocalTransport(Transport):
         return reaches and not confirmed_dead and self._fabric.runs(engine_id)
 
     @property
-    def broken_peers(self) -> frozenset[str]:
+    def broken_peers(self) -> Mapping[str, str]:
         """See `Transport.broken_peers`."""
-        return frozenset(self._broken)
+        return {peer: self._peers.get(peer, ("", ""))[1] for peer in tuple(self._broken)}
 
     def write(
         self,

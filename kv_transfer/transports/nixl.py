@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -136,9 +136,13 @@ class NixlTransport(Transport):
         return runs
 
     @property
-    def broken_peers(self) -> frozenset[str]:
+    def broken_peers(self) -> Mapping[str, str]:
         """See `Transport.broken_peers`."""
-        return frozenset().union(*(endpoint.broken for endpoint in self._endpoints))
+        return {
+            peer: endpoint.peer_endpoint(peer) or ""
+            for endpoint in tuple(self._endpoints)
+            for peer in tuple(endpoint.broken)
+        }
 
     def write(
         self,

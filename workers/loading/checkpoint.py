@@ -1,10 +1,9 @@
-"""Checkpoints in Hugging Face format: finding the folder, and where in its files each tensor lies."""
+"""Checkpoints, folders in Hugging Face format or GGUF files: finding them, and where in the files each tensor lies."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from workers.errors import CheckpointError
 from workers.loading.config_reader import read_json
+from workers.loading.gguf.header import is_gguf
+from workers.loading.gguf.tensors import gguf_tensors
+from workers.loading.stored_tensor import StoredTensor
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -21,50 +23,23 @@ _LENGTH_BYTES = 8
 _LFS_POINTER = b"version https://git-lfs"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 
-Region = tuple[tuple[int, int], ...]
-"""A part of a tensor: of each dimension the first index and one past the last."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor of a checkpoint lies.
-
-    Attributes:
-        file: the file.
-        name: the tensor's.
-        dtype: as safetensors writes it, such as "BF16".
-        shape: its own.
-        offset: of its first byte in the file; the elements follow each other in row-major order.
-        nbytes: how many bytes it has.
-    """
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-def whole(shape: tuple[int, ...]) -> Region:
-    """All of a tensor of that shape."""
-    return tuple((0, length) for length in shape)
-
 
 def resolve_checkpoint(model: str) -> Path:
-    """The folder of a checkpoint: `model` itself when it is a local folder, else downloaded from the hub.
+    """The folder or GGUF file of a checkpoint: `model` itself when it is there, else downloaded from the hub.
 
     Args:
-        model: a folder, or a hub id such as `meta-llama/Llama-3.1-8B`.
+        model: a folder, a GGUF file, or a hub id such as `meta-llama/Llama-3.1-8B`.
 
     Raises:
-        CheckpointError: it is neither a folder nor a hub id that can be fetched.
+        CheckpointError: it is neither of these two nor a hub id that can be fetched.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
         return folder
     if folder.exists():
-        raise CheckpointError(f"{model} is a file; give the folder that holds config.json")
+        raise CheckpointError(f"{model} is a file; give the folder that holds config.json, or a GGUF file")
+    if folder.suffix.lower() == ".gguf":
+        raise CheckpointError(f"{model} does not exist")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model!r} is neither a folder nor a hub id (owner/name)")
     try:
@@ -75,15 +50,21 @@ def resolve_checkpoint(model: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order of name.
+    """The safetensors files of a checkpoint, in order of name, or the GGUF file that it is.
 
     Raises:
         CheckpointError: there is none, the index is malformed, or a shard that it names is missing.
     """
+    if is_gguf(folder):
+        return [folder]
     index = folder / _INDEX
     if not index.exists():
         if (folder / _SINGLE).exists():
             return [folder / _SINGLE]
+        if found := sorted(folder.glob("*.gguf")):
+            raise CheckpointError(
+                f"{folder} is a folder with GGUF files; name the one to be served, such as {found[0]}"
+            )
         raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}; only safetensors weights are read")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -102,8 +83,11 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     """Every tensor of a checkpoint, in the order in which they lie in its files. Reads the files' headers only.
 
     Raises:
-        CheckpointError: as `weight_files`, or a file is truncated or not safetensors; names the file.
+        CheckpointError: as `weight_files`, or a file is truncated or not safetensors, or as `gguf_tensors`; names the
+            file.
     """
+    if is_gguf(folder):
+        return gguf_tensors(folder)
     return [tensor for file in weight_files(folder) for tensor in _tensors_of(file)]
 
 

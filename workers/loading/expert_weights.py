@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from workers.errors import ConfigError
-from workers.loading.checkpoint import whole
 from workers.loading.dequantize import MXFP4_BLOCK
 from workers.loading.quantized_storage import Fp8BlockStorage, Mxfp4Storage
+from workers.loading.stored_tensor import whole
 from workers.loading.weight_target import QuantizedSource, WeightTarget
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from attention.backend import KVScales
 from workers.errors import CheckpointError
-from workers.loading.checkpoint import StoredTensor, read_tensor
+from workers.loading.checkpoint import read_tensor
+from workers.loading.stored_tensor import StoredTensor
 
 _NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:(?:attn|[kv]_proj|qkv_proj)\.)?([kv])_scale")
 

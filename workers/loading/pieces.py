@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from workers.loading.checkpoint import Region, StoredTensor, whole
 from workers.loading.quantized_storage import QuantizedStorage
 from workers.loading.runs import Runs, as_one_run, cut, region_shape
+from workers.loading.stored_tensor import Region, StoredTensor, whole
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that weights may be stored in, as safetensors writes them."""
 
 
 @dataclass(frozen=True)
-class Scales:
+class Quantized:
     """What makes a placement's stored tensor quantised.
 
     Attributes:
         storage: how its values and scales belong together.
-        stored: the scales.
+        scales: the tensor of scales; None: they are among the values.
     """
 
     storage: QuantizedStorage
-    stored: StoredTensor
+    scales: StoredTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Placement:
             is read is repeated.
         region: what is read, as part of `view`; None: all.
         view: a shape that the numbers are seen as, in row-major order; None: as they are stored.
-        scales: of a quantised tensor, which is dequantised on the target's device, piece by piece.
+        quantized: of a quantised tensor, which is dequantised piece by piece.
     """
 
     stored: StoredTensor
     target: torch.Tensor
     region: Region | None = None
     view: tuple[int, ...] | None = None
-    scales: Scales | None = None
+    quantized: Quantized | None = None
 
     @property
     def viewed(self) -> tuple[int, ...]:
@@ -66,9 +66,9 @@ class Placement:
 
     def values(self, region: Region) -> Runs:
         """The bytes of the numbers in a region."""
-        if self.scales is None:
+        if self.quantized is None:
             return Runs(self.stored, self.viewed, region, FLOATS[self.stored.dtype].itemsize)
-        storage = self.scales.storage
+        storage = self.quantized.storage
         shape, region = storage.values_shape(self.viewed), storage.values_region(region)
         return Runs(self.stored, shape, region, storage.value_dtypes[self.stored.dtype].itemsize)
 
@@ -113,7 +113,7 @@ def pieces_of(placement: Placement, piece_bytes: int) -> Iterator[Piece]:
     if target.shape != shape:
         yield _piece(placement, region, target)
         return
-    flat = as_one_run(placement.viewed, region) if placement.scales is None and target.is_contiguous() else None
+    flat = as_one_run(placement.viewed, region) if placement.quantized is None and target.is_contiguous() else None
     if flat is not None:
         stored = placement.stored
         region, target = flat, target.view(-1)
@@ -127,9 +127,13 @@ def pieces_of(placement: Placement, piece_bytes: int) -> Iterator[Piece]:
 
 
 def _piece(placement: Placement, region: Region, target: torch.Tensor) -> Piece:
-    values, scales = placement.values(region), placement.scales
-    if scales is None:
+    values, quantized = placement.values(region), placement.quantized
+    if quantized is None:
         return Piece(region, target, values, FLOATS[placement.stored.dtype])
-    storage, dtype = scales.storage, scales.storage.scale_dtypes[scales.stored.dtype]
-    runs = Runs(scales.stored, storage.scales_shape(placement.viewed), storage.scales_region(region), dtype.itemsize)
-    return Piece(region, target, values, storage.value_dtypes[placement.stored.dtype], storage, runs, dtype)
+    storage, scales = quantized.storage, quantized.scales
+    piece = Piece(region, target, values, storage.value_dtypes[placement.stored.dtype], storage)
+    if scales is None:
+        return piece
+    dtype = storage.scale_dtypes[scales.dtype]
+    runs = Runs(scales, storage.scales_shape(placement.viewed), storage.scales_region(region), dtype.itemsize)
+    return replace(piece, scales=runs, scale_dtype=dtype)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from workers.errors import CheckpointError
-from workers.loading.checkpoint import StoredTensor
-from workers.loading.pieces import FLOATS, Placement, Scales
+from workers.loading.pieces import FLOATS, Placement, Quantized
+from workers.loading.stored_tensor import StoredTensor
 from workers.loading.weight_target import WeightTarget
 
 
@@ -30,10 +30,12 @@ def placement(
     if target.quantized is None:
         _check_tensor(stored, target.shape, FLOATS)
         return Placement(stored, place, target.region, target.view)
-    storage, scales = target.quantized.storage, found[target.quantized.scales]
+    storage, scales = target.quantized.storage, None
     _check_tensor(stored, target.shape, storage.value_dtypes)
-    _check_tensor(scales, target.quantized.scales_shape, storage.scale_dtypes)
-    return Placement(stored, place, target.region, target.view, Scales(storage, scales))
+    if target.quantized.scales is not None:
+        scales = found[target.quantized.scales]
+        _check_tensor(scales, target.quantized.scales_shape, storage.scale_dtypes)
+    return Placement(stored, place, target.region, target.view, Quantized(storage, scales))
 
 
 def _check_tensor(stored: StoredTensor, shape: tuple[int, ...], dtypes: Iterable[str]) -> None:

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-from workers.loading.checkpoint import Region
 from workers.loading.dequantize import FP8_BLOCK, MXFP4_BLOCK, dequantize_fp8_blocks, dequantize_mxfp4
+from workers.loading.stored_tensor import Region
 
 
 class QuantizedStorage(Protocol):
-    """Numbers as values of few bits and scales that several of them share."""
+    """Numbers as values of few bits, and scales that several of them share.
+
+    Scales are a tensor of their own, or they are among the values: then there are no `scale_dtypes`, and no shape and
+    region of theirs is asked for.
+    """
+
+    @property
+    def on_host(self) -> bool:
+        """Whether `dequantize` works on the CPU alone."""
 
     @property
     def value_dtypes(self) -> Mapping[str, torch.dtype]:
@@ -40,14 +48,16 @@ class QuantizedStorage(Protocol):
         """What of the scales."""
 
     def dequantize(
-        self, values: torch.Tensor, scales: torch.Tensor, region: Region, dtype: torch.dtype
+        self, values: torch.Tensor, scales: torch.Tensor | None, region: Region, dtype: torch.dtype
     ) -> torch.Tensor:
-        """A logical region, of the shape of the region, out of what was read for it."""
+        """A logical region, of the shape of the region, out of what was read for it; in memory of its own."""
 
 
 @dataclass(frozen=True)
 class Mxfp4Storage:
     """gpt-oss's `*_blocks`, (..., G, 16), and `*_scales`, (..., G), for (..., 32 * G) numbers."""
+
+    on_host: ClassVar[bool] = False
 
     @property
     def value_dtypes(self) -> Mapping[str, torch.dtype]:
@@ -79,12 +89,13 @@ class Mxfp4Storage:
 
     def scales_region(self, region: Region) -> Region:
         """Of every block that is touched."""
-        return (*region[:-1], _blocks(region[-1], MXFP4_BLOCK))
+        return (*region[:-1], blocks_of(region[-1], MXFP4_BLOCK))
 
     def dequantize(
-        self, values: torch.Tensor, scales: torch.Tensor, region: Region, dtype: torch.dtype
+        self, values: torch.Tensor, scales: torch.Tensor | None, region: Region, dtype: torch.dtype
     ) -> torch.Tensor:
         """Of the whole blocks, cut to the region."""
+        assert scales is not None
         begin, end = region[-1]
         skipped = begin % MXFP4_BLOCK
         return dequantize_mxfp4(values, scales, dtype)[..., skipped : skipped + end - begin]
@@ -98,6 +109,7 @@ class Fp8BlockStorage:
         block: rows and columns that share a scale (`weight_block_size`).
     """
 
+    on_host: ClassVar[bool] = False
     block: tuple[int, int] = FP8_BLOCK
 
     @property
@@ -130,16 +142,18 @@ class Fp8BlockStorage:
 
     def scales_region(self, region: Region) -> Region:
         """Of every block that is touched."""
-        return tuple(_blocks(bounds, block) for bounds, block in zip(region, self.block, strict=True))
+        return tuple(blocks_of(bounds, block) for bounds, block in zip(region, self.block, strict=True))
 
     def dequantize(
-        self, values: torch.Tensor, scales: torch.Tensor, region: Region, dtype: torch.dtype
+        self, values: torch.Tensor, scales: torch.Tensor | None, region: Region, dtype: torch.dtype
     ) -> torch.Tensor:
         """The values times their blocks' scales."""
+        assert scales is not None
         first_row, first_column = (begin % block for (begin, _), block in zip(region, self.block, strict=True))
         return dequantize_fp8_blocks(values, scales, dtype, self.block, (first_row, first_column))
 
 
-def _blocks(bounds: tuple[int, int], size: int) -> tuple[int, int]:
+def blocks_of(bounds: tuple[int, int], size: int) -> tuple[int, int]:
+    """The first block of `size` that the bounds touch, and one past the last."""
     begin, end = bounds
     return begin // size, -(-end // size)

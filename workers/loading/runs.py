@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from workers.loading.checkpoint import Region, StoredTensor
+from workers.loading.stored_tensor import Region, StoredTensor
 
 
 def region_shape(region: Region) -> tuple[int, ...]:

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from workers.errors import CheckpointError
-from workers.loading.checkpoint import StoredTensor
 from workers.loading.pieces import Piece, Placement, pieces_of
 from workers.loading.runs import Runs, region_shape
+from workers.loading.stored_tensor import StoredTensor
 
 PIECE_BYTES = 8 * 2**20
 """At most so much is read at a time: long enough for the bus, short enough for the threads to end together."""
@@ -83,7 +83,8 @@ def _open_all(stack: contextlib.ExitStack, placements: Sequence[Placement]) -> d
     """A descriptor for each file, closed with the stack; threads read from it at offsets of their own."""
     descriptors = {}
     stored = [placement.stored for placement in placements]
-    stored += [placement.scales.stored for placement in placements if placement.scales is not None]
+    quantized = [placement.quantized for placement in placements if placement.quantized is not None]
+    stored += [each.scales for each in quantized if each.scales is not None]
     for file in dict.fromkeys(tensor.file for tensor in stored):
         try:
             descriptors[file] = os.open(file, os.O_RDONLY)
@@ -119,8 +120,10 @@ class _Lane:
 
     def _put(self, piece: Piece, values: torch.Tensor, scales: torch.Tensor | None) -> None:
         target = piece.target
-        if scales is not None and piece.storage is not None:
-            values, scales = (part.to(self._device, non_blocking=True) for part in (values, scales))
+        if piece.storage is not None:
+            if not piece.storage.on_host:
+                values = values.to(self._device, non_blocking=True)
+                scales = None if scales is None else scales.to(self._device, non_blocking=True)
             values = piece.storage.dequantize(values, scales, piece.region, target.dtype)
         elif values.dtype != target.dtype or values.shape != target.shape or not target.is_contiguous():
             values = values.to(self._device, non_blocking=True)  # as it is: converted or spread there, not here

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from workers.loading.checkpoint import Region
 from workers.loading.quantized_storage import QuantizedStorage
+from workers.loading.stored_tensor import Region
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class QuantizedSource:
 
     Attributes:
         storage: how values and scales belong together.
-        scales: the name of the scales' tensor.
+        scales: the name of the scales' tensor; None: they are among the values.
         scales_shape: what the checkpoint must hold of that name.
     """
 
     storage: QuantizedStorage
-    scales: str
-    scales_shape: tuple[int, ...]
+    scales: str | None = None
+    scales_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,6 @@ class WeightTarget:
 def of_layer(target: WeightTarget, checkpoint_prefix: str, parameter_prefix: str) -> WeightTarget:
     """A target whose names are within a layer, as one of the whole model."""
     quantized = target.quantized
-    if quantized is not None:
+    if quantized is not None and quantized.scales is not None:
         quantized = replace(quantized, scales=checkpoint_prefix + quantized.scales)
     return replace(target, parameter=parameter_prefix + target.parameter, quantized=quantized)

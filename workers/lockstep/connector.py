@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -89,10 +89,10 @@ class AgreedConnector(KVConnector):
         return self.new_endpoint_for([peer], timeout_s)
 
     @property
-    def broken_peers(self) -> frozenset[str]:
+    def broken_peers(self) -> Mapping[str, str]:
         """See `KVConnector.broken_peers`: those of this rank, by their leads' engine ids."""
         broken = self._own.broken_peers
-        return frozenset(lead for lead, own in list(self._peers.items()) if own in broken)
+        return {lead: broken[own] for lead, own in list(self._peers.items()) if own in broken}
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """Meet a peer of one rank; see `handshake`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from kv_transfer.connector import ConnectorEvent
@@ -71,6 +71,11 @@ class Lead:
     def has_work(self) -> bool:
         """Whether a step has something to do at once."""
         return bool(self._agreed) or bool(self._commands) or self._replica.worker.has_work or self._crash is not None
+
+    @property
+    def broken_peers(self) -> Mapping[str, str]:
+        """Engine ids to which this rank's connection is broken."""
+        return self._replica.worker.broken_peers
 
     @property
     def load(self) -> Load:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kv_transfer.identity import KVIdentity, digest_of
+from workers.loading.gguf.header import is_gguf
+from workers.loading.gguf.tokenizer_values import tokenizer_values
 from workers.loading.weight_digest import weight_digest
 from workers.models.causal_lm import CausalLM
 from workers.ops.rope_config import RopeConfig
@@ -21,7 +23,7 @@ def kv_identity(model: CausalLM, folder: Path) -> KVIdentity:
 
     Args:
         model: the rank's, loaded.
-        folder: of its checkpoint.
+        folder: of its checkpoint, or its GGUF file.
     """
     scales = [repr(scales).encode() for scales in model.kv_scales] if model.kv_cache_dtype is not None else []
     return KVIdentity(
@@ -35,7 +37,9 @@ def kv_identity(model: CausalLM, folder: Path) -> KVIdentity:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """The digest of the files in a checkpoint's folder that say which ids a text has; empty where there are none."""
+    """The digest of what a checkpoint's files, or its GGUF file, say of a text's ids; empty where there are none."""
+    if is_gguf(folder):
+        return digest_of(*tokenizer_values(folder))
     found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     return digest_of(*(part for file in found for part in (file.name.encode(), file.read_bytes()))) if found else ""
 

@@ -11,10 +11,13 @@ import torch
 from attention.platform import Platform
 from attention.spec import FP8, AttentionNeeds, Phase
 from workers.errors import CheckpointError, ConfigError
-from workers.loading.checkpoint import StoredTensor, resolve_checkpoint, stored_tensors, weight_files
+from workers.loading.checkpoint import resolve_checkpoint, stored_tensors, weight_files
+from workers.loading.gguf.header import is_gguf
+from workers.loading.gguf.tensors import gguf_form
 from workers.loading.kv_scales import Place, kv_scale_place, read_kv_scales
 from workers.loading.pieces import Placement
 from workers.loading.placements import placement
+from workers.loading.stored_tensor import StoredTensor
 from workers.loading.weight_stream import load_tensors
 from workers.models.attention_backend import choose_backends
 from workers.models.causal_lm import CausalLM, attention_specs
@@ -75,7 +78,7 @@ def load_model(
     """Load a model, or one rank's shard of it, of which alone the weights are read.
 
     Args:
-        model: a checkpoint folder or a hub id.
+        model: a checkpoint folder, a GGUF file or a hub id.
         dtype: see `resolve_dtype`.
         device: where it will run.
         block_size: tokens in a KV block.
@@ -181,6 +184,8 @@ def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Pla
     weights = weights.resolved(names)
     if config.fp8_blocks is not None:
         weights = weights.in_fp8_blocks(config.fp8_blocks, names)
+    if is_gguf(folder):
+        weights = weights.adapted(gguf_form(folder))
     wanted = dict.fromkeys([*weights.targets, *weights.scales])
     found: dict[str, StoredTensor] = {}
     kv_scales: dict[Place, StoredTensor] = {}

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 
 from workers.layers.moe.mlp import MoEConfig
 from workers.layers.moe.routing import RouterConfig
-from workers.loading.checkpoint import whole
 from workers.loading.config_reader import ConfigReader
+from workers.loading.stored_tensor import whole
 from workers.loading.weight_target import WeightTarget
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
 from workers.models.config.model_config import ModelConfig

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from workers.loading.checkpoint import Region
+from workers.loading.stored_tensor import Region
 from workers.models.causal_lm import CausalLM
 from workers.models.weight_map import WeightMap
 

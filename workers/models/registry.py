@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.loading.config_reader import ConfigReader, read_json
+from workers.loading.gguf.config import gguf_config
+from workers.loading.gguf.header import is_gguf
 from workers.models.causal_lm import CausalLM
 from workers.models.config.attention_keys import refuse_other_attention
 from workers.models.config.model_config import ModelConfig
@@ -66,11 +68,13 @@ def model_class(architecture: str) -> type[CausalLM]:
 def read_model(folder: Path) -> tuple[type[CausalLM], ModelConfig]:
     """What runs the checkpoint in `folder`, and its config.
 
-    Reads `config.json` and, where there is one, `generation_config.json`.
+    Reads `config.json` and, where there is one, `generation_config.json`; of a GGUF file its metadata.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the model is none that Baton runs; names file and key.
     """
+    if is_gguf(folder):
+        return parse_model(gguf_config(folder), source=str(folder))
     generation = folder / "generation_config.json"
     return parse_model(
         read_json(folder / "config.json"),

@@ -7,13 +7,13 @@ input features of its second ones (columns), after Megatron-LM (Shoeybi et al., 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from workers.layers.lm_head import vocab_share
-from workers.loading.checkpoint import whole
 from workers.loading.expert_weights import in_fp8_blocks
 from workers.loading.quantized_storage import Fp8BlockStorage
+from workers.loading.stored_tensor import whole
 from workers.loading.weight_target import WeightTarget, of_layer
 from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.model_config import ModelConfig
@@ -80,7 +80,7 @@ class WeightMap:
     def scales(self) -> list[str]:
         """Names of the tensors that quantised ones are scaled with."""
         targets = (target for targets in self.targets.values() for target in targets)
-        return [target.quantized.scales for target in targets if target.quantized is not None]
+        return [q.scales for target in targets if (q := target.quantized) is not None and q.scales is not None]
 
     def is_unused(self, name: str) -> bool:
         """Whether a checkpoint may hold this tensor although nothing reads it."""
@@ -124,6 +124,13 @@ class WeightMap:
                 found.targets = {name: there for name, there in found.targets.items() if name not in usual.targets}
                 found.include(chosen)
         found._forms = []
+        return found
+
+    def adapted(self, adapt: Callable[[str, WeightTarget], WeightTarget]) -> WeightMap:
+        """The map for a checkpoint that holds the same tensors in another form: `adapt` gives each name's target."""
+        found = self.like()
+        found.include(self)
+        found.targets = {name: [adapt(name, each) for each in targets] for name, targets in self.targets.items()}
         return found
 
     def in_fp8_blocks(self, storage: Fp8BlockStorage, names: Container[str]) -> WeightMap:

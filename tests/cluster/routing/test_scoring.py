@@ -269,3 +269,41 @@ def test_what_no_decode_worker_could_hold_is_hopeless_wherever_it_is_computed():
     assert made.place(RoutingRequest(30_000, 64)) == NoPlacement(hopeless=True)
     reasons = [f"{name}: 30000 prompt tokens, context window 20000" for name in "dp"]
     assert sorted(made.unsupported_reasons(RoutingRequest(30_000, 64))) == reasons
+
+
+def test_a_pair_on_which_a_handoff_failed_is_the_last_to_be_taken_for_a_while() -> None:
+    made = load_tracker(("p", "q"), ("d",), step_s=0.0)
+    made.reserve("busy", "q", "d", 4000)
+    assert placed(made, 100) == ("p", "d"), "4 s of prompts are before it on the other"
+    made.handoff_failed("p", "d")
+    assert placed(made, 100) == ("q", "d"), "5 s for a failure are more"
+    later = load_tracker(("p", "q"), ("d",), step_s=1.0)
+    later.reserve("busy", "q", "d", 4000)
+    later.handoff_failed("p", "d")
+    for _ in range(30):
+        last = placed(later, 100)
+    assert last == ("p", "d"), "half of it counts after 15 s"
+
+
+def test_failures_of_workers_that_are_gone_are_forgotten() -> None:
+    made = load_tracker(("p", "q"), ("d",), step_s=0.0)
+    made.handoff_failed("p", "d")
+    without = {replace(TRAITS, engine_id="q"): True}, {replace(TRAITS, engine_id="d"): True}
+    made.update_pools(*without, {})
+    both = {replace(TRAITS, engine_id=name): True for name in ("p", "q")}
+    made.update_pools(both, without[1], {})
+    made.reserve("busy", "q", "d", 100)
+    assert placed(made, 100) == ("p", "d")
+
+
+@pytest.mark.parametrize("disaggregation", ["always", "auto"])
+def test_a_pair_to_avoid_is_taken_only_where_there_is_no_other(disaggregation: str) -> None:
+    made = load_tracker(("p", "q"), ("d", "e"), disaggregation=disaggregation)
+    pairs = [(p, d) for p in ("p", "q") for d in ("d", "e")]
+    for left in pairs:
+        avoid = frozenset(pair for pair in pairs if pair != left)
+        found = placed(made, 4000, avoid=avoid)
+        assert found == left or found[0] is None
+    if disaggregation == "always":
+        assert placed(made, 4000, avoid=frozenset(pairs)) in pairs
+    assert placed(made, 4000, avoid=frozenset({("gone", "d")})) == placed(made, 4000)

@@ -77,11 +77,11 @@ def test_a_handoff_over_a_broken_connection_ends_when_the_two_meet_again():
     assert isinstance(aborted, HandoffAborted)
     pair.d.cancel(key)
     assert pair.poll(200) == [], "nobody can confirm anything"
-    assert pair.p.broken_peers == {pair.d_info.engine_id}
-    assert pair.d.broken_peers == {pair.p_info.engine_id}
+    assert set(pair.p.broken_peers) == {pair.d_info.engine_id}
+    assert set(pair.d.broken_peers) == {pair.p_info.engine_id}
     pair.meet()
     assert pair.poll() == [HandoffReleased(key)]
-    assert pair.p.broken_peers == pair.d.broken_peers == frozenset()
+    assert pair.p.broken_peers == pair.d.broken_peers == {}
     again = pair.expect([4, 5], b"i" * 16)
     pair.push([1, 2], b"i" * 16)
     assert HandoffReceived(again, 7) in pair.poll()
@@ -216,9 +216,9 @@ def test_a_new_endpoint_at_the_other_side_is_a_new_connection():
     pair.d.new_endpoint(pair.p_info, 1.0)
     with pytest.raises(PeerError):
         pair.transport.send(pair.d_info.engine_id, b"")
-    assert pair.p.broken_peers == {pair.d_info.engine_id}
+    assert set(pair.p.broken_peers) == {pair.d_info.engine_id}
     pair.p.connect(pair.d.new_endpoint(pair.p_info, 1.0), 1.0)
-    assert pair.p.broken_peers == frozenset()
+    assert pair.p.broken_peers == {}
 
 
 def test_unlike_layouts_make_no_endpoint():

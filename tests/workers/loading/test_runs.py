@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.loading.checkpoint import Region, StoredTensor, whole
 from workers.loading.runs import Runs, as_one_run, cut, region_shape
+from workers.loading.stored_tensor import Region, StoredTensor, whole
 
 SHAPES = [(7,), (4, 5), (3, 4, 5), (2, 3, 2, 4)]
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from workers.errors import CheckpointError
-from workers.loading.checkpoint import Region, StoredTensor, stored_tensors
+from workers.loading.checkpoint import stored_tensors
 from workers.loading.pieces import Placement
+from workers.loading.stored_tensor import Region, StoredTensor
 from workers.loading.weight_stream import load_tensors
 from workers.models.loader import load_model, model_bytes
 

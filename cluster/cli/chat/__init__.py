@@ -1,0 +1,1 @@
+"""`baton chat`: a conversation in the terminal."""
