@@ -16,6 +16,8 @@ _NODES = "tests/deploy/test_ray_up.py::test_a_request_is_served_by_the_nodes_of_
 COMMANDS = {
     "make test": "not: it is what runs the tests",
     "make demo": "not: its parts are; it installs an environment first",
+    "make chat": "not: a conversation in a terminal; tests of `baton chat` have its parts",
+    "baton chat": "not: as make chat",
     "source .venv/bin/activate": "not: a shell's own affair",
     "pip install .": _WHEEL,
     "pip install ./deploy/client": "tests/deploy/test_packages.py::test_the_client_says_what_only_the_service_can",

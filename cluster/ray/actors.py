@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from cluster.ray.heartbeat_log import HeartbeatLog
+from cluster.ray.process_end import Whereabouts
 from cluster.worker_handle import HEARTBEAT_S, StartProgress
 from kv_transfer.lease import Lease, lease_clock
 from kv_transfer.link_cost import LinkCost
@@ -141,6 +142,10 @@ class WorkerActor:
             if self._crash is not None:
                 raise self._crash
 
+    async def whereabouts(self) -> Whereabouts:
+        """Where the lead runs."""
+        return Whereabouts.own()
+
     async def stop(self) -> None:
         """End the worker in good order."""
         if self._host is not None:
@@ -218,6 +223,10 @@ class FollowerActor:
     async def pid(self) -> int:
         """Of its process."""
         return os.getpid()
+
+    async def whereabouts(self) -> Whereabouts:
+        """Where this rank runs."""
+        return Whereabouts.own()
 
     async def stop(self) -> None:
         """End the rank in good order; the lead must be told, too."""

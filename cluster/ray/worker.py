@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cluster.errors import WorkerLostError
 from cluster.ray.actors import FollowerActor, WorkerActor
 from cluster.ray.placement_group import RankPlacement, RankResources
+from cluster.ray.process_end import Whereabouts, all_ended
 from cluster.ray.waiting import awaited, tell_if_it_takes_long
 from cluster.worker_handle import HEARTBEAT_S, LoadProgress
 from kv_transfer.link_cost import LinkCost, together
@@ -23,9 +24,8 @@ from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerInfo
 
 _PROGRESS_INTERVAL_S = 0.25
-_STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 5.0
 _SILENT_AFTER_S = 2.5 * HEARTBEAT_S
-_PROCESS_ENDED = "worker process has died"  # as its node says; a node that is lost says nothing of its processes
 
 
 class RayWorker:
@@ -43,7 +43,7 @@ class RayWorker:
         self.name = config.name
         self.role = config.role
         self._lost = False
-        self._unreachable = False
+        self._ranks_at: Sequence[Whereabouts] = ()
         self._num_heard = 0
         self._heard_at = self._renewed_at = 0.0
         self._renewal: asyncio.Task[None] | None = None
@@ -81,6 +81,9 @@ class RayWorker:
             for stage in await self._call(self._lead.progress.remote()):
                 progress(self.name, stage)
         info: WorkerInfo = starts[0].result()
+        self._ranks_at = await asyncio.gather(
+            *(self._call(rank.whereabouts.remote()) for rank in (self._lead, *self._followers))
+        )
         return info
 
     async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
@@ -129,7 +132,6 @@ class RayWorker:
                 yield batch
         except RayError as error:
             self._lost = True
-            self._unreachable = isinstance(error, RayActorError) and _PROCESS_ENDED not in str(error)
             raise WorkerLostError(f"{self.name} is gone: {_first_line(error)}") from error
         raise WorkerLostError(f"{self.name} ended its output")
 
@@ -137,16 +139,18 @@ class RayWorker:
         """See `WorkerHandle.stop`."""
         ranks = (self._lead, *self._followers)
         if not self._lost and self._heard_at and time.monotonic() - self._heard_at > _SILENT_AFTER_S:
-            self._lost = self._unreachable = True
+            self._lost = True
+        stopped = False
         if not self._lost:  # one that is lost ends as it is: its ranks may be waiting for each other
-            stops = asyncio.gather(*(rank.stop.remote() for rank in ranks), return_exceptions=True)
+            stops = asyncio.gather(*(rank.stop.remote() for rank in ranks))
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(stops, _STOP_TIMEOUT_S)
+                await asyncio.wait_for(stops, STOP_TIMEOUT_S)
+                stopped = True
         for rank in ranks:
             with contextlib.suppress(Exception):
                 ray.kill(rank)
         self._placement.remove()
-        return not self._unreachable  # who cannot be reached is not killed for certain
+        return stopped or await all_ended(self._ranks_at)  # nobody has met one that never said where it is
 
     def _hear(self) -> None:
         """Something was heard of it, so its lease may be renewed."""
