@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.distributions import FORMS, parse_distribution
 from benchmarks.environment import Environment
-from benchmarks.load import Limits, LoadRun, closed_loop, open_loop, poisson_arrivals
+from benchmarks.interruption import load_until_interrupted
+from benchmarks.load import Limits, LoadRun, OnRow, closed_loop, open_loop, poisson_arrivals
 from benchmarks.measure import Row, WallClock
 from benchmarks.metrics import Objective, summarize
 from benchmarks.report import print_summary, run_to_json, write_json
 from benchmarks.workload import PROMPT_KINDS, Workload
 from cluster.api import ModelInfo
 from cluster.cli.connection import add_connection_arguments, connection_of
+from cluster.cli.exit_codes import EXIT_INTERRUPTED
 from cluster.client.client import AsyncBatonClient
 from workers.errors import ConfigError
 from workers.sampling_params import SamplingParams
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command: 1 if every request failed."""
+    """Run the command: 1 if every request failed, 130 if Ctrl-C ended it; what was measured by then is kept."""
     _check(args)
     objective = None if args.slo is None else Objective.parse(args.slo)
     if args.plot is not None:
@@ -91,16 +93,23 @@ def run(args: argparse.Namespace) -> int:
         check_plotting()
     environment = Environment.capture(threads=None)
     model, load = asyncio.run(_measure(args))
+    if load.interrupted:
+        if not load.rows:
+            raise KeyboardInterrupt
+        print(f"interrupted: what follows is of the {len(load.rows)} requests that had ended", file=sys.stderr)
     summary = summarize(load.rows, load.duration_s, objective)
     from rich.console import Console
 
     print_summary(Console(), summary, load.rows)
     if args.output is not None:
-        write_json(args.output, run_to_json(environment, _config(args), model, summary, load.rows))
+        config = {**_config(args), "interrupted": load.interrupted}
+        write_json(args.output, run_to_json(environment, config, model, summary, load.rows))
     if args.plot is not None:
         from benchmarks.plot import write_plot
 
         write_plot(args.plot, load.rows, load.duration_s, f"{model.name}, {_load_text(args)}")
+    if load.interrupted:
+        return EXIT_INTERRUPTED
     return 0 if any(row.ok for row in load.rows) else 1
 
 
@@ -156,7 +165,9 @@ async def _with_progress(args: argparse.Namespace, client: AsyncBatonClient, wor
             text = _load_text(args) + (f", {failed} failed" if failed else "")
             progress.update(task, advance=1, description=text)
 
-        return await _load(args, client, workload, limits, on_row)
+        return await load_until_interrupted(
+            lambda tell: _load(args, client, workload, limits, tell), WallClock(), on_row
+        )
 
 
 async def _load(
@@ -164,7 +175,7 @@ async def _load(
     client: AsyncBatonClient,
     workload: Workload,
     limits: Limits,
-    on_row: Callable[[Row], None],
+    on_row: OnRow,
 ) -> LoadRun:
     if args.rate is not None:
         arrivals = poisson_arrivals(args.rate, args.seed)

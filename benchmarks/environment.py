@@ -16,7 +16,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "triton", "flashinfer-python", "transformers", "ray", "nixl", "nixl-cu13", "grpcio")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "transformers",
+    "ray",
+    "nixl",
+    "nixl-cu13",
+    "grpcio",
+    "llguidance",
+    "xgrammar",
+)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class LoadRun:
-    """Every request that was sent, in the order of sending, and how long it took until the last one ended."""
+    """Every request that was sent, in the order of sending, and how long it took until the last one ended.
+
+    Attributes:
+        rows: see above.
+        duration_s: see above.
+        interrupted: the load was given up before its end; rows are those of the requests that had ended.
+    """
 
     rows: tuple[Row, ...]
     duration_s: float
+    interrupted: bool = False
 
 
 def poisson_arrivals(rate: float, seed: int | str) -> Iterator[float]:

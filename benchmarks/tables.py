@@ -18,6 +18,7 @@ from benchmarks import (
     door_tables,
     gpu_change_tables,
     gpu_tables,
+    grammar_tables,
     model_tables,
     pool_tables,
     router_tables,
@@ -97,6 +98,7 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
     },
     "attention.md": attention_tables.TABLES,
     "models.md": model_tables.TABLES,
+    "structured-output.md": {name: _of_result(name, make) for name, make in grammar_tables.TABLES.items()},
 }
 """Page to its tables; a table to what makes it."""
 

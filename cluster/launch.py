@@ -25,8 +25,10 @@ from cluster.clock import now
 from cluster.config.groups import groups_of
 from cluster.config.load import ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
+from cluster.conversation.registry import choose_formats
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
+from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, weights_size, worker_line
@@ -99,6 +101,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         # What is truncated or no checkpoint is told before Ray starts.
         stored = await asyncio.to_thread(stored_tensors, folder)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    wanted = config.model.tool_format, config.model.reasoning_format
+    formats = choose_formats(*wanted, tokenizer.chat_template.text, model.family)
     defaults = read_sampling_defaults(folder) if config.model.generation_config == "auto" else {}
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
@@ -142,9 +146,11 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             has_chat_template=tokenizer.has_chat_template,
         )
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
+        grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
+        stack.push_async_callback(grammars.aclose)
         broken = _watch_ray() if present is not None else asyncio.get_running_loop().create_future()
         stack.callback(broken.cancel)
-        yield Service(engine, Generation(engine, tokenizer, info, defaults), info, readiness, broken)
+        yield Service(engine, Generation(engine, tokenizer, info, defaults, grammars, formats), info, readiness, broken)
 
 
 def check_backend_name(section: str, name: str) -> None:

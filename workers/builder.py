@@ -17,14 +17,16 @@ from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
 from workers.errors import CacheTooSmallError
+from workers.grammars.compiler import GrammarCompiler
 from workers.kv_cache.sizing import allocate_kv_caches, kv_layout
 from workers.models.causal_lm import CausalLM
 from workers.models.loader import load_model, model_bytes
 from workers.parallel.group import SINGLE, TensorParallelGroup
 from workers.prefill_worker import PrefillWorker
+from workers.runner.measured_steps import measure_decode, measure_prefill
 from workers.runner.model_runner import ModelRunner
 from workers.runner.profile_run import largest_batches_of
-from workers.runner.step_times import StepTimes, measure_decode, measure_prefill
+from workers.runner.step_times import StepTimes
 from workers.sampling.warm_up import warm_up_sampling
 from workers.scheduling.local_prefill import warm_up_chunks
 
@@ -66,6 +68,7 @@ class BuiltWorker:
         step_times: measured on its device.
         memory: what it takes there.
         blocks_per_sequence: of these, the most that a sequence holds at once; None: those of all its tokens.
+        grammars: compiles what its requests ask for.
     """
 
     worker: PrefillWorker | DecodeWorker
@@ -77,6 +80,7 @@ class BuiltWorker:
     step_times: StepTimes
     memory: WorkerMemory
     blocks_per_sequence: int | None
+    grammars: GrammarCompiler
 
 
 def build_worker(
@@ -124,7 +128,9 @@ def build_worker(
     kv_caches, max_model_len = _caches_and_context(config, model, group)
     runner = ModelRunner(model, kv_caches)
     graphs = _Graphs(runner.device, capture_progress)
-    worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured)
+    vocabulary = (model.config.vocab_size, model.config.eos_token_ids)
+    grammars = GrammarCompiler.of_checkpoint(Path(config.model), *vocabulary)
+    worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured, grammars)
     memory = graphs.memory(
         model_bytes(type(model), model.config, model.dtype, group),
         sum(kv_cache.nbytes for kv_cache in runner.kv_caches),
@@ -146,6 +152,7 @@ def build_worker(
         step_times,
         memory,
         worker.cache.blocks_per_sequence(max_model_len, computed=isinstance(worker, PrefillWorker)),
+        grammars,
     )
 
 
@@ -179,6 +186,7 @@ def _make_worker(
     connector: KVConnector,
     clock: Callable[[], float],
     capture_progress: Progress,
+    grammars: GrammarCompiler,
 ) -> PrefillWorker | DecodeWorker:
     if config.role == "prefill" or config.local_prefill:  # logits of prompts are float32
         warm_up_sampling(runner.model.config.vocab_size, torch.float32, runner.device)
@@ -191,6 +199,7 @@ def _make_worker(
             max_num_batched_tokens=config.max_num_batched_tokens if config.local_prefill else None,
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=config.enable_prefix_caching,
+            grammars=grammars,
             progress=capture_progress,
             clock=clock,
         )
@@ -204,6 +213,7 @@ def _make_worker(
         handoff_timeout_s=config.handoff_timeout_s,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
+        grammars=grammars,
         progress=capture_progress,
         clock=clock,
     )

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from kv_transfer.connector import KVConnector
-from workers.errors import BatonError, DeadlineExceededError, HandoffError, SamplingError
+from workers.errors import BatonError, DeadlineExceededError, HandoffError, NoTokenLeftError, SamplingError
+from workers.grammars.compiler import GrammarCompiler
 from workers.handoff.receiving import Arrival, RemotePrefill
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
@@ -37,7 +38,14 @@ from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import FirstToken, LocalPrefill
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
-from workers.validation import check_capacity, check_local, check_prompt, check_token_ids
+from workers.validation import (
+    check_capacity,
+    check_local,
+    check_prompt,
+    check_sampling,
+    check_sampling_tokens,
+    check_token_ids,
+)
 from workers.waiting_queue import DecodeQueue
 
 
@@ -62,6 +70,7 @@ class DecodeWorker:
             CPU, where launching a step computes it.
         enforce_eager: use no CUDA graphs.
         enable_prefix_caching: keep full blocks for prompts that begin with what they hold.
+        grammars: compiles what requests ask for; None refuses it.
         progress: told how many of the CUDA graphs are captured, and how many there will be.
         clock: what time it is, in monotonic seconds.
     """
@@ -77,6 +86,7 @@ class DecodeWorker:
         steps_ahead: int | None = None,
         enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
+        grammars: GrammarCompiler | None = None,
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -95,6 +105,7 @@ class DecodeWorker:
         self.step_times = StepTimes()
         self._pace = StepPace(clock)
         self._connector = connector
+        self._grammars = grammars or GrammarCompiler.without_vocabulary()
         self.cache = KVCacheManager(
             runner.groups,
             runner.num_blocks,
@@ -119,16 +130,19 @@ class DecodeWorker:
 
     def add(self, request: WorkerRequest) -> None:
         """Queue a request for blocks. One that is wrong or can never fit ends in `RequestFailed`."""
-        num_tokens = len(request.prompt_token_ids)
+        num_tokens, config = len(request.prompt_token_ids), self._runner.model.config
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
             check_capacity(self.cache, num_tokens + 1, "decode", computed=request.peer_engine is None)
-            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_token_ids(request.prompt_token_ids, config.vocab_size)
+            check_sampling(request.sampling, config.eos_token_ids, config.vocab_size)
             check_local(request.peer_engine is None, self._computes_prompts)
+            check_sampling_tokens(request.sampling, self._runner.model.config.vocab_size)
+            matcher = self._grammars.matcher(request.sampling.structured_output)
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
-        state = SamplingState.of(request, self._runner.model.config.eos_token_ids, self._max_model_len)
+        state = SamplingState.of(request, config.eos_token_ids, self._max_model_len, matcher)
         now = self._clock()
         sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now)
         self._kept.begin(sequence)
@@ -234,7 +248,8 @@ class DecodeWorker:
     def _run(self) -> None:
         """Launch a chunk of the prompts that are computed here and a decode step; take what earlier ones have done.
 
-        In this order nobody's token waits for work that was launched after it.
+        In this order nobody's token waits for work that was launched after it. Tokens that depend on those of the step
+        before, as under a grammar, are chosen when these are known: the device is at the forward pass meanwhile.
         """
         if self._launches and (self._steps_ahead == 0 or self._batch.lacks_blocks):
             self._collect(0)
@@ -244,6 +259,7 @@ class DecodeWorker:
             self._launches.append(self.decoder.launch(batch))
             self._batch.launched(batch)
         self._collect(self._steps_ahead if batch else 0)
+        self._choose()
         more = batch or self._local.can_launch
         for first in self._local.collect(self._steps_ahead if launched and more else 0):
             self._accept_first(first)
@@ -263,13 +279,19 @@ class DecodeWorker:
                 if self._batch.landed(sequence):
                     self._accept(sequence, token, now)
 
+    def _choose(self) -> None:
+        """Have the last launch's tokens chosen, if that waits for those before them."""
+        if self._launches and not self._launches[-1].chosen:
+            self._collect(1)
+            _ = self._launches[-1].sampled
+
     def _accept(self, sequence: Sequence, sampled: SampledToken | SamplingError, now: float) -> None:
         """A sequence has one more token, or none can be chosen for it."""
         request_id, attempt_id = sequence.request.request_id, sequence.request.attempt_id
         output_token_ids = sequence.state.output_token_ids
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
-            self._kept.forget(sequence)
+            self._forget(sequence, sampled)
             self.abort(attempt_id)
             return
         output_token_ids.append(sampled.token_id)
@@ -285,13 +307,18 @@ class DecodeWorker:
             self._batch.remove(sequence)
             del self._sequences[attempt_id]
 
+    def _forget(self, sequence: Sequence, why: SamplingError) -> None:
+        """Keep nothing of a sequence whose logits are not in order; what was only asked for too much is right."""
+        if not isinstance(why, NoTokenLeftError):
+            self._kept.forget(sequence)
+
     def _accept_first(self, first: FirstToken) -> None:
         """A prompt that was computed here has its first token, or none can be chosen for it."""
         sequence, sampled = first.sequence, first.sampled
         request_id, attempt_id = sequence.request.request_id, sequence.request.attempt_id
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
-            self._kept.forget(sequence)
+            self._forget(sequence, sampled)
             self.cache.release(sequence.tables)
             del self._sequences[attempt_id]
             return

@@ -61,3 +61,7 @@ class SamplingError(BatonError):
     def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.rows = rows
+
+
+class NoTokenLeftError(SamplingError):
+    """What the request itself rules out leaves no token; the model's logits are in order."""

@@ -19,6 +19,8 @@ class FinishReason(enum.Enum):
     """An end-of-sequence token, a stop token or a stop string."""
     LENGTH = "length"
     """`max_tokens` or the end of the context window."""
+    TOOL_CALLS = "tool_calls"
+    """As `STOP`, and the text calls tools: found where the text is read, and never said by a worker."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

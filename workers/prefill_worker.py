@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, KVConnector
-from workers.errors import BatonError, HandoffError, SamplingError
+from workers.errors import BatonError, HandoffError, NoTokenLeftError, SamplingError
+from workers.grammars.compiler import GrammarCompiler
 from workers.handoff.layers_per_write import LayersPerWrite
 from workers.handoff.sending import Prompt, complete_blocks, layer_pusher, push_cached
 from workers.kv_cache.cache_split import default_steps_ahead
@@ -35,7 +36,7 @@ from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
 from workers.scheduling.prefill_step import Launch, launch_chunks
-from workers.validation import check_capacity, check_prompt, check_token_ids
+from workers.validation import check_capacity, check_prompt, check_sampling, check_sampling_tokens, check_token_ids
 
 
 class PrefillWorker:
@@ -56,6 +57,7 @@ class PrefillWorker:
             CPU, where launching a step computes it.
         enforce_eager: use no CUDA graphs.
         enable_prefix_caching: keep the blocks of prompts for those that begin alike.
+        grammars: compiles what requests ask for; None refuses it.
         progress: told how many of the CUDA graphs are captured, and how many there will be.
         clock: what time it is, in monotonic seconds.
     """
@@ -73,6 +75,7 @@ class PrefillWorker:
         steps_ahead: int | None = None,
         enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
+        grammars: GrammarCompiler | None = None,
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -81,6 +84,7 @@ class PrefillWorker:
             runner.capture_prefill(min(max_num_batched_tokens, max_model_len), progress)
         self._clock = clock
         self._connector = connector
+        self._grammars = grammars or GrammarCompiler.without_vocabulary()
         self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self.cache = KVCacheManager(
             runner.groups,
@@ -102,16 +106,19 @@ class PrefillWorker:
 
     def add(self, request: WorkerRequest) -> None:
         """Queue a prompt. One that is wrong or can never fit ends in `RequestFailed`."""
-        num_tokens = len(request.prompt_token_ids)
+        num_tokens, config = len(request.prompt_token_ids), self._runner.model.config
         try:
             check_prompt(num_tokens, request.sampling, self._max_model_len)
-            check_token_ids(request.prompt_token_ids, self._runner.model.config.vocab_size)
+            check_token_ids(request.prompt_token_ids, config.vocab_size)
+            check_sampling(request.sampling, config.eos_token_ids, config.vocab_size)
             check_capacity(self.cache, num_tokens, "prefill", computed=True)
+            check_sampling_tokens(request.sampling, self._runner.model.config.vocab_size)
+            matcher = self._grammars.matcher(request.sampling.structured_output)
         except BatonError as error:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             return
-        eos_token_ids = self._runner.model.config.eos_token_ids
-        prompt = Prompt.of(request, eos_token_ids, self._max_model_len, self._clock(), self._cached_block_size)
+        block_size = self._cached_block_size
+        prompt = Prompt.of(request, config.eos_token_ids, self._max_model_len, self._clock(), block_size, matcher)
         self._prompts[request.attempt_id] = prompt
         self._scheduler.add(prompt.progress)
         if request.peer_engine is not None:
@@ -243,7 +250,8 @@ class PrefillWorker:
         request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
         if isinstance(sampled, SamplingError):
             self._events.append(RequestFailed(request_id, sampled, attempt_id=attempt_id))
-            self.cache.forget(prompt.progress.tables, prompt.progress.hashes)  # it may be wrong itself
+            if not isinstance(sampled, NoTokenLeftError):
+                self.cache.forget(prompt.progress.tables, prompt.progress.hashes)  # it may be wrong itself
             del self._prompts[attempt_id]
             self._stop(prompt, str(sampled))
             return

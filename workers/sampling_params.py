@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from workers.errors import InvalidRequestError
+from workers.structured_output import StructuredOutput
+
+_Item = TypeVar("_Item", str, int)
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 100.0
+MAX_LISTED_TOKENS = 131_072
+"""Of `allowed_token_ids`, and of `logit_bias`."""
+MAX_BAD_WORDS = 1024
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing by the temperature leaves one token anyway, so sampling is greedy."""
 
@@ -26,7 +35,7 @@ class SamplingParams:
         presence_penalty: subtracted once from the logit of every token already generated, in [-2, 2].
         frequency_penalty: subtracted for each time that a token was generated, in [-2, 2].
         repetition_penalty: logits of tokens in prompt or output are divided (if positive) or multiplied by it, > 0.
-        stop: strings that end the text; the match itself is not returned.
+        stop: strings that end the text; the match itself is not returned. A single one may be given as it is.
         stop_token_ids: tokens that end the text.
         ignore_eos: go on past the end-of-sequence token.
         max_tokens: the most tokens to generate; None goes on to the end of the context window.
@@ -34,9 +43,15 @@ class SamplingParams:
         logprobs: log-probabilities of the chosen and of this many most likely tokens; None returns none.
         include_stop_str_in_output: what ended the text, a stop string or a token, is part of the text.
         skip_special_tokens: special tokens have no text.
+        structured_output: the form of the answer; None leaves it free.
+        logit_bias: (token id, what is added to its logit) pairs, the latter in [-100, 100].
+        allowed_token_ids: the only tokens that may be generated; empty allows all.
+        bad_words: texts that are not generated: the last token of each never follows the others.
+        bad_words_token_ids: the same as tokens, each word in every way that it is to be kept out. The gateway fills it
+            in, which has the tokenizer.
 
     Raises:
-        InvalidRequestError: a value outside its range.
+        InvalidRequestError: a value outside its range, or of another type.
     """
 
     temperature: float = 1.0
@@ -55,28 +70,52 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_output: StructuredOutput | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0.0, 100.0)
         _require("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _require("top_k", self.top_k, 0, 2**31 - 1)
+        _require_int("top_k", self.top_k, 0, 2**31 - 1)
         _require("min_p", self.min_p, 0.0, 1.0)
         _require("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _require("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _require("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _require("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _require_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.seed is not None:
-            _require("seed", self.seed, 0, 2**64 - 1)
+            _require_int("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
-            _require("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.max_tokens is not None:
-            _require("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            _require_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError(f"{len(self.stop)} stop strings given, at most {MAX_STOP_STRINGS} are allowed")
-        if any(not text for text in self.stop):
+        self._set_stops()
+        self._check_restrictions()
+
+    def _set_stops(self) -> None:
+        """Check what ends the text; lists become tuples, and a single string is one stop string."""
+        stop = _items("stop", self.stop, str)
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(f"{len(stop)} stop strings given, at most {MAX_STOP_STRINGS} are allowed")
+        if not all(stop):
             raise InvalidRequestError("a stop string is empty")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, int))
+
+    def _check_restrictions(self) -> None:
+        object.__setattr__(self, "allowed_token_ids", _items("allowed_token_ids", self.allowed_token_ids, int))
+        object.__setattr__(self, "bad_words", _items("bad_words", self.bad_words, str))
+        for _, bias in self.logit_bias:
+            _require("a logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        _require_at_most("logit_bias", len(self.logit_bias), MAX_LISTED_TOKENS)
+        _require_at_most("allowed_token_ids", len(self.allowed_token_ids), MAX_LISTED_TOKENS)
+        _require_at_most("bad_words", len(self.bad_words), MAX_BAD_WORDS)
+        if any(not text.strip() for text in self.bad_words):
+            raise InvalidRequestError("a text in bad_words is empty")
 
     @property
     def greedy(self) -> bool:
@@ -85,7 +124,32 @@ class SamplingParams:
 
 
 def _require(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    bounds = f"{'(' if open_low else '['}{low}, {high}]"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InvalidRequestError(f"{name} is {value!r}, it must be a number in {bounds}")
     inside = (low < value if open_low else low <= value) and value <= high
     if not inside or math.isnan(value):
-        bounds = f"{'(' if open_low else '['}{low}, {high}]"
         raise InvalidRequestError(f"{name} is {value}, it must be in {bounds}")
+
+
+def _require_int(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequestError(f"{name} is {value!r}, it must be an integer in [{low}, {high}]")
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name} is {value}, it must be in [{low}, {high}]")
+
+
+def _items(name: str, given: object, kind: type[_Item]) -> tuple[_Item, ...]:
+    """A value, or those of a collection, all of one kind."""
+    items = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else None
+    if items is None:
+        raise InvalidRequestError(f"{name} is {given!r}, it must be a list")
+    for item in items:
+        if not isinstance(item, kind) or isinstance(item, bool):
+            raise InvalidRequestError(f"{name} has {item!r}, expected {'text' if kind is str else 'integers'}")
+    return items
+
+
+def _require_at_most(name: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidRequestError(f"{name} has {count} entries, at most {most} are allowed")

@@ -12,6 +12,7 @@ from kv_transfer.transports.base import EngineInfo
 from workers.builder import BuiltWorker, Progress, WorkerMemory, build_worker
 from workers.commands import Abort, Alone, Disconnect, Submit
 from workers.config import WorkerConfig
+from workers.grammars.intake import GrammarIntake
 from workers.lockstep.channel import LeadChannel
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
@@ -118,6 +119,7 @@ class WorkerHost:
             followers = channel.accept(_FOLLOWERS_TIMEOUT_S)
             self.info = _info(config, built, (built.engine, *(followers[rank] for rank in range(1, size))))
             self._worker = Lead(Replica(built.worker, connector, clock), connector, channel, size, on_crash)
+        self._intake = GrammarIntake(built.grammars, self._take)
         self._loop = WorkerLoop(built.engine.engine_id, self._worker, emit, on_crash)
         if isinstance(self._worker, Lead):
             self._worker.listen(self._loop.wake)
@@ -126,11 +128,15 @@ class WorkerHost:
         self._loop.start()
 
     def submit(self, request: WorkerRequest) -> None:
-        """Give the worker a request."""
+        """Give the worker a request, once its grammar is compiled if it asks for one."""
+        self._intake.submit(request)
+
+    def _take(self, request: WorkerRequest) -> None:
         self._loop.post(lambda worker: worker.take(Submit(request)))
 
     def abort(self, attempt_id: str) -> None:
         """Stop an attempt at a request."""
+        self._intake.abort(attempt_id)
         self._loop.post(lambda worker: worker.take(Abort(attempt_id)))
 
     def new_endpoint(self, peer: Sequence[EngineInfo], timeout_s: float) -> EngineInfo:
@@ -157,6 +163,7 @@ class WorkerHost:
 
     def close(self) -> None:
         """Stop the loop, then the followers, then the connector."""
+        self._intake.close()
         self._loop.stop()
         if self._channel is not None:
             self._channel.close()

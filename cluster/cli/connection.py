@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from cluster.client.client import DEFAULT_ADDRESS, Connection
+from cluster.client.connection import DEFAULT_ADDRESS, Connection
 from cluster.config.load import CLIENT_TOKEN_VARIABLE, client_token
-
-_DEFAULT_PORT = DEFAULT_ADDRESS.rpartition(":")[2]
 
 
 def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +25,9 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
 def connection_of(args: argparse.Namespace) -> Connection:
     """The connection that the flags describe; the token may come from the environment."""
     return Connection(
-        address=_with_port(args.server),
+        address=args.server,
         tls_ca=args.tls_ca,
         tls_cert=args.tls_cert,
         tls_key=args.tls_key,
         token=args.token or client_token(),
     )
-
-
-def _with_port(address: str) -> str:
-    return address if ":" in address.rpartition("]")[2] else f"{address}:{_DEFAULT_PORT}"

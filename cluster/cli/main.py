@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cluster.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 from cluster.version import describe, is_client_alone
 from workers.errors import BatonError
 
@@ -24,8 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("prove the path that the KV cache takes between workers here", "cluster.cli.doctor.command"),
     "demo": ("start a small service, send it prompts, show where the time went, stop it", "cluster.cli.demo"),
     "bench": ("measure latency and throughput under load", "benchmarks.bench"),
+    "serve": ("the same as `up --model MODEL`", "cluster.cli.serve"),
 }
-"""Name to (summary, module). A module is imported when it is needed: it has `add_arguments(parser)` and `run(args)`."""
+"""Name to (summary, module). A module is imported when it is needed: it has `add_arguments(parser)` and `run(args)`,
+and may have a `PARSER` of its own."""
 
 _DESCRIPTION = """\
 usage: baton COMMAND [OPTIONS]
@@ -46,8 +49,6 @@ options:
 
 _INCOMPLETE = "this needs {}, which baton-llm-client does not bring: pip install baton-llm in its place"
 
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `baton` with these arguments (by default the process's own) and return the exit code."""
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_command(name: str, arguments: Sequence[str]) -> int:
     try:
         module = importlib.import_module(COMMANDS[name][1])
-        parser = argparse.ArgumentParser(f"baton {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        make_parser = getattr(module, "PARSER", argparse.ArgumentParser)
+        parser = make_parser(f"baton {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(parser)
         code: int = module.run(parser.parse_args(arguments))
         sys.stdout.flush()

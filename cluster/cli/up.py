@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cluster.cli.foreign_flags import UpParser
 from cluster.cli.stop_signals import StopSignals
 from cluster.cli.welcome import welcome
 from cluster.config.load import describe_settings, load_config
@@ -33,6 +34,9 @@ examples:
   baton up --model ~/models/llama --prefill 2 --decode 1
   baton up --config service.yaml --set decode.max_num_seqs=128 --set server.auth_token_file=token.txt
 """
+
+
+PARSER = UpParser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,9 @@
-"""The Python client."""
+"""The Python client: `BatonClient` and `AsyncBatonClient`. Importing it loads neither torch nor Ray."""
 
+from cluster.client.async_client import AsyncBatonClient
 from cluster.client.client import BatonClient
+from cluster.client.connection import Connection
+from cluster.client.errors import BatonClientError
+from workers.sampling_params import SamplingParams
 
-__all__ = ["BatonClient"]
+__all__ = ["AsyncBatonClient", "BatonClient", "BatonClientError", "Connection", "SamplingParams"]

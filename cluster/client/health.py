@@ -22,3 +22,12 @@ def check(channel: grpc.Channel, service: str = "", timeout_s: float | None = No
     request = health_pb2.HealthCheckRequest(service=service)
     response, call = health_pb2_grpc.HealthStub(channel).Check.with_call(request, timeout=timeout_s)
     return response.status == health_pb2.HealthCheckResponse.SERVING, reason_in(call.trailing_metadata())
+
+
+async def check_async(channel: grpc.aio.Channel, service: str = "", timeout_s: float | None = None) -> tuple[bool, str]:
+    """`check` over an asyncio channel."""
+    request = health_pb2.HealthCheckRequest(service=service)
+    call = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
+    response = await call
+    serving = response.status == health_pb2.HealthCheckResponse.SERVING
+    return serving, reason_in(await call.trailing_metadata())

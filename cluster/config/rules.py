@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster.config.access import DEFAULT_HTTP_PORT
 from cluster.config.groups import groups_of
 from cluster.config.schema import POOLS, PoolConfig, ServerConfig, ServiceConfig
+from cluster.conversation.registry import choose_formats
 from workers.errors import ConfigError
 
 _NO_ATTENTION = "NO_ATTENTION"
@@ -28,6 +29,7 @@ def check_together(config: ServiceConfig) -> None:
     if server.auth_token is not None and server.auth_token_file is not None:
         raise ConfigError("both server.auth_token and server.auth_token_file are set; give one")
     _check_http(server)
+    choose_formats(config.model.tool_format, config.model.reasoning_format, "")
     for group in groups_of(config):
         _check_group(group.section, group.settings, config)
     for role in POOLS:

@@ -31,6 +31,12 @@ class ModelConfig:
     without_attention: bool = _setting(
         False, "let NO_ATTENTION serve, whose answers mean nothing: to profile what is beside attention"
     )
+    tool_format: str = _setting(
+        "auto", "how the model writes tool calls: a format's name, none, or auto: as its chat template does"
+    )
+    reasoning_format: str = _setting(
+        "auto", "how the model marks its reasoning: a format's name, none, or auto: as its chat template does"
+    )
     load_format: str = _setting("auto", "dummy gives random weights", choices=("auto", "dummy"))
     generation_config: str = _setting(
         "auto",

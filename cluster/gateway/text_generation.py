@@ -11,37 +11,36 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
+from cluster.conversation.deltas import Delta
+from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
+from cluster.gateway.conversations import AnswerReader, Conversation, Conversations
+from cluster.gateway.grammar_check import GrammarCheck
+from cluster.gateway.marker_positions import MarkerPositions, Markers
+from cluster.gateway.restrictions import Restrictions
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
-from cluster.text.tokenizer import ChatMessage, Tokenizer
+from cluster.text.stop_tokens import stop_token_ids
+from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
 from workers.sampling_params import SamplingParams
+from workers.structured_output import StructuredOutput
 from workers.token_ids import TokenIds, as_token_ids
-from workers.validation import check_token_ids
+from workers.validation import check_sampling, check_token_ids
 
 _TOKENIZER_THREADS = 2
 _HASHED_AT_ONCE = 1024
 """Tokens: that many are hashed in less time than another thread takes to hear of it."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Chat messages, oldest first, and how the checkpoint's template is to write them; see `Tokenizer`."""
-
-    messages: tuple[ChatMessage, ...]
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
 
 
 Prompt = str | TokenIds | Conversation
@@ -66,6 +65,8 @@ class TextChunk:
     """A part of an answer. `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
 
     `stop_reason`: the stop string, or the one of the request's stop tokens, that ended the text; None: something else.
+    `markers`: special tokens of the model's formats, and where they stand in the text, which is without them.
+    `deltas`: of a conversation's answer, what the text says; None where all of it is content.
     """
 
     text: str
@@ -74,6 +75,8 @@ class TextChunk:
     stop_reason: str | int | None = None
     usage: Usage | None = None
     report: RequestReport | None = None
+    markers: Markers = ()
+    deltas: tuple[Delta, ...] | None = None
 
 
 class Generation:
@@ -84,6 +87,8 @@ class Generation:
         tokenizer: of the served checkpoint.
         model_info: the served model's name and limits.
         sampling_defaults: of what a request's sampling leaves open, by name.
+        grammars: says which ones its workers can compile; None: no structured output is taken.
+        formats: how the model writes tool calls and reasoning.
 
     Attributes:
         sampling_defaults: the same, for the doors.
@@ -95,11 +100,15 @@ class Generation:
         tokenizer: Tokenizer,
         model_info: ModelInfo,
         sampling_defaults: Mapping[str, Any] | None = None,
+        grammars: GrammarCheck | None = None,
+        formats: Formats = NO_FORMATS,
     ) -> None:
         self.sampling_defaults = dict(sampling_defaults or {})
         self._engine = engine
         self._tokenizer = tokenizer
+        self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
+        self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
 
@@ -110,7 +119,8 @@ class Generation:
             InvalidRequestError: the request is wrong; nothing was started.
             BatonError: what the engine raises.
         """
-        async with aclosing(self.run(await self.prepare(request))) as chunks:
+        chat = request.prompt if isinstance(request.prompt, Conversation) else None
+        async with aclosing(self.run(await self.prepare(request), chat)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -128,13 +138,23 @@ class Generation:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
         return replace(engine_request, timeout_s=timeout_s)
 
-    async def run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
-        """Run what `prepare` has made. Closing the generator cancels it.
+    def run(self, engine_request: EngineRequest, chat: Conversation | None = None) -> AsyncGenerator[TextChunk, None]:
+        """Run what `prepare` has made, of this conversation if it was one. Closing the generator cancels it.
 
         Raises:
             BatonError: what the engine raises.
         """
-        text = _TextAssembler(self._tokenizer, engine_request.sampling, self._model.eos_token_ids)
+        chunks = self._run(engine_request)
+        if chat is None:
+            return chunks
+        shows_special = not engine_request.sampling.skip_special_tokens
+        reader = self._conversations.reader(chat, engine_request.prompt_token_ids, shows_special_tokens=shows_special)
+        return chunks if reader is None else _taken_apart(chunks, reader)
+
+    async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
+        sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
+        markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
+        text = _TextAssembler(self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
         async with aclosing(self._engine.generate(engine_request)) as stream:
             last = TextChunk("")
             async for chunk in stream:
@@ -148,9 +168,14 @@ class Generation:
             report = await stream.report()
         if text.finish_reason is None:
             raise RuntimeError(f"the engine ended request {engine_request.request_id} without a finish reason")
-        rest = text.finish()
         usage = Usage(prompt_tokens=len(engine_request.prompt_token_ids), completion_tokens=text.num_tokens)
-        yield TextChunk(last.text + rest, last.tokens, text.finish_reason, text.stop_reason, usage, report)
+        yield replace(
+            text.end(last),
+            finish_reason=text.finish_reason,
+            stop_reason=text.stop_reason,
+            usage=usage,
+            report=report,
+        )
 
     async def explain(self, request: GenerationRequest) -> Explanation:
         """Where a request would go if it came now. Nothing is started.
@@ -187,7 +212,7 @@ class Generation:
             raise InvalidRequestError(
                 f"{len(token_ids)} tokens are given; the context window has {self._model.max_model_len}"
             )
-        decode = self._tokenizer.with_special_tokens.decode
+        decode = self._tokenizer.with_special_tokens.text_of
         return await asyncio.get_running_loop().run_in_executor(self._executor, decode, token_ids.tolist())
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
@@ -197,13 +222,18 @@ class Generation:
             InvalidRequestError: the request is wrong.
         """
         self._check_model(request.model)
+        sampling = await self._restrictions.resolve(request.sampling)
         if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
             prompt, prefix = self._hashed(request)
         else:
             prompt, prefix = await asyncio.get_running_loop().run_in_executor(self._executor, self._hashed, request)
+        if isinstance(request.prompt, Conversation):
+            grammar = self._conversations.call_grammar(request.prompt, prompt)
+            if grammar is not None:
+                sampling = await self._restrictions.resolve(_obliged(sampling, grammar))
         options = shared_options(request)
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = self._complete(request.sampling, len(prompt))
+        options["sampling"] = self._complete(sampling, len(prompt))
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
@@ -217,8 +247,8 @@ class Generation:
         return token_ids, prefix
 
     def token_text(self, token_id: int) -> str:
-        """A token's text by itself; special tokens have none."""
-        return self._tokenizer.decode([token_id])
+        """What a token adds to a text, its first space included; special tokens add nothing."""
+        return self._tokenizer.token_text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, special ones as they are spelled."""
@@ -231,7 +261,7 @@ class Generation:
     async def text_of(self, token_ids: TokenIds) -> str:
         """The text of a prompt that was given as token ids; special tokens have none."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._tokenizer.decode, token_ids.tolist())
+        return await loop.run_in_executor(self._executor, self._tokenizer.text_of, token_ids.tolist())
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
@@ -244,7 +274,7 @@ class Generation:
 
     def _encode(self, prompt: str | Conversation, add_special_tokens: bool | None) -> TokenIds:
         is_text = isinstance(prompt, str)
-        text = prompt if isinstance(prompt, str) else self._rendered(prompt)
+        text = prompt if isinstance(prompt, str) else self._conversations.render(prompt)
         if is_text and not text:
             raise InvalidRequestError("the prompt is empty")
         self._tokenizer.check_length(text, self._model.max_model_len)
@@ -252,14 +282,6 @@ class Generation:
         token_ids = as_token_ids(self._tokenizer.encode(text, add_special_tokens=add))
         self._check_length(len(token_ids))
         return token_ids
-
-    def _rendered(self, chat: Conversation) -> str:
-        return self._tokenizer.apply_chat_template(
-            chat.messages,
-            chat.variables,
-            add_generation_prompt=chat.add_generation_prompt,
-            continue_final_message=chat.continue_final_message,
-        )
 
     def _check_length(self, num_tokens: int) -> None:
         limit = self._model.max_model_len
@@ -272,8 +294,11 @@ class Generation:
             )
 
     def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
-        """Keep `max_tokens` within the context window, and draw a seed if none was given."""
-        check_token_ids(as_token_ids(sampling.stop_token_ids, "stop token"), self._model.vocab_size, "stop token")
+        """Turn stop strings that are tokens into these, keep `max_tokens` within the window, draw a missing seed.
+
+        Raises:
+            InvalidRequestError: the request cannot be served; names the value and the limit.
+        """
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
             raise InvalidRequestError(
@@ -282,31 +307,77 @@ class Generation:
             )
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        return replace(sampling, max_tokens=max_tokens, seed=seed)
+        # Where special tokens are shown, a stop string is found in the text, whatever it has.
+        special = self._tokenizer.special_token_ids if sampling.skip_special_tokens else {}
+        stops = stop_token_ids(sampling, special)
+        complete = replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stops)
+        check_sampling(complete, self._model.eos_token_ids, self._model.vocab_size)
+        return complete
+
+
+def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
+    """The same, with an answer that must call a function."""
+    if sampling.structured_output is not None:
+        raise InvalidRequestError("tool_choice wants a call, and response_format or structured_output another answer")
+    return replace(sampling, structured_output=StructuredOutput.grammar(grammar))
+
+
+async def _taken_apart(
+    chunks: AsyncGenerator[TextChunk, None], reader: AnswerReader
+) -> AsyncGenerator[TextChunk, None]:
+    """The parts of an answer, each with what it says."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            deltas = reader.read(chunk.text, chunk.markers, ended=chunk.finish_reason is not None)
+            reason = chunk.finish_reason
+            if reason is FinishReason.STOP and reader.calls_tools:
+                reason = FinishReason.TOOL_CALLS
+            yield replace(chunk, deltas=deltas, finish_reason=reason)
 
 
 class _TextAssembler:
     """The text of one answer, token by token, up to a stop string.
+
+    Args:
+        tokenizer: whose tokens they are.
+        sampling: says what ends the text.
+        eos_token_ids: what ends it in any case.
+        markers: special tokens whose places are wanted, by id.
 
     Attributes:
         finish_reason: why the text ended; None while it goes on.
         stop_reason: see `TextChunk`.
         stopped: a stop string was found; what comes after it is not part of the answer.
         num_tokens: tokens taken.
+
+    Args:
+        tokenizer: of the served checkpoint.
+        sampling: of the request.
+        prompt: what the answer continues; None: some text or other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        prompt: TokenIds | None = None,
+        eos_token_ids: Sequence[int] = (),
+        markers: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.stopped = False
         self.num_tokens = 0
-        self._detokenizer = IncrementalDetokenizer(
-            tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
-        )
+        shown = tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
+        self._detokenizer = IncrementalDetokenizer(shown, tokenizer.anchor if prompt is None else prompt)
         self._show_stop = sampling.include_stop_str_in_output
         self._stops = StopStrings(sampling.stop, include=self._show_stop)
         self._stop_token_ids = set(sampling.stop_token_ids).difference(() if sampling.ignore_eos else eos_token_ids)
+        special = tokenizer.special_token_ids
+        self._stop_strings = {special[stop]: stop for stop in sampling.stop if stop in special}
         self._min_tokens = sampling.min_tokens
+        self._markers = markers
+        self._positions = MarkerPositions()
 
     def push(self, tokens: Sequence[TokenOutput]) -> TextChunk:
         """Take tokens up to the one that completes a stop string, and return them with the text that is certain."""
@@ -316,12 +387,23 @@ class _TextAssembler:
             self.finish_reason = token.finish_reason
             # The token that ended the text is not part of it, unless that is wanted.
             if token.finish_reason is FinishReason.STOP and token.token_id in self._stop_token_ids:
-                self.stop_reason = token.token_id
+                self.stop_reason = self._stop_strings.get(token.token_id, token.token_id)
             if token.finish_reason is not FinishReason.STOP or self._show_stop:
+                if marker := self._markers.get(token.token_id):
+                    # What is held back stands before it, whatever that turns out to be.
+                    text += self._scan(self._detokenizer.finish())
+                    self._positions.add(marker, len(text) + self._stops.num_held)
                 text += self._scan(self._detokenizer.push([token.token_id]))
             if self.stopped:
-                return TextChunk(text, tuple(tokens[: position + 1]))
-        return TextChunk(text, tuple(tokens))
+                tokens = tokens[: position + 1]
+                break
+        return TextChunk(text, tuple(tokens), markers=self._positions.send(len(text)))
+
+    def end(self, last: TextChunk) -> TextChunk:
+        """The last part, with what had been held back."""
+        rest = self.finish()
+        markers = [(len(last.text) + position, marker) for position, marker in self._positions.send(len(rest))]
+        return replace(last, text=last.text + rest, markers=(*last.markers, *markers))
 
     def finish(self) -> str:
         """The rest of the text: what had been held back."""
@@ -330,9 +412,7 @@ class _TextAssembler:
         return self._scan(self._detokenizer.finish()) + self._stops.finish()
 
     def _scan(self, text: str) -> str:
-        if self.num_tokens < self._min_tokens:
-            return text
-        kept, self.stopped = self._stops.push(text)
+        kept, self.stopped = self._stops.push(text, may_end=self.num_tokens >= self._min_tokens)
         if self.stopped:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self._stops.found
         return kept

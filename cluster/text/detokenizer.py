@@ -6,11 +6,13 @@ import enum
 from collections.abc import Sequence
 from typing import Protocol
 
+from workers.token_ids import TokenIds
+
 REPLACEMENT = "\ufffd"
 
 _CONTEXT = 4
-"""Tokens kept before new ones. A token is at least one byte, so these hold any UTF-8 character that is not finished,
-and they keep what a decoder does at the start of a text (dropping a space) away from new tokens."""
+"""Tokens (or characters in bytes) kept before new ones. A token is at least one byte, so these hold any UTF-8
+character that is not finished, and they keep what a decoder does at the start of a text (dropping a space) away."""
 _MAX_WINDOW = 4 * _CONTEXT
 """The window is cut back to its context when it gets longer than this."""
 
@@ -28,71 +30,144 @@ class TokenKind(enum.IntEnum):
 class TextDecoder(Protocol):
     """What detokenising needs of a tokenizer."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of all these tokens, special ones left out."""
+    @property
+    def anchor(self) -> Sequence[int]:
+        """Tokens with a text of their own, after which others are decoded as they continue a text; may be none."""
+        ...
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text that begins with these tokens and has no others, special ones left out."""
         ...
 
     def token_kind(self, token_id: int) -> TokenKind:
         """What this token does to the text."""
         ...
 
+    def byte_value(self, token_id: int) -> int:
+        """The byte that a token of kind BYTE stands for."""
+        ...
+
 
 class IncrementalDetokenizer:
     """Turns one sequence's tokens into text piece by piece.
 
-    All pieces together, `finish()` included, are exactly `decode` of all tokens, also for invalid bytes. A piece is
-    held back only as long as it may still change: a last character that is U+FFFD may be an unfinished one, and a
-    run of byte-fallback tokens is decoded as a whole or, if any byte of it is wrong, as U+FFFD for every byte, so it
-    waits for the token after it. The cost per token does not grow with the text: only a window of the last tokens
-    is decoded, and what the window held before is skipped.
+    All pieces together, `finish()` included, are the text of all tokens as they follow the context, also for invalid
+    bytes. A piece is held back only as long as it may still change: a last character that is U+FFFD may be an
+    unfinished one, and byte-fallback tokens wait until their character is complete, or one byte is known to be wrong.
+    The cost per token does not grow with the text: only a window of the last tokens is decoded, and what the window
+    held before is skipped.
 
-    `tokenizers.decoders.DecodeStream` does not do: it decodes invalid bytes over and over, has no end, and
-    has already given away the good part of a byte run when a wrong byte spoils it.
+    In one case the library's `decode` of all tokens says something else: it turns a whole run of byte-fallback tokens
+    into U+FFFD where one byte is wrong, characters that were shown before included. Here they stay.
+
+    `tokenizers.decoders.DecodeStream` does not do: it decodes invalid bytes over and over, and has no end.
+
+    Args:
+        tokenizer: whose tokens they are.
+        context: tokens before them, whose text is not given again; of a long prompt the end is looked at. Empty: a text
+            begins here, and what a decoder does there (dropping a space) is done.
     """
 
-    def __init__(self, tokenizer: TextDecoder) -> None:
+    def __init__(self, tokenizer: TextDecoder, context: Sequence[int] | TokenIds = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
+        self._window: list[tuple[int, ...]] = []
+        """Tokens, those of a character in bytes together."""
+        self._grown = False
+        """Whether there are tokens in it whose text was not looked at."""
         self._num_sent = 0
         """Characters of the decoded window that were given away, or belong to its context."""
-        self._byte_run: list[int] = []
+        self._pending: list[int] = []
+        """Bytes of a character that is not complete."""
+        self.push(_visible_end(tokenizer, context))
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take new tokens; return the text that is certain now and was not returned before."""
-        grown = False
+        pieces = []
         for token_id in token_ids:
             kind = self._tokenizer.token_kind(token_id)
             if kind is TokenKind.BYTE:
-                self._byte_run.append(token_id)
+                self._pending.append(token_id)
+                pieces.append(self._settle_bytes())
             elif kind is TokenKind.TEXT:
-                self._window += self._byte_run
-                self._window.append(token_id)
-                self._byte_run.clear()
-                grown = True
-        if not grown:
+                pieces.append(self._drop_bytes(len(self._pending)))
+                self._grow((token_id,))
+        if self._grown:
+            pieces.append(self._advance())
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """The rest of the text, which no token after it changes; if one comes all the same, it continues the text."""
+        piece = self._advance(at_end=True) + REPLACEMENT * len(self._pending)
+        self._pending.clear()
+        self._begin_anew()
+        return piece
+
+    def _settle_bytes(self) -> str:
+        """Move a character that is complete into the window; the text of what bytes that are wrong end."""
+        pieces = []
+        while self._pending:
+            try:
+                bytes(map(self._tokenizer.byte_value, self._pending)).decode()
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    break
+                pieces.append(self._drop_bytes(error.end))
+            else:
+                self._grow(tuple(self._pending))
+                self._pending.clear()
+        return "".join(pieces)
+
+    def _drop_bytes(self, count: int) -> str:
+        """The text up to and with the first pending bytes, which are wrong: nothing after them looks back at it."""
+        if not count:
             return ""
-        text = self._tokenizer.decode(self._window)
-        end = _certain_length(text)
+        piece = self._advance(at_end=True)
+        del self._pending[:count]
+        self._begin_anew()
+        return piece + REPLACEMENT * count
+
+    def _begin_anew(self) -> None:
+        """Forget the tokens so far, but not that there were some."""
+        anchor = self._tokenizer.anchor
+        self._window = [tuple(anchor)] if anchor else []
+        self._num_sent = len(self._tokenizer.text_of(anchor))
+
+    def _grow(self, tokens: tuple[int, ...]) -> None:
+        self._window.append(tokens)
+        self._grown = True
+
+    def _advance(self, at_end: bool = False) -> str:
+        """The text of the window that is certain and was not returned before."""
+        self._grown = False
+        text = self._text_of(self._window)
+        end = len(text) if at_end else _certain_length(text)
         piece = text[self._num_sent : end]
         self._num_sent = max(self._num_sent, end)
         if len(self._window) > _MAX_WINDOW:
             self._cut_window()
         return piece
 
-    def finish(self) -> str:
-        """The rest of the text: nothing comes after it."""
-        text = self._tokenizer.decode(self._window + self._byte_run)
-        piece = text[self._num_sent :]
-        self._window, self._byte_run, self._num_sent = [], [], 0
-        return piece
-
     def _cut_window(self) -> None:
         context = self._window[-_CONTEXT:]
-        text = self._tokenizer.decode(context)
+        text = self._text_of(context)
         # A context without text (spaces that a decoder drops at the start) would not protect what follows it.
         if text:
             self._window = context
             self._num_sent = _certain_length(text)
+
+    def _text_of(self, window: Sequence[tuple[int, ...]]) -> str:
+        return self._tokenizer.text_of([token_id for tokens in window for token_id in tokens])
+
+
+def _visible_end(tokenizer: TextDecoder, token_ids: Sequence[int] | TokenIds) -> list[int]:
+    """The last tokens that do something to the text, as many as a window has."""
+    found: list[int] = []
+    for token_id in reversed(token_ids):
+        if tokenizer.token_kind(int(token_id)) is not TokenKind.SILENT:
+            found.append(int(token_id))
+            if len(found) > _MAX_WINDOW:
+                break
+    return found[::-1]
 
 
 def _certain_length(text: str) -> int:

@@ -34,8 +34,12 @@ class StopStrings:
         self._automata = [_Automaton(stop) for stop in stops]
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, bool]:
         """Take more text.
+
+        Args:
+            text: what comes next.
+            may_end: whether a stop string may be completed in it; one that is does not count otherwise.
 
         Returns:
             The text that may be shown now, and whether a stop string was found: then it is the last of the text,
@@ -48,12 +52,17 @@ class StopStrings:
         pending = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             match = max((automaton.stop for automaton in self._automata if automaton.step(char)), key=len, default="")
-            if match:
+            if match and may_end:
                 self._held, self.found = "", match
                 return pending[: end if self._include else end - len(match)], True
         keep = len(pending) - max(automaton.num_matched for automaton in self._automata)
         self._held = pending[keep:]
         return pending[:keep], False
+
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
 
     def finish(self) -> str:
         """The text that was held back, now that no stop string can be completed any more."""
@@ -77,8 +86,11 @@ class _Automaton:
             self._failure[i] = matched
 
     def step(self, char: str) -> bool:
-        """Take one character; whether it completes the stop string. Not to be called again after that."""
+        """Take one character; whether it completes the stop string. The end of a match may begin another."""
         while self.num_matched and self.stop[self.num_matched] != char:
             self.num_matched = self._failure[self.num_matched - 1]
         self.num_matched += self.stop[self.num_matched] == char
-        return self.num_matched == len(self.stop)
+        if self.num_matched < len(self.stop):
+            return False
+        self.num_matched = self._failure[-1]
+        return True

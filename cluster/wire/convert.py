@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, fields
-from typing import Any
 
 from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, ServerInfo, Usage, WorkerStatus
-from cluster.routing.router import CandidateReport
-from cluster.text.sampling_defaults import with_defaults
+from cluster.routing.types import CandidateReport
 from protos import baton_pb2
 from workers.messages import FinishReason, Load
 from workers.runner.step_times import StepTimes
-from workers.sampling_params import SamplingParams
 
 _FINISH_REASONS = {
     FinishReason.STOP: baton_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: baton_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: baton_pb2.FINISH_REASON_TOOL_CALLS,
 }
 _FINISH_REASONS_BACK = {number: reason for reason, number in _FINISH_REASONS.items()}
 _REPORT_FIELDS = [field.name for field in fields(RequestReport)]
 _PAIR_FIELDS = [field.name for field in fields(CandidateReport)]
 _LOAD_FIELDS = [field.name for field in fields(Load)]
-
-
-def sampling_to_proto(params: SamplingParams) -> baton_pb2.SamplingParams:
-    """Every parameter that has a value is set, defaults too."""
-    return baton_pb2.SamplingParams(**{name: value for name, value in asdict(params).items() if value is not None})
-
-
-def sampling_from_proto(message: baton_pb2.SamplingParams, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
-    """What is not set has its value in `defaults`, or else its default.
-
-    Raises:
-        InvalidRequestError: a value out of range.
-    """
-    values: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
-    for name in ("stop", "stop_token_ids"):
-        values[name] = tuple(getattr(message, name))
-    return with_defaults(values, defaults or {})
 
 
 def finish_reason_to_proto(reason: FinishReason | None) -> baton_pb2.FinishReason:

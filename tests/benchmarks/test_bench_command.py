@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import signal
 import struct
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from cluster.server.grpc.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
 from workers.messages import FinishReason, TokenOutput
 
+ROOT = Path(__file__).parents[2]
 REPORT = RequestReport("p-1", "d-1", 0.01, 0.02, 0.035, 0.004, 0.001, 0.005, 4096, 1)
 MODEL = ModelInfo("tiny", "llama", "float32", 64, 257, (256,), False)
 
@@ -56,10 +60,13 @@ class _Engine:
 
     def __init__(self, failing: range) -> None:
         self.requests: list[EngineRequest] = []
+        self.many = asyncio.Event()
         self._failing = failing
 
     def generate(self, request: EngineRequest) -> _Stream:
         self.requests.append(request)
+        if len(self.requests) == 20:
+            self.many.set()
         failed = len(self.requests) - 1 in self._failing
         return _Stream(request, QueueFullError("no room") if failed else None)
 
@@ -120,6 +127,31 @@ async def test_writes_table_json_and_plot(
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", plot.read_bytes()[16:24])
     assert (width, height) == (1100, 800)
+
+
+async def test_ctrl_c_keeps_what_was_measured(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    engine, output = _Engine(failing=range(0)), tmp_path / "run.json"
+    config = load_config(environ={}, overrides={"server.port": 0}).server
+    server = await start_server(config, Generation(engine, tokenizer, MODEL), engine, MODEL)
+    arguments = ("--duration", "60", "--concurrency", "2", "--prompt-tokens", "9", "--output-tokens", "5")
+    command = (sys.executable, "-m", "cluster.cli.main", "bench", "--server", server.address, *arguments)
+    command += ("--output", str(output))
+    bench = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=PIPE, stderr=PIPE)
+    try:
+        async with asyncio.timeout(20):
+            await engine.many.wait()
+            bench.send_signal(signal.SIGINT)
+            out, err = await bench.communicate()
+    finally:
+        if bench.returncode is None:
+            bench.kill()
+        await server.stop(grace_s=0)
+    result = json.loads(output.read_text())
+    assert bench.returncode == 130
+    assert result["config"]["interrupted"]
+    assert result["requests"]
+    assert f"of the {len(result['requests'])} requests that had ended" in err.decode()
+    assert "TTFT" in out.decode()
 
 
 async def test_the_same_seed_sends_the_same_requests_under_any_load(tokenizer: Tokenizer) -> None:

@@ -264,8 +264,8 @@ def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process measure every size once: these tests start hundreds of them."""
-    monkeypatch.setattr("workers.runner.step_times.MIN_REPEATS", 1)
-    monkeypatch.setattr("workers.runner.step_times.MAX_REPEATS", 1)
+    monkeypatch.setattr("workers.runner.measured_steps.MIN_REPEATS", 1)
+    monkeypatch.setattr("workers.runner.measured_steps.MAX_REPEATS", 1)
 
 
 @pytest.fixture

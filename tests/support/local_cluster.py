@@ -16,6 +16,7 @@ from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.local import Faults, LocalFabric
 from made_requests import worker_request
 from workers.decode_worker import DecodeWorker
+from workers.grammars.compiler import GrammarCompiler
 from workers.kv_cache.sizing import kv_layout
 from workers.messages import (
     DecodeReport,
@@ -64,10 +65,14 @@ class LocalCluster:
         prefill_graphs: bool = True,
         dtype: str = "float32",
         enable_prefix_caching: bool = True,
+        grammars: bool = False,
     ) -> None:
         by_phase = decode_batched_tokens is not None
         self.model = _model(checkpoint, block_size, attention_backend, kv_cache_dtype, device, dtype, by_phase)
         self.fabric = LocalFabric(faults)
+        config = self.model.config
+        compiler = GrammarCompiler.of_checkpoint(checkpoint, config.vocab_size, config.eos_token_ids)
+        compiler = compiler if grammars else None
         self.failures: dict[str, Exception] = {}
         self.tokens: dict[str, list[TokenOutput]] = defaultdict(list)
         self.reports: dict[str, HandoffReport] = {}
@@ -88,6 +93,7 @@ class LocalCluster:
                 steps_ahead=prefill_steps_ahead,
                 enforce_eager=enforce_eager or not prefill_graphs,
                 enable_prefix_caching=enable_prefix_caching,
+                grammars=compiler,
                 clock=self.clock,
             )
             infos.append(info)
@@ -103,6 +109,7 @@ class LocalCluster:
                 steps_ahead=steps_ahead,
                 enforce_eager=enforce_eager,
                 enable_prefix_caching=enable_prefix_caching,
+                grammars=compiler,
                 clock=self.clock,
             )
             infos.append(info)

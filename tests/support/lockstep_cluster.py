@@ -23,6 +23,7 @@ from kv_transfer.transports.local import Faults, LocalFabric
 from local_cluster import LocalCluster
 from workers.commands import Abort, Command, Disconnect, Submit
 from workers.decode_worker import DecodeWorker
+from workers.grammars.compiler import GrammarCompiler
 from workers.kv_cache.sizing import kv_layout
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
@@ -135,8 +136,15 @@ class LockstepCluster(LocalCluster):
         max_model_len: int = 512,
         faults: Faults | None = None,
         steps_ahead: int = 0,
+        grammars: bool = False,
     ) -> None:
         super().__init__(checkpoint, num_prefill=0, num_decode=0, faults=faults)
+        config = self.model.config
+
+        def compiler() -> GrammarCompiler | None:
+            """Each rank has its own."""
+            vocabulary = (config.vocab_size, config.eos_token_ids)
+            return GrammarCompiler.of_checkpoint(checkpoint, *vocabulary) if grammars else None
 
         def prefill(runner: ModelRunner, connector: AgreedConnector, clock: StepClock) -> PrefillWorker:
             return PrefillWorker(
@@ -146,6 +154,7 @@ class LockstepCluster(LocalCluster):
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 steps_ahead=steps_ahead,
+                grammars=compiler(),
                 clock=clock,
             )
 
@@ -157,6 +166,7 @@ class LockstepCluster(LocalCluster):
                 max_model_len=max_model_len,
                 max_num_batched_tokens=decode_batched_tokens,
                 steps_ahead=steps_ahead,
+                grammars=compiler(),
                 clock=clock,
             )
 

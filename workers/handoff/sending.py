@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError
+from workers.grammars.matcher import TokenMatcher
 from workers.handoff.layers_per_write import LayersPerWrite
 from workers.kv_cache.manager import KVCacheManager
 from workers.messages import WorkerRequest
@@ -50,13 +51,14 @@ class Prompt:
         max_model_len: int,
         now: float,
         cached_block_size: int | None = None,
+        matcher: TokenMatcher | None = None,
     ) -> Prompt:
         """A request that has just come and is in order; its blocks have hashes if a block size is given."""
         hashes = request.hashes_for(cached_block_size) if cached_block_size is not None else ()
         return cls(
             request,
             PromptProgress(request.attempt_id, len(request.prompt_token_ids), hashes),
-            SamplingState.of(request, eos_token_ids, max_model_len),
+            SamplingState.of(request, eos_token_ids, max_model_len, matcher),
             deadline=now + request.timeout_s,
             arrived=now,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from workers.loading.config_reader import read_json
 from workers.loading.gguf.header import is_gguf
 from workers.loading.gguf.tensors import gguf_tensors
 from workers.loading.stored_tensor import StoredTensor
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -52,15 +55,19 @@ def resolve_checkpoint(model: str) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in order of name, or the GGUF file that it is.
 
+    Where there is a single file, an index beside it is stale: it is not read, as transformers does not.
+
     Raises:
         CheckpointError: there is none, the index is malformed, or a shard that it names is missing.
     """
     if is_gguf(folder):
         return [folder]
-    index = folder / _INDEX
+    index, single = folder / _INDEX, folder / _SINGLE
+    if single.exists():
+        if index.exists():
+            logger.warning("%s: %s is read, and not the shards that %s names", folder, _SINGLE, _INDEX)
+        return [single]
     if not index.exists():
-        if (folder / _SINGLE).exists():
-            return [folder / _SINGLE]
         if found := sorted(folder.glob("*.gguf")):
             raise CheckpointError(
                 f"{folder} is a folder with GGUF files; name the one to be served, such as {found[0]}"

@@ -192,6 +192,9 @@ def _places(model: CausalLM, weights: WeightMap, folder: Path) -> tuple[list[Pla
     for stored in tensors:
         name = weights.canonical(stored.name)
         if name in wanted:
+            if name in found:
+                both = f"{found[name].file.name} and {stored.file.name}"
+                logger.warning("%s: tensor %s is in %s; the last one is read", folder, stored.name, both)
             found[name] = stored
         elif (scale := kv_scale_place(name, config.num_layers)) is not None:
             kv_scales[scale] = stored

@@ -12,9 +12,11 @@ from typing import Any
 from workers.loading.config_reader import ConfigReader, read_json
 from workers.loading.gguf.config import gguf_config
 from workers.loading.gguf.header import is_gguf
+from workers.loading.tokenizer_eos import tokenizer_eos_token_id
 from workers.models.causal_lm import CausalLM
 from workers.models.config.attention_keys import refuse_other_attention
 from workers.models.config.model_config import ModelConfig
+from workers.models.tied_head import with_stored_head
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def model_class(architecture: str) -> type[CausalLM]:
 def read_model(folder: Path) -> tuple[type[CausalLM], ModelConfig]:
     """What runs the checkpoint in `folder`, and its config.
 
-    Reads `config.json` and, where there is one, `generation_config.json`; of a GGUF file its metadata.
+    Reads `config.json` and, where they are there, `generation_config.json` and the tokenizer's files for its end of a
+    text; of a GGUF file its metadata. If the output matrix is to be the embedding, looks whether the weights agree.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the model is none that Baton runs; names file and key.
@@ -76,24 +79,29 @@ def read_model(folder: Path) -> tuple[type[CausalLM], ModelConfig]:
     if is_gguf(folder):
         return parse_model(gguf_config(folder), source=str(folder))
     generation = folder / "generation_config.json"
-    return parse_model(
+    found, model = parse_model(
         read_json(folder / "config.json"),
         read_json(generation) if generation.exists() else None,
         source=str(folder / "config.json"),
+        tokenizer_eos=tokenizer_eos_token_id(folder),
     )
+    return found, with_stored_head(found, model, folder)
 
 
 def parse_model(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None, source: str = "config.json"
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None = None,
+    source: str = "config.json",
+    tokenizer_eos: int | None = None,
 ) -> tuple[type[CausalLM], ModelConfig]:
-    """The same for what config.json (and generation_config.json) hold. `source` names the file in errors."""
+    """The same for what these files hold; `source` names the file in errors, `tokenizer_eos` is the tokenizer's own."""
     architecture = _architecture(ConfigReader(config, source))
     model_type = ARCHITECTURES[architecture].model_type
     found = model_class(architecture)
     read = ConfigReader({**config, "model_type": model_type}, source, defaults=lambda: _defaults(model_type))
     model = found.config_class.read(read, generation_config)
     refuse_other_attention(read)
-    return found, model
+    return found, model.with_end_token(tokenizer_eos)
 
 
 def _architecture(read: ConfigReader) -> str:

@@ -55,6 +55,7 @@ class WeightMap:
         unused: names of tensors that a checkpoint may hold although nothing reads them.
         renamed: how names begin in some checkpoints, and how in `targets` and `unused`: of a text model inside another.
         ignored: how names begin that nothing reads: of the other parts of such a model.
+        tied: of `unused`, what would be the output matrix if it were not the embedding.
 
     Args:
         rank: 0 to `size` - 1.
@@ -66,6 +67,7 @@ class WeightMap:
         self.unused: set[str] = set()
         self.renamed: dict[str, str] = {}
         self.ignored: set[str] = set()
+        self.tied: set[str] = set()
         self._forms: list[tuple[WeightMap, ...]] = []
         self.rank = rank
         self.size = size
@@ -104,6 +106,7 @@ class WeightMap:
         self.unused |= other.unused
         self.renamed |= other.renamed
         self.ignored |= other.ignored
+        self.tied |= other.tied
         self._forms += other._forms
 
     def one_of(self, *forms: WeightMap) -> None:
@@ -235,6 +238,7 @@ class WeightMap:
         """The output matrix, of which each rank holds its share; a tied one is a view of the embedding."""
         if tied:
             self.unused.add(name)
+            self.tied.add(name)
             return
         share = vocab_share(vocab_size, self.size)
         begin, end = min(self.rank * share, vocab_size), min((self.rank + 1) * share, vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 import torch
@@ -19,19 +19,39 @@ from workers.sampling.state import SamplingState
 from workers.sampling.warm_up import warm_up_sampling
 
 
-@dataclass(frozen=True)
 class Launch(Generic[S]):
     """A step that is queued, or running, or done.
 
     Attributes:
         sequences: its batch, in the order of its rows.
-        sampled: the token of each row, and what else it asks for, on the way to the host.
         logits: (n, vocab) in the model's dtype, good until the next launch.
+
+    Args:
+        sequences: see above.
+        logits: see above.
+        choose: queues the choice of the tokens, and their way to the host.
     """
 
-    sequences: list[S]
-    sampled: SampledBatch
-    logits: torch.Tensor
+    def __init__(self, sequences: list[S], logits: torch.Tensor, choose: Callable[[], SampledBatch]) -> None:
+        self.sequences = sequences
+        self.logits = logits
+        self._choose = choose
+        self._sampled: SampledBatch | None = None
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the choice of its tokens is queued."""
+        return self._sampled is not None
+
+    @property
+    def sampled(self) -> SampledBatch:
+        """The token of each row, and what else it asks for, on the way to the host.
+
+        Queues their choice if that is not done: the tokens before them must be known then, see `DecodeRunner.launch`.
+        """
+        if self._sampled is None:
+            self._sampled = self._choose()
+        return self._sampled
 
 
 class DecodeRunner(Generic[S]):
@@ -81,6 +101,7 @@ class DecodeRunner(Generic[S]):
             vocab_size = self._model.config.vocab_size
             self._sampling = SamplingRows(max_num_seqs, vocab_size, state_of, runner.device)
             warm_up_sampling(vocab_size, self._model.dtype, runner.device)
+        self._unchosen: Launch[S] | None = None
         self._graphs: DecodeGraphs | None = None
         if self._sizes and runner.device.type == "cuda" and not enforce_eager:
             self._graphs = DecodeGraphs(self._padded_step, self._sizes, progress)
@@ -95,7 +116,15 @@ class DecodeRunner(Generic[S]):
         """Queue the next token of each sequence; each has a block for it.
 
         A sequence that was in the last launch goes on with the token chosen there.
+
+        The choice is queued behind the forward pass, unless it depends on tokens in flight, as under a grammar: then it
+        is left to the caller to have `Launch.sampled` made when these are known, while the forward pass is computed.
+
+        Raises:
+            RuntimeError: the tokens of the last launch are not chosen.
         """
+        if self._unchosen is not None and not self._unchosen.chosen:
+            raise RuntimeError("a step cannot be launched before the tokens of the last one are chosen")
         batch = self._rows.arrange(sequences)
         if self._sizes is None:
             logits = self._exact_step(batch)
@@ -105,14 +134,23 @@ class DecodeRunner(Generic[S]):
                 self._graphs.replay(size)
             else:
                 self._padded_step(size)
-        return Launch(batch, self._choose(batch, logits), logits)
+        launch = Launch(batch, logits, partial(self._choose, batch, self._lens(batch), logits))
+        needed = () if self._sampling is None else self._sampling.needs_last_tokens(batch)
+        if all(sequence.last_token is not None for sequence in needed):
+            _ = launch.sampled
+        self._unchosen = None if launch.chosen else launch
+        return launch
 
-    def _choose(self, batch: Sequence[S], logits: torch.Tensor) -> SampledBatch:
+    @staticmethod
+    def _lens(batch: Sequence[S]) -> tuple[int, ...]:
+        return tuple(sequence.num_scheduled for sequence in batch)
+
+    def _choose(self, batch: Sequence[S], lens: Sequence[int], logits: torch.Tensor) -> SampledBatch:
         count = len(batch)
         tokens, seq_lens = self._rows.tokens[:count], self._rows.seq_lens[:count]
         if self._sampling is None:
             return SampledBatch(tokens)
-        return self._sampling.sample(batch, [s.num_scheduled for s in batch], logits, seq_lens, tokens)
+        return self._sampling.sample(batch, lens, logits, seq_lens, tokens)
 
     @torch.inference_mode()
     def _padded_step(self, num_rows: int) -> None:
@@ -121,7 +159,7 @@ class DecodeRunner(Generic[S]):
         self._step(lens, [tables[:num_rows] for tables in self._rows.block_tables], self._logits[:num_rows])
 
     def _exact_step(self, batch: Sequence[S]) -> torch.Tensor:
-        lens = tuple(sequence.num_scheduled for sequence in batch)
+        lens = self._lens(batch)
         tables = [
             group_tables[: len(batch), : max(len(sequence.tables.groups[i].blocks) for sequence in batch)]
             for i, group_tables in enumerate(self._rows.block_tables)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from workers.errors import SamplingError
+from workers.errors import NoTokenLeftError, SamplingError
 from workers.host_copies import HostCopy
 from workers.messages import TokenLogprob
 from workers.sampling.ops.logprob_types import TopLogprobs
@@ -48,7 +48,10 @@ class SampledBatch:
         Args:
             states: of the N rows.
         """
-        sampled = [SampledToken(token_id) if token_id >= 0 else _no_token() for token_id in self.token_ids()]
+        sampled = [
+            SampledToken(token_id) if token_id >= 0 else _no_token(state)
+            for token_id, state in zip(self.token_ids(), states, strict=True)
+        ]
         if self._logprobs is None:
             return sampled
         chosen, top_ids, top_values = (copy.tolist() for copy in self._logprobs)
@@ -60,7 +63,9 @@ class SampledBatch:
         return sampled
 
 
-def _no_token() -> SamplingError:
+def _no_token(state: SamplingState) -> SamplingError:
+    if state.nothing_left is not None:
+        return NoTokenLeftError(state.nothing_left)
     return SamplingError(
         "no token can be chosen for the sequence: the model's logits contain NaN or infinity, or every token is masked"
     )

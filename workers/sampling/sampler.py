@@ -10,10 +10,13 @@ from workers.errors import SamplingError
 from workers.host_copies import to_device
 from workers.sampling.ops.greedy import greedy_sample
 from workers.sampling.ops.penalties import TokenMarks
+from workers.sampling.ops.restrictions import num_words
 from workers.sampling.ops.row_params import NO_SLOT, pack
+from workers.sampling.ops.token_bias import TokenBias
 from workers.sampling.results import SampledBatch, SampledToken
 from workers.sampling.rows import choose, plain_greedy
 from workers.sampling.state import SamplingState
+from workers.sampling.token_masks import token_masks
 
 
 @torch.inference_mode()
@@ -40,10 +43,25 @@ def launch_sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> Samp
     marked = [row for row, state in enumerate(states) if state.needs_marks_after(num_output[row])]
     for row, slot in zip(marked, marks.claim([states[row] for row in marked]), strict=True):
         slots[row] = slot
+    bias, bias_slots = TokenBias(vocab_size, device), [NO_SLOT] * len(states)
+    biased = [row for row, state in enumerate(states) if state.biased]
+    for row, slot in zip(biased, bias.claim([states[row] for row in biased]), strict=True):
+        bias_slots[row] = slot
     seq_lens = [len(state.prompt_token_ids) + count + 1 for state, count in zip(states, num_output, strict=True)]
-    words = pack(states, slots, vocab_size)
+    words = pack(states, slots, vocab_size, bias_slots)
     lens = to_device(torch.tensor(seq_lens, dtype=torch.int32), device)
-    return choose(logits, words, to_device(words, device), lens, marks.tensor, token_ids)
+    masks = _masks(states, vocab_size, device)
+    return choose(logits, words, to_device(words, device), lens, marks.tensor, token_ids, bias.tensor, masks)
+
+
+def _masks(states: Sequence[SamplingState], vocab_size: int, device: torch.device) -> torch.Tensor | None:
+    """What may come in each row that is masked, on the device; None: none is."""
+    rows = [row for row, state in enumerate(states) if state.masked]
+    if not rows:
+        return None
+    masks = torch.full((len(states), num_words(vocab_size)), -1, dtype=torch.int32)
+    masks[rows] = torch.from_numpy(token_masks([states[row] for row in rows], vocab_size))
+    return to_device(masks, device)
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:

@@ -23,6 +23,7 @@ from workers.errors import (
     DeadlineExceededError,
     HandoffError,
     InvalidRequestError,
+    NoTokenLeftError,
     RequestCancelledError,
 )
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    NoTokenLeftError: grpc.StatusCode.INVALID_ARGUMENT,
     CapacityError: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -6,8 +6,9 @@ from typing import Any
 
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
-from cluster.gateway.text_generation import Conversation, Prompt
-from cluster.text.tokenizer import ChatMessage
+from cluster.gateway.conversations import Conversation
+from cluster.gateway.text_generation import Prompt
+from cluster.wire.chat import messages_from_proto, tool_use_from_proto
 from protos import baton_pb2
 from workers.errors import InvalidRequestError
 from workers.token_ids import as_token_ids
@@ -17,14 +18,17 @@ def prompt_from_proto(request: baton_pb2.GenerateRequest | baton_pb2.TokenizeReq
     """The prompt that a request carries.
 
     Raises:
-        InvalidRequestError: it carries none, or an id that cannot be one.
+        InvalidRequestError: it carries none, an id that cannot be one, or a call or tool that is wrong.
     """
     form = request.WhichOneof("input")
     if form == "text":
         return str(request.text)
     if form == "chat":
-        messages = tuple(ChatMessage(m.role, m.content) for m in request.chat.messages)
-        return Conversation(messages, _whole(json_format.MessageToDict(request.chat.chat_template_kwargs)))
+        return Conversation(
+            messages_from_proto(request.chat.messages),
+            _whole(json_format.MessageToDict(request.chat.chat_template_kwargs)),
+            tool_use=tool_use_from_proto(request.chat),
+        )
     if form == "token_ids" and isinstance(request, baton_pb2.GenerateRequest):
         return as_token_ids(request.token_ids.ids)
     forms = [field.name for field in request.DESCRIPTOR.oneofs_by_name["input"].fields]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.gateway.text_generation import TextChunk
 from cluster.wire import convert
+from cluster.wire.chat import deltas_to_proto
 from protos import baton_pb2
 from workers.messages import TokenLogprob, TokenOutput
 
@@ -26,6 +27,7 @@ class ResponseWriter:
         """One message that says what `chunks`, in order, say."""
         tokens = [token for chunk in chunks for token in chunk.tokens]
         last = chunks[-1]
+        deltas = None if last.deltas is None else [delta for chunk in chunks for delta in chunk.deltas or ()]
         return baton_pb2.GenerateResponse(
             request_id=self._request_id,
             text="".join(chunk.text for chunk in chunks),
@@ -33,6 +35,7 @@ class ResponseWriter:
             logprobs=[self._logprobs(token, token.logprob) for token in tokens if token.logprob is not None],
             finish_reason=convert.finish_reason_to_proto(last.finish_reason),
             usage=None if last.usage is None else convert.usage_to_proto(last.usage),
+            chat_delta=None if deltas is None else deltas_to_proto(deltas),
             stop_reason=convert.stop_reason_to_proto(last.stop_reason),
             timings=None if last.report is None else convert.report_to_proto(last.report),
         )

@@ -7,7 +7,6 @@ import time
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.config.schema import ServerConfig
@@ -21,6 +20,7 @@ from cluster.server.grpc.closing import LastCalls
 from cluster.server.grpc.errors import status_of
 from cluster.server.grpc.health import HealthBoard
 from cluster.server.grpc.listen import listen
+from cluster.server.grpc.reflection import enable_reflection
 from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
 from cluster.server.pacing import Pacer
 from cluster.version import commit, version
@@ -81,8 +81,7 @@ class Server:
         self._grpc.add_generic_rpc_handlers((self._service,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if self._config.reflection:
-            names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._grpc)
+            enable_reflection((SERVICE.full_name, health.SERVICE_NAME), self._grpc)
         self.address, self.port = listen(self._grpc, self._config)
         await self.starting("it has just begun")
         await self._grpc.start()

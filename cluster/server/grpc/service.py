@@ -23,6 +23,7 @@ from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_fr
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.server.pacing import Pacer
 from cluster.wire import convert
+from cluster.wire.sampling import sampling_from_proto
 from protos import baton_pb2
 from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import RequestOptions
@@ -210,7 +211,7 @@ def _generation_request(
     return GenerationRequest(
         request_id=request_id,
         prompt=prompt_from_proto(request),
-        sampling=convert.sampling_from_proto(request.sampling, defaults),
+        sampling=sampling_from_proto(request.sampling, defaults),
         timeout_s=timeout_s,
         model=request.model,
         add_special_tokens=add_special_tokens_from_proto(request),

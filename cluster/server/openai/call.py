@@ -38,7 +38,7 @@ class Call(Response):
         super().__init__()
         self._door = door
         self._own_headers: Headers = [(b"x-request-id", request_id.encode("ascii", "backslashreplace"))]
-        self._begun = False
+        self._begun = self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find the answer, and send it or what went wrong."""
@@ -49,7 +49,7 @@ class Call(Response):
         except Exception as error:
             answer = answer_of(error)
             if self._begun:
-                await send(_body(self._last_event(answer.body())))
+                await self._end(send, self._last_event(answer.body()))
                 return
             response = answer.response()
             response.raw_headers.extend(self._own_headers)
@@ -64,8 +64,8 @@ class Call(Response):
             nonlocal gone
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone = True
-            if not deadline.expired():
+            gone = not self._ended  # an answer that is whole is followed by this message, too
+            if gone and not deadline.expired():
                 deadline.reschedule(asyncio.get_running_loop().time())
 
         watching: asyncio.Task[None] | None = None
@@ -101,6 +101,10 @@ class Call(Response):
         self._begun = True
         await send({"type": "http.response.start", "status": status, "headers": [*headers, *self._own_headers]})
 
+    async def _end(self, send: Send, content: bytes) -> None:
+        self._ended = True
+        await send(_body(content))
+
 
 class WholeCall(Call):
     """An answer in one piece.
@@ -122,7 +126,7 @@ class WholeCall(Call):
         content = json_bytes(await self._find(timeout_s))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await self._begin(send, 200, headers)
-        await send(_body(content))
+        await self._end(send, content)
 
 
 class StreamCall(Call):
@@ -162,7 +166,7 @@ class StreamCall(Call):
                     await self._begin(send, 200, _EVENT_STREAM)
                 await send(_body(event, more=True))
                 await turn()
-        await send(_body(b""))
+        await self._end(send, b"")
 
 
 def _body(content: bytes, *, more: bool = False) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from workers.errors import (
     DeadlineExceededError,
     HandoffError,
     InvalidRequestError,
+    NoTokenLeftError,
     RequestCancelledError,
 )
 
@@ -60,6 +61,7 @@ _UNAVAILABLE = Kind(503, "server_error", "service_unavailable")
 KIND_BY_ERROR: dict[type[BaseException], Kind] = {
     InvalidRequestError: Kind(400, _INVALID),
     UnsupportedFieldError: Kind(400, _INVALID, "unsupported_parameter"),
+    NoTokenLeftError: Kind(400, _INVALID),
     CapacityError: Kind(400, _INVALID),
     AuthenticationError: Kind(401, _INVALID, "invalid_api_key"),
     ForbiddenError: Kind(403, _INVALID, "insufficient_permissions"),

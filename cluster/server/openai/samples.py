@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.api import EngineRequest
+from cluster.gateway.conversations import Conversation
 from cluster.gateway.text_generation import Generation, TextChunk
 
 _BUFFERED = 4
@@ -28,9 +29,11 @@ def derived_seed(seed: int, sample: int) -> int:
 
 
 async def generate_samples(
-    generation: Generation, requests: Sequence[EngineRequest], n: int
+    generation: Generation, requests: Sequence[EngineRequest], n: int, chat: Conversation | None = None
 ) -> AsyncGenerator[SampleChunk, None]:
-    """Answer every prompt `n` times; parts come as they are there. Closing the generator cancels all.
+    """Answer every prompt, or the one of a conversation, `n` times; parts come as they are there.
+
+    Closing the generator cancels all.
 
     Each answer is a request of its own, with a seed of its own; a prompt's blocks are found in prefix caches.
 
@@ -39,12 +42,12 @@ async def generate_samples(
     """
     each = [_sample(request, number) for request in requests for number in range(n)]
     if len(each) == 1:
-        async with aclosing(generation.run(each[0])) as chunks:
+        async with aclosing(generation.run(each[0], chat)) as chunks:
             async for chunk in chunks:
                 yield SampleChunk(0, chunk)
         return
     parts: asyncio.Queue[SampleChunk | BaseException | None] = asyncio.Queue(_BUFFERED * len(each))
-    tasks = [asyncio.create_task(_put(generation, request, index, parts)) for index, request in enumerate(each)]
+    tasks = [asyncio.create_task(_put(generation, request, chat, index, parts)) for index, request in enumerate(each)]
     try:
         left = len(tasks)
         while left:
@@ -64,11 +67,12 @@ async def generate_samples(
 async def _put(
     generation: Generation,
     request: EngineRequest,
+    chat: Conversation | None,
     index: int,
     parts: asyncio.Queue[SampleChunk | BaseException | None],
 ) -> None:
     try:
-        async with aclosing(generation.run(request)) as chunks:
+        async with aclosing(generation.run(request, chat)) as chunks:
             async for chunk in chunks:
                 await parts.put(SampleChunk(index, chunk))
     except Exception as error:

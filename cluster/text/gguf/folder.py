@@ -23,8 +23,7 @@ _KINDS: Mapping[str, Callable[[Vocabulary], Tokenizer]] = {"gpt2": byte_level, "
 def gguf_tokenizer_folder(file: Path) -> Iterator[Path]:
     """A folder with the tokenizer of a GGUF file, which is gone when the block ends.
 
-    It holds tokenizer.json, tokenizer_config.json with the chat template, and generation_config.json with the tokens
-    that end a text.
+    It holds tokenizer.json, and tokenizer_config.json with the chat template.
 
     Raises:
         CheckpointError: the file is none, or its tokenizer is not supported or damaged; names file and key.
@@ -33,7 +32,6 @@ def gguf_tokenizer_folder(file: Path) -> Iterator[Path]:
     written = {
         "tokenizer.json": _built(vocabulary).to_str(),
         "tokenizer_config.json": json.dumps(_settings(vocabulary)),
-        "generation_config.json": json.dumps({"eos_token_id": list(vocabulary.end_token_ids)}),
     }
     with tempfile.TemporaryDirectory(prefix="gguf-tokenizer-") as folder:
         for name, text in written.items():

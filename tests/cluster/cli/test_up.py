@@ -30,9 +30,11 @@ from cluster.text.detokenizer import TokenKind
 from workers.messages import FinishReason, TokenOutput
 
 class Letters:
+    anchor = ()
+    special_token_ids = {}
     def token_kind(self, token_id):
         return TokenKind.TEXT
-    def decode(self, token_ids):
+    def text_of(self, token_ids):
         return "".join(chr(token_id) for token_id in token_ids)
 
 class Stream:

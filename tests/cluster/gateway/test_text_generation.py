@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from cluster.api import TokenChunk, Usage
+from cluster.conversation.messages import ChatMessage
 from cluster.gateway.text_generation import Conversation, Generation, GenerationRequest, TextChunk
 from cluster.routing.prefix_index import PromptPrefix
-from cluster.text.tokenizer import ChatMessage, Tokenizer
+from cluster.text.tokenizer import Tokenizer
 from workers.block_hashes import BlockHashes, PromptHashes, block_hashes
-from workers.errors import DeadlineExceededError
+from workers.errors import DeadlineExceededError, InvalidRequestError
 from workers.messages import FinishReason, RequestOptions, TokenOutput
 from workers.sampling_params import SamplingParams
 from workers.token_ids import as_token_ids
@@ -61,6 +62,41 @@ async def test_what_only_began_as_a_stop_string_is_shown_at_the_end(run: Callabl
 
 async def test_a_stop_string_does_not_count_before_min_tokens(run: Callable, answer: Answer) -> None:
     assert text_of(await run(answer("a.b.c.d"), stop=(".",), min_tokens=5)) == "a.b.c"
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "shown"),
+    [("abc", 2, "xx"), ("abc", 5, "xx"), ("abc", 6, "xxabcab"), ("cab", 6, "xxab"), ("ca", 4, "xxab")],
+)
+async def test_a_stop_string_across_the_border_of_min_tokens_counts(
+    run: Callable, answer: Answer, stop: str, min_tokens: int, shown: str, chunk: int
+) -> None:
+    """It counts where its last character comes, whole: none of it is shown."""
+    chunks = await run(answer("xxabcab", chunk=chunk), stop=(stop,), min_tokens=min_tokens)
+    assert text_of(chunks) == shown
+    stopped = shown != "xxabcab"
+    assert chunks[-1].finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+
+
+async def test_a_stop_string_that_is_a_special_token_goes_to_the_workers(
+    byte_tokenizer: Tokenizer, scripted: Callable, answer: Answer
+) -> None:
+    engine, model = scripted(answer("ab"))
+    generation = Generation(engine, byte_tokenizer, replace(model, eos_token_ids=(7, 256)))
+
+    async def sent(**sampling: object) -> tuple[int, ...]:
+        request = GenerationRequest(request_id="r", prompt="hi", sampling=SamplingParams(**sampling), timeout_s=5.0)
+        async for _ in generation.generate(request):
+            pass
+        return engine.requests[-1].sampling.stop_token_ids
+
+    assert await sent() == ()
+    assert await sent(ignore_eos=True, stop=("<eos>", "x"), stop_token_ids=(3,)) == (3, 256)
+    with pytest.raises(InvalidRequestError, match="special token '<eos>' and more"):
+        await sent(stop=("x<eos>",))
+    with pytest.raises(InvalidRequestError, match="min_tokens is 2, but all 257 tokens"):
+        await sent(min_tokens=2, stop_token_ids=tuple(range(256)))
 
 
 async def test_a_stop_token_counts_but_its_text_is_not_shown(run: Callable, byte_tokenizer: Tokenizer) -> None:

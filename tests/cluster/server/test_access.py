@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
@@ -45,10 +45,21 @@ async def health(channel: grpc.aio.Channel) -> int:
     return response.status
 
 
-async def services(channel: grpc.aio.Channel, **kwargs) -> set[str]:
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), **kwargs)
-    response = await call.read()
+async def reflected(
+    channel: grpc.aio.Channel, version: str = "v1", **asked: str
+) -> tuple[reflection_pb2.ServerReflectionResponse, grpc.aio.StreamStreamCall]:
+    """The answer of either version, and its call; messages of both are the same bytes."""
+    metadata = asked.pop("metadata", None)
+    call = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )(iter([reflection_pb2.ServerReflectionRequest(**asked)]), metadata=metadata)
+    return await call.read(), call
+
+
+async def services(channel: grpc.aio.Channel, version: str = "v1", **kwargs) -> set[str]:
+    response, call = await reflected(channel, version, list_services="", **kwargs)
     if response is grpc.aio.EOF:
         raise AssertionError(await call.code())
     return {service.name for service in response.list_services_response.service}
@@ -124,6 +135,18 @@ async def test_the_token_guards_reflection_but_not_health(serve: Serve) -> None:
         with pytest.raises((grpc.aio.AioRpcError, AssertionError), match="UNAUTHENTICATED"):
             await services(channel)
         assert "baton.v1.Baton" in await services(channel, metadata=(("authorization", "Bearer s3cret"),))
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_both_versions_of_reflection_tell_of_all_services(serve: Serve, version: str) -> None:
+    served = await serve([])
+    async with grpc.aio.insecure_channel(served.server.address) as channel:
+        both = {f"grpc.reflection.{name}.ServerReflection" for name in ("v1", "v1alpha")}
+        assert await services(channel, version) == {"baton.v1.Baton", "grpc.health.v1.Health", *both}
+        for name in ("baton.v1.Baton", f"grpc.reflection.{version}.ServerReflectionRequest"):
+            response, _ = await reflected(channel, version, file_containing_symbol=name)
+            (file, *_) = response.file_descriptor_response.file_descriptor_proto
+            assert name.rpartition(".")[0].encode() in file
 
 
 async def test_reflection_can_be_turned_off(serve: Serve) -> None:
@@ -215,6 +238,16 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *new, "-CA", "ca.pem", "-CAkey", "ca.key", "-keyout", f"{name}.key", "-out", f"{name}.pem",
             "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE",
         )  # fmt: skip
+    for name, days, names in (("expired", "-1", "IP:127.0.0.1"), ("other", "2", "DNS:other.example")):
+        (folder / "names").write_text(f"subjectAltName={names}")
+        openssl(
+            "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}",
+            "-keyout", f"{name}.key", "-out", "request",
+        )  # fmt: skip
+        openssl(
+            "x509", "-req", "-in", "request", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", days,
+            "-extfile", "names", "-out", f"{name}.pem",
+        )  # fmt: skip
     return folder
 
 
@@ -263,6 +296,43 @@ async def test_mutual_tls_asks_for_the_clients_certificate(serve: Serve, answer:
         with pytest.raises(BatonClientError):
             await generate(connection)
     assert len(served.engine.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "reason"),
+    [
+        ("server", {"tls_ca": "stranger.pem"}, r"not signed by any in .*stranger\.pem .*CERTIFICATE_VERIFY_FAILED"),
+        ("expired", {"tls_ca": "ca.pem"}, "the server's certificate has expired"),
+        ("other", {"tls_ca": "ca.pem"}, r"the server's certificate is not for 127\.0\.0\.1"),
+        ("server", {}, "may want TLS: give its CA file"),
+        (None, {"tls_ca": "ca.pem"}, "does not speak TLS: leave the CA file out"),
+        ("server for clients", {"tls_ca": "ca.pem"}, "may ask for a client certificate"),
+        (
+            "server for clients",
+            {"tls_ca": "ca.pem", "tls_cert": "stranger.pem", "tls_key": "stranger.key"},
+            "not trust",
+        ),
+        (None, {"tls_ca": "ca.key"}, r"ca\.key \(the CA file\) holds no PEM certificates"),
+        (None, {"tls_ca": "ca.pem", "tls_cert": "client.key", "tls_key": "client.key"}, "no PEM certificate with its"),
+        (None, {"tls_ca": "ca.pem", "tls_cert": "client.pem", "tls_key": "stranger.key"}, "key values mismatch"),
+    ],
+)
+async def test_each_tls_mistake_has_its_reason(
+    serve: Serve, answer: Answer, certs: Path, server: str | None, client: dict[str, str], reason: str
+) -> None:
+    settings = {}
+    if server is not None:
+        name = server.partition(" ")[0]
+        settings = {"tls_cert": str(certs / f"{name}.pem"), "tls_key": str(certs / f"{name}.key")}
+        settings |= {"tls_client_ca": str(certs / "ca.pem")} if "clients" in server else {}
+    served = await serve(answer("ok"), **settings)
+    with pytest.raises((BatonClientError, ConfigError), match=reason):
+        await generate(replace(served.connection, **{name: str(certs / file) for name, file in client.items()}))
+
+
+async def test_where_nobody_listens_the_question_is_whether_baton_runs() -> None:
+    with pytest.raises(BatonClientError, match=r"is `baton up` running there.*Connection refused"):
+        await generate(Connection("127.0.0.1:1"))
 
 
 async def test_tls_files_that_are_missing_or_wrong_are_named(certs: Path) -> None:

@@ -43,4 +43,4 @@ def test_special_tokens_are_as_they_are_spelled_and_unknown_ids_empty(loaded: di
     tokenizer = loaded["byte_level"]
     assert tokenizer.token_bytes(tokenizer.vocab["</s>"]) == b"</s>"
     assert tokenizer.token_bytes(10**6) == b""
-    assert tokenizer.with_special_tokens.decode([tokenizer.vocab["</s>"]]) == "</s>"
+    assert tokenizer.with_special_tokens.text_of([tokenizer.vocab["</s>"]]) == "</s>"

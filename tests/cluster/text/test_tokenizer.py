@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cluster.conversation.messages import ChatMessage
 from cluster.text.length_bound import LengthBound, length_bound
-from cluster.text.tokenizer import ChatMessage, Tokenizer
+from cluster.text.tokenizer import Tokenizer
 from workers.errors import CheckpointError, InvalidRequestError
 
 SaveTokenizer = Callable[..., Path]
@@ -70,35 +70,54 @@ def test_the_vocabulary_has_every_token(any_tokenizer: Tokenizer, any_reference:
     assert any_tokenizer.vocab_size == max(any_tokenizer.vocab.values()) + 1
 
 
-# End of sequence
+def test_a_piece_has_the_space_before_it(loaded: dict[str, Tokenizer]) -> None:
+    for kind in ("byte_fallback", "metaspace"):
+        vocab = loaded[kind].vocab
+        assert [loaded[kind].token_text(vocab[token]) for token in ("▁the", "a", "</s>")] == [" the", "a", ""]
+    vocab = loaded["byte_fallback"].vocab
+    assert [loaded["byte_fallback"].token_text(vocab[token]) for token in ("<0x0A>", "<0xC3>")] == ["\n", "\ufffd"]
+    vocab = loaded["word_piece"].vocab
+    assert [loaded["word_piece"].token_text(vocab[token]) for token in ("fox", "##es")] == [" fox", "es"]
+
+
+# The file itself
+
+
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizerFast", None])
+@pytest.mark.parametrize("text", ["a fox", " a", "    def", "\n the", "</s> the", ""])
+def test_a_prompt_is_tokenised_by_the_file_whatever_the_class(
+    saved_tokenizer: SaveTokenizer, tokenizer_class: str | None, text: str
+) -> None:
+    folder = saved_tokenizer("byte_fallback", tokenizer_class=tokenizer_class, unk_token="<unk>")
+    tokenizer, file = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for special in (True, False):
+        token_ids = file.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == token_ids
+        assert tokenizer.text_of(token_ids) == file.decode(token_ids)
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("config", "begins", "ends"),
     [
-        ({}, set()),
-        ({"generation_config.json": {"eos_token_id": [7, 8]}}, {7, 8}),
-        ({"generation_config.json": {"eos_token_id": 7}, "config.json": {"eos_token_id": 9}}, {7}),
-        ({"config.json": {"model_type": "llama", "eos_token_id": 9}}, {9}),
-        ({"generation_config.json": {}, "config.json": {"model_type": "llama", "eos_token_id": 9}}, set()),
+        ({}, True, False),
+        ({"add_bos_token": True}, True, False),
+        ({"add_eos_token": False}, True, False),
+        ({"add_bos_token": False}, False, False),
+        ({"add_eos_token": True}, True, True),
     ],
 )
-def test_eos_tokens_of_tokenizer_and_model(
-    saved_tokenizer: SaveTokenizer, files: dict[str, object], expected: set[int]
+def test_tokenizer_config_decides_on_the_tokens_at_the_ends(
+    saved_tokenizer: SaveTokenizer, config: dict[str, bool], begins: bool, ends: bool
 ) -> None:
-    folder = saved_tokenizer()
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.eos_token_ids == expected | {tokenizer.vocab["</s>"]}
+    tokenizer = Tokenizer.load(saved_tokenizer("byte_fallback", unk_token="<unk>", **config))
+    token_ids = tokenizer.encode("a fox")
+    assert (token_ids[0] == tokenizer.vocab["<s>"], token_ids[-1] == tokenizer.vocab["</s>"]) == (begins, ends)
 
 
-@pytest.mark.parametrize("content", ['{"eos_token_id": "</s>"}', "[]", "{"])
-def test_a_damaged_generation_config_is_named(saved_tokenizer: SaveTokenizer, content: str) -> None:
-    folder = saved_tokenizer()
-    (folder / "generation_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
-        Tokenizer.load(folder)
+def test_tokens_that_only_tokenizer_config_names_are_special(saved_tokenizer: SaveTokenizer) -> None:
+    tokenizer = Tokenizer.load(saved_tokenizer("byte_fallback", eos_token="<|end|>", tokenizer_class="LlamaTokenizer"))
+    assert tokenizer.special_token_ids["<|end|>"] == tokenizer.vocab_size - 1
+    assert tokenizer.encode("a<|end|>", add_special_tokens=False)[-1] == tokenizer.vocab_size - 1
 
 
 # Damaged checkpoints
@@ -172,10 +191,28 @@ def test_what_the_template_refuses_is_told(byte_level_tokenizer: Tokenizer) -> N
         byte_level_tokenizer.apply_chat_template([])
 
 
-def test_a_broken_template_is_an_error_of_the_request(saved_tokenizer: SaveTokenizer) -> None:
-    tokenizer = Tokenizer.load(saved_tokenizer(chat_template="{% for message in messages %}"))
-    with pytest.raises(InvalidRequestError, match="chat template"):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ raise_exception('not here') }}", "not here"),
+        ("{{ messages[0].nothing.more }}", "nothing"),
+        ("a prompt of its own", "leaves out what the user says"),
+        ({"tool_use": "{{ messages[0].content }}"}, "default"),
+    ],
+)
+def test_a_template_that_makes_no_prompt_is_none(saved_tokenizer: SaveTokenizer, template: object, reason: str) -> None:
+    tokenizer = Tokenizer.load(saved_tokenizer(chat_template=template))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(InvalidRequestError, match=f"chat template does not work .*{reason}"):
         tokenizer.apply_chat_template([ChatMessage("user", "hi")])
+
+
+@pytest.mark.parametrize("first", ["user", "system"])
+def test_a_template_may_ask_for_its_first_message(saved_tokenizer: SaveTokenizer, first: str) -> None:
+    refuse = f"{{% if messages[0].role != '{first}' %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+    template = refuse + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert Tokenizer.load(saved_tokenizer(chat_template=template)).has_chat_template
 
 
 # Early refusal

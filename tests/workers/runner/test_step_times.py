@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from cache_groups import group_caches
 from workers.models.loader import load_model
 from workers.runner.decode_runner import DecodeRunner
+from workers.runner.measured_steps import measure_decode, measure_prefill
 from workers.runner.model_runner import ModelRunner, Row
-from workers.runner.step_times import StepTimes, measure_decode, measure_prefill
+from workers.runner.step_times import StepTimes
 
 POINTS = ((32, 0.010), (128, 0.020), (512, 0.100))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +33,9 @@ class ModelConfig:
         max_position_embeddings: as the checkpoint states it; see `context_length` for what is served.
         tie_word_embeddings: whether the output matrix is the embedding.
         dtype: of the stored weights, as the config states it (float32 where it does not).
-        eos_token_ids: from config.json and generation_config.json, without repeats; may be empty.
+        eos_token_ids: what ends a text, without repeats; may be empty. Checkpoints name such tokens in config.json,
+            generation_config.json and the tokenizer's files, which do not always agree: chat models end an answer with
+            a token that only one of them calls so. Whatever any of them names counts, here and at the doors.
         bos_token_id: None: there is none.
         attention: of each layer, in order.
         embedding_scale: multiplies the embeddings.
@@ -65,6 +67,12 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.attention)
+
+    def with_end_token(self, token_id: int | None) -> Self:
+        """The same where this token, too, ends a text; None, or one that the model cannot give, changes nothing."""
+        if token_id is None or token_id in self.eos_token_ids or not 0 <= token_id < self.vocab_size:
+            return self
+        return replace(self, eos_token_ids=(*self.eos_token_ids, token_id))
 
     def shared_out(self) -> Mapping[str, int]:
         """Sizes, beside those of the heads, that the ranks of a worker share out equally, by name."""

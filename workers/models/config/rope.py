@@ -7,6 +7,7 @@ if they are not there, from beside; `original_max_position_embeddings` from besi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.rope_kinds import SCALED_KINDS, RopeSettings
 from workers.ops.rope_config import RopeConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ def read_rotating_layers(read: ConfigReader, num_layers: int) -> tuple[bool, ...
 
 def _settings(read: ConfigReader, family: RopeFamily) -> tuple[str, Mapping[str, Any]]:
     """The key that the settings are taken from, and they."""
-    for key in ("rope_scaling", "rope_parameters"):
-        given = _object(read, key)
+    scaling, parameters = _object(read, "rope_scaling"), _object(read, "rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        logger.warning("%s: rope_scaling and rope_parameters differ: the first is used", read.source)
+    for key, given in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if given:
             return key, given
     return "rope_parameters", family.parameters if read.get("rope_parameters") is None else {}

@@ -14,10 +14,10 @@ import torch
 
 from workers.host_copies import to_device
 from workers.sampling.ops.row_params import RowParams
+from workers.sampling.ops.vocabulary_rows import VocabularyRows
 from workers.sampling.state import SamplingState
 
 PROMPT, STOP, OUTPUT = 1, 2, 4
-_FIRST_SLOTS = 8
 
 
 class TokenMarks:
@@ -30,37 +30,29 @@ class TokenMarks:
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
-        self.tensor = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)[:0]
+        self._rows = VocabularyRows(vocab_size, torch.int32, device)
+
+    @property
+    def tensor(self) -> torch.Tensor:
         """int32 (slots, V); another tensor after `claim`."""
-        self._free: list[int] = []
+        return self._rows.tensor
 
     @torch.inference_mode()
     def claim(self, states: Sequence[SamplingState]) -> list[int]:
         """A slot for each of these, marked as its tokens so far demand."""
         if not states:
             return []
-        while len(self._free) < len(states):
-            self._grow()
-        slots = [self._free.pop() for _ in states]
+        slots = self._rows.take(len(states))
         places, marks = zip(*(self._marks(state) for state in states), strict=True)
         rows = np.repeat(slots, [len(ids) for ids in places]).astype(np.int64)
         packed = torch.from_numpy(np.stack([rows * self._vocab_size + np.concatenate(places), np.concatenate(marks)]))
-        device = self.tensor.device
-        self.tensor.index_fill_(0, to_device(torch.tensor(slots), device), 0)
-        where, what = to_device(packed, device).unbind(0)
+        where, what = to_device(packed, self.tensor.device).unbind(0)
         self.tensor.view(-1).index_add_(0, where, what.int())
         return slots
 
     def release(self, slot: int) -> None:
         """Nobody needs the slot from the next step on."""
-        self._free.append(slot)
-
-    def _grow(self) -> None:
-        old = self.tensor
-        grown = torch.zeros(max(_FIRST_SLOTS, 2 * len(old)), self._vocab_size, dtype=torch.int32, device=old.device)
-        grown[: len(old)] = old
-        self._free += range(len(grown) - 1, len(old) - 1, -1)
-        self.tensor = grown
+        self._rows.release(slot)
 
     def _marks(self, state: SamplingState) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and what to add to their marks; a token may occur more than once."""

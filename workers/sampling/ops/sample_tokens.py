@@ -8,16 +8,17 @@ from workers.sampling.ops.choice_rows import ChoiceRows
 from workers.sampling.ops.filters import filter_min_p, filter_top_k, filter_top_p
 from workers.sampling.ops.noise import gumbel_noise, noise_keys
 from workers.sampling.ops.penalties import OUTPUT, apply_marks
+from workers.sampling.ops.restrictions import num_words, restrict
 from workers.sampling.ops.row_params import RowParams, unpack
 
 
 def sample_tokens(logits: torch.Tensor, rows: ChoiceRows, tokens: torch.Tensor) -> None:
     """Replace the most likely token of every row by the one that its parameters choose.
 
-    In vLLM's order: `min_tokens` masks the tokens that end the text, then penalties; then greedy rows take the argmax
-    (of equal scores, the lowest id), and the others apply temperature, min-p, top-k, top-p and draw. The draw depends
-    on the row's noise stream and the number of its output tokens only. Tokens are ordered by their score before
-    temperature: a division that rounds two scores to the same leaves their order.
+    In vLLM's order: biases and masks; `min_tokens` masks the tokens that end the text, then penalties; then greedy
+    rows take the argmax (of equal scores, the lowest id), and the others apply temperature, min-p, top-k, top-p and
+    draw. The draw depends on the row's noise stream and the number of its output tokens only. Tokens are ordered by
+    their score before temperature: a division that rounds two scores to the same leaves their order.
 
     Args:
         logits: (N, V) bf16, fp16 or fp32; the elements of a row contiguous.
@@ -41,7 +42,7 @@ def sample_tokens_torch(logits: torch.Tensor, rows: ChoiceRows, tokens: torch.Te
     """`sample_tokens` in plain torch."""
     params = unpack(rows.words)
     num_output = rows.seq_lens - params.prompt_len - 1
-    scores = logits.float()
+    scores = restrict(logits.float(), rows, params)
     marked = (params.slot >= 0).nonzero().squeeze(1)
     if len(marked):
         some = RowParams(*(p[marked] for p in params))
@@ -90,5 +91,10 @@ def _check(logits: torch.Tensor, rows: ChoiceRows, tokens: torch.Tensor) -> None
             f"words of shape {tuple(rows.words.shape)} and seq_lens of shape {tuple(rows.seq_lens.shape)} "
             f"for {count} rows"
         )
-    if rows.marks.shape[1] != logits.shape[1]:
-        raise ValueError(f"marks of shape {tuple(rows.marks.shape)} for a vocabulary of {logits.shape[1]}")
+    vocab_size = logits.shape[1]
+    if rows.marks.shape[1] != vocab_size:
+        raise ValueError(f"marks of shape {tuple(rows.marks.shape)} for a vocabulary of {vocab_size}")
+    if rows.bias is not None and rows.bias.shape[1] != vocab_size:
+        raise ValueError(f"bias of shape {tuple(rows.bias.shape)} for a vocabulary of {vocab_size}")
+    if rows.masks is not None and (len(rows.masks) < count or rows.masks.shape[1] != num_words(vocab_size)):
+        raise ValueError(f"masks of shape {tuple(rows.masks.shape)} for {count} rows of {vocab_size} tokens")

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.gateway.text_generation import TextChunk
 from cluster.server.openai.answers.logprobs import LogprobWriter
+from cluster.server.openai.answers.message import MessageWriter
 from cluster.server.openai.answers.parts import Head, ending, token_ids_of
 from cluster.server.openai.answers.usage import UsageCount
 from cluster.server.openai.requests.chat import ChatCompletionRequest
@@ -34,13 +35,13 @@ class ChatWriter:
         as_ids = bool(body.return_tokens_as_token_ids)
         self._logprobs = None if top is None else LogprobWriter(token_bytes, top, as_ids=as_ids)
         self._begun: set[int] = set()
+        self._message = MessageWriter(reasoning=body.include_reasoning is not False)
 
     def whole(self, choices: Sequence[TextChunk], usage: UsageCount) -> dict[str, Any]:
         """The answer in one piece."""
         written = []
         for index, chunk in enumerate(choices):
-            message = {"role": "assistant", "content": chunk.text, "refusal": None}
-            written.append({**self._choice(index, chunk), "message": message})
+            written.append({**self._choice(index, chunk), "message": self._message.whole(chunk)})
         return {**self._whole_head, **self._shown_prompt(), "choices": written, "usage": usage.completion()}
 
     def part(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
@@ -48,11 +49,11 @@ class ChatWriter:
         events = []
         if index not in self._begun:
             self._begun.add(index)
-            delta = {"role": "assistant", "content": ""}
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            opening = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
             events.append({**self._head, **self._shown_prompt(), "choices": [choice]})
-        if chunk.text or chunk.finish_reason is not None or self._logprobs is not None or self._token_ids:
-            delta = {"content": chunk.text} if chunk.text else {}
+        delta = self._message.part(chunk)
+        if delta or chunk.finish_reason is not None or self._logprobs is not None or self._token_ids:
             events.append({**self._head, "choices": [{**self._choice(index, chunk), "delta": delta}]})
         return events
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.conversation.deltas import ContentDelta
 from cluster.gateway.text_generation import TextChunk
 
 
@@ -39,7 +40,16 @@ def joined(chunks: Sequence[TextChunk]) -> TextChunk:
         last.stop_reason,
         last.usage,
         last.report,
+        deltas=None if last.deltas is None else tuple(delta for chunk in chunks for delta in chunk.deltas or ()),
     )
+
+
+def spoken(chunk: TextChunk) -> TextChunk:
+    """The part with what it says to the user for its text, without reasoning and markers."""
+    if chunk.deltas is None:
+        return chunk
+    text = "".join(delta.text for delta in chunk.deltas if isinstance(delta, ContentDelta))
+    return replace(chunk, text=text, deltas=None)
 
 
 def token_ids_of(chunk: TextChunk) -> list[int]:

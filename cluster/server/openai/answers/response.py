@@ -111,7 +111,7 @@ class ResponseWriter:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": self._sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": self._body.text or {"format": {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "top_p": self._sampling.top_p,

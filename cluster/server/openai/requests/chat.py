@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from cluster.gateway.text_generation import Conversation
+from cluster.conversation.read_tools import read_tool_use
+from cluster.gateway.conversations import Conversation
 from cluster.server.openai.requests.messages import Messages, chat_messages
 from cluster.server.openai.requests.model import RequestModel
 from cluster.server.openai.requests.sampling import MAX_N, SamplingFields, StreamOptions
@@ -22,19 +23,23 @@ class TemplateFields(RequestModel):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     def conversation(self) -> Conversation:
         """The prompt.
 
         Raises:
-            InvalidRequestError: a message, or what the template is told, is wrong.
+            InvalidRequestError: a message, a tool, or what the template is told, is wrong.
         """
         go_on = bool(self.continue_final_message)
         if go_on and self.add_generation_prompt:
             raise InvalidRequestError("continue_final_message and add_generation_prompt exclude each other")
         begin = not go_on if self.add_generation_prompt is None else self.add_generation_prompt
         variables = self.given("reasoning_effort") | (self.chat_template_kwargs or {})
-        return Conversation(chat_messages(self.messages), variables, begin, go_on)
+        use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return Conversation(chat_messages(self.messages), variables, begin, go_on, use)
 
 
 class ChatCompletionRequest(TemplateFields, SamplingFields):
@@ -47,6 +52,7 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream_options: StreamOptions | None = None
+    include_reasoning: bool | None = None
 
     @property
     def longest(self) -> int | None:

@@ -7,10 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cluster.conversation.messages import ChatMessage
+from cluster.conversation.read_messages import read_message
 from cluster.server.openai.errors import UnsupportedFieldError
 from cluster.server.openai.requests.model import FirstError, RequestModel
 from cluster.server.openai.requests.unsupported import supported_value
-from cluster.text.tokenizer import ChatMessage
 from workers.errors import InvalidRequestError
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -38,16 +39,23 @@ def chat_messages(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
 
     Raises:
         UnsupportedFieldError: a message has something besides text.
-        InvalidRequestError: a message has no content.
+        InvalidRequestError: a message has no content, or one of its other fields is wrong.
     """
-    return tuple(ChatMessage(message.role, _text(message, number)) for number, message in enumerate(messages))
+    return tuple(_message(message, number) for number, message in enumerate(messages))
 
 
-def _text(message: Message, number: int) -> str:
-    for name in ("tool_calls", "function_call", "tool_call_id", "audio"):
+def _message(message: Message, number: int) -> ChatMessage:
+    for name in ("function_call", "audio"):
         supported_value(message.model_extra, name, "messages")
+    whole = {**(message.model_extra or {}), "role": message.role, "content": _text(message, number)}
+    return read_message(whole, f"messages[{number}]")
+
+
+def _text(message: Message, number: int) -> str | None:
     if message.content is None:
-        raise InvalidRequestError(f"messages[{number}] has no content")
+        if not (message.model_extra or {}).get("tool_calls"):
+            raise InvalidRequestError(f"messages[{number}] has no content")
+        return None
     if isinstance(message.content, str):
         return message.content
     return "\n".join(_part(part, f"messages[{number}].content[{at}]") for at, part in enumerate(message.content))

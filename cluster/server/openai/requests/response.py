@@ -6,13 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cluster.gateway.text_generation import Conversation
+from cluster.gateway.conversations import Conversation
 from cluster.server.openai.errors import UnsupportedFieldError
 from cluster.server.openai.requests.messages import Message, chat_messages
 from cluster.server.openai.requests.model import FirstError
 from cluster.server.openai.requests.sampling import SamplingFields
+from cluster.server.openai.requests.structured import text_format
 from workers.errors import InvalidRequestError
 from workers.sampling_params import MAX_LOGPROBS
+from workers.structured_output import StructuredOutput
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -31,9 +33,15 @@ class ResponseRequest(SamplingFields):
     instructions: str | None = None
     max_output_tokens: int | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    text: dict[str, Any] | None = None
     include: Annotated[list[str], FirstError()] | None = None
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def forms(self) -> dict[str, StructuredOutput]:
+        """See `FormFields`; here `text` has OpenAI's."""
+        form = text_format(self.text or {})
+        return super().forms() | ({} if form is None else {"text.format": form})
 
     def conversation(self) -> Conversation:
         """The prompt.

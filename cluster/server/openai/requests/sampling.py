@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from cluster.request_id import check_name
-from cluster.server.openai.requests.model import RequestModel, StopTexts, TokenIdList
+from cluster.server.openai.requests.model import RequestModel, StopTexts, Texts, TokenIdList
+from cluster.server.openai.requests.structured import FormFields
 from cluster.text.sampling_defaults import with_defaults
 from workers.errors import InvalidRequestError
-from workers.sampling_params import SamplingParams
+from workers.sampling_params import MAX_BAD_WORDS, MAX_LISTED_TOKENS, SamplingParams
 
 MAX_N = 128
 _INT32 = 2**31
@@ -37,7 +38,7 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingFields(RequestModel):
+class SamplingFields(FormFields):
     """The fields that requests for text share."""
 
     model: str | None = None
@@ -52,6 +53,9 @@ class SamplingFields(RequestModel):
     repetition_penalty: float | None = None
     stop: StopTexts | None = None
     stop_token_ids: Annotated[TokenIdList, Field(max_length=1024)] | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: Annotated[Texts, Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[TokenIdList, Field(min_length=1, max_length=MAX_LISTED_TOKENS)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     include_stop_str_in_output: bool | None = None
@@ -76,6 +80,10 @@ class SamplingFields(RequestModel):
             values["seed"] = self.seed % 2**64
         values["stop"] = tuple(self.stop or ())
         values["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        values["bad_words"] = tuple(self.bad_words or ())
+        values["allowed_token_ids"] = tuple(self.allowed_token_ids or ())
+        values["logit_bias"] = _biases(self.logit_bias or {})
+        values["structured_output"] = self.structured_output()
         return with_defaults(values, defaults)
 
     def options(self) -> dict[str, Any]:
@@ -89,6 +97,18 @@ class SamplingFields(RequestModel):
             "priority": self.priority or 0,
             "cache_salt": (self.cache_salt or "").encode("utf-8", "replace"),
         }
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Biases by token, whose keys are texts in JSON.
+
+    Raises:
+        InvalidRequestError: a key is no token id.
+    """
+    for token in given:
+        if not (token.isascii() and token.isdecimal() and len(token) < 11):
+            raise InvalidRequestError(f"logit_bias has the key {token:.40}, which is no token id")
+    return tuple((int(token), bias) for token, bias in given.items())
 
 
 def check_stream_options(stream: bool | None, options: StreamOptions | None) -> StreamOptions:

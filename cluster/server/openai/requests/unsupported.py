@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 _ONE_OF_NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "text": ({"format": {"type": "text"}},),
     "modalities": (["text"],),
     "truncation": ("disabled",),
     "length_penalty": (1, 1.0),
@@ -29,9 +27,6 @@ _ONE_OF_NOTHING: dict[str, tuple[Any, ...]] = {
 }
 """Values that ask for nothing, beside null, false and what is empty."""
 _CHOOSING = (
-    "logit_bias",
-    "bad_words",
-    "allowed_token_ids",
     "prompt_logprobs",
     "use_beam_search",
     "length_penalty",
@@ -40,16 +35,7 @@ _CHOOSING = (
     "spaces_between_special_tokens",
     "thinking_token_budget",
 )
-_STRUCTURED = (
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "guided_decoding_backend",
-    "text",
-)
+_STRUCTURED = ("structural_tag", "guided_whitespace_pattern")
 _TOOLS = ("tools", "tool_choice", "functions", "function_call", "max_tool_calls")
 _OTHER_FORMS = (
     "suffix",
@@ -79,6 +65,7 @@ IGNORED = frozenset(
         "include_reasoning",
         "reasoning",
         "include",
+        "guided_decoding_backend",
         "stream_options",
         "request_id",
         "moderation",

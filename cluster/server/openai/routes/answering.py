@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from cluster.api import EngineRequest
+from cluster.gateway.conversations import Conversation
 from cluster.gateway.text_generation import Generation, TextChunk
 from cluster.server.openai import sse
 from cluster.server.openai.answers.parts import joined
@@ -31,11 +32,17 @@ class Writer(Protocol):
         ...
 
 
-async def answer(generation: Generation, requests: Sequence[EngineRequest], n: int, writer: Writer) -> dict[str, Any]:
-    """Answer every prompt `n` times, in one piece."""
+async def answer(
+    generation: Generation,
+    requests: Sequence[EngineRequest],
+    n: int,
+    writer: Writer,
+    chat: Conversation | None = None,
+) -> dict[str, Any]:
+    """Answer every prompt, or the one of a conversation, `n` times, in one piece."""
     usage = usage_of(requests)
     choices: list[list[TextChunk]] = [[] for _ in range(len(requests) * n)]
-    async with aclosing(generate_samples(generation, requests, n)) as samples:
+    async with aclosing(generate_samples(generation, requests, n, chat)) as samples:
         async for sample in samples:
             choices[sample.index].append(sample.chunk)
             usage.add(sample.chunk, first_of_prompt=sample.index % n == 0)
@@ -43,12 +50,17 @@ async def answer(generation: Generation, requests: Sequence[EngineRequest], n: i
 
 
 async def stream(
-    generation: Generation, requests: Sequence[EngineRequest], n: int, writer: Writer, options: StreamOptions
+    generation: Generation,
+    requests: Sequence[EngineRequest],
+    n: int,
+    writer: Writer,
+    options: StreamOptions,
+    chat: Conversation | None = None,
 ) -> AsyncGenerator[bytes, None]:
-    """Answer every prompt `n` times, event by event."""
+    """Answer every prompt, or the one of a conversation, `n` times, event by event."""
     usage = usage_of(requests)
     always, at_end = bool(options.continuous_usage_stats), bool(options.include_usage)
-    async with aclosing(generate_samples(generation, requests, n)) as samples:
+    async with aclosing(generate_samples(generation, requests, n, chat)) as samples:
         async for sample in samples:
             usage.add(sample.chunk, first_of_prompt=sample.index % n == 0)
             events = writer.part(sample.index, sample.chunk)

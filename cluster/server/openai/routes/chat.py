@@ -55,11 +55,11 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
 
     async def whole(timeout_s: float) -> dict[str, Any]:
         engine_request, writer = await prepared(timeout_s)
-        return await answer(generation, [engine_request], n, writer)
+        return await answer(generation, [engine_request], n, writer, conversation)
 
     async def events(timeout_s: float) -> AsyncGenerator[bytes, None]:
         engine_request, writer = await prepared(timeout_s)
-        async for event in stream(generation, [engine_request], n, writer, options):
+        async for event in stream(generation, [engine_request], n, writer, options, conversation):
             yield event
 
     return StreamCall(door, request_id, events) if body.stream else WholeCall(door, request_id, whole)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from cluster.api import EngineRequest
 from cluster.gateway.text_generation import GenerationRequest, TextChunk
 from cluster.server.openai import sse
-from cluster.server.openai.answers.parts import Head
+from cluster.server.openai.answers.parts import Head, spoken
 from cluster.server.openai.answers.response import ResponseWriter
 from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import door_of
@@ -55,21 +55,21 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
     async def whole(timeout_s: float) -> dict[str, Any]:
         engine_request = await prepared(timeout_s)
         usage, chunks = usage_of([engine_request]), []
-        async with aclosing(generation.run(engine_request)) as parts:
+        async with aclosing(generation.run(engine_request, conversation)) as parts:
             async for chunk in parts:
                 usage.add(chunk)
-                chunks.append(chunk)
+                chunks.append(spoken(chunk))
         return writer.whole(chunks, usage)
 
     async def events(timeout_s: float) -> AsyncGenerator[bytes, None]:
         engine_request = await prepared(timeout_s)
         usage, chunks = usage_of([engine_request]), list[TextChunk]()
-        async with aclosing(generation.run(engine_request)) as parts:
+        async with aclosing(generation.run(engine_request, conversation)) as parts:
             async for chunk in parts:
                 usage.add(chunk)
                 opening = [] if chunks else writer.opening()
-                chunks.append(chunk)
-                if written := [*opening, *writer.part(chunk)]:
+                chunks.append(spoken(chunk))
+                if written := [*opening, *writer.part(chunks[-1])]:
                     yield b"".join(map(sse.named_event, written))
         yield b"".join(map(sse.named_event, writer.closing(chunks, usage)))
 

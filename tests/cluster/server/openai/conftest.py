@@ -50,10 +50,12 @@ class Service:
         return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
 
     def until_idle(self) -> None:
-        """No call is under way, and the engine has forgotten every request."""
+        """No call is under way, the engine has forgotten every request, and every block of every worker is free."""
 
         for _ in range(2000):
-            if not self.doors.num_calls and not self.engine.num_attempts:
+            loads = [worker.load for worker in self.engine.workers()]
+            free = all(load.free_blocks == load.total_blocks and not load.waiting for load in loads)
+            if free and not self.doors.num_calls and not self.engine.num_attempts:
                 return
             time.sleep(0.01)
         pytest.fail("calls are still under way")

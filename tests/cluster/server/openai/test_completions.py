@@ -1,5 +1,6 @@
 """Completions and chats through the official client, unchanged."""
 
+import asyncio
 import json
 import re
 import subprocess
@@ -164,6 +165,26 @@ def test_models_tokens_and_version(client: openai.OpenAI, service) -> None:
     assert client.get(f"{service.url}/version", cast_to=object)["version"]
     assert client.get(f"{service.url}/health", cast_to=object) == {"status": "ok"}
     assert client.get(f"{service.url}/ready", cast_to=object)["ready"] is True
+
+
+def test_clients_that_vanish_leave_nothing_behind(service) -> None:
+    async def vanish(number: int) -> None:
+        ask = {"model": "recall", "prompt": f"{PROMPT} {number}", "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+        if number % 2:
+            parts = await client.completions.create(**ask, n=2, stream=True)
+            await anext(parts)
+            await parts.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                await client.completions.create(**ask, timeout=0.3)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*map(vanish, range(12)))
+        await client.close()
+
+    client = openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+    asyncio.run(all_of_them())
+    service.until_idle()
 
 
 def curl_lines() -> list[str]:

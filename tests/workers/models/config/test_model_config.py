@@ -130,6 +130,29 @@ def test_end_of_sequence_from_both_files(tmp_path: Path) -> None:
     assert read_config({**LLAMA, "eos_token_id": None}).eos_token_ids == ()
 
 
+@pytest.mark.parametrize(
+    ("files", "eos"),
+    [
+        ({"tokenizer_config.json": {"eos_token": "<|end|>", "added_tokens_decoder": {"9": {"content": "<|end|>"}}}}, 9),
+        ({"special_tokens_map.json": {"eos_token": {"content": "<|end|>"}}}, 8),
+        ({"tokenizer_config.json": {"eos_token": "</s>"}}, 2),
+        ({"tokenizer_config.json": {"eos_token": "of the vocabulary"}}, 5),
+        ({"tokenizer_config.json": {"eos_token": "nowhere"}}, None),
+        ({"tokenizer_config.json": {"eos_token": "beyond"}}, None),
+        ({"tokenizer_config.json": {"eos_token": None}}, None),
+        ({}, None),
+    ],
+)
+def test_the_tokenizers_own_end_of_sequence_counts_too(tmp_path: Path, files: dict[str, Any], eos: int | None) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": 2}))
+    added = [{"content": content, "id": number} for content, number in (("<|end|>", 8), ("</s>", 2), ("beyond", 10**9))]
+    model = {"vocab": {"of the vocabulary": 5}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": model}))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read_model(tmp_path)[1].eos_token_ids == ((2,) if eos in (2, None) else (2, eos))
+
+
 def test_the_family_comes_from_model_type_where_no_architecture_is_stated() -> None:
     assert read_config({**LLAMA, "architectures": None, "model_type": "mistral"}).family == "mistral"
 

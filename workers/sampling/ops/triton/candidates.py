@@ -55,6 +55,8 @@ def tiles_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
     marks_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    masks_ptr: tl.tensor,
     words_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
@@ -70,7 +72,7 @@ def tiles_kernel(
     if is_asking(words_ptr, tokens_ptr, row, RAW):
         coldness, _, _, _ = filters_of(words_ptr, row, RAW)
         token_id = tl.program_id(0) % PIECES * PIECE + tl.arange(0, PIECE)
-        source = row_scores(logits_ptr, stride, marks_ptr, words_ptr, seq_lens_ptr, row, V, RAW)
+        source = row_scores(logits_ptr, stride, marks_ptr, bias_ptr, masks_ptr, words_ptr, seq_lens_ptr, row, V, RAW)
         scores = tl.reshape(scores_of(source, token_id, token_id < V), (TILES, TILE))
         largest = tl.max(scores, axis=1)
         base = tl.where(largest > float("-inf"), largest, 0.0)
@@ -165,6 +167,8 @@ def gather_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
     marks_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    masks_ptr: tl.tensor,
     words_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
@@ -181,7 +185,7 @@ def gather_kernel(
     if filtered & is_asking(words_ptr, tokens_ptr, row, RAW):
         token_id = tl.program_id(0) % PIECES * PIECE + tl.arange(0, PIECE)
         mask = token_id < V
-        source = row_scores(logits_ptr, stride, marks_ptr, words_ptr, seq_lens_ptr, row, V, RAW)
+        source = row_scores(logits_ptr, stride, marks_ptr, bias_ptr, masks_ptr, words_ptr, seq_lens_ptr, row, V, RAW)
         scores = scores_of(source, token_id, mask)
         relative = (scores - tl.load(bounds_ptr + row * 4)) * coldness
         chosen = mask & (scores >= tl.load(bounds_ptr + row * 4 + 1)) & (relative >= tl.load(bounds_ptr + row * 4 + 2))
@@ -220,7 +224,7 @@ def find_candidates(
         torch.empty(num_rows, dtype=torch.int64, device=device),
         torch.empty(num_rows if gather else 0, CAPACITY, dtype=torch.int32, device=device),
     )
-    batch = (logits, logits.stride(0), rows.marks, rows.words, rows.seq_lens, tokens)
+    batch = (logits, logits.stride(0), *rows.pointers, tokens)
     with on_device(logits):
         tiles_kernel[(num_rows * pieces,)](
             largest, sums, *batch, V=vocab_size, PIECE=piece, TILE=TILE, RAW=raw, num_warps=_NUM_WARPS

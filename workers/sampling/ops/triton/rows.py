@@ -14,6 +14,7 @@ _STREAM, _PROMPT_LEN, _MIN_TOKENS = (
     tl.constexpr(word) for word in (row_params.STREAM, row_params.PROMPT_LEN, row_params.MIN_TOKENS)
 )
 _SLOT, _TOP_K, _LOGPROBS = (tl.constexpr(word) for word in (row_params.SLOT, row_params.TOP_K, row_params.LOGPROBS))
+_BIAS_SLOT, _MASKED = tl.constexpr(row_params.BIAS_SLOT), tl.constexpr(row_params.MASKED)
 _TEMPERATURE, _TOP_P, _LOG_MIN_P = (
     tl.constexpr(word) for word in (row_params.TEMPERATURE, row_params.TOP_P, row_params.LOG_MIN_P)
 )
@@ -37,6 +38,7 @@ def is_asking(words_ptr: tl.tensor, tokens_ptr: tl.tensor, row: tl.tensor, RAW: 
     else:
         temperature = tl.load(words + _TEMPERATURE).to(tl.float32, bitcast=True)
         asks = (temperature > 0.0) | (tl.load(words + _SLOT) >= 0)
+        asks = asks | (tl.load(words + _BIAS_SLOT) >= 0) | (tl.load(words + _MASKED) != 0)
     return asks & (tl.load(tokens_ptr + row) >= 0)
 
 
@@ -65,23 +67,35 @@ def row_scores(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
     marks_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    masks_ptr: tl.tensor,
     words_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
     row: tl.tensor,
     V: tl.constexpr,
     RAW: tl.constexpr,
 ) -> tl.tensor:
-    """What `scores_of` takes: where the row's logits and marks are, whether it has any, and what they cost."""
+    """What `scores_of` takes.
+
+    Where the row's logits and marks are, whether it has any, and what they cost; then where its biases are and whether
+    it has any, and the same of its mask.
+    """
     words = words_ptr + row * _WORDS
     logits = logits_ptr + row * stride
     if RAW:
-        return logits, marks_ptr, False, False, 1.0, 0.0, 0.0
+        return logits, marks_ptr, False, False, 1.0, 0.0, 0.0, bias_ptr, False, masks_ptr, False
+    bias_slot = tl.load(words + _BIAS_SLOT)
+    bias = bias_ptr + bias_slot.to(tl.int64) * V
+    masked = tl.load(words + _MASKED) != 0
+    allowed = masks_ptr + row * ((V + 31) // 32)
     slot = tl.load(words + _SLOT)
     banned = num_output(words_ptr, seq_lens_ptr, row) < tl.load(words + _MIN_TOKENS)
     repetition = tl.load(words + _REPETITION).to(tl.float32, bitcast=True)
     frequency = tl.load(words + _FREQUENCY).to(tl.float32, bitcast=True)
     presence = tl.load(words + _PRESENCE).to(tl.float32, bitcast=True)
-    return logits, marks_ptr + slot.to(tl.int64) * V, slot >= 0, banned, repetition, frequency, presence
+    marks = marks_ptr + slot.to(tl.int64) * V
+    biased = bias_slot >= 0
+    return logits, marks, slot >= 0, banned, repetition, frequency, presence, bias, biased, allowed, masked
 
 
 @triton.jit
@@ -92,9 +106,17 @@ def num_output(words_ptr: tl.tensor, seq_lens_ptr: tl.tensor, row: tl.tensor) ->
 
 @triton.jit
 def scores_of(source: tl.tensor, token_id: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """The scores of some tokens, see `apply_marks`; minus infinity where `mask` is not set, and no minus zero."""
-    logits, marks_ptr, marked, banned, repetition, frequency, presence = source
+    """The scores of some tokens, see `restrict` and `apply_marks`.
+
+    Minus infinity where `mask` is not set, and no minus zero.
+    """
+    logits, marks_ptr, marked, banned, repetition, frequency, presence, bias, biased, allowed, masked = source
     score = tl.load(logits + token_id, mask=mask, other=float("-inf")).to(tl.float32)
+    if biased:
+        score += tl.load(bias + token_id, mask=mask, other=0.0)
+    if masked:
+        word = tl.load(allowed + token_id // 32, mask=mask, other=0)
+        score = tl.where(((word >> (token_id % 32)) & 1) != 0, score, float("-inf"))
     if marked:
         marks = tl.load(marks_ptr + token_id, mask=mask, other=0)
         score = tl.where(banned & ((marks & _STOP) != 0), float("-inf"), score)

@@ -26,6 +26,7 @@ _PIECE, _LIST_SPAN, _SPAN, _NUM_WARPS = 2048, 1024, 4096, 16
 _SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
 """Low bits of a score's order key that say nothing, where the scores are the logits."""
 _WORDS, _SLOT = tl.constexpr(row_params.WORDS), tl.constexpr(row_params.SLOT)
+_BIAS_SLOT = tl.constexpr(row_params.BIAS_SLOT)
 _OUTPUT = tl.constexpr(penalties.OUTPUT)
 
 
@@ -37,6 +38,8 @@ def draw_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
     marks_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    masks_ptr: tl.tensor,
     words_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
     tokens_ptr: tl.tensor,
@@ -50,7 +53,7 @@ def draw_kernel(
     free = (top_k == 0) & (top_p >= 1.0) & (log_min_p == float("-inf"))
     if free & is_asking(words_ptr, tokens_ptr, row, False):
         token_id = tl.program_id(0) % PIECES * PIECE + tl.arange(0, PIECE)
-        source = row_scores(logits_ptr, stride, marks_ptr, words_ptr, seq_lens_ptr, row, V, False)
+        source = row_scores(logits_ptr, stride, marks_ptr, bias_ptr, masks_ptr, words_ptr, seq_lens_ptr, row, V, False)
         value = scores_of(source, token_id, token_id < V)
         if is_drawn(words_ptr, row):
             value = (value - tl.load(bounds_ptr + row * 4)) * coldness
@@ -72,6 +75,8 @@ def decide_kernel(
     logits_ptr: tl.tensor,
     stride: tl.tensor,
     marks_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    masks_ptr: tl.tensor,
     words_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
     V: tl.constexpr,
@@ -87,7 +92,7 @@ def decide_kernel(
     row = tl.program_id(0).to(tl.int64)
     if is_asking(words_ptr, tokens_ptr, row, False):
         coldness, top_k, top_p, log_min_p = filters_of(words_ptr, row, False)
-        source = row_scores(logits_ptr, stride, marks_ptr, words_ptr, seq_lens_ptr, row, V, False)
+        source = row_scores(logits_ptr, stride, marks_ptr, bias_ptr, masks_ptr, words_ptr, seq_lens_ptr, row, V, False)
         slot = tl.load(words_ptr + row * _WORDS + _SLOT)
         if (top_k == 0) & (top_p >= 1.0) & (log_min_p == float("-inf")):
             piece = tl.arange(0, PIECES_PADDED)
@@ -100,7 +105,8 @@ def decide_kernel(
             if FILTERED:
                 count = tl.load(counts_ptr + row)
                 largest = tl.load(bounds_ptr + row * 4)
-                how = (largest, coldness, tl.where(slot >= 0, 0, SHIFT))
+                exact = (slot < 0) & (tl.load(words_ptr + row * _WORDS + _BIAS_SLOT) < 0)
+                how = (largest, coldness, tl.where(exact, SHIFT, 0))
                 keep = (tl.load(bounds_ptr + row * 4 + 1), log_min_p, top_k, top_p, tl.load(masses_ptr + row))
                 key = noise_key(words_ptr, seq_lens_ptr, row)
                 if count <= CAPACITY:
@@ -124,7 +130,7 @@ def launch_sample_tokens(logits: torch.Tensor, rows: ChoiceRows, tokens: torch.T
     pieces = triton.cdiv(vocab_size, piece)
     values = torch.empty(num_rows * pieces, dtype=torch.float32, device=logits.device)
     ids = torch.empty(num_rows * pieces, dtype=torch.int32, device=logits.device)
-    batch = (logits, logits.stride(0), rows.marks, rows.words, rows.seq_lens)
+    batch = (logits, logits.stride(0), *rows.pointers)
     with on_device(logits):
         if rows.any_unfiltered:
             draw_kernel[(num_rows * pieces,)](
