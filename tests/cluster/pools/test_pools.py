@@ -291,7 +291,7 @@ async def test_a_start_does_not_wait_for_ever(monkeypatch):
 
 
 async def test_a_place_that_fails_again_and_again_has_no_future():
-    stage = Stage(1, 1, {"decode-0": [{}, *[{"error": CheckpointError("no checkpoint")}] * 50]})
+    stage = Stage(1, 1, {"decode-0": [{}, *[{"error": CheckpointError("no checkpoint")}] * 5000]})
     await stage.pools.start()
     replica = stage.replica("decode-0")
     assert replica.may_return
