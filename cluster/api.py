@@ -139,6 +139,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class ServerInfo:
+    """The program that serves: its version, the commit it was built from ("" for a release), seconds it has been up."""
+
+    version: str
+    commit: str
+    uptime_s: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """The served model, as clients see it.
 

@@ -39,6 +39,8 @@ from cluster.live.observed import Observed, observed
 from cluster.logs.setup import REQUESTS
 from cluster.metrics.registry import Names
 from cluster.pools.gpu_budget import GpuBudget
+from cluster.ray.control_service import missing_of_ray, until_lost
+from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
@@ -70,6 +72,7 @@ class Service:
         generation: takes text.
         model_info: what is served.
         readiness: whether it can answer, once it is run.
+        broken: done when it cannot go on, with the reason.
         observed: its metrics and its last minutes; None: metrics.enabled is false.
     """
 
@@ -77,6 +80,7 @@ class Service:
     generation: Generation
     model_info: ModelInfo
     readiness: Readiness
+    broken: asyncio.Future[str]
     observed: Observed | None = None
 
 
@@ -93,7 +97,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         ConfigError: the configuration does not fit the model or the machine.
     """
     path = config.model.path or str(SHIPPED_MODEL)
-    folder = await asyncio.to_thread(resolve_checkpoint, path)
+    folder = (await asyncio.to_thread(resolve_checkpoint, path)).absolute()
     model_class, model = read_model(folder)
     groups = groups_of(config)
     for group in groups:
@@ -158,7 +162,9 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         stack.push_async_callback(grammars.aclose)
         generation = Generation(engine, tokenizer, info, defaults, grammars, formats, config.server.max_n)
         looked_at = await _observe(config, stack, engine, generation, info, readiness)
-        yield Service(engine, generation, info, readiness, looked_at)
+        broken = _watch_ray() if present is not None else asyncio.get_running_loop().create_future()
+        stack.callback(broken.cancel)
+        yield Service(engine, generation, info, readiness, broken, looked_at)
 
 
 def check_backend_name(section: str, name: str) -> None:
@@ -246,6 +252,11 @@ async def _observe(
     return await stack.enter_async_context(observed(engine, generation, info, readiness, objectives, names))
 
 
+def _watch_ray() -> asyncio.Future[str]:
+    """Done when what the service needs of Ray is gone."""
+    return asyncio.ensure_future(until_lost(missing_of_ray))
+
+
 async def _count_gpus(stock: GpuBudget) -> None:
     """Look now and then how many GPUs the cluster has, for ever: nodes come and go."""
     while True:
@@ -275,6 +286,7 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
         ray.init(
             address="local" if local else config.ray.address,
             namespace=config.ray.namespace,
+            job_config=OwnModulesOnly(),
             # A small machine may share its cores between all workers that pools may have; a cluster's own figures are
             # its operator's business.
             num_cpus=max(os.cpu_count() or 1, int(-(-most // 1))) if local else None,

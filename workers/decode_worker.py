@@ -33,6 +33,8 @@ from workers.request_trace import RequestTrace
 from workers.runner.decode_graphs import Progress
 from workers.runner.decode_runner import DecodeRunner, Launch
 from workers.runner.model_runner import ModelRunner
+from workers.runner.step_pace import StepPace
+from workers.runner.step_times import StepTimes
 from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason, sample_states
 from workers.scheduling.decode_scheduler import DecodeBatch
@@ -106,6 +108,8 @@ class DecodeWorker:
         )
         self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self._launches: deque[Launch[Sequence]] = deque()
+        self.step_times = StepTimes()
+        self._pace = StepPace(clock)
         self._connector = connector
         self._grammars = grammars or GrammarCompiler.without_vocabulary()
         self.cache = KVCacheManager(
@@ -251,6 +255,7 @@ class DecodeWorker:
             waiting=self._queue.size,
             waiting_tokens=self._queue.num_tokens,
             preempted=self._batch.num_preempted,
+            decode_pace=self._pace.ratio,
         )
 
     def step(self) -> list[WorkerEvent]:
@@ -274,6 +279,7 @@ class DecodeWorker:
             self._collect(0)
         launched = self._local.launch()
         if batch := self._batch.schedule():
+            self._pace.launched(0.0 if launched else self._predicted_s(batch))
             self._launches.append(self.decoder.launch(batch))
             self._batch.launched(batch)
         for sequence in self._batch.take_preempted():
@@ -287,11 +293,16 @@ class DecodeWorker:
         for first in self._local.collect(self._steps_ahead if launched and more else 0):
             self._accept_first(first)
 
+    def _predicted_s(self, batch: list[Sequence]) -> float:
+        """How long a decode step takes, by what was measured."""
+        return self.step_times.decode_seconds(len(batch), sum(sequence.num_scheduled for sequence in batch))
+
     def _collect(self, ahead: int) -> None:
         """Take the tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             sampled = launch.sampled.tokens([sequence.state for sequence in launch.sequences])
+            self._pace.landed()
             now = self._clock()
             for sequence, token in zip(launch.sequences, sampled, strict=True):
                 if self._batch.landed(sequence):
@@ -376,9 +387,7 @@ class DecodeWorker:
         going_on, reasons = self._parting.begin(sequence, first_tokens, self._clock())
         if sequence.trace is not None:
             sequence.trace.mark("received")
-            if (
-                going_on and going_on[0] is not sequence
-            ):  # one that goes on tells when what happened
+            if going_on and going_on[0] is not sequence:  # one that goes on tells when what happened
                 going_on[0].trace, sequence.trace = sequence.trace, None
         self._sequences.remove(sequence)
         for each in going_on:

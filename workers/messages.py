@@ -279,6 +279,9 @@ class Load:
         waiting: requests waiting for blocks or for their KV cache, which decode may compute itself.
         waiting_tokens: prompt tokens not yet computed (prefill), or neither arrived nor computed (decode).
         preempted: sequences whose blocks are in host memory.
+        prefill_pace: how long steps that compute prompts take now, as a multiple of what was measured at the start; 0:
+            none was compared lately.
+        decode_pace: the same of decode steps.
     """
 
     total_blocks: int
@@ -289,6 +292,8 @@ class Load:
     waiting: int = 0
     waiting_tokens: int = 0
     preempted: int = 0
+    prefill_pace: float = 0.0
+    decode_pace: float = 0.0
 
 
 @dataclass(frozen=True)

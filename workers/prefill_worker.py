@@ -31,6 +31,8 @@ from workers.messages import (
 )
 from workers.runner.model_runner import ModelRunner
 from workers.runner.prefill_graphs import Progress
+from workers.runner.step_pace import StepPace
+from workers.runner.step_times import StepTimes
 from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
@@ -97,6 +99,8 @@ class PrefillWorker:
         self.layers_per_write = LayersPerWrite(connector, runner.groups, layers_per_write, share_after_attention)
         self._handoff_timeout_s = handoff_timeout_s
         self._launches: deque[Launch[Prompt]] = deque()
+        self.step_times = StepTimes()
+        self._pace = StepPace(clock)
         self._prompts: dict[str, Prompt] = {}
         self._handoffs: dict[bytes, Prompt] = {}
         self._events: list[WorkerEvent] = []
@@ -191,6 +195,7 @@ class PrefillWorker:
             running=self._scheduler.num_running + sum(self._awaited(p) for la in self._launches for p in la.finished),
             waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.num_waiting_tokens,
+            prefill_pace=self._pace.ratio,
         )
 
     def step(self) -> list[WorkerEvent]:
@@ -218,14 +223,22 @@ class PrefillWorker:
                 prompt.trace.begin_step(first_token=chunk.start, tokens=chunk.end - chunk.start)
         push_cached(self._connector, self.cache, chunks, prompts)
         parts = complete_blocks(chunks, prompts, self.cache, self.layers_per_write)
+        self._pace.launched(self._predicted_s(chunks))
         on_layer = layer_pusher(self._connector, self._runner, parts)
         return launch_chunks(self._runner, self.cache, self._scheduler, chunks, prompts, on_layer)
+
+    def _predicted_s(self, chunks: list[Chunk]) -> float:
+        """How long a step takes, by what was measured of prompts one by one."""
+        if len(chunks) == 1:
+            return self.step_times.rest_seconds(chunks[0].end, chunks[0].start)
+        return self.step_times.prefill_seconds(sum(chunk.end - chunk.start for chunk in chunks))
 
     def _collect(self, ahead: int) -> None:
         """Take the first tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             finished = launch.wait(self.cache)
+            self._pace.landed()
             for prompt in launch.prompts:
                 if prompt.trace is not None:
                     prompt.trace.end_step("chunk")

@@ -15,6 +15,7 @@ from cluster.cli.stop_signals import StopSignals
 from cluster.cli.welcome import welcome
 from cluster.config.load import describe_settings, load_config
 from cluster.config.schema import ServiceConfig
+from cluster.errors import ServiceBrokenError
 from cluster.logs.setup import log_to_stderr
 from workers.errors import ConfigError
 
@@ -72,12 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs ({prefill,decode}.enforce_eager)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
+    parser.add_argument("--check", action="store_true", help="say whether the settings are right, and start nothing")
     parser.add_argument("--verbose", action="store_true", help="log what happens inside (logging.level=info)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from cluster.server.doors import check_files
+
     config = load_config(args.config, overrides=overrides_of(args))
+    if args.check:
+        check_files(config.server)
+        print("The settings are right.")
+        return 0
     if args.verbose and config.logging.level in ("warning", "error"):
         config = replace(config, logging=replace(config.logging, level="info"))
     log_to_stderr(config.logging.level, config.logging.format, "gateway")
@@ -173,6 +181,7 @@ async def _launch(
         async with launch(config, report) as service:
             stopping = asyncio.Event()
             signals.on_request = stopping.set
+            service.broken.add_done_callback(lambda _: stopping.set())
             # Ray puts its own SIGTERM handler in place when it starts.
             signals.take()
             await doors.serve(service.generation, service.engine, service.model_info, service.readiness.health)
@@ -184,10 +193,15 @@ async def _launch(
                     console.print(f"warning: {warning}", style="yellow", markup=False)
                 print(welcome(config, service.model_info, doors.address, doors.http_url, page), flush=True)
                 await stopping.wait()
+                broken = service.broken.result() if service.broken.done() else None
+                if broken is not None:
+                    _tell(console, broken[0].upper() + broken[1:] + ".")
                 await _drain(doors, config.server.drain_timeout_s, console, signals)
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await following
+            if broken is not None:
+                raise ServiceBrokenError(broken)
 
 
 @contextlib.asynccontextmanager

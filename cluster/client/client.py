@@ -8,7 +8,7 @@ from typing import Self, Unpack
 
 import grpc
 
-from cluster.api import Explanation, ModelInfo, PoolTarget, WorkerStatus
+from cluster.api import Explanation, ModelInfo, PoolTarget, ServerInfo, WorkerStatus
 from cluster.client.async_client import AsyncBatonClient
 from cluster.client.connection import DEFAULT_ADDRESS, MAX_RESPONSE_BYTES, Connection
 from cluster.client.conversations import Messages
@@ -119,6 +119,13 @@ class BatonClient:
         with call_errors(self._connection):
             response = self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._metadata)
         return convert.model_info_from_proto(response)
+
+    def server_info(self, timeout_s: float | None = None) -> ServerInfo:
+        """The program that serves. Errors as in `model_info`."""
+        request = baton_pb2.GetServerInfoRequest()
+        with call_errors(self._connection):
+            response = self._stub.GetServerInfo(request, timeout=timeout_s, metadata=self._metadata)
+        return convert.server_info_from_proto(response)
 
     def explain(
         self,

@@ -55,7 +55,9 @@ class HttpConfig:
         None, "0 takes a free one; default: 8000, or a free one where server.port is 0", low=0, high=65535
     )
     api_keys: tuple[str, ...] | None = _setting(
-        None, "keys, of which a call must carry one as its bearer token; default: server.auth_token", secret=True
+        None,
+        "keys, of which a call must carry one as its bearer token; default: the tokens that may generate",
+        secret=True,
     )
     tls_cert: str | None = _setting(
         None, "PEM file with the certificate chain; turns TLS on; default: server.tls_cert", is_path=True
@@ -88,7 +90,10 @@ class ServerConfig:
         None, "bearer token that every call must carry; none runs open", secret=True, not_blank=True
     )
     auth_token_file: str | None = _setting(
-        None, "file that holds the bearer token; none runs open", is_path=True, not_blank=True
+        None,
+        "file of tokens, one a line, alone or behind its roles (generate, operate); read again when it changes",
+        is_path=True,
+        not_blank=True,
     )
     default_timeout_s: float = _setting(600.0, "deadline of a call that brings none", above=0)
     max_queue: int = _setting(256, "requests that may wait; more are refused at once", low=0)
