@@ -37,6 +37,18 @@ class WorkerLostError(BatonError):
     """A worker's process ended while it held the request."""
 
 
+class WorkerSilentError(WorkerLostError):
+    """Nothing was heard of a worker for too long; what it held is taken for lost."""
+
+
+class LostToAnotherError(WorkerLostError):
+    """A worker was lost while it held the request, through another request: this attempt does not count."""
+
+
+class CrashingRequestError(BatonError):
+    """The request crashes workers: it has done so twice, and is not tried again."""
+
+
 class WorkerLeavesError(BatonError):
     """A worker is to leave before it has finished the request: others go on with it, and no client sees this."""
 

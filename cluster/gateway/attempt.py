@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from cluster.api import RequestReport, TokenChunk
 from cluster.clock import now
-from cluster.errors import WorkerLostError
 from workers.errors import HandoffError
 from workers.messages import (
     DecodeReport,
@@ -113,14 +112,15 @@ class Attempt:
             case RequestFailed(_, error):
                 self.fail(error)
 
-    def worker_lost(self, engine_id: str) -> None:
-        """One of the workers is gone. A prefill worker whose part is done is not missed.
+    def falls_with(self, engine_id: str) -> bool:
+        """Whether it is over if this worker is gone. A prefill worker whose part is done is not missed.
 
         If the first token is out and the handoff undecided, the decode worker knows whether the cache is whole: it goes
         on, or says that the handoff failed.
         """
-        if engine_id == self.decode or (engine_id == self.prefill and not self.first_token_at):
-            self.fail(WorkerLostError(f"{engine_id} was lost while it served the request"))
+        if self.finished or self.error is not None:
+            return False
+        return engine_id == self.decode or (engine_id == self.prefill and not self.first_token_at)
 
     def needs(self, engine_id: str) -> bool:
         """Whether it could not go on to its end without this worker."""

@@ -8,12 +8,20 @@ import time
 
 from cluster.api import EngineRequest
 from cluster.clock import now
-from cluster.errors import NoWorkersError, WorkerLeavesError, WorkerLostError
+from cluster.errors import (
+    CrashingRequestError,
+    LostToAnotherError,
+    NoWorkersError,
+    WorkerLeavesError,
+    WorkerLostError,
+)
 from cluster.gateway.admission import AdmissionQueue, Ticket
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.dispatch import dispatch
 from cluster.gateway.observers import EngineObserver
+from cluster.gateway.suspects import CLEARED_AFTER, Suspects, Turn
 from cluster.pools.pools import WorkerPools
+from cluster.pools.replica import Loss
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import NoPlacement, RoutingRequest
@@ -53,6 +61,9 @@ class Attempts:
         self._queue = queue
         self._observers = observers
         self._under_way: dict[str, Attempt] = {}
+        self._requests: dict[str, EngineRequest] = {}
+        self._suspects = Suspects()
+        self._turns: dict[str, Turn] = {}
         self._stopping = False
 
     def __len__(self) -> int:
@@ -76,14 +87,25 @@ class Attempts:
             QueueFullError: too many requests are waiting.
             CapacityError: no pair of workers could ever hold the request.
             NoWorkersError: a pool has no worker, and none is likely to come back soon.
+            CrashingRequestError: it has crashed two workers.
         """
+        self._suspects.check(request)
         routing_request = routing_request_of(request, output, avoid)
-        attempt = await self._queue.admit(
-            lambda: self._try_to_place(request, routing_request, arrived, attempts),
-            Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
-            patience_s=deadline - now(),
-            on_wait=lambda: self._observers.request_queued(request),
-        )
+        turn = await self._suspects.turn(request)
+        try:
+            self._suspects.check(request)  # another like it may have had its turn meanwhile
+            attempt = await self._queue.admit(
+                lambda: self._try_to_place(request, routing_request, arrived, attempts),
+                Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
+                patience_s=deadline - now(),
+                on_wait=lambda: self._observers.request_queued(request),
+            )
+        except BaseException:
+            if turn is not None:
+                turn.end()
+            raise
+        if turn is not None:
+            self._turns[attempt.attempt_id] = turn
         if attempt.error is None:
             try:
                 timeout_s = max(_MIN_TIMEOUT_S, deadline - now())
@@ -96,6 +118,8 @@ class Attempts:
         """An attempt is over: stop whatever is still under way of it."""
         if self._under_way.pop(attempt.attempt_id, None) is None:
             return
+        self._requests.pop(attempt.attempt_id, None)
+        self._end_turn(attempt)
         self._load_tracker.release(attempt.attempt_id)
         if not attempt.finished:
             self._abort(attempt)
@@ -129,10 +153,18 @@ class Attempts:
             attempt.fail(WorkerLeavesError(f"{engine_id} left before the request was done"))
             self._abort(attempt)
 
-    def worker_lost(self, engine_id: str) -> None:
-        """A worker is gone."""
-        for attempt in list(self._under_way.values()):
-            attempt.worker_lost(engine_id)
+    def worker_lost(self, loss: Loss) -> None:
+        """A worker is gone, and with it what was on it; if it crashed, one of these may be why: see `Suspects`."""
+        fallen = [attempt for attempt in self._under_way.values() if attempt.falls_with(loss.engine_id)]
+        guilty = [attempt for attempt in fallen if attempt.attempt_id in self._turns] if loss.crashed else []
+        for attempt in guilty or fallen if loss.crashed else []:
+            self._suspects.crashed(self._requests[attempt.attempt_id])
+        what = f"{loss.engine_id} was lost while it served the request"
+        for attempt in fallen:
+            if attempt in guilty:
+                attempt.fail(CrashingRequestError(f"{what}, as another worker was before; it is not tried again"))
+            else:
+                attempt.fail(LostToAnotherError(what) if guilty else WorkerLostError(what))
 
     def stop(self) -> None:
         """End all of them, and place no more."""
@@ -171,6 +203,7 @@ class Attempts:
         if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
             attempt.serve_alone()
         self._under_way[attempt.attempt_id] = attempt
+        self._requests[attempt.attempt_id] = request
         self._load_tracker.reserve(
             attempt.attempt_id,
             attempt.prefill or None,
@@ -228,8 +261,15 @@ class Attempts:
                 self._observers.spans_reported(attempt, engine_id, event)
             case RequestPreempted():
                 self._observers.request_preempted(attempt)
+        if attempt.attempt_id in self._turns and (attempt.finished or attempt.num_output >= CLEARED_AFTER):
+            self._suspects.cleared(self._requests[attempt.attempt_id])
+            self._end_turn(attempt)
         if attempt.finished:
             self._finish(attempt)
+
+    def _end_turn(self, attempt: Attempt) -> None:
+        if (turn := self._turns.pop(attempt.attempt_id, None)) is not None:
+            turn.end()
 
     def _track_load(self, attempt: Attempt) -> None:
         if attempt.finished:

@@ -22,6 +22,7 @@ from cluster.gateway.sampled_request import SampledRequest
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits
 from cluster.pools.pools import WorkerPools
+from cluster.pools.replica import Loss
 from cluster.pools.router_view import incompatibilities_of, links_of, traits_of
 from cluster.pools.scaling import Obligations
 from cluster.routing.load_tracker import LoadTracker
@@ -180,7 +181,7 @@ class ServingEngine:
         self._attempts.take(output)
         self._queue.retry()
 
-    def _on_change(self, lost: str | None) -> None:
+    def _on_change(self, lost: Loss | None) -> None:
         self._load_tracker.update_pools(
             traits_of(self._pools.pool("prefill")),
             traits_of(self._pools.pool("decode")),

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cluster.api import EngineRequest, RequestReport, TokenChunk
 from cluster.clock import now
-from cluster.errors import WorkerLeavesError, WorkerLostError
+from cluster.errors import LostToAnotherError, WorkerLeavesError, WorkerLostError
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
 from workers.errors import DeadlineExceededError, HandoffError
@@ -209,6 +209,10 @@ class RunningRequest:
             except WorkerLeavesError as error:
                 self._observers.request_migrated(self.attempt, error)
                 self.num_attempts -= 1  # nothing has failed
+            except LostToAnotherError as error:
+                self._observers.attempt_failed(self.attempt, error)
+                self._observers.request_migrated(self.attempt, error)
+                self.num_attempts -= 1  # it has failed nothing itself
             except (WorkerLostError, HandoffError) as error:
                 self._observers.attempt_failed(self.attempt, error)
                 if isinstance(error, HandoffError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from cluster.errors import WorkerLostError
+from cluster.errors import WorkerSilentError
 
 
 async def listen_for(listening: asyncio.Future[None], num_heard: Callable[[], int], silence_s: float | None) -> None:
@@ -20,7 +20,7 @@ async def listen_for(listening: asyncio.Future[None], num_heard: Callable[[], in
         silence_s: after so long a silence the worker is taken for lost; None: never.
 
     Raises:
-        WorkerLostError: it was silent for so long.
+        WorkerSilentError: it was silent for so long.
         Exception: what the listener raises.
     """
     rounds = 4
@@ -36,4 +36,4 @@ async def listen_for(listening: asyncio.Future[None], num_heard: Callable[[], in
     finally:
         listening.cancel()
         await asyncio.wait({listening})
-    raise WorkerLostError(f"nothing was heard of it for {silence_s:g} s")
+    raise WorkerSilentError(f"nothing was heard of it for {silence_s:g} s")

@@ -9,7 +9,7 @@ from cluster.api import PoolTarget, WorkerStatus
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits, groups_of_pools
 from cluster.pools.handshake import Handshakes
-from cluster.pools.replica import OnState, Replica, Roster
+from cluster.pools.replica import Loss, OnState, Replica, Roster
 from cluster.pools.scaling import Obligations, Scaling
 from cluster.pools.streams import OutputStreams
 from cluster.pools.supervisor import Supervisor
@@ -26,7 +26,7 @@ class WorkerPools:
         prefill: makes a prefill worker for each place in the pool.
         decode: makes a decode worker for each place in the pool.
         on_output: takes every step's output.
-        on_change: called when somebody came, drains, left or was lost; for a lost one with its engine id.
+        on_change: called when somebody came, drains, left or was lost; for a lost one with its loss.
         on_state: told of a member whose state has changed.
         limits: of the groups' sizes, by key; one that is not named has all its places held.
         obligations: what the requests under way need of the workers.
@@ -41,7 +41,7 @@ class WorkerPools:
         decode: Places,
         *,
         on_output: Callable[[StepOutput], None],
-        on_change: Callable[[str | None], None],
+        on_change: Callable[[Loss | None], None],
         on_state: OnState = lambda engine_id, role, state: None,
         limits: Mapping[str, PoolLimits] | None = None,
         obligations: Obligations | None = None,

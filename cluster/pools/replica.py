@@ -16,6 +16,20 @@ from workers.worker_host import WorkerInfo
 
 _HOPELESS_AFTER_RESTARTS = 6
 
+
+@dataclass(frozen=True)
+class Loss:
+    """A worker that is lost.
+
+    Attributes:
+        engine_id: its own.
+        crashed: whether its process ended; one that fell silent may be frozen or cut off, which no request does.
+    """
+
+    engine_id: str
+    crashed: bool
+
+
 OnState = Callable[[str, str, str], None]
 """Takes a worker's engine id, its role and its new state."""
 

@@ -8,11 +8,11 @@ import logging
 import time
 from collections.abc import Callable
 
-from cluster.errors import WorkerLostError
+from cluster.errors import WorkerLostError, WorkerSilentError
 from cluster.pools.handshake import Handshakes
 from cluster.pools.heartbeat import listen_for
 from cluster.pools.pinned_identity import PinnedIdentity
-from cluster.pools.replica import Replica, Roster
+from cluster.pools.replica import Loss, Replica, Roster
 from cluster.pools.streams import OutputStreams
 from cluster.worker_handle import LoadProgress
 from workers.messages import Load
@@ -31,7 +31,7 @@ class Supervisor:
         roster: all members.
         handshakes: of those that have started.
         streams: what the workers say; the end of a stream, or silence on it, is the loss of its worker.
-        on_change: called when a worker became ready or was lost; for a lost one with its engine id.
+        on_change: called when a worker became ready or was lost; for a lost one with its loss.
         progress: told how far loading is.
         silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
     """
@@ -41,7 +41,7 @@ class Supervisor:
         roster: Roster,
         handshakes: Handshakes,
         streams: OutputStreams,
-        on_change: Callable[[str | None], None],
+        on_change: Callable[[Loss | None], None],
         progress: LoadProgress,
         silence_s: float | None,
     ) -> None:
@@ -76,29 +76,31 @@ class Supervisor:
         if not started and not await self._try_to_start(replica):
             await self._replace(replica)
         while True:
-            await self._until_lost(replica)
-            if not await self._lose(replica):
+            crashed = await self._until_lost(replica)
+            if not await self._lose(replica, crashed):
                 return
             await self._replace(replica)
 
-    async def _until_lost(self, replica: Replica) -> None:
-        """Until the worker's stream ends or falls silent."""
+    async def _until_lost(self, replica: Replica) -> bool:
+        """Until the worker's stream ends or falls silent; whether it ended."""
         stream = self._streams.open(replica)
         try:
             await listen_for(stream.ended, lambda: stream.num_heard, self._silence_s)
         except WorkerLostError as error:
             logger.warning("lost %s: %s", replica.engine_id, error)
+            return not isinstance(error, WorkerSilentError)
         except Exception:
             logger.exception("lost touch with %s", replica.engine_id)
+        return True
 
-    async def _lose(self, replica: Replica) -> bool:
+    async def _lose(self, replica: Replica, crashed: bool) -> bool:
         """Bury a worker; whether another one is wanted in its place."""
         lost, wanted = replica.engine_id, replica.state != "draining"
         replica.state = "lost"
         if time.monotonic() - replica.ready_since > _STEADY_AFTER_S:
             replica.restarts = 0
         self._roster.forget(lost)
-        self._on_change(lost)  # at once: its requests need not wait until it is buried
+        self._on_change(Loss(lost, crashed))  # at once: its requests need not wait until it is buried
         self._handshakes.disconnect(
             replica, await replica.handle.stop()
         )  # its peers are told when it has ended, if it can

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from itertools import count
 
 import pytest
@@ -39,6 +40,20 @@ class Fleet:
 
     def handle(self, name: str) -> InProcessWorker:
         return next(replica.handle for replica in self.engine.pools.replicas if replica.handle.name == name)
+
+    def crash_one_on_submit(self, *names: str) -> None:
+        """Of these workers the one that is sent the next request dies with it; the others go on."""
+        waiting = [True]
+
+        def crash_or_submit(handle: InProcessWorker, submit, request) -> None:
+            if waiting:
+                waiting.clear()
+                handle.crash("killed by the test")
+            else:
+                submit(request)
+
+        for handle in map(self.handle, names):
+            handle.submit = partial(crash_or_submit, handle, handle.submit)
 
     def crash_on_submit(self, name: str) -> None:
         """The worker dies with the next request that it is sent."""

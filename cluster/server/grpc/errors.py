@@ -9,6 +9,7 @@ import grpc
 
 from cluster.errors import (
     AuthenticationError,
+    CrashingRequestError,
     ForbiddenError,
     NoWorkersError,
     QueueFullError,
@@ -38,6 +39,7 @@ STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     RequestCancelledError: grpc.StatusCode.CANCELLED,
     asyncio.CancelledError: grpc.StatusCode.CANCELLED,
     WorkerLostError: grpc.StatusCode.UNAVAILABLE,
+    CrashingRequestError: grpc.StatusCode.FAILED_PRECONDITION,
     WorkerLeavesError: grpc.StatusCode.UNAVAILABLE,
     ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
     StartingError: grpc.StatusCode.UNAVAILABLE,

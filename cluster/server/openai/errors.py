@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from cluster.errors import (
     AuthenticationError,
+    CrashingRequestError,
     ForbiddenError,
     ModelNotFoundError,
     NoWorkersError,
@@ -70,6 +71,7 @@ KIND_BY_ERROR: dict[type[BaseException], Kind] = {
     QueueFullError: Kind(429, "rate_limit_error", "rate_limit_exceeded"),
     RequestCancelledError: Kind(499, _INVALID, "request_cancelled"),
     asyncio.CancelledError: Kind(499, _INVALID, "request_cancelled"),
+    CrashingRequestError: Kind(422, _INVALID, "request_crashes_workers"),
     WorkerLostError: _UNAVAILABLE,
     WorkerLeavesError: _UNAVAILABLE,
     ShuttingDownError: _UNAVAILABLE,

@@ -13,6 +13,12 @@ from workers.errors import HandoffError, SamplingError
 from workers.messages import DecodeReport, FinishReason, HandoffReport, PrefillReport, RequestFailed, TokenOutput
 
 
+def lose(attempt: Attempt, engine_id: str) -> None:
+    """A worker is gone."""
+    if attempt.falls_with(engine_id):
+        attempt.fail(WorkerLostError(f"{engine_id} was lost while it served the request"))
+
+
 def attempt(arrived: float | None = None) -> Attempt:
     return Attempt("f", "p", "d", 10, now() if arrived is None else arrived, 1)
 
@@ -71,7 +77,7 @@ async def test_an_error_wakes_who_waits():
 async def test_nothing_fails_a_finished_flight():
     one = attempt()
     one.take("p", token(1, FinishReason.STOP))
-    one.worker_lost("d")
+    lose(one, "d")
     one.fail(HandoffError("late"))
     assert one.finished
     assert one.error is None
@@ -85,7 +91,7 @@ async def test_lost_workers(lost, first_token_is_out, fails):
     one = attempt()
     if first_token_is_out:
         one.take("p", token(1))
-    one.worker_lost(lost)
+    lose(one, lost)
     assert (one.error is not None) == fails
     if fails:
         assert f"{lost} was lost" in str(one.error)
@@ -121,7 +127,7 @@ async def test_a_handoff_report_that_never_comes_is_not_waited_for_long():
 async def test_a_request_for_one_token_is_served_by_prefill_alone():
     one = attempt()
     one.serve_alone()
-    one.worker_lost("d")
+    lose(one, "d")
     one.take("p", token(1, FinishReason.LENGTH))
     await asyncio.wait_for(one.handoff_reported(1000), 5)
     assert await ids(one) == [1]

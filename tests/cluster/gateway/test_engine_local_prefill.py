@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.errors import WorkerLostError
+from cluster.errors import CrashingRequestError, WorkerLostError
 from cluster.gateway.attempt import Attempt
 from cluster.inprocess_worker import InProcessWorker
 from cluster.pools.groups import PoolLimits
@@ -22,6 +22,12 @@ from kv_transfer.transports.local import Faults
 from random_clients import serve_random_clients
 from workers.errors import CapacityError, DeadlineExceededError
 from workers.messages import FinishReason, PrefillReport, RequestFailed, TokenOutput
+
+
+def lose(attempt: Attempt, engine_id: str) -> None:
+    """A worker is gone."""
+    if attempt.falls_with(engine_id):
+        attempt.fail(WorkerLostError(f"{engine_id} was lost while it served the request"))
 
 
 def in_turns(*ways: str) -> Callable:
@@ -148,7 +154,7 @@ async def test_one_that_kills_every_worker_is_not_tried_for_ever(make_fleet):
     fleet = await make_fleet(0, 1, disaggregation="never")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InProcessWorker, "submit", lambda self, request: self.crash("killed by the test"))
-        with pytest.raises(WorkerLostError):
+        with pytest.raises(CrashingRequestError):
             await fleet.run(prompt(50), 12)
     await fleet.until_idle()
 
@@ -227,9 +233,9 @@ async def test_all_tokens_of_a_local_flight_come_from_its_decode_worker():
 async def test_who_a_local_flight_needs():
     one = local_flight()
     assert [one.needs(engine_id) for engine_id in ("d", "p")] == [True, False]
-    one.worker_lost("p")
+    lose(one, "p")
     assert one.error is None
-    one.worker_lost("d")
+    lose(one, "d")
     assert isinstance(one.error, WorkerLostError)
 
 

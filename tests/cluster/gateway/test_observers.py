@@ -87,8 +87,7 @@ async def test_who_waits_is_queued_and_placed_later(watched):
 
 async def test_an_attempt_that_fails_is_told_and_where_the_request_goes_on(watched, expected, caplog):
     fleet, recorder = await watched(2, 1)
-    for name in ("prefill-0", "prefill-1"):  # whichever is chosen first dies; its successor does not
-        fleet.crash_on_submit(name)
+    fleet.crash_one_on_submit("prefill-0", "prefill-1")
     with caplog.at_level(logging.INFO):
         assert await fleet.run(prompt(20), 6) == expected(prompt(20), 6)
     failed, error = next(what for event, what in recorder.heard if event == "attempt_failed")

@@ -106,11 +106,10 @@ async def test_those_that_have_not_ended_go_on_by_themselves_when_the_decode_wor
 async def test_all_begin_again_when_none_has_a_token(make_fleet):
     fleet = await make_fleet(prefill=2)
     expected = await alone(fleet, prompt(40), 8, 2)
-    fleet.crash_on_submit("prefill-0")
-    fleet.crash_on_submit("prefill-1")
+    fleet.crash_one_on_submit("prefill-0", "prefill-1")
     stream = fleet.start(prompt(40), 8, n=2, **DRAWN)
     assert await samples_of(stream) == expected
-    assert (await stream.report()).attempts >= 2
+    assert (await stream.report()).attempts == 2
     await fleet.until_idle()
 
 

@@ -128,8 +128,7 @@ async def test_what_workers_do_is_read_when_it_is_asked_for(counted):
 
 async def test_a_loss_an_attempt_that_failed_and_a_migration_are_counted_with_their_reasons(counted):
     fleet, registry = await counted(2, 1)
-    for name in ("prefill-0", "prefill-1"):
-        fleet.crash_on_submit(name)
+    fleet.crash_one_on_submit("prefill-0", "prefill-1")
     await fleet.run(prompt(20), 6)
     now = Scrape(registry)
     failed = now("attempts_total", outcome="failed")

@@ -100,7 +100,7 @@ class Stage:
             [self._spawn(f"prefill-{i}") for i in range(prefill)],
             [self._spawn(f"decode-{i}") for i in range(decode)],
             on_output=lambda output: self.on_output(output),
-            on_change=self.changes.append,
+            on_change=lambda loss: self.changes.append(loss.engine_id if loss is not None else None),
         )
 
     def _spawn(self, name: str) -> Callable[[], FakeWorker]:
