@@ -144,12 +144,8 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
         grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
         stack.push_async_callback(grammars.aclose)
-        yield Service(
-            engine,
-            Generation(engine, tokenizer, info, defaults, grammars, formats, config.server.max_n),
-            info,
-            readiness,
-        )
+        generation = Generation(engine, tokenizer, info, defaults, grammars, formats, config.server.max_n)
+        yield Service(engine, generation, info, readiness)
 
 
 def check_backend_name(section: str, name: str) -> None:

@@ -13,24 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
-from cluster.conversation.deltas import Delta
+from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
 from cluster.gateway.conversations import AnswerReader, Conversation, Conversations
 from cluster.gateway.grammar_check import GrammarCheck
-from cluster.gateway.marker_positions import MarkerPositions, Markers
-from cluster.gateway.prompt_positions import PromptPosition, check_prompt_logprobs, prompt_positions
+from cluster.gateway.prompt_positions import check_prompt_logprobs, prompt_positions
 from cluster.gateway.restrictions import Restrictions
+from cluster.gateway.text_assembler import TextAssembler
+from cluster.gateway.text_chunk import TextChunk
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
-from cluster.text.detokenizer import IncrementalDetokenizer
-from cluster.text.stop import StopStrings
 from cluster.text.stop_tokens import stop_token_ids
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
@@ -66,30 +63,6 @@ class GenerationRequest(RequestOptions):
     add_special_tokens: bool | None = None
 
 
-@dataclass(frozen=True)
-class TextChunk:
-    """A part of an answer. `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
-
-    Of several samples each has parts of its own, the last of them with its finish reason; `usage` and `report` are in
-    the last of all. Log-probabilities of the prompt are in the first.
-
-    `stop_reason`: the stop string, or the one of the request's stop tokens, that ended the text; None: something else.
-    `markers`: special tokens of the model's formats, and where they stand in the text, which is without them.
-    `deltas`: of a conversation's answer, what the text says; None where all of it is content.
-    """
-
-    text: str
-    tokens: tuple[TokenOutput, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    usage: Usage | None = None
-    report: RequestReport | None = None
-    markers: Markers = ()
-    deltas: tuple[Delta, ...] | None = None
-    index: int = 0
-    prompt_logprobs: tuple[PromptPosition, ...] | None = None
-
-
 class Generation:
     """Generates text with one model.
 
@@ -104,6 +77,7 @@ class Generation:
 
     Attributes:
         sampling_defaults: the same, for the doors.
+        max_n: the same.
     """
 
     def __init__(
@@ -117,11 +91,11 @@ class Generation:
         max_n: int = DEFAULT_MAX_N,
     ) -> None:
         self.sampling_defaults = dict(sampling_defaults or {})
+        self.max_n = max_n
         self._engine = engine
         self._tokenizer = tokenizer
         self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
-        self._max_n = max_n
         self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -161,22 +135,18 @@ class Generation:
         chunks = self._run(engine_request)
         if chat is None:
             return chunks
-        shows_special = not engine_request.sampling.skip_special_tokens
-        prompt = engine_request.prompt_token_ids
-        readers = [
-            reader
-            for _ in range(engine_request.sampling.n)
-            if (reader := self._conversations.reader(chat, prompt, shows_special_tokens=shows_special)) is not None
-        ]
-        return _taken_apart(chunks, readers) if readers else chunks
+        sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
+        reader = partial(
+            self._conversations.reader, chat, prompt, shows_special_tokens=not sampling.skip_special_tokens
+        )
+        readers = [reader() for _ in range(sampling.n)]
+        return _taken_apart(chunks, [each for each in readers if each is not None]) if readers[0] else chunks
 
     async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
         sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
         markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
-        texts = {
-            index: _TextAssembler(self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
-            for index in range(sampling.n)
-        }
+        assembler = partial(TextAssembler, self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
+        texts = {index: assembler() for index in range(sampling.n)}
         num_tokens, last, positions = 0, TextChunk(""), None
         async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
@@ -238,8 +208,7 @@ class Generation:
             raise InvalidRequestError(
                 f"{len(token_ids)} tokens are given; the context window has {self._model.max_model_len}"
             )
-        decode = self._tokenizer.with_special_tokens.text_of
-        return await asyncio.get_running_loop().run_in_executor(self._executor, decode, token_ids.tolist())
+        return await self._in_thread(self._tokenizer.with_special_tokens.text_of, token_ids.tolist())
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
         """The one request that goes from here to the workers, checked and whole; long work is done on other threads.
@@ -290,8 +259,7 @@ class Generation:
 
     async def text_of(self, token_ids: TokenIds) -> str:
         """The text of a prompt that was given as token ids; special tokens have none."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._tokenizer.text_of, token_ids.tolist())
+        return await self._in_thread(self._tokenizer.text_of, token_ids.tolist())
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
@@ -329,8 +297,8 @@ class Generation:
         Raises:
             InvalidRequestError: the request cannot be served; names the value and the limit.
         """
-        if sampling.n > self._max_n:
-            raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
+        if sampling.n > self.max_n:
+            raise InvalidRequestError(f"n is {sampling.n}, at most {self.max_n} samples of a prompt are served")
         check_prompt_logprobs(sampling, prompt_len)
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:
@@ -348,16 +316,6 @@ class Generation:
         return complete
 
 
-def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
-    """The tokens of each sample, in order."""
-    if all(token.index == tokens[0].index for token in tokens):
-        return [(tokens[0].index, tokens)] if tokens else []
-    samples: dict[int, list[TokenOutput]] = {}
-    for token in tokens:
-        samples.setdefault(token.index, []).append(token)
-    return samples.items()
-
-
 def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
     """The same, with an answer that must call a function."""
     if sampling.structured_output is not None:
@@ -368,7 +326,7 @@ def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
 async def _taken_apart(
     chunks: AsyncGenerator[TextChunk, None], readers: Sequence[AnswerReader]
 ) -> AsyncGenerator[TextChunk, None]:
-    """The parts of an answer, each with what it says; `readers` has one for each sample."""
+    """The parts of answers, each with what it says; there is a reader for each sample."""
     async with aclosing(chunks):
         async for chunk in chunks:
             reader = readers[chunk.index]
@@ -379,84 +337,11 @@ async def _taken_apart(
             yield replace(chunk, deltas=deltas, finish_reason=reason)
 
 
-class _TextAssembler:
-    """The text of one answer, token by token, up to a stop string.
-
-    Args:
-        tokenizer: whose tokens they are.
-        sampling: says what ends the text.
-        eos_token_ids: what ends it in any case.
-        markers: special tokens whose places are wanted, by id.
-
-    Attributes:
-        finish_reason: why the text ended; None while it goes on.
-        stop_reason: see `TextChunk`.
-        stopped: a stop string was found; what comes after it is not part of the answer.
-        num_tokens: tokens taken.
-
-    Args:
-        tokenizer: of the served checkpoint.
-        sampling: of the request.
-        prompt: what the answer continues; None: some text or other.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        sampling: SamplingParams,
-        prompt: TokenIds | None = None,
-        eos_token_ids: Sequence[int] = (),
-        markers: Mapping[int, str] = MappingProxyType({}),
-    ) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None
-        self.stopped = False
-        self.num_tokens = 0
-        shown = tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
-        self._detokenizer = IncrementalDetokenizer(shown, tokenizer.anchor if prompt is None else prompt)
-        self._show_stop = sampling.include_stop_str_in_output
-        self._stops = StopStrings(sampling.stop, include=self._show_stop)
-        self._stop_token_ids = set(sampling.stop_token_ids).difference(() if sampling.ignore_eos else eos_token_ids)
-        special = tokenizer.special_token_ids
-        self._stop_strings = {special[stop]: stop for stop in sampling.stop if stop in special}
-        self._min_tokens = sampling.min_tokens
-        self._markers = markers
-        self._positions = MarkerPositions()
-
-    def push(self, tokens: Sequence[TokenOutput]) -> TextChunk:
-        """Take tokens up to the one that completes a stop string, and return them with the text that is certain."""
-        text = ""
-        for position, token in enumerate(tokens):
-            self.num_tokens += 1
-            self.finish_reason = token.finish_reason
-            # The token that ended the text is not part of it, unless that is wanted.
-            if token.finish_reason is FinishReason.STOP and token.token_id in self._stop_token_ids:
-                self.stop_reason = self._stop_strings.get(token.token_id, token.token_id)
-            if token.finish_reason is not FinishReason.STOP or self._show_stop:
-                if marker := self._markers.get(token.token_id):
-                    # What is held back stands before it, whatever that turns out to be.
-                    text += self._scan(self._detokenizer.finish())
-                    self._positions.add(marker, len(text) + self._stops.num_held)
-                text += self._scan(self._detokenizer.push([token.token_id]))
-            if self.stopped:
-                tokens = tokens[: position + 1]
-                break
-        return TextChunk(text, tuple(tokens), markers=self._positions.send(len(text)))
-
-    def end(self, last: TextChunk) -> TextChunk:
-        """The last part, with what had been held back."""
-        rest = self.finish()
-        markers = [(len(last.text) + position, marker) for position, marker in self._positions.send(len(rest))]
-        return replace(last, text=last.text + rest, markers=(*last.markers, *markers))
-
-    def finish(self) -> str:
-        """The rest of the text: what had been held back."""
-        if self.stopped:
-            return ""
-        return self._scan(self._detokenizer.finish()) + self._stops.finish()
-
-    def _scan(self, text: str) -> str:
-        kept, self.stopped = self._stops.push(text, may_end=self.num_tokens >= self._min_tokens)
-        if self.stopped:
-            self.finish_reason, self.stop_reason = FinishReason.STOP, self._stops.found
-        return kept
+def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
+    """The tokens of each sample, in order."""
+    if all(token.index == tokens[0].index for token in tokens):
+        return [(tokens[0].index, tokens)] if tokens else []
+    samples: dict[int, list[TokenOutput]] = {}
+    for token in tokens:
+        samples.setdefault(token.index, []).append(token)
+    return samples.items()

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from cluster.api import EngineRequest
 from cluster.gateway.conversations import Conversation
-from cluster.gateway.text_generation import Generation, TextChunk
+from cluster.gateway.text_chunk import TextChunk
+from cluster.gateway.text_generation import Generation
 
 _BUFFERED = 4
 """Parts of each answer that may wait for those of others."""
