@@ -77,7 +77,6 @@ class Generation:
 
     Attributes:
         sampling_defaults: the same, for the doors.
-        max_n: the same.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class Generation:
         max_n: int = DEFAULT_MAX_N,
     ) -> None:
         self.sampling_defaults = dict(sampling_defaults or {})
-        self.max_n = max_n
+        self._max_n = max_n
         self._engine = engine
         self._tokenizer = tokenizer
         self._conversations = Conversations(tokenizer, formats)
@@ -297,8 +296,8 @@ class Generation:
         Raises:
             InvalidRequestError: the request cannot be served; names the value and the limit.
         """
-        if sampling.n > self.max_n:
-            raise InvalidRequestError(f"n is {sampling.n}, at most {self.max_n} samples of a prompt are served")
+        if sampling.n > self._max_n:
+            raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
         check_prompt_logprobs(sampling, prompt_len)
         room = self._model.max_model_len - prompt_len
         if sampling.min_tokens > room:

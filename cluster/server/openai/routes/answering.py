@@ -46,7 +46,7 @@ async def answer(
     async with aclosing(generate_samples(generation, requests, n, chat)) as samples:
         async for sample in samples:
             choices[sample.index].append(sample.chunk)
-            usage.add(sample.chunk, first_of_prompt=sample.index % n == 0)
+            usage.add(sample.chunk)
     return writer.whole([joined(chunks) for chunks in choices], usage)
 
 
@@ -63,7 +63,7 @@ async def stream(
     always, at_end = bool(options.continuous_usage_stats), bool(options.include_usage)
     async with aclosing(generate_samples(generation, requests, n, chat)) as samples:
         async for sample in samples:
-            usage.add(sample.chunk, first_of_prompt=sample.index % n == 0)
+            usage.add(sample.chunk)
             events = writer.part(sample.index, sample.chunk)
             if at_end:
                 shown = usage.completion() if always else None
