@@ -6,9 +6,8 @@ Validate, tokenise, run the engine, detokenise, look for stop strings, count.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -20,22 +19,22 @@ import numpy as np
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
-from cluster.gateway.conversations import AnswerReader, Conversation, Conversations
+from cluster.gateway.complete_sampling import complete_sampling, obliged
+from cluster.gateway.conversations import Conversation, Conversations
 from cluster.gateway.grammar_check import GrammarCheck
-from cluster.gateway.prompt_positions import check_prompt_logprobs, prompt_positions
+from cluster.gateway.prompt_encoder import Prompt, PromptEncoder
+from cluster.gateway.prompt_positions import prompt_positions
 from cluster.gateway.restrictions import Restrictions
+from cluster.gateway.sample_parts import by_sample, taken_apart
 from cluster.gateway.text_assembler import TextAssembler
 from cluster.gateway.text_chunk import TextChunk
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
-from cluster.text.stop_tokens import stop_token_ids
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
-from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
-from workers.sampling_params import SamplingParams
-from workers.structured_output import StructuredOutput
-from workers.token_ids import TokenIds, as_token_ids
-from workers.validation import check_sampling, check_token_ids
+from workers.messages import RequestOptions, shared_options
+from workers.token_ids import TokenIds
+from workers.validation import check_token_ids
 
 DEFAULT_MAX_N = 64
 _TOKENIZER_THREADS = 2
@@ -44,10 +43,6 @@ _HASHED_AT_ONCE = 1024
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-Prompt = str | TokenIds | Conversation
-"""A text, token ids, or a conversation for the checkpoint's chat template."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,6 +90,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
+        self._encoder = PromptEncoder(tokenizer, self._conversations, model_info)
         self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -139,7 +135,7 @@ class Generation:
             self._conversations.reader, chat, prompt, shows_special_tokens=not sampling.skip_special_tokens
         )
         readers = [reader() for _ in range(sampling.n)]
-        return _taken_apart(chunks, [each for each in readers if each is not None]) if readers[0] else chunks
+        return taken_apart(chunks, [each for each in readers if each is not None]) if readers[0] else chunks
 
     async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
         sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
@@ -151,7 +147,7 @@ class Generation:
             async for chunk in stream:
                 if chunk.prompt_logprobs is not None:
                     positions = await self._in_thread(prompt_positions, prompt, chunk.prompt_logprobs, self.token_text)
-                for index, tokens in _by_sample(chunk.tokens):
+                for index, tokens in by_sample(chunk.tokens):
                     if (text := texts.get(index)) is None:
                         continue  # a stop string was found before
                     part = text.push(tokens)
@@ -192,8 +188,8 @@ class Generation:
         """
         self._check_model(model)
         if isinstance(prompt, np.ndarray):
-            return self._checked(prompt)
-        return await self._in_thread(self._encode, prompt, add_special_tokens)
+            return self._encoder.token_ids(prompt, add_special_tokens)
+        return await self._in_thread(self._encoder.token_ids, prompt, add_special_tokens)
 
     async def detokenize(self, token_ids: TokenIds, model: str = "") -> str:
         """The text of token ids, special tokens as they are spelled.
@@ -224,18 +220,17 @@ class Generation:
         if isinstance(request.prompt, Conversation):
             grammar = self._conversations.call_grammar(request.prompt, prompt)
             if grammar is not None:
-                sampling = await self._restrictions.resolve(_obliged(sampling, grammar))
+                sampling = await self._restrictions.resolve(obliged(sampling, grammar))
         options = shared_options(request)
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = self._complete(sampling, len(prompt))
+        options["sampling"] = complete_sampling(
+            sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n
+        )
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""
-        if isinstance(request.prompt, np.ndarray):
-            token_ids = self._checked(request.prompt)
-        else:
-            token_ids = self._encode(request.prompt, request.add_special_tokens)
+        token_ids = self._encoder.token_ids(request.prompt, request.add_special_tokens)
         prefix = PromptPrefix(token_ids, request.cache_salt)
         prefix.prepare(self._engine.block_sizes)
         return token_ids, prefix
@@ -263,84 +258,3 @@ class Generation:
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
             raise ModelNotFoundError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
-
-    def _checked(self, token_ids: TokenIds) -> TokenIds:
-        check_token_ids(token_ids, self._model.vocab_size)
-        self._check_length(len(token_ids))
-        return token_ids
-
-    def _encode(self, prompt: str | Conversation, add_special_tokens: bool | None) -> TokenIds:
-        is_text = isinstance(prompt, str)
-        text = prompt if isinstance(prompt, str) else self._conversations.render(prompt)
-        if is_text and not text:
-            raise InvalidRequestError("the prompt is empty")
-        self._tokenizer.check_length(text, self._model.max_model_len)
-        add = is_text if add_special_tokens is None else add_special_tokens
-        token_ids = as_token_ids(self._tokenizer.encode(text, add_special_tokens=add))
-        self._check_length(len(token_ids))
-        return token_ids
-
-    def _check_length(self, num_tokens: int) -> None:
-        limit = self._model.max_model_len
-        if num_tokens == 0:
-            raise InvalidRequestError("the prompt is empty")
-        if num_tokens + 1 > limit:
-            raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens; with one token to generate that is more than the context window "
-                f"of {limit} tokens"
-            )
-
-    def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
-        """Turn stop strings that are tokens into these, keep `max_tokens` within the window, draw a missing seed.
-
-        Raises:
-            InvalidRequestError: the request cannot be served; names the value and the limit.
-        """
-        if sampling.n > self._max_n:
-            raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
-        check_prompt_logprobs(sampling, prompt_len)
-        room = self._model.max_model_len - prompt_len
-        if sampling.min_tokens > room:
-            raise InvalidRequestError(
-                f"min_tokens is {sampling.min_tokens}, but after a prompt of {prompt_len} tokens the context window "
-                f"of {self._model.max_model_len} has room for {room}"
-            )
-        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        # Where special tokens are shown, a stop string is found in the text, whatever it has.
-        special = self._tokenizer.special_token_ids if sampling.skip_special_tokens else {}
-        stops = stop_token_ids(sampling, special)
-        complete = replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stops)
-        check_sampling(complete, self._model.eos_token_ids, self._model.vocab_size)
-        return complete
-
-
-def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
-    """The same, with an answer that must call a function."""
-    if sampling.structured_output is not None:
-        raise InvalidRequestError("tool_choice wants a call, and response_format or structured_output another answer")
-    return replace(sampling, structured_output=StructuredOutput.grammar(grammar))
-
-
-async def _taken_apart(
-    chunks: AsyncGenerator[TextChunk, None], readers: Sequence[AnswerReader]
-) -> AsyncGenerator[TextChunk, None]:
-    """The parts of answers, each with what it says; there is a reader for each sample."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            reader = readers[chunk.index]
-            deltas = reader.read(chunk.text, chunk.markers, ended=chunk.finish_reason is not None)
-            reason = chunk.finish_reason
-            if reason is FinishReason.STOP and reader.calls_tools:
-                reason = FinishReason.TOOL_CALLS
-            yield replace(chunk, deltas=deltas, finish_reason=reason)
-
-
-def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
-    """The tokens of each sample, in order."""
-    if all(token.index == tokens[0].index for token in tokens):
-        return [(tokens[0].index, tokens)] if tokens else []
-    samples: dict[int, list[TokenOutput]] = {}
-    for token in tokens:
-        samples.setdefault(token.index, []).append(token)
-    return samples.items()
