@@ -14,8 +14,8 @@ TEST_PROCESSES ?= 3
 # Bytecode is kept, whatever the machine's setting: the tests start hundreds of processes that import the same files
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # The first Python here that Baton runs on; name another with PYTHON=...
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 .PHONY: help install demo chat test test-all check lint typecheck imports tables protos protos-check format clean
 
@@ -23,7 +23,7 @@ help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Baton needs Python 3.11 or 3.12; name one with PYTHON=..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Baton needs Python 3.11 to 3.14; name one with PYTHON=..." >&2; exit 1; }
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch, Ray, NIXL and the rest; the versions are those of constraints.txt"

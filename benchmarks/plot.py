@@ -23,7 +23,7 @@ def check_plotting() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'baton[bench]'") from error
+        raise ConfigError("--plot needs matplotlib: pip install 'baton-llm[bench]'") from error
 
 
 def write_plot(path: Path, rows: Sequence[Row], duration_s: float, title: str) -> None:

@@ -22,10 +22,12 @@ class EngineRequest(RequestOptions):
         prompt_token_ids: (n,) int32, the prompt.
         prefix: the prompt's blocks, hashed with `cache_salt` for `Engine.block_sizes` before the engine sees the
             request; None: they are hashed when workers are chosen.
+        received: when the door had it, by the monotonic clock, before it was tokenised; 0: it is not known.
     """
 
     prompt_token_ids: TokenIds
     prefix: PromptPrefix | None = field(default=None, repr=False)
+    received: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class ServerInfo:
+    """The program that serves: its version, the commit it was built from ("" for a release), seconds it has been up."""
+
+    version: str
+    commit: str
+    uptime_s: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """The served model, as clients see it.
 
@@ -172,6 +183,10 @@ class TokenStream(Protocol):
 
     async def report(self) -> RequestReport:
         """Where the request went and where its time went, as far as it is known."""
+        ...
+
+    def complete(self) -> None:
+        """The tokens so far are all that is wanted, a stop string was found: the request has finished well."""
         ...
 
     def drop(self, index: int) -> None:

@@ -41,9 +41,17 @@ class WorkerLeavesError(BatonError):
     """A worker is to leave before it has finished the request: others go on with it, and no client sees this."""
 
 
+class ServiceBrokenError(BatonError):
+    """Something that the whole service stands on is gone: it has ended."""
+
+
 class ModelNotFoundError(InvalidRequestError):
     """The request names another model than the one that is served."""
 
 
 class AuthenticationError(BatonError):
     """The call carries no bearer token, or a wrong one."""
+
+
+class ForbiddenError(AuthenticationError):
+    """The call's bearer token is good for other calls than this."""

@@ -24,15 +24,23 @@ from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
 from cluster.config.groups import groups_of
 from cluster.config.load import ray_token_is_given
-from cluster.config.schema import AutoscalerConfig, ServiceConfig
+from cluster.config.schema import AutoscalerConfig, ServiceConfig, TracingConfig
 from cluster.conversation.registry import choose_formats
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.grammar_check import GrammarCheck
+from cluster.gateway.observers import EngineObserver
 from cluster.gateway.readiness import Readiness
+from cluster.gateway.request_lines import RequestLines
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, weights_size, worker_line
+from cluster.live.history import Objectives
+from cluster.live.observed import Observed, observed
+from cluster.logs.setup import REQUESTS
+from cluster.metrics.registry import Names
 from cluster.pools.gpu_budget import GpuBudget
+from cluster.ray.control_service import missing_of_ray, until_lost
+from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.recall import SHIPPED_MODEL
@@ -64,12 +72,16 @@ class Service:
         generation: takes text.
         model_info: what is served.
         readiness: whether it can answer, once it is run.
+        broken: done when it cannot go on, with the reason.
+        observed: its metrics and its last minutes; None: metrics.enabled is false.
     """
 
     engine: ServingEngine
     generation: Generation
     model_info: ModelInfo
     readiness: Readiness
+    broken: asyncio.Future[str]
+    observed: Observed | None = None
 
 
 @contextlib.asynccontextmanager
@@ -85,7 +97,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         ConfigError: the configuration does not fit the model or the machine.
     """
     path = config.model.path or str(SHIPPED_MODEL)
-    folder = await asyncio.to_thread(resolve_checkpoint, path)
+    folder = (await asyncio.to_thread(resolve_checkpoint, path)).absolute()
     model_class, model = read_model(folder)
     groups = groups_of(config)
     for group in groups:
@@ -118,6 +130,10 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             gpus=stock,
             disaggregation=config.router.disaggregation,
         )
+        if config.logging.requests or config.logging.prompts:
+            engine.observe(_request_lines(config, tokenizer))
+        if config.tracing.enabled:
+            engine.observe(_traces(config.tracing, stack))
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
         weights = weights_size(model_bytes(model_class, model, dtype), dtype, stored)
@@ -145,7 +161,10 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
         stack.push_async_callback(grammars.aclose)
         generation = Generation(engine, tokenizer, info, defaults, grammars, formats, config.server.max_n)
-        yield Service(engine, generation, info, readiness)
+        looked_at = await _observe(config, stack, engine, generation, info, readiness)
+        broken = _watch_ray() if present is not None else asyncio.get_running_loop().create_future()
+        stack.callback(broken.cancel)
+        yield Service(engine, generation, info, readiness, broken, looked_at)
 
 
 def check_backend_name(section: str, name: str) -> None:
@@ -193,6 +212,51 @@ def _autoscale(
     stack.callback(task.cancel)
 
 
+def _traces(config: TracingConfig, stack: contextlib.AsyncExitStack) -> EngineObserver:
+    """What traces requests, and sends what is left when the stack ends.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    from cluster.tracing.exporting import otlp_targets
+
+    targets = otlp_targets(config.endpoint, config.sample, config.service_name)
+    stack.push_async_callback(asyncio.to_thread, targets.close)
+    from cluster.tracing.observer import TraceRequests  # it needs what `otlp_targets` has found
+
+    return TraceRequests(targets)
+
+
+def _request_lines(config: ServiceConfig, tokenizer: Tokenizer) -> RequestLines:
+    """What logs each request at its end, whatever level the rest is logged at."""
+    lines = logging.getLogger(REQUESTS)
+    lines.setLevel(logging.INFO)
+    decode = (lambda prompt: tokenizer.decode(prompt.tolist())) if config.logging.prompts else None
+    return RequestLines(lines, decode)
+
+
+async def _observe(
+    config: ServiceConfig,
+    stack: contextlib.AsyncExitStack,
+    engine: ServingEngine,
+    generation: Generation,
+    info: ModelInfo,
+    readiness: Readiness,
+) -> Observed | None:
+    """Have the service looked at until the stack ends, if that is wanted."""
+    settings = config.metrics
+    if not settings.enabled:
+        return None
+    objectives = Objectives(settings.good_ttft_s, settings.good_itl_s)
+    names: Names = "vllm" if settings.names == "vllm" else "baton"
+    return await stack.enter_async_context(observed(engine, generation, info, readiness, objectives, names))
+
+
+def _watch_ray() -> asyncio.Future[str]:
+    """Done when what the service needs of Ray is gone."""
+    return asyncio.ensure_future(until_lost(missing_of_ray))
+
+
 async def _count_gpus(stock: GpuBudget) -> None:
     """Look now and then how many GPUs the cluster has, for ever: nodes come and go."""
     while True:
@@ -222,6 +286,7 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
         ray.init(
             address="local" if local else config.ray.address,
             namespace=config.ray.namespace,
+            job_config=OwnModulesOnly(),
             # A small machine may share its cores between all workers that pools may have; a cluster's own figures are
             # its operator's business.
             num_cpus=max(os.cpu_count() or 1, int(-(-most // 1))) if local else None,

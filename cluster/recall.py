@@ -15,8 +15,8 @@ _TEXT = """
 NAMES = tuple(_TEXT.split())
 """Names that the model was trained on, more than fit in one list."""
 
-SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "models" / "recall"
-"""The checkpoint that is served when none is named; it comes with a checkout."""
+SHIPPED_MODEL = (Path(__file__).parent / "checkpoints" / "recall").resolve()
+"""The checkpoint that is served when none is named; part of the package, in a checkout a link to deploy/models."""
 
 EXAMPLE = "ada 4127, bob 9083; bob?"
 """A prompt to try it with."""

@@ -117,4 +117,7 @@ def _worker_config(
         layers_per_write=config.handoff.layers_per_write,
         enable_prefix_caching=pool.enable_prefix_caching,
         handoff_timeout_s=config.handoff.timeout_s,
+        log_folder=config.logging.folder or str(cache_dir() / "logs"),
+        log_level=config.logging.level,
+        log_format=config.logging.format,
     )

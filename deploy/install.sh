@@ -16,11 +16,11 @@ case $device in
 esac
 cmp -s "$pins" .venv/installed && exit
 
-for python in python3.12 python3.11 python3; do
-  if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then break; fi
+for python in python3.13 python3.12 python3.11 python3.14 python3; do
+  if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then break; fi
   python=
 done
-[ -n "$python" ] || { echo "install.sh: Baton needs Python 3.11 or 3.12" >&2; exit 1; }
+[ -n "$python" ] || { echo "install.sh: Baton needs Python 3.11 to 3.14" >&2; exit 1; }
 "$python" -m venv .venv
 .venv/bin/pip install -q -c "$pins" "${index[@]}" -e "$what" "$@"
 cp "$pins" .venv/installed

@@ -349,6 +349,20 @@ class GetModelInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "commit", "uptime_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    commit: str
+    uptime_s: float
+    def __init__(self, version: _Optional[str] = ..., commit: _Optional[str] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+
 class GetModelInfoResponse(_message.Message):
     __slots__ = ("name", "architecture", "dtype", "max_model_len", "vocab_size", "eos_token_ids", "has_chat_template")
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -456,7 +470,7 @@ class MeasuredTime(_message.Message):
     def __init__(self, size: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("total_blocks", "free_blocks", "reserved_blocks", "quarantined_blocks", "running", "waiting", "waiting_tokens", "preempted")
+    __slots__ = ("total_blocks", "free_blocks", "reserved_blocks", "quarantined_blocks", "running", "waiting", "waiting_tokens", "preempted", "prefill_pace", "decode_pace")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -465,6 +479,8 @@ class Load(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PACE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_PACE_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     free_blocks: int
     reserved_blocks: int
@@ -473,7 +489,9 @@ class Load(_message.Message):
     waiting: int
     waiting_tokens: int
     preempted: int
-    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., preempted: _Optional[int] = ...) -> None: ...
+    prefill_pace: float
+    decode_pace: float
+    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., preempted: _Optional[int] = ..., prefill_pace: _Optional[float] = ..., decode_pace: _Optional[float] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
     __slots__ = ("targets",)

@@ -67,6 +67,11 @@ class BatonStub(object):
                 request_serializer=protos_dot_baton__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=protos_dot_baton__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/baton.v1.Baton/GetServerInfo',
+                request_serializer=protos_dot_baton__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=protos_dot_baton__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
         self.ListWorkers = channel.unary_unary(
                 '/baton.v1.Baton/ListWorkers',
                 request_serializer=protos_dot_baton__pb2.ListWorkersRequest.SerializeToString,
@@ -124,6 +129,13 @@ class BatonServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetServerInfo(self, request, context):
+        """Says which Baton serves, and for how long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListWorkers(self, request, context):
         """Lists all workers with their state and load.
         """
@@ -168,6 +180,11 @@ def add_BatonServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=protos_dot_baton__pb2.GetModelInfoRequest.FromString,
                     response_serializer=protos_dot_baton__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=protos_dot_baton__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=protos_dot_baton__pb2.GetServerInfoResponse.SerializeToString,
             ),
             'ListWorkers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListWorkers,
@@ -300,6 +317,33 @@ class Baton(object):
             '/baton.v1.Baton/GetModelInfo',
             protos_dot_baton__pb2.GetModelInfoRequest.SerializeToString,
             protos_dot_baton__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Baton/GetServerInfo',
+            protos_dot_baton__pb2.GetServerInfoRequest.SerializeToString,
+            protos_dot_baton__pb2.GetServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

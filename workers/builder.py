@@ -135,7 +135,7 @@ def build_worker(
         model_bytes(type(model), model.config, model.dtype, group),
         sum(kv_cache.nbytes for kv_cache in runner.kv_caches),
     )
-    step_times = measure_step_times(worker, runner, config, max_model_len, group)
+    step_times = worker.step_times = measure_step_times(worker, runner, config, max_model_len, group)
     if isinstance(worker, PrefillWorker):
         worker.layers_per_write.step_times = step_times
     return BuiltWorker(

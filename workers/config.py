@@ -36,6 +36,9 @@ class WorkerConfig:
         layers_per_write: layers that one WRITE carries; None chooses for every prompt and path.
         enable_prefix_caching: keep blocks for prompts that begin alike.
         handoff_timeout_s: a handoff that takes longer than this after prefill has ended has failed.
+        log_folder: where a process of its own has its log, named after it; None: it has none.
+        log_level: the lowest that is written there: debug, info, warning or error.
+        log_format: text or json.
     """
 
     name: str
@@ -62,3 +65,6 @@ class WorkerConfig:
     layers_per_write: int | None = None
     enable_prefix_caching: bool = True
     handoff_timeout_s: float = 30.0
+    log_folder: str | None = None
+    log_level: str = "warning"
+    log_format: str = "text"

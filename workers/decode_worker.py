@@ -24,13 +24,17 @@ from workers.messages import (
     FinishReason,
     Load,
     RequestFailed,
+    RequestPreempted,
     TokenOutput,
     WorkerEvent,
     WorkerRequest,
 )
+from workers.request_trace import RequestTrace
 from workers.runner.decode_graphs import Progress
 from workers.runner.decode_runner import DecodeRunner, Launch
 from workers.runner.model_runner import ModelRunner
+from workers.runner.step_pace import StepPace
+from workers.runner.step_times import StepTimes
 from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason, sample_states
 from workers.scheduling.decode_scheduler import DecodeBatch
@@ -38,6 +42,7 @@ from workers.scheduling.local_prefill import FirstToken, LocalPrefill
 from workers.scheduling.samples import Parting, RequestSequences
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
+from workers.scheduling.sequence_spans import note_local_prompt, sequence_spans
 from workers.validation import (
     check_capacity,
     check_local,
@@ -103,6 +108,8 @@ class DecodeWorker:
         )
         self._steps_ahead = default_steps_ahead(runner.device) if steps_ahead is None else steps_ahead
         self._launches: deque[Launch[Sequence]] = deque()
+        self.step_times = StepTimes()
+        self._pace = StepPace(clock)
         self._connector = connector
         self._grammars = grammars or GrammarCompiler.without_vocabulary()
         self.cache = KVCacheManager(
@@ -146,7 +153,14 @@ class DecodeWorker:
             return
         state, *others = sample_states(request, config.eos_token_ids, self._max_model_len, matchers)
         now = self._clock()
-        sequence = Sequence(request, state, deadline=now + request.timeout_s, arrived=now, others=others)
+        sequence = Sequence(
+            request,
+            state,
+            deadline=now + request.timeout_s,
+            arrived=now,
+            trace=RequestTrace.of(request),
+            others=others,
+        )
         self._kept.begin(sequence)
         self._sequences.add(sequence)
         self._queue.add(sequence)
@@ -241,6 +255,7 @@ class DecodeWorker:
             waiting=self._queue.size,
             waiting_tokens=self._queue.num_tokens,
             preempted=self._batch.num_preempted,
+            decode_pace=self._pace.ratio,
         )
 
     def step(self) -> list[WorkerEvent]:
@@ -264,19 +279,30 @@ class DecodeWorker:
             self._collect(0)
         launched = self._local.launch()
         if batch := self._batch.schedule():
+            self._pace.launched(0.0 if launched else self._predicted_s(batch))
             self._launches.append(self.decoder.launch(batch))
             self._batch.launched(batch)
+        for sequence in self._batch.take_preempted():
+            request = sequence.request
+            self._events.append(RequestPreempted(request.request_id, attempt_id=request.attempt_id))
+            if sequence.trace is not None:
+                sequence.trace.event("preempted")
         self._collect(self._steps_ahead if batch else 0)
         self._choose()
         more = batch or self._local.can_launch
         for first in self._local.collect(self._steps_ahead if launched and more else 0):
             self._accept_first(first)
 
+    def _predicted_s(self, batch: list[Sequence]) -> float:
+        """How long a decode step takes, by what was measured."""
+        return self.step_times.decode_seconds(len(batch), sum(sequence.num_scheduled for sequence in batch))
+
     def _collect(self, ahead: int) -> None:
         """Take the tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             sampled = launch.sampled.tokens([sequence.state for sequence in launch.sequences])
+            self._pace.landed()
             now = self._clock()
             for sequence, token in zip(launch.sequences, sampled, strict=True):
                 if self._batch.landed(sequence):
@@ -303,7 +329,11 @@ class DecodeWorker:
             cached_tokens = self._kept.cached_tokens(sequence)
             first_decode_s = now - sequence.received
             self._events.append(DecodeReport(request_id, first_decode_s, cached_tokens, attempt_id=attempt_id))
+            if sequence.trace is not None:
+                sequence.trace.mark("second")
         reason = finish_reason(sequence.state)
+        if reason is not None and sequence.trace is not None:
+            self._events.append(sequence_spans(sequence, sequence.trace))
         self._events.append(TokenOutput(request_id, *sampled, reason, sequence.index, attempt_id=attempt_id))
         if reason is not None:
             self._batch.remove(sequence)
@@ -324,7 +354,12 @@ class DecodeWorker:
             self.cache.release(sequence.tables)
             self._sequences.remove(sequence)
             return
+        trace = sequence.trace
         reasons = self._begin(sequence, [token.token_id for token in sampled])
+        if trace is not None:
+            note_local_prompt(trace, first.report)
+            if all(reason is not None for reason in reasons):
+                self._events.append(sequence_spans(sequence, trace))
         self._events.append(first.report)
         if first.logprobs is not None:
             self._events.append(first.logprobs)
@@ -350,6 +385,10 @@ class DecodeWorker:
     def _begin(self, sequence: Sequence, first_tokens: Many[int]) -> list[FinishReason | None]:
         """The KV cache is whole and the first tokens known: decode every sample that its own does not end."""
         going_on, reasons = self._parting.begin(sequence, first_tokens, self._clock())
+        if sequence.trace is not None:
+            sequence.trace.mark("received")
+            if going_on and going_on[0] is not sequence:  # one that goes on tells when what happened
+                going_on[0].trace, sequence.trace = sequence.trace, None
         self._sequences.remove(sequence)
         for each in going_on:
             self._sequences.add(each)

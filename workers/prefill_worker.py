@@ -14,6 +14,7 @@ from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, K
 from workers.errors import BatonError, HandoffError, NoTokenLeftError, SamplingError
 from workers.grammars.compiler import GrammarCompiler
 from workers.handoff.layers_per_write import LayersPerWrite
+from workers.handoff.prompt_spans import prompt_spans
 from workers.handoff.sending import Prompt, complete_blocks, layer_pusher, push_cached
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
@@ -30,6 +31,8 @@ from workers.messages import (
 )
 from workers.runner.model_runner import ModelRunner
 from workers.runner.prefill_graphs import Progress
+from workers.runner.step_pace import StepPace
+from workers.runner.step_times import StepTimes
 from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
@@ -96,6 +99,8 @@ class PrefillWorker:
         self.layers_per_write = LayersPerWrite(connector, runner.groups, layers_per_write, share_after_attention)
         self._handoff_timeout_s = handoff_timeout_s
         self._launches: deque[Launch[Prompt]] = deque()
+        self.step_times = StepTimes()
+        self._pace = StepPace(clock)
         self._prompts: dict[str, Prompt] = {}
         self._handoffs: dict[bytes, Prompt] = {}
         self._events: list[WorkerEvent] = []
@@ -190,6 +195,7 @@ class PrefillWorker:
             running=self._scheduler.num_running + sum(self._awaited(p) for la in self._launches for p in la.finished),
             waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.num_waiting_tokens,
+            prefill_pace=self._pace.ratio,
         )
 
     def step(self) -> list[WorkerEvent]:
@@ -212,17 +218,30 @@ class PrefillWorker:
         prompts = [self._prompts[chunk.prompt.attempt_id] for chunk in chunks]
         for prompt in prompts:
             prompt.started = prompt.started or self._clock()
+        for chunk, prompt in zip(chunks, prompts, strict=True):
+            if prompt.trace is not None:
+                prompt.trace.begin_step(first_token=chunk.start, tokens=chunk.end - chunk.start)
         push_cached(self._connector, self.cache, chunks, prompts)
         parts = complete_blocks(chunks, prompts, self.cache, self.layers_per_write)
+        self._pace.launched(self._predicted_s(chunks))
         on_layer = layer_pusher(self._connector, self._runner, parts)
         return launch_chunks(self._runner, self.cache, self._scheduler, chunks, prompts, on_layer)
+
+    def _predicted_s(self, chunks: list[Chunk]) -> float:
+        """How long a step takes, by what was measured of prompts one by one."""
+        if len(chunks) == 1:
+            return self.step_times.rest_seconds(chunks[0].end, chunks[0].start)
+        return self.step_times.prefill_seconds(sum(chunk.end - chunk.start for chunk in chunks))
 
     def _collect(self, ahead: int) -> None:
         """Take the first tokens of the oldest launches, until only `ahead` are left in flight."""
         while len(self._launches) > ahead:
             launch = self._launches.popleft()
             finished = launch.wait(self.cache)
+            self._pace.landed()
             for prompt in launch.prompts:
+                if prompt.trace is not None:
+                    prompt.trace.end_step("chunk")
                 if prompt.cancelled:
                     self._give_back(prompt)
             for prompt, token in finished:
@@ -254,6 +273,10 @@ class PrefillWorker:
         now = self._clock()
         request = prompt.request
         prompt.computed = True
+        if prompt.trace is not None:
+            prompt.trace.mark("computed")
+            if request.peer_engine is None:
+                self._events.append(prompt_spans(prompt, prompt.trace))
         self._events += [
             PrefillReport(
                 request.request_id,
@@ -283,6 +306,8 @@ class PrefillWorker:
         request_id, attempt_id = prompt.request.request_id, prompt.request.attempt_id
         if self._prompts.pop(attempt_id, None) is None:
             return
+        if prompt.trace is not None:
+            self._events.append(prompt_spans(prompt, prompt.trace, event))
         if isinstance(event, HandoffSent):
             moved = (event.num_bytes, event.num_parts, event.transfer_s, event.exposed_s)
             self._events.append(HandoffReport(request_id, *moved, attempt_id=attempt_id))

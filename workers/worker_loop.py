@@ -9,7 +9,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
-from workers.messages import CacheUpdate, Load, RequestFailed, StepOutput, WorkerEvent
+from workers.messages import (
+    CacheUpdate,
+    DecodeReport,
+    HandoffReport,
+    Load,
+    PrefillReport,
+    PromptLogprobs,
+    RequestFailed,
+    RequestPreempted,
+    SpansReport,
+    StepOutput,
+    TokenOutput,
+    WorkerEvent,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +133,41 @@ class WorkerLoop(Generic[W]):
         now = time.monotonic()
         if events or cache_update or load != self._last_load or now - self._last_report > _LOAD_REPORT_S:
             self._last_load, self._last_report = load, now
-            for event in events:
-                if isinstance(event, RequestFailed):
-                    names = (event.request_id, event.attempt_id, self._engine_id)
-                    logger.warning("request %s (attempt %s) failed on %s: %s", *names, event.error)
+            self._log(events)
             self._emit(StepOutput(self._engine_id, tuple(events), load, cache_update, self._worker.broken_peers))
+
+    def _log(self, events: list[WorkerEvent]) -> None:
+        """What a log says of requests: which one it is, as its client calls it; of what goes well if it is to debug."""
+        debugging = logger.isEnabledFor(logging.DEBUG)
+        for event in events:
+            if isinstance(event, TokenOutput) and (not debugging or event.finish_reason is None):
+                continue
+            if isinstance(event, RequestFailed) or debugging:
+                names = {"request_id": event.request_id, "attempt_id": event.attempt_id, "engine_id": self._engine_id}
+                level = logging.WARNING if isinstance(event, RequestFailed) else logging.DEBUG
+                told = _told(event, self._engine_id)
+                logger.log(level, "request %s (attempt %s) %s", event.request_id, event.attempt_id, told, extra=names)
+
+
+def _told(event: WorkerEvent, engine_id: str) -> str:
+    """What has happened, without what a client has said or is told."""
+    match event:
+        case RequestFailed():
+            return f"failed on {engine_id}: {event.error}"
+        case PrefillReport():
+            return f"was computed on {engine_id} in {event.prefill_s * 1e3:.1f} ms and {event.num_chunks} steps"
+        case HandoffReport():
+            return f"was handed over by {engine_id}, {event.num_bytes} bytes in {event.transfer_s * 1e3:.1f} ms"
+        case DecodeReport():
+            return f"had its second token on {engine_id} {event.first_decode_s * 1e3:.1f} ms after its cache"
+        case PromptLogprobs():
+            return f"had its prompt's log-probabilities computed on {engine_id}"
+        case SpansReport():
+            return f"was traced on {engine_id}, {len(event.spans)} spans"
+        case RequestPreempted():
+            return f"made room for others on {engine_id}"
+        case TokenOutput():
+            return f"ended on {engine_id} ({event.finish_reason.value if event.finish_reason else 'it goes on'})"
 
 
 def _nothing(worker: object) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
 from cluster.cli.exit_codes import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
+from cluster.version import describe, is_client_alone
 from workers.errors import BatonError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("send a prompt and stream the answer", "cluster.cli.generate"),
     "chat": ("hold a conversation in the terminal", "cluster.cli.chat.command"),
     "status": ("show pools, workers, load and KV blocks", "cluster.cli.status"),
+    "top": ("follow a service in the terminal, as its page does in a browser", "cluster.cli.top"),
     "scale": ("have pools grow or shrink while they serve", "cluster.cli.scale"),
     "explain": ("show where a request would go, and why", "cluster.cli.explain"),
     "plan": ("weigh every split of GPUs into prefill and decode workers", "cluster.cli.plan"),
@@ -44,8 +45,10 @@ commands:
 
 options:
   -h, --help     show this and exit
-  --version      show the version and exit
+  --version      show the version and the commit, and exit
 """
+
+_INCOMPLETE = "this needs {}, which baton-llm-client does not bring: pip install baton-llm in its place"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help(), end="")
         return 0 if arguments else EXIT_USAGE
     if arguments[0] == "--version":
-        print(f"baton {_version()}")
+        print(f"baton {describe()}")
         return 0
     name = arguments[0]
     if name not in COMMANDS:
@@ -74,6 +77,10 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         return code
     except BatonError as error:
         return _fail(f"baton {name}", str(error), EXIT_ERROR)
+    except ModuleNotFoundError as error:
+        if not is_client_alone():
+            raise
+        return _fail(f"baton {name}", _INCOMPLETE.format(error.name), EXIT_ERROR)
     except KeyboardInterrupt:
         return _fail(f"baton {name}", "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -97,13 +104,6 @@ def _unknown(name: str) -> str:
     nearest = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
     return f"there is no command {name}; {hint}"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("baton")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed: run from a checkout)"
 
 
 if __name__ == "__main__":

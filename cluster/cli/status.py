@@ -32,16 +32,32 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     with BatonClient(connection_of(args)) as client:
         model, workers = client.model_info(_TIMEOUT_S), client.workers(_TIMEOUT_S)
+        server = client.server_info(_TIMEOUT_S)
         ready, reason = client.health(timeout_s=_TIMEOUT_S)
     if args.json:
         health = {"ready": ready, "reason": reason}
         listed = [asdict(worker) for worker in workers]
-        print(json.dumps({"model": asdict(model), "health": health, "workers": listed}, indent=2))
+        whole = {"server": asdict(server), "model": asdict(model), "health": health, "workers": listed}
+        print(json.dumps(whole, indent=2))
     else:
         if reason or not ready:
             print(f"{'ready' if ready else 'not ready'}: {reason or 'no reason given'}")
+        built = f" (commit {server.commit})" if server.commit else ""
+        print(f"baton {server.version}{built}, up for {readable_time(server.uptime_s)}")
         _print_tables(model, workers)
     return 0
+
+
+def readable_time(seconds: float) -> str:
+    """Such as 42 s, 5 min 10 s, 3 h 2 min, 12 d 4 h."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole // 60 % 60} min"
+    return f"{whole // 86400} d {whole // 3600 % 24} h"
 
 
 def _print_tables(model: ModelInfo, workers: Sequence[WorkerStatus]) -> None:

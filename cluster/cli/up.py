@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli.foreign_flags import UpParser
@@ -15,10 +15,13 @@ from cluster.cli.stop_signals import StopSignals
 from cluster.cli.welcome import welcome
 from cluster.config.load import describe_settings, load_config
 from cluster.config.schema import ServiceConfig
+from cluster.errors import ServiceBrokenError
+from cluster.logs.setup import log_to_stderr
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.gateway.readiness import Readiness
+    from cluster.live.observed import Observed
     from cluster.server.doors import Doors
 
 _EPILOG = """\
@@ -70,14 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs ({prefill,decode}.enforce_eager)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
-    parser.add_argument("--verbose", action="store_true", help="log what happens inside")
+    parser.add_argument("--check", action="store_true", help="say whether the settings are right, and start nothing")
+    parser.add_argument("--verbose", action="store_true", help="log what happens inside (logging.level=info)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from cluster.server.doors import check_files
+
     config = load_config(args.config, overrides=overrides_of(args))
-    level = logging.INFO if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if args.check:
+        check_files(config.server)
+        print("The settings are right.")
+        return 0
+    if args.verbose and config.logging.level in ("warning", "error"):
+        config = replace(config, logging=replace(config.logging, level="info"))
+    log_to_stderr(config.logging.level, config.logging.format, "gateway")
     asyncio.run(_until_signal(config))
     return 0
 
@@ -141,8 +152,9 @@ async def _until_signal(config: ServiceConfig) -> None:
 
 async def _serve(config: ServiceConfig, console: Any, signals: StopSignals) -> None:
     from cluster.server.doors import Doors, check_doors
+    from cluster.server.pages.serve import page_warnings
 
-    warnings = await check_doors(config.server)
+    warnings = [*await check_doors(config.server), *page_warnings(config.metrics)]
     doors = Doors(config.server)
     await doors.open()
     try:
@@ -169,20 +181,39 @@ async def _launch(
         async with launch(config, report) as service:
             stopping = asyncio.Event()
             signals.on_request = stopping.set
+            service.broken.add_done_callback(lambda _: stopping.set())
             # Ray puts its own SIGTERM handler in place when it starts.
             signals.take()
             await doors.serve(service.generation, service.engine, service.model_info, service.readiness.health)
             following = asyncio.gather(service.readiness.run(), _follow(service.readiness, doors))
-            settle()
-            status.stop()
-            for warning in warnings:
-                console.print(f"warning: {warning}", style="yellow", markup=False)
-            print(welcome(config, service.model_info, doors.address, doors.http_url), flush=True)
-            await stopping.wait()
-            await _drain(doors, config.server.drain_timeout_s, console, signals)
+            async with _pages(config, doors.port, service.observed) as page:
+                settle()
+                status.stop()
+                for warning in warnings:
+                    console.print(f"warning: {warning}", style="yellow", markup=False)
+                print(welcome(config, service.model_info, doors.address, doors.http_url, page), flush=True)
+                await stopping.wait()
+                broken = service.broken.result() if service.broken.done() else None
+                if broken is not None:
+                    _tell(console, broken[0].upper() + broken[1:] + ".")
+                await _drain(doors, config.server.drain_timeout_s, console, signals)
             following.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await following
+            if broken is not None:
+                raise ServiceBrokenError(broken)
+
+
+@contextlib.asynccontextmanager
+async def _pages(config: ServiceConfig, port: int, observed: Observed | None) -> AsyncIterator[str | None]:
+    """Serve the page and the metrics, if they are wanted; yields the page's address."""
+    from cluster.server.pages.serve import serve_pages
+
+    if observed is None:
+        yield None
+        return
+    async with serve_pages(config.metrics, port, observed.answers) as address:
+        yield address
 
 
 async def _follow(readiness: Readiness, doors: Doors) -> None:

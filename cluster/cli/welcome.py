@@ -9,7 +9,7 @@ from cluster.config.schema import ServiceConfig
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
-def welcome(config: ServiceConfig, model: ModelInfo, address: str, http_url: str) -> str:
+def welcome(config: ServiceConfig, model: ModelInfo, address: str, http_url: str, page: str | None = None) -> str:
     """The lines.
 
     Args:
@@ -17,6 +17,7 @@ def welcome(config: ServiceConfig, model: ModelInfo, address: str, http_url: str
         model: what is served.
         address: of the gRPC server.
         http_url: of the HTTP server; empty: there is none.
+        page: of the page that shows the service at work; None: there is none.
     """
     from cluster.recall import EXAMPLE, is_shipped
 
@@ -40,6 +41,8 @@ def welcome(config: ServiceConfig, model: ModelInfo, address: str, http_url: str
         flags = ("" if config.server.http.tls_cert is None else "--cacert CA.pem ") + _key(config.server.http.api_keys)
         body = f'{{"prompt": "{prompt}"}}'
         lines.append(f"  curl {http_url}/v1/completions {flags}-H 'content-type: application/json' -d '{body}'")
+    if page is not None:
+        lines.append(f"  {page}   shows it at work, {page}metrics its metrics")
     return "\n".join([*lines, "Ctrl-C stops it."])
 
 

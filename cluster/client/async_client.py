@@ -15,6 +15,7 @@ from cluster.client.errors import call_errors
 from cluster.client.health import check_async
 from cluster.client.messages import GenerateChunk, chunk
 from cluster.client.requests import Options, generate_request, scale_request, tokenize_request
+from cluster.trace_context import outgoing
 from cluster.wire import convert
 from protos import baton_pb2, baton_pb2_grpc
 from workers.sampling_params import SamplingParams
@@ -63,7 +64,7 @@ class AsyncBatonClient:
         self, request: baton_pb2.GenerateRequest, timeout_s: float | None
     ) -> AsyncIterator[GenerateChunk]:
         with call_errors(self._connection):
-            call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=[*self._metadata, *outgoing()])
             try:
                 async for response in call:
                     yield chunk(response)
@@ -83,7 +84,8 @@ class AsyncBatonClient:
         """Generate and return the answer whole."""
         request = generate_request(prompt, token_ids, chat, sampling, **options)
         with call_errors(self._connection):
-            return chunk(await self._stub.GenerateOnce(request, timeout=timeout_s, metadata=self._metadata))
+            metadata = [*self._metadata, *outgoing()]
+            return chunk(await self._stub.GenerateOnce(request, timeout=timeout_s, metadata=metadata))
 
     async def tokenize(
         self, prompt: str | None = None, *, chat: Messages | None = None, timeout_s: float | None = None

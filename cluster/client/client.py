@@ -8,7 +8,7 @@ from typing import Self, Unpack
 
 import grpc
 
-from cluster.api import Explanation, ModelInfo, PoolTarget, WorkerStatus
+from cluster.api import Explanation, ModelInfo, PoolTarget, ServerInfo, WorkerStatus
 from cluster.client.async_client import AsyncBatonClient
 from cluster.client.connection import DEFAULT_ADDRESS, MAX_RESPONSE_BYTES, Connection
 from cluster.client.conversations import Messages
@@ -16,6 +16,7 @@ from cluster.client.errors import BatonClientError, call_errors
 from cluster.client.health import check
 from cluster.client.messages import GenerateChunk, chunk
 from cluster.client.requests import Options, generate_request, scale_request, tokenize_request
+from cluster.trace_context import outgoing
 from cluster.wire import convert
 from protos import baton_pb2, baton_pb2_grpc
 from workers.sampling_params import SamplingParams
@@ -78,7 +79,7 @@ class BatonClient:
 
     def _generate(self, request: baton_pb2.GenerateRequest, timeout_s: float | None) -> Iterator[GenerateChunk]:
         with call_errors(self._connection):
-            call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
+            call = self._stub.Generate(request, timeout=timeout_s, metadata=[*self._metadata, *outgoing()])
             try:
                 for response in call:
                     yield chunk(response)
@@ -98,7 +99,7 @@ class BatonClient:
         """Generate and return the answer whole. Arguments and errors as in `generate`."""
         request = generate_request(prompt, token_ids, chat, sampling, **options)
         with call_errors(self._connection):
-            return chunk(self._stub.GenerateOnce(request, timeout=timeout_s, metadata=self._metadata))
+            return chunk(self._stub.GenerateOnce(request, timeout=timeout_s, metadata=[*self._metadata, *outgoing()]))
 
     def tokenize(
         self, prompt: str | None = None, *, chat: Messages | None = None, timeout_s: float | None = None
@@ -118,6 +119,13 @@ class BatonClient:
         with call_errors(self._connection):
             response = self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._metadata)
         return convert.model_info_from_proto(response)
+
+    def server_info(self, timeout_s: float | None = None) -> ServerInfo:
+        """The program that serves. Errors as in `model_info`."""
+        request = baton_pb2.GetServerInfoRequest()
+        with call_errors(self._connection):
+            response = self._stub.GetServerInfo(request, timeout=timeout_s, metadata=self._metadata)
+        return convert.server_info_from_proto(response)
 
     def explain(
         self,

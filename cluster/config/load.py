@@ -25,6 +25,7 @@ CLIENT_TOKEN_VARIABLE = "BATON_TOKEN"
 CACHE_VARIABLE = "BATON_CACHE_DIR"
 _BACKEND_VARIABLE = "BATON_ATTENTION_BACKEND"
 _PREFIX = "BATON_"
+_WORD_FOR_NONE = "none"
 CUDA_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _TRANSPORT_PREFIXES = ("UCX_", "NIXL_")
 _Values = dict[str, dict[str, Any]]
@@ -125,7 +126,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         check_key(str(section), list(TOP_SECTIONS))
     flat = {name: each for section, entries in content.items() for name, each in _flat(section, entries, path)}
     sections: dict[str, Any] = {
-        section: _with_paths(SECTIONS[section], entries, path.parent) for section, entries in flat.items()
+        section: _with_words(section, SECTIONS[section], _with_paths(SECTIONS[section], entries, path.parent))
+        for section, entries in flat.items()
     }
     for pool in POOLS:
         if "groups" in sections.get(pool, {}):
@@ -149,9 +151,24 @@ def _with_paths(cls: type[Any], entries: Mapping[str, Any], folder: Path) -> dic
     """Entries of a file in this folder, whose paths are relative to it, wherever the command is started."""
     paths = {f.name for f in settings_of(cls) if f.metadata.get("is_path")}
     return {
-        name: _path_from(folder, value, name) if name in paths and isinstance(value, str) and value.strip() else value
+        name: _path_from(folder, value, name)
+        if name in paths and isinstance(value, str) and value.strip() and value != _WORD_FOR_NONE
+        else value
         for name, value in entries.items()
     }
+
+
+def _with_words(section: str, cls: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a file in which what may not be left blank is not blank; the word "none" stands for nothing.
+
+    Raises:
+        ConfigError: a blank one.
+    """
+    strict = {f.name for f in settings_of(cls) if f.metadata.get("not_blank")}
+    for name, value in entries.items():
+        if name in strict and value is None:
+            raise ConfigError(f"{section}.{name} is empty; give a value, or {_WORD_FOR_NONE} to run without")
+    return {n: None if n in strict and value == _WORD_FOR_NONE else value for n, value in entries.items()}
 
 
 def _path_from(folder: Path, value: str, name: str) -> str:

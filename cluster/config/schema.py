@@ -55,7 +55,9 @@ class HttpConfig:
         None, "0 takes a free one; default: 8000, or a free one where server.port is 0", low=0, high=65535
     )
     api_keys: tuple[str, ...] | None = _setting(
-        None, "keys, of which a call must carry one as its bearer token; default: server.auth_token", secret=True
+        None,
+        "keys, of which a call must carry one as its bearer token; default: the tokens that may generate",
+        secret=True,
     )
     tls_cert: str | None = _setting(
         None, "PEM file with the certificate chain; turns TLS on; default: server.tls_cert", is_path=True
@@ -88,7 +90,10 @@ class ServerConfig:
         None, "bearer token that every call must carry; none runs open", secret=True, not_blank=True
     )
     auth_token_file: str | None = _setting(
-        None, "file that holds the bearer token; none runs open", is_path=True, not_blank=True
+        None,
+        "file of tokens, one a line, alone or behind its roles (generate, operate); read again when it changes",
+        is_path=True,
+        not_blank=True,
     )
     default_timeout_s: float = _setting(600.0, "deadline of a call that brings none", above=0)
     max_queue: int = _setting(256, "requests that may wait; more are refused at once", low=0)
@@ -233,6 +238,47 @@ class AutoscalerConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """The page that shows the service at work, and its metrics for Prometheus, on an HTTP server of their own."""
+
+    enabled: bool = _setting(True, "count, and serve / and /metrics")
+    host: str = _setting("127.0.0.1", "address to listen on; only this machine by default, for there is no token")
+    port: int | None = _setting(
+        None, "default: the one after server.port, or a free one where that is taken", low=0, high=65535
+    )
+    names: str = _setting("baton", "vllm publishes under vllm: what vLLM has, too", choices=("baton", "vllm"))
+    good_ttft_s: float = _setting(1.0, "a good request has its first token by then", above=0)
+    good_itl_s: float = _setting(0.05, "and after that so long between tokens at most, on average", above=0)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is logged: by the gateway on its error stream, by workers in files of their own."""
+
+    level: str = _setting("warning", "the lowest that is written", choices=("debug", "info", "warning", "error"))
+    format: str = _setting("text", "json: one object a line", choices=("text", "json"))
+    requests: bool = _setting(True, "a line for each request at its end: workers, tokens, times, outcome")
+    prompts: bool = _setting(False, "prompts are in that line, too; never otherwise")
+    folder: str | None = _setting(
+        None,
+        "of the workers' logs, on their machines: NAME.log; default: logs/ in BATON_CACHE_DIR or ~/.cache/baton",
+        is_path=True,
+    )
+
+
+@dataclass(frozen=True)
+class TracingConfig:
+    """A trace of each request by OpenTelemetry (pip install 'baton[trace]')."""
+
+    enabled: bool = _setting(False, "trace requests, and send the spans to a collector by OTLP over HTTP")
+    endpoint: str | None = _setting(
+        None, "the collector's; default: OTEL_EXPORTER_OTLP_ENDPOINT, or http://localhost:4318/v1/traces"
+    )
+    sample: float = _setting(1.0, "share kept of traces that begin here; a client's says it itself", low=0, high=1)
+    service_name: str = _setting("baton", "what the collector knows the service by")
+
+
+@dataclass(frozen=True)
 class RayConfig:
     """The Ray cluster."""
 
@@ -251,6 +297,9 @@ class ServiceConfig:
     router: RouterConfig = RouterConfig()
     handoff: HandoffConfig = HandoffConfig()
     autoscaler: AutoscalerConfig = AutoscalerConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
     ray: RayConfig = RayConfig()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.api import RequestReport, TokenChunk
 from cluster.clock import now
@@ -12,6 +12,7 @@ from cluster.errors import WorkerLostError
 from workers.errors import HandoffError
 from workers.messages import (
     DecodeReport,
+    FinishReason,
     HandoffReport,
     PrefillReport,
     PromptLogprobs,
@@ -50,6 +51,10 @@ class Attempt:
         prompt_logprobs: those of the prompt; None: they have not come, or nobody asks.
         finished: the last token of every sample is here.
         error: why the attempt failed.
+        traced: whether its workers are to say when what happened.
+        output_before: tokens that earlier attempts have generated, which are part of its prompt.
+        finish_reason: why the text ended, once it has.
+        first_report: of the attempt that had the request's first token, if that was another one.
     """
 
     attempt_id: str
@@ -73,6 +78,10 @@ class Attempt:
     _held: list[TokenOutput] = field(default_factory=list)
     _ready: list[TokenOutput] = field(default_factory=list)
     error: Exception | None = None
+    traced: bool = False
+    output_before: int = 0
+    finish_reason: FinishReason | None = None
+    first_report: RequestReport | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _prefill_report: PrefillReport | None = None
     _handoff_report: HandoffReport | None = None
@@ -177,7 +186,7 @@ class Attempt:
     def report(self) -> RequestReport:
         """Where the time went, as far as it is known."""
         prefill, handoff, decode = self._prefill_report, self._handoff_report, self._decode_report
-        return RequestReport(
+        report = RequestReport(
             prefill_worker=self.prefill,
             decode_worker=self.decode,
             queue_s=self.dispatched - self.arrived + (prefill.queue_s if prefill else 0.0),
@@ -191,6 +200,10 @@ class Attempt:
             cached_tokens=prefill.cached_tokens if prefill else 0,
             decode_cached_tokens=decode.cached_tokens if decode else 0,
         )
+        first = self.first_report
+        if first is None:
+            return report
+        return replace(report, queue_s=first.queue_s, prefill_s=first.prefill_s, ttft_s=first.ttft_s)
 
     def _take_token(self, engine_id: str, token: TokenOutput) -> None:
         sample = self._running.get(token.index)
@@ -214,6 +227,7 @@ class Attempt:
         if tokens[-1].finish_reason is not None:
             del self._running[token.index]
             self.ended_after = sample.num_tokens
+            self.finish_reason = tokens[-1].finish_reason
             self.finished = not self._running
         self._news.set()
 

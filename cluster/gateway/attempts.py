@@ -18,7 +18,15 @@ from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import NoPlacement, RoutingRequest
 from workers.errors import CapacityError
-from workers.messages import DecodeReport, HandoffReport, PrefillReport, StepOutput, WorkerEvent
+from workers.messages import (
+    DecodeReport,
+    HandoffReport,
+    PrefillReport,
+    RequestPreempted,
+    SpansReport,
+    StepOutput,
+    WorkerEvent,
+)
 from workers.token_ids import NO_TOKENS, TokenIds
 
 REPORT_PATIENCE_S = 0.25
@@ -158,6 +166,7 @@ class Attempts:
             request.user,
             request.request_id,
             routing_request.num_samples,
+            output_before=routing_request.prompt_tokens - len(request.prompt_token_ids),
         )
         if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
             attempt.serve_alone()
@@ -215,6 +224,10 @@ class Attempts:
                 self._observers.handoff_reported(attempt, event)
             case DecodeReport():
                 self._observers.decode_reported(attempt, event)
+            case SpansReport():
+                self._observers.spans_reported(attempt, engine_id, event)
+            case RequestPreempted():
+                self._observers.request_preempted(attempt)
         if attempt.finished:
             self._finish(attempt)
 

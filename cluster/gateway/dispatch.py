@@ -43,6 +43,7 @@ def dispatch(
         "handoff_id": secrets.token_bytes(16),
         "prompt_token_ids": np.concatenate((prompt, output)) if len(output) else prompt,
         "num_output_tokens": len(output),
+        "traced": attempt.traced,
     }
     if len(output) and request.sampling.prompt_logprobs is not None:  # the client has them
         common["sampling"] = replace(request.sampling, prompt_logprobs=None)

@@ -172,6 +172,7 @@ class ServingEngine:
 
     def _on_output(self, output: StepOutput) -> None:
         self._load_tracker.quarantine(output.engine_id, output.load.quarantined_blocks)
+        self._load_tracker.pace(output.engine_id, output.load.prefill_pace, output.load.decode_pace)
         if output.cache_update is not None:
             self._load_tracker.cache_update(output.engine_id, output.cache_update)
         if output.broken_peers:  # before a request that failed for it is placed again

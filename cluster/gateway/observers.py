@@ -9,7 +9,7 @@ from typing import Any
 from cluster.api import EngineRequest
 from cluster.gateway.attempt import Attempt
 from cluster.routing.types import NoPlacement, Placement
-from workers.messages import DecodeReport, HandoffReport, PrefillReport
+from workers.messages import DecodeReport, HandoffReport, PrefillReport, SpansReport
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class EngineObserver:
         """Its workers were chosen, or there are none now, which took so long."""
 
     def request_placed(self, request: EngineRequest, attempt: Attempt) -> None:
-        """An attempt at it begins: its workers are sent the request."""
+        """An attempt at it begins: its workers will be sent the request; `Attempt.traced` asks them for their spans."""
 
     def first_token(self, attempt: Attempt) -> None:
         """The attempt's first token is here; see `Attempt.first_token_at`. `tokens_received` follows."""
@@ -49,6 +49,12 @@ class EngineObserver:
     def decode_reported(self, attempt: Attempt, report: DecodeReport) -> None:
         """What it was to the worker that decodes it."""
 
+    def spans_reported(self, attempt: Attempt, engine_id: str, report: SpansReport) -> None:
+        """When what happened to it on one of its workers, if it is traced; may come after its end."""
+
+    def request_preempted(self, attempt: Attempt) -> None:
+        """Its decode worker has moved its blocks to host memory, to make room for others."""
+
     def attempt_failed(self, attempt: Attempt, error: Exception) -> None:
         """An attempt has failed."""
 
@@ -56,10 +62,10 @@ class EngineObserver:
         """The request goes on elsewhere after this attempt, which failed or whose worker leaves."""
 
     def request_finished(self, request: EngineRequest, attempt: Attempt) -> None:
-        """Its last token was given to its client."""
+        """Its last token was given to its client, or a stop string was found: `Attempt.finish_reason` says why."""
 
     def request_cancelled(self, request: EngineRequest, attempt: Attempt | None) -> None:
-        """It was closed before its last token: its client left, or a stop string was found in its text."""
+        """It was closed before its last token: its client left."""
 
     def request_failed(self, request: EngineRequest, attempt: Attempt | None, error: Exception) -> None:
         """It ends in an error; without an attempt: none was placed then."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.api import EngineRequest, RequestReport, TokenChunk
@@ -13,6 +13,7 @@ from cluster.errors import WorkerLeavesError, WorkerLostError
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
 from workers.errors import DeadlineExceededError, HandoffError
+from workers.messages import FinishReason
 from workers.token_ids import TokenIds, as_token_ids
 
 _MAX_ATTEMPTS = 3
@@ -155,6 +156,13 @@ class RunningRequest:
             self._observers.request_finished(self._request, self.attempt)
         return chunk
 
+    def complete(self) -> None:
+        """The text has ended with the tokens so far (a stop string): the request is finished, whatever is under way."""
+        if not self._over and self.attempt is not None:
+            self._over = True
+            self.attempt.finish_reason = FinishReason.STOP
+            self._observers.request_finished(self._request, self.attempt)
+
     async def aclose(self) -> None:
         """Cancel what is under way."""
         if not self._over:
@@ -182,10 +190,7 @@ class RunningRequest:
             raise RuntimeError("the request has not been placed yet")
         if self.attempt.finished:
             await self.attempt.handoff_reported(REPORT_PATIENCE_S)
-        report, first = self.attempt.report(), self._first_report
-        if first is None:
-            return report
-        return replace(report, queue_s=first.queue_s, prefill_s=first.prefill_s, ttft_s=first.ttft_s)
+        return self.attempt.report()
 
     def drop(self, index: int) -> None:
         """Nobody wants the rest of this sample; see `TokenStream.drop`."""
@@ -196,6 +201,7 @@ class RunningRequest:
         while True:
             if self.attempt is None:
                 self.attempt = await self._start_attempt()
+                self.attempt.first_report = self._first_report
             try:
                 return await self.attempt.next_chunk()
             except _DeadlinePassedError as error:

@@ -16,6 +16,7 @@ from cluster.api import EngineRequest, RequestReport, TokenChunk
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
 from cluster.gateway.request import AttemptStarter, Continued, RunningRequest, SamplesPartError
+from workers.messages import FinishReason
 
 
 class SampledRequest:
@@ -73,6 +74,13 @@ class SampledRequest:
             self._whole.drop(index)
         else:
             self._parts.drop(index)
+
+    def complete(self) -> None:
+        """Every sample has ended, the last one by a stop string; see `TokenStream.complete`."""
+        if not self._over and (attempt := self._attempt) is not None:
+            self._over = True
+            attempt.finish_reason = FinishReason.STOP
+            self._observers.request_finished(self._request, attempt)
 
     async def aclose(self) -> None:
         """Cancel what is under way."""

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from cluster import trace_context
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
@@ -119,7 +120,7 @@ class Generation:
         timeout_s = request.timeout_s - (time.monotonic() - arrival)
         if timeout_s <= 0:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
-        return replace(engine_request, timeout_s=timeout_s)
+        return replace(engine_request, timeout_s=timeout_s, received=arrival)
 
     def run(self, engine_request: EngineRequest, chat: Conversation | None = None) -> AsyncGenerator[TextChunk, None]:
         """Run what `prepare` has made, of this conversation if it was one. Closing the generator cancels it.
@@ -142,7 +143,7 @@ class Generation:
         markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
         assembler = partial(TextAssembler, self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
         texts = {index: assembler() for index in range(sampling.n)}
-        num_tokens, last, positions = 0, TextChunk(""), None
+        num_tokens, stopped, last, positions = 0, False, TextChunk(""), None
         async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
                 if chunk.prompt_logprobs is not None:
@@ -157,13 +158,15 @@ class Generation:
                         yield part
                         continue
                     del texts[index]
-                    num_tokens += text.num_tokens
+                    num_tokens, stopped = num_tokens + text.num_tokens, text.stopped
                     last = replace(text.end(part), finish_reason=text.finish_reason, stop_reason=text.stop_reason)
                     if texts:
                         if text.stopped:
                             stream.drop(index)
                         yield last
                 if not texts:
+                    if stopped:
+                        stream.complete()
                     break  # What is still on its way nobody wants: closing the stream stops it.
             report = await stream.report()
         if texts:
@@ -222,6 +225,7 @@ class Generation:
             if grammar is not None:
                 sampling = await self._restrictions.resolve(obliged(sampling, grammar))
         options = shared_options(request)
+        options["traceparent"] = request.traceparent or trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
         options["sampling"] = complete_sampling(
             sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n

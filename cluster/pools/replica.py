@@ -40,6 +40,8 @@ class Replica:
         links: of a prefill worker: what the link to each decode worker costs that it has met, by engine id.
         restarts: workers that this place has lost in a row.
         ready_since: monotonic time.
+        num_heard: times that something was heard of its worker, heartbeats too, since it started.
+        heard_at: when the last of them was, monotonic time; 0: never.
         life: the task that looks after it: notices that its worker is lost, and replaces it.
         on_state: told when its state changes.
     """
@@ -56,6 +58,8 @@ class Replica:
     links: dict[str, LinkCost] = field(default_factory=dict)
     restarts: int = 0
     ready_since: float = 0.0
+    num_heard: int = 0
+    heard_at: float = 0.0
     life: asyncio.Task[None] | None = None
     on_state: OnState = lambda engine_id, role, state: None
     _state: str = "starting"
@@ -100,7 +104,7 @@ class Replica:
         """Have a new worker for this place, which has yet to start."""
         self.handle = self.spawn()
         self.predecessor = self.info or self.predecessor
-        self.info, self.state = None, "starting"
+        self.info, self.state, self.num_heard, self.heard_at = None, "starting", 0, 0.0
 
     @property
     def foreseeable(self) -> WorkerInfo | None:

@@ -17,7 +17,9 @@ def traits_of(replicas: Iterable[Replica]) -> dict[WorkerTraits, bool]:
     One that is being replaced counts as it was, and as not ready: what fits nobody else is to wait for its successor.
     """
     return {
-        _traits(info): replica.state == "ready" for replica in replicas if (info := replica.foreseeable) is not None
+        _traits(info, replica.group_key): replica.state == "ready"
+        for replica in replicas
+        if (info := replica.foreseeable) is not None
     }
 
 
@@ -40,7 +42,7 @@ def incompatibilities_of(replicas: Iterable[Replica]) -> dict[tuple[str, str], I
     return incompatibilities
 
 
-def _traits(info: WorkerInfo) -> WorkerTraits:
+def _traits(info: WorkerInfo, group: str) -> WorkerTraits:
     layout = info.engine.layout
     return WorkerTraits(
         engine_id=info.engine.engine_id,
@@ -53,4 +55,5 @@ def _traits(info: WorkerInfo) -> WorkerTraits:
         num_layers=layout.num_layers,
         chunk_tokens=info.max_num_batched_tokens,
         blocks_per_sequence=info.blocks_per_sequence,
+        kind=f"{group} {info.device} {info.attention_backend}",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from cluster.pools.replica import Replica
@@ -29,6 +30,7 @@ class OutputStream:
     async def _read(self, replica: Replica, on_output: Callable[[StepOutput], None]) -> None:
         async for batch in replica.handle.outputs():
             self.num_heard += 1
+            replica.num_heard, replica.heard_at = self.num_heard, time.monotonic()
             for output in batch:
                 replica.load = output.load
                 on_output(output)

@@ -51,6 +51,7 @@ class Supervisor:
         self._on_change = on_change
         self._progress = progress
         self._silence_s = silence_s
+        self._said: dict[str, str] = {}
         self._pinned_identity = PinnedIdentity()
 
     async def start(self, replica: Replica) -> None:
@@ -86,7 +87,7 @@ class Supervisor:
         try:
             await listen_for(stream.ended, lambda: stream.num_heard, self._silence_s)
         except WorkerLostError as error:
-            logger.warning("%s: %s", replica.engine_id, error)
+            logger.warning("lost %s: %s", replica.engine_id, error)
         except Exception:
             logger.exception("lost touch with %s", replica.engine_id)
 
@@ -103,20 +104,32 @@ class Supervisor:
         )  # its peers are told when it has ended, if it can
         return wanted
 
+    def _say_once(self, name: str, reason: str) -> None:
+        """That a worker could not start, unless it was said before and for the same reason."""
+        if self._said.get(name) != reason:
+            logger.warning("could not start %s: %s; it is tried again and again", name, reason)
+        self._said[name] = reason
+
     async def _replace(self, replica: Replica) -> None:
+        began = time.monotonic()
         while True:
             delay = RESTART_DELAYS_S[min(replica.restarts, len(RESTART_DELAYS_S) - 1)]
             replica.restarts += 1
             await asyncio.sleep(delay)
             replica.renew()
             if await self._try_to_start(replica):
+                self._said.pop(replica.handle.name, None)
+                seconds = time.monotonic() - began
+                logger.warning(
+                    "%s is back, %.1f s after it was lost: %s", replica.handle.name, seconds, replica.engine_id
+                )
                 return
 
     async def _try_to_start(self, replica: Replica) -> bool:
         try:
             await self.start(replica)
         except Exception as error:
-            logger.warning("could not start %s: %s: %s", replica.handle.name, type(error).__name__, error)
+            self._say_once(replica.handle.name, f"{type(error).__name__}: {error}")
             self._roster.forget(replica.engine_id)
             replica.state = "lost"
             replica.info = None

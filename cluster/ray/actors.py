@@ -7,7 +7,9 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
+from cluster.logs.setup import log_to_file
 from cluster.ray.heartbeat_log import HeartbeatLog
 from cluster.ray.process_end import Whereabouts
 from cluster.worker_handle import HEARTBEAT_S, StartProgress
@@ -43,6 +45,7 @@ class WorkerActor:
         self, config: WorkerConfig, make_host: Callable[..., WorkerHost] = WorkerHost, lease: Lease | None = None
     ) -> None:
         self._config = config
+        _log(config)
         self._make_host = make_host
         self._loop = asyncio.get_event_loop()
         self._host: WorkerHost | None = None
@@ -198,6 +201,7 @@ class FollowerActor:
 
     async def start(self, seat: Seat) -> None:
         """Build the rank; returns when the lead knows of it."""
+        _log(self._config, f"-rank{seat.rank}")
         connector = NixlConnector(lease=self._lease)
         self._host = await asyncio.to_thread(self._make_host, self._config, seat, connector, self._on_end)
 
@@ -245,3 +249,9 @@ class FollowerActor:
         if error is not None:
             logger.error("a rank of %s ends: %s", self._config.name, error)
             os._exit(1)
+
+
+def _log(config: WorkerConfig, rank: str = "") -> None:
+    """Have this process log to a file that is called as its worker is."""
+    if config.log_folder is not None:
+        log_to_file(config.log_level, config.log_format, config.name + rank, Path(config.log_folder))

@@ -15,6 +15,7 @@ from cluster.errors import WorkerLostError
 from cluster.ray.actors import FollowerActor, WorkerActor
 from cluster.ray.placement_group import RankPlacement, RankResources
 from cluster.ray.process_end import Whereabouts, all_ended
+from cluster.ray.waiting import awaited, tell_if_it_takes_long
 from cluster.worker_handle import HEARTBEAT_S, LoadProgress
 from kv_transfer.link_cost import LinkCost, together
 from kv_transfer.transports.base import EngineInfo
@@ -46,6 +47,7 @@ class RayWorker:
         self._num_heard = 0
         self._heard_at = self._renewed_at = 0.0
         self._renewal: asyncio.Task[None] | None = None
+        self._resources = resources
         self._placement = RankPlacement(config.name, config.tensor_parallel_size, resources)
         self._lead: Any = self._placement.create(WorkerActor, 0, config)
         self._followers: list[Any] = [
@@ -54,7 +56,15 @@ class RayWorker:
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """See `WorkerHandle.start`."""
-        await self._placement.wait()
+        ranks = 1 + len(self._followers)
+        waiting = asyncio.create_task(
+            tell_if_it_takes_long(self.name, lambda: awaited(self._resources, ranks, ray.available_resources()))
+        )
+        try:
+            await self._placement.wait()
+            await self._call(self._lead.progress.remote())
+        finally:
+            waiting.cancel()
         seats = (await self._call(self._lead.seats.remote()))[1:] if self._followers else ()
         starts = [asyncio.ensure_future(self._call(self._lead.start.remote()))]
         for follower, seat in zip(self._followers, seats, strict=True):

@@ -249,6 +249,10 @@ class LoadTracker:
             table.quarantine(engine_id, blocks - before)
             self._quarantined[engine_id] = blocks
 
+    def pace(self, engine_id: str, prefill: float, decode: float) -> None:
+        """A worker says how its steps compare with what it has measured; see `Load`."""
+        (self._prefill if engine_id in self._prefill else self._decode).pace(engine_id, prefill, decode)
+
     def _as_known(self, request: RoutingRequest) -> RoutingRequest:
         """The request with what these books know of its future."""
         return RoutingRequest(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ class WorkerTraits:
         chunk_tokens: of prompts, that it computes in one step.
         blocks_per_sequence: the most blocks that a sequence holds at once, where what lies behind a window is given
             back; None: it holds those of all its tokens.
+        kind: workers of one kind should measure alike.
     """
 
     engine_id: str
@@ -44,6 +45,7 @@ class WorkerTraits:
     num_layers: int = 1
     chunk_tokens: int = 2048
     blocks_per_sequence: int | None = None
+    kind: str = ""
 
     @property
     def tokens_per_sequence(self) -> float:
@@ -164,6 +166,11 @@ class WorkerState:
         """The longest sequence that so many blocks suffice for."""
         most, longest = self.traits.blocks_per_sequence, self.traits.max_model_len
         return longest if most is not None and blocks >= most else min(longest, blocks * self.traits.block_size)
+
+    def measure(self, step_times: StepTimes) -> None:
+        """Its steps take so long from now on."""
+        self.traits = replace(self.traits, step_times=step_times)
+        self.short_step_s = step_times.decode_seconds(self.running + 1)
 
     def take(self, blocks: int, requests: int, queued_s: float, future: npt.NDArray[np.float64] | None) -> None:
         """It has so much more to do; with negative figures, less."""

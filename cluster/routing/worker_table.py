@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.routing.prefill_times import PrefillTimes
+from cluster.routing.step_time_estimates import StepTimeEstimates
 from cluster.routing.worker_state import WorkerState, WorkerTraits
+from workers.runner.step_times import StepTimes
 
 __all__ = ["WorkerState", "WorkerTable", "WorkerTraits"]
 
@@ -44,6 +46,7 @@ class WorkerTable:
             self._columns[name] = np.zeros(_FIRST_ROWS, dtype=np.int64)
         self._shown: dict[str, npt.NDArray[Any]] = {}
         self._times = PrefillTimes(_FIRST_ROWS)
+        self._estimates = StepTimeEstimates()
         self._slots: dict[str, int] = {}
         self._show()
 
@@ -113,6 +116,7 @@ class WorkerTable:
         self._times.put(row, traits.step_times)
         self._seat(row)
         self._show()
+        self._measure(self._estimates.add(traits.engine_id, traits.kind or traits.engine_id, traits.step_times))
 
     def remove(self, engine_id: str) -> None:
         """A worker is gone."""
@@ -127,12 +131,17 @@ class WorkerTable:
             self._times.move(last, row)
             self._seat(row)
         self._show()
+        self._measure(self._estimates.remove(engine_id))
 
     def set_ready(self, engine_id: str, ready: bool) -> None:
         """Whether it takes requests."""
         row = self._rows[engine_id]
         self._workers[row].ready = ready
         self._note(row)
+
+    def pace(self, engine_id: str, prefill: float, decode: float) -> None:
+        """A worker says how its steps compare with what it has measured; see `StepTimeEstimates`."""
+        self._measure(self._estimates.hear(engine_id, prefill, decode))
 
     def blocks(self, engine_id: str, num_tokens: int, num_samples: int = 1, shared_tokens: int = 0) -> int:
         """KV blocks of that worker's size for so many tokens and the next one; see `WorkerState.blocks`."""
@@ -161,6 +170,15 @@ class WorkerTable:
         row = self._rows[engine_id]
         self._workers[row].take(blocks, requests, queued_s, future)
         self._note(row)
+
+    def _measure(self, news: Mapping[str, StepTimes]) -> None:
+        """The steps of these workers take so long from now on."""
+        for engine_id, step_times in news.items():
+            row = self._rows[engine_id]
+            self._workers[row].measure(step_times)
+            self._times.put(row, step_times)
+            self._columns["kv_token_s"][row] = step_times.kv_token_s
+            self._note(row)
 
     def _seat(self, row: int) -> None:
         """Write the columns of a worker that is new in this row."""

@@ -9,9 +9,10 @@ from cluster.api import Engine, ModelInfo
 from cluster.config.schema import ServerConfig
 from cluster.gateway.readiness import WELL, Health
 from cluster.gateway.text_generation import Generation
-from cluster.server.grpc.listen import check_server, exposure_warnings
+from cluster.server.credentials import http_credentials_of
+from cluster.server.grpc.listen import check_access, check_server, exposure_warnings
 from cluster.server.grpc.serve import Server
-from cluster.server.openai.listen import check_http, http_exposure_warnings
+from cluster.server.openai.listen import check_http, http_exposure_warnings, tls_of
 from cluster.server.openai.serve import HttpServer
 
 
@@ -48,6 +49,18 @@ class Door(Protocol):
         ...
 
 
+def check_files(config: ServerConfig) -> None:
+    """Refuse TLS files, tokens and keys that cannot be used.
+
+    Raises:
+        ConfigError: one is missing or wrong.
+    """
+    check_access(config)
+    if config.http.enabled:
+        tls_of(config.http)
+        http_credentials_of(config)
+
+
 async def check_doors(config: ServerConfig) -> list[str]:
     """Find out early, before a model is loaded, whether the doors can be opened; returns what a user should know.
 
@@ -56,6 +69,7 @@ async def check_doors(config: ServerConfig) -> list[str]:
     """
     await check_server(config)
     if config.http.enabled:
+        http_credentials_of(config)
         await asyncio.to_thread(check_http, config.http)
     return exposure_warnings(config) + http_exposure_warnings(config.http)
 
@@ -72,6 +86,11 @@ class Doors:
     def address(self) -> str:
         """host:port of the gRPC server, as a client on this machine would write it."""
         return self._grpc.address
+
+    @property
+    def port(self) -> int:
+        """Of the gRPC server."""
+        return self._grpc.port
 
     @property
     def http_url(self) -> str:

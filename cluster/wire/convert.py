@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 
-from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, Usage, WorkerStatus
+from cluster.api import Explanation, ModelInfo, PoolTarget, RequestReport, ServerInfo, Usage, WorkerStatus
 from cluster.routing.types import CandidateReport
 from protos import baton_pb2
 from workers.messages import FinishReason, Load
@@ -129,6 +129,11 @@ def targets_to_proto(targets: Iterable[PoolTarget]) -> baton_pb2.ScaleResponse:
 def targets_from_proto(message: baton_pb2.ScaleResponse) -> list[PoolTarget]:
     """What the pools are to have."""
     return [PoolTarget(m.role, m.target, m.min_replicas, m.max_replicas, m.group) for m in message.pools]
+
+
+def server_info_from_proto(message: baton_pb2.GetServerInfoResponse) -> ServerInfo:
+    """From the wire."""
+    return ServerInfo(message.version, message.commit, message.uptime_s)
 
 
 def model_info_to_proto(info: ModelInfo) -> baton_pb2.GetModelInfoResponse:

@@ -49,6 +49,9 @@ class _Stream:
     async def report(self) -> RequestReport:
         return REPORT
 
+    def complete(self) -> None:
+        pass
+
     async def aclose(self) -> None:
         self._left = 0
 

@@ -22,6 +22,7 @@ from cluster.pools.groups import PoolLimits
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.router import Choose, place
 from cluster.routing.types import CandidateReport
+from cluster.server.grpc import closing
 from cluster.server.grpc.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
 from fleet import Fleet
@@ -88,6 +89,9 @@ class ScriptedStream:
 
     async def report(self) -> RequestReport:
         return REPORT
+
+    def complete(self) -> None:
+        pass
 
     async def aclose(self) -> None:
         await self._steps.aclose()
@@ -160,9 +164,13 @@ def scripted() -> Callable[[Sequence[Step]], tuple[ScriptedEngine, ModelInfo]]:
 
 
 @pytest.fixture
-async def serve(byte_tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
+async def serve(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., Awaitable[Served]]]:
     """Start a server on a free loopback port; keyword arguments are settings of its section."""
     servers: list[Server] = []
+    for name in ("ON_THEIR_WAY_S", "GOODBYE_S"):  # nobody calls when they stop
+        monkeypatch.setattr(closing, name, 0.0)
 
     async def start(
         script: Sequence[Step] = (), sampling_defaults: Mapping[str, object] | None = None, **settings: object

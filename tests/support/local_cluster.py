@@ -22,6 +22,7 @@ from workers.messages import (
     DecodeReport,
     HandoffReport,
     RequestFailed,
+    RequestPreempted,
     TokenOutput,
     WorkerEvent,
 )
@@ -77,6 +78,7 @@ class LocalCluster:
         self.tokens: dict[str, list[TokenOutput]] = defaultdict(list)
         self.reports: dict[str, HandoffReport] = {}
         self.decode_reports: dict[str, DecodeReport] = {}
+        self.preempted: list[str] = []
         self.random = random.Random(0)
         self.prefill: dict[str, PrefillWorker] = {}
         self.decode: dict[str, DecodeWorker] = {}
@@ -193,6 +195,8 @@ class LocalCluster:
             case RequestFailed():
                 self.failures.setdefault(event.request_id, event.error)
                 self.abort(event.request_id)
+            case RequestPreempted():
+                self.preempted.append(event.request_id)
             case HandoffReport():
                 self.reports[event.request_id] = event
             case DecodeReport():

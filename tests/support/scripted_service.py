@@ -87,6 +87,9 @@ class TextStream:
     async def report(self) -> RequestReport:
         return RequestReport("p", "d")
 
+    def complete(self) -> None:
+        pass
+
     async def aclose(self) -> None:
         await self._chunks.aclose()
 

@@ -92,6 +92,7 @@ def test_preempted_sequences_are_in_the_load(one_pair):
     cluster.submit("new", prompt(30, 1), greedy(30))
     run_until(cluster, lambda: decode.load.preempted == 1)
     assert decode.load.running == 1
+    assert cluster.preempted == ["new"]
     cluster.submit("next", prompt(1), greedy(2))
     run_until(cluster, lambda: decode.load.preempted == 0)
     assert len(cluster.token_ids("old")) == 30, "what was put aside came back when there was room"

@@ -17,7 +17,7 @@ from workers.runner.decode_runner import DecodeRunner
 from workers.sampling_params import SamplingParams
 from workers.structured_output import StructuredOutput
 
-LONG = StructuredOutput.regex("([0-9]{4}-){12}[a-f]{8}")
+LONG = StructuredOutput.regex("([0-9]{4}-){8}[a-f]{8}")
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def check_answers(cluster, text_of, count: int) -> None:
         jsonschema.validate(json.loads(text_of(cluster.token_ids(f"json{i}"))), schema_of(i))
 
 
+@pytest.mark.parametrize("steps_ahead", [1])
 def test_answers_to_schemas_are_valid_and_the_rest_of_the_batch_is_as_if_alone(cluster, text_of) -> None:
     count = 15
     mixed = cluster(max_num_seqs=20, decode_blocks=600, prefill_blocks=200)
@@ -125,6 +126,7 @@ def test_a_mask_waits_for_the_token_before_and_no_step_waits_for_a_mask(cluster,
     assert len(order) == 6 + steps_ahead, "six tokens and the end, the first of them on prefill; one step too many"
 
 
+@pytest.mark.parametrize("steps_ahead", [1])
 def test_who_makes_room_comes_back_where_it_was(cluster, text_of) -> None:
     pair = cluster(decode_blocks=9)
     preempted = 0

@@ -11,6 +11,7 @@ from workers.grammars.matcher import TokenMatcher
 from workers.handoff.layers_per_write import LayersPerWrite
 from workers.kv_cache.manager import KVCacheManager
 from workers.messages import WorkerRequest
+from workers.request_trace import RequestTrace
 from workers.runner.model_runner import ModelRunner
 from workers.sampling.prompt_logprobs import PromptScores
 from workers.sampling.state import SamplingState, sample_states
@@ -32,6 +33,7 @@ class Prompt:
         computed: whether its first token is known.
         in_flight: steps that compute some of it and have not been waited for.
         cancelled: whether its blocks go back as soon as no step is in flight.
+        trace: when what happened; None: nobody asks.
         scores: its log-probabilities; None: they are not asked for.
     """
 
@@ -44,6 +46,7 @@ class Prompt:
     computed: bool = False
     in_flight: int = 0
     cancelled: bool = False
+    trace: RequestTrace | None = None
     scores: PromptScores | None = None
 
     @classmethod
@@ -66,6 +69,7 @@ class Prompt:
             sample_states(request, eos_token_ids, max_model_len, matchers),
             deadline=now + request.timeout_s,
             arrived=now,
+            trace=RequestTrace.of(request),
             scores=scores,
         )
 
@@ -92,6 +96,7 @@ class CompleteBlocks:
         start: the first one's place in the prompt.
         blocks: the blocks.
         layers_per_write: layers of them that one WRITE carries.
+        trace: of the prompt; None: nobody asks.
     """
 
     handoff_id: bytes
@@ -99,6 +104,7 @@ class CompleteBlocks:
     start: int
     blocks: Sequence[int]
     layers_per_write: int
+    trace: RequestTrace | None = None
 
 
 def complete_blocks(
@@ -119,7 +125,8 @@ def complete_blocks(
             continue
         for group, span, blocks in _handed_over(cache, chunk.prompt, chunk.start, chunk.end):
             layers = layers_per_write.choose(engine, group, len(span), num_tokens)
-            parts.append(CompleteBlocks(prompt.request.handoff_id, group, span.start, blocks, layers))
+            complete = (prompt.request.handoff_id, group, span.start, blocks, layers)
+            parts.append(CompleteBlocks(*complete, prompt.trace))
     return parts
 
 
@@ -140,6 +147,8 @@ def push_cached(
         for group, span, blocks in _handed_over(cache, chunk.prompt, 0, chunk.start):
             layers = range(cache.groups[group].num_layers)
             connector.push(prompt.request.handoff_id, group, layers, span.start, blocks, None)
+            if prompt.trace is not None:
+                _note_push(prompt.trace, group, layers, blocks)
 
 
 def layer_pusher(
@@ -166,8 +175,15 @@ def layer_pusher(
         for part in due:
             layers = range(index // part.layers_per_write * part.layers_per_write, index + 1)
             connector.push(part.handoff_id, group, layers, part.start, part.blocks, ready)
+            if part.trace is not None:
+                _note_push(part.trace, group, layers, part.blocks)
 
     return on_layer
+
+
+def _note_push(trace: RequestTrace, group: int, layers: range, blocks: Sequence[int]) -> None:
+    trace.mark("pushed")
+    trace.event("push", group=group, first_layer=layers.start, layers=len(layers), blocks=len(blocks))
 
 
 def _handed_over(

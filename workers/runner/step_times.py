@@ -28,6 +28,13 @@ class StepTimes:
         """How long a prompt takes, interpolated; 0 when nothing was measured."""
         return _interpolate(self.prefill, num_tokens)
 
+    def rest_seconds(self, num_tokens: int, cached: int) -> float:
+        """How long what is left of a prompt takes of which so much is there; no less than a prompt of that length."""
+        if not cached:
+            return self.prefill_seconds(num_tokens)
+        rest = self.prefill_seconds(num_tokens) - self.prefill_seconds(cached)
+        return max(rest, self.prefill_seconds(num_tokens - cached))
+
     def decode_seconds(self, batch_size: int, kv_tokens: float = 0.0) -> float:
         """How long a decode step takes, with so many tokens in the cache; 0 when nothing was measured."""
         return _interpolate(self.decode, batch_size) + self.kv_token_s * kv_tokens

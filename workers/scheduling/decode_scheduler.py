@@ -47,6 +47,7 @@ class DecodeBatch:
         self._store = store
         self._running: list[Sequence] = []
         self._preempted: list[Sequence] = []
+        self._newly_preempted: list[Sequence] = []
         self._leaving: set[Sequence] = set()
 
     @property
@@ -63,6 +64,11 @@ class DecodeBatch:
     def num_preempted(self) -> int:
         """Sequences in host memory."""
         return len(self._preempted)
+
+    def take_preempted(self) -> list[Sequence]:
+        """The sequences that have made room since the last call."""
+        preempted, self._newly_preempted = self._newly_preempted, []
+        return preempted
 
     def add(self, sequence: Sequence) -> None:
         """A sequence whose cache is complete joins."""
@@ -163,5 +169,6 @@ class DecodeBatch:
         self._cache.release(tables)
         sequence.tables = SequenceTables()
         self._running.remove(sequence)
+        self._newly_preempted.append(sequence)
         self._preempted.append(sequence)
         self._preempted.sort(key=lambda s: s.received)

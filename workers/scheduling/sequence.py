@@ -11,6 +11,7 @@ import torch
 from workers.block_hashes import BlockHashes
 from workers.kv_cache.tables import SequenceTables
 from workers.messages import WorkerRequest
+from workers.request_trace import RequestTrace
 from workers.sampling.state import SamplingState
 from workers.token_ids import TokenIds, as_token_ids
 
@@ -35,6 +36,7 @@ class Sequence:
         received: when its KV cache was complete, monotonic time.
         host_copy: its cache while preempted: of each cache group the blocks that it held.
         in_flight: tokens that are being computed: launched, and not looked at yet.
+        trace: when what happened; None: nobody asks.
         max_output: output tokens after which it ends at the latest.
     """
 
@@ -48,6 +50,7 @@ class Sequence:
     received: float = 0.0
     host_copy: Many[torch.Tensor] | None = None
     in_flight: int = 0
+    trace: RequestTrace | None = None
     others: Many[SamplingState] = ()
     index: int = 0
     unwanted: set[int] = field(default_factory=set)

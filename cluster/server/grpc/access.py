@@ -1,26 +1,45 @@
-"""Who may call: a bearer token that every call but the health check must carry."""
+"""Who may call: a bearer token with the call's role, which every call but the health check must carry."""
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 
 from cluster.errors import AuthenticationError
+from cluster.server.credentials import Credentials
 from cluster.server.grpc.errors import status_of
-from cluster.wire.auth import HEADER, bearer
+from cluster.wire.auth import HEADER, Role, authorize
+from protos import baton_pb2
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+_SERVICE = baton_pb2.DESCRIPTOR.services_by_name["Baton"].full_name
+_ROLES: dict[str, Role | None] = {
+    "Generate": Role.GENERATE,
+    "GenerateOnce": Role.GENERATE,
+    "Tokenize": Role.GENERATE,
+    "GetModelInfo": None,
+    "GetServerInfo": None,
+    "ListWorkers": Role.OPERATE,
+    "Explain": Role.OPERATE,
+    "Scale": Role.OPERATE,
+}
+ROLE_OF_METHOD = {f"/{_SERVICE}/{name}": role for name, role in _ROLES.items()}
+"""The role that a call needs, by the full name of its method; None, as for reflection: any token will do."""
 
 
 class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls that do not carry the token with UNAUTHENTICATED, before their body is read."""
+    """Refuses calls without a token with UNAUTHENTICATED and those beyond its roles with PERMISSION_DENIED.
 
-    def __init__(self, token: str) -> None:
-        self._expected = bearer(token)[1].encode()
-        self._refusals = {True: _refusing("the call carries no bearer token"), False: _refusing("wrong bearer token")}
+    Their body is not read. A method whose role is not known needs the one that operates.
+
+    Args:
+        credentials: the good ones, asked for at each call.
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
 
     async def intercept_service(
         self,
@@ -28,17 +47,23 @@ class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Go on to the method, or to a refusal."""
-        if handler_call_details.method.startswith(_OPEN_SERVICES):
+        method = handler_call_details.method
+        if method.startswith(_OPEN_SERVICES):
             return await continuation(handler_call_details)
-        given = [value for key, value in handler_call_details.invocation_metadata if key == HEADER]
-        # Compared in constant time, so that the time of a refusal says nothing about the token.
-        if len(given) == 1 and hmac.compare_digest(str(given[0]).encode(), self._expected):
-            return await continuation(handler_call_details)
-        return self._refusals[not given]
+        given = [str(value) for key, value in handler_call_details.invocation_metadata if key == HEADER]
+        try:
+            authorize(given, _role(method), self._credentials())
+        except AuthenticationError as error:
+            return _refusing(error)
+        return await continuation(handler_call_details)
 
 
-def _refusing(reason: str) -> grpc.RpcMethodHandler:
-    code, message = status_of(AuthenticationError(reason))
+def _role(method: str) -> Role | None:
+    return ROLE_OF_METHOD.get(method, Role.OPERATE if method.startswith(f"/{_SERVICE}/") else None)
+
+
+def _refusing(error: AuthenticationError) -> grpc.RpcMethodHandler:
+    code, message = status_of(error)
 
     async def refuse(_requests: Any, context: grpc.aio.ServicerContext) -> None:
         await context.abort(code, message)

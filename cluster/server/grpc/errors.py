@@ -9,6 +9,7 @@ import grpc
 
 from cluster.errors import (
     AuthenticationError,
+    ForbiddenError,
     NoWorkersError,
     QueueFullError,
     ShuttingDownError,
@@ -43,6 +44,7 @@ STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     NoWorkersError: grpc.StatusCode.UNAVAILABLE,
     HandoffError: grpc.StatusCode.UNAVAILABLE,
     AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
 }
 """A subclass has the status of its nearest base in this table; what is not in it is INTERNAL."""
 

@@ -8,7 +8,8 @@ import grpc
 
 from cluster.config.schema import ServerConfig
 from cluster.server.address import bind, is_loopback, join, reachable, read_file, tls_context
-from cluster.wire.auth import bearer
+from cluster.server.credentials import credentials_of
+from cluster.server.reloaded import Reloaded
 from workers.errors import ConfigError
 
 
@@ -18,11 +19,19 @@ async def check_server(config: ServerConfig) -> None:
     Raises:
         ConfigError: the address cannot be listened on, or a TLS file or the token is missing or wrong.
     """
-    if config.tls_cert is not None:
-        _credentials(config)
-    if config.auth_token is not None:
-        bearer(config.auth_token)
+    check_access(config)
     await asyncio.to_thread(_probe, config)
+
+
+def check_access(config: ServerConfig) -> None:
+    """Refuse TLS files and tokens that cannot be used.
+
+    Raises:
+        ConfigError: one is missing or wrong.
+    """
+    if config.tls_cert is not None:
+        _certificates(config)
+    credentials_of(config)
 
 
 def exposure_warnings(config: ServerConfig) -> list[str]:
@@ -49,7 +58,7 @@ def listen(server: grpc.aio.Server, config: ServerConfig) -> tuple[str, int]:
         ConfigError: the address cannot be listened on, or a TLS file is missing or wrong.
     """
     address = join(config.host, config.port)
-    credentials = None if config.tls_cert is None else _credentials(config)
+    credentials = None if config.tls_cert is None else _reloading_credentials(config)
     try:
         port: int = (
             server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
@@ -65,8 +74,25 @@ def _probe(config: ServerConfig) -> None:
     bind("server", config.host, config.port, "choose another with --port").close()
 
 
-def _credentials(config: ServerConfig) -> grpc.ServerCredentials:
+def _reloading_credentials(config: ServerConfig) -> grpc.ServerCredentials:
+    """Certificates that are read again when their files change; connections that are there keep theirs."""
+    paths = [path for path in (config.tls_cert, config.tls_key, config.tls_client_ca) if path is not None]
+    current = Reloaded("the TLS certificate", paths, lambda: _certificates(config))
+    handed = current()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        """Asked for by gRPC before each handshake, in a thread of its own; None: no change."""
+        nonlocal handed
+        before, handed = handed, current()
+        return None if handed is before else handed
+
+    return grpc.dynamic_ssl_server_credentials(
+        handed, changed, require_client_authentication=bool(config.tls_client_ca)
+    )
+
+
+def _certificates(config: ServerConfig) -> grpc.ServerCertificateConfiguration:
+    tls_context("server", str(config.tls_cert), str(config.tls_key), config.tls_client_ca)
     cert, key = read_file("server.tls_cert", config.tls_cert), read_file("server.tls_key", config.tls_key)
     client_ca = None if config.tls_client_ca is None else read_file("server.tls_client_ca", config.tls_client_ca)
-    tls_context("server", str(config.tls_cert), str(config.tls_key), config.tls_client_ca)
-    return grpc.ssl_server_credentials([(key, cert)], client_ca, require_client_auth=client_ca is not None)
+    return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=client_ca)

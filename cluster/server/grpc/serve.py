@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
-from cluster.api import Engine, ModelInfo
+from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.config.schema import ServerConfig
 from cluster.errors import StartingError
 from cluster.gateway.readiness import WELL, Health
 from cluster.gateway.text_generation import Generation
 from cluster.server.call_gate import CallGate
+from cluster.server.credentials import credentials_of
 from cluster.server.grpc.access import BearerTokenInterceptor
+from cluster.server.grpc.closing import LastCalls
 from cluster.server.grpc.errors import status_of
 from cluster.server.grpc.health import HealthBoard
 from cluster.server.grpc.listen import listen
 from cluster.server.grpc.reflection import enable_reflection
 from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
 from cluster.server.pacing import Pacer
+from cluster.version import commit, version
 
 MAX_REQUEST_BYTES = 64 * 2**20
 """Larger than any prompt, so that one that is too long is refused with its length and the limit, not by gRPC."""
@@ -53,14 +57,19 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self.address, self.port = "", 0
         self._config = config
+        self._version, self._commit, self._began = version(), commit(), time.monotonic()
         self._gate = CallGate()
         self._health = HealthBoard()
         self._service = _Service()
         self._pacer = Pacer()
         self._pacing: asyncio.Task[None] | None = None
-        interceptors = [] if config.auth_token is None else [BearerTokenInterceptor(config.auth_token)]
+        credentials = credentials_of(config)
+        self._last_calls = LastCalls()
+        guards = [] if credentials is None else [BearerTokenInterceptor(credentials)]
         self._grpc = grpc.aio.server(
-            interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=config.max_concurrent_rpcs
+            interceptors=[self._last_calls, *guards],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )
 
     async def open(self) -> None:
@@ -87,13 +96,17 @@ class Server:
 
     async def serve(self, generation: Generation, engine: Engine, model_info: ModelInfo, found: Health = WELL) -> None:
         """Answer the service's calls from now on; `found` is how the service is, until the next `report`."""
-        service = BatonService(generation, engine, model_info, self._pacer)
+        service = BatonService(generation, engine, model_info, self._pacer, self.info)
         self._service.handlers = method_handlers(service, self._config.default_timeout_s, self._gate)
         await self._health.report(found)
 
     async def report(self, found: Health) -> None:
         """How the service is, for health checks."""
         await self._health.report(found)
+
+    def info(self) -> ServerInfo:
+        """Which program this is."""
+        return ServerInfo(self._version, self._commit, time.monotonic() - self._began)
 
     @property
     def num_calls(self) -> int:
@@ -123,7 +136,7 @@ class Server:
         if self._pacing is not None:
             self._pacing.cancel()
         await self._health.enter_graceful_shutdown()
-        await self._grpc.stop(_LAST_WORDS_S)
+        await self._last_calls.stop(self._grpc, _LAST_WORDS_S)
 
 
 async def start_server(config: ServerConfig, generation: Generation, engine: Engine, model_info: ModelInfo) -> Server:

@@ -6,14 +6,15 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from cluster.api import Engine, ModelInfo
+from cluster import trace_context
+from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.errors import ShuttingDownError
 from cluster.gateway.text_generation import Generation, GenerationRequest
 from cluster.request_id import check_name
@@ -35,13 +36,17 @@ _NEW_WORK = frozenset({"Generate", "GenerateOnce", "Tokenize", "Scale"})
 _ON_THE_WIRE = set(baton_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) - {"request_id", "sampling"}
 _OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name in _ON_THE_WIRE)
 """What a request says on the wire as it does inside; strings have at most `request_id.MAX_NAME_BYTES`."""
+ServerInfoSource = Callable[[], ServerInfo]
 _Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[float]]
 
 
 class BatonService:
     """One method per rpc of the service, of the same name: a parsed request and the seconds left go in."""
 
-    def __init__(self, generation: Generation, engine: Engine, model_info: ModelInfo, pacer: Pacer) -> None:
+    def __init__(
+        self, generation: Generation, engine: Engine, model_info: ModelInfo, pacer: Pacer, server_info: ServerInfoSource
+    ) -> None:
+        self._server_info = server_info
         self._generation = generation
         self._engine = engine
         self._model_info = model_info
@@ -83,6 +88,12 @@ class BatonService:
     ) -> baton_pb2.GetModelInfoResponse:
         """Say which model is served."""
         return convert.model_info_to_proto(self._model_info)
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: baton_pb2.GetServerInfoRequest, timeout_s: float
+    ) -> baton_pb2.GetServerInfoResponse:
+        """Say which Baton serves."""
+        return baton_pb2.GetServerInfoResponse(**asdict(self._server_info()))
 
     async def ListWorkers(  # noqa: N802
         self, request: baton_pb2.ListWorkersRequest, timeout_s: float
@@ -158,6 +169,7 @@ async def _governed(
 
     gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
     """
+    trace_context.accept(context.invocation_metadata() or ())
     remaining = context.time_remaining()
     timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
     try:

@@ -1,44 +1,46 @@
-"""Who may call: a bearer token that every call but those about health must carry."""
+"""Who may call: a bearer token that may generate, which every call but those about health must carry."""
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Sequence
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.errors import AuthenticationError
+from cluster.errors import AuthenticationError, ForbiddenError
+from cluster.server.credentials import Credentials
 from cluster.server.openai.errors import answer_of
-from cluster.wire.auth import HEADER, bearer
+from cluster.wire.auth import HEADER, Role, authorize
 
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class BearerTokenMiddleware:
-    """Refuses calls that carry none of the keys with 401, before their body is read.
+    """Refuses calls that carry none of the keys with 401, those whose key may not generate with 403, unread.
 
     Args:
         app: what is behind it.
-        keys: one of them must be there.
-
-    Raises:
-        ConfigError: a key that a header cannot carry.
+        credentials: the good ones, asked for at each call.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, credentials: Credentials) -> None:
         self._app = app
-        self._expected = [bearer(key)[1].encode() for key in keys]
+        self._credentials = credentials
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Go on, or refuse."""
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        given = [value for name, value in scope["headers"] if name == HEADER.encode()]
-        # All are compared, each in constant time, so that the time of a refusal says nothing about any.
-        matches = [hmac.compare_digest(given[0], expected) for expected in self._expected] if len(given) == 1 else []
-        if any(matches):
-            await self._app(scope, receive, send)
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == HEADER.encode()]
+        try:
+            authorize(given, Role.GENERATE, self._credentials())
+        except AuthenticationError as error:
+            await answer_of(_as_said_here(error, bool(given))).response()(scope, receive, send)
             return
-        reason = "wrong API key" if given else "the call carries no API key: send it as `Authorization: Bearer KEY`"
-        await answer_of(AuthenticationError(reason)).response()(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def _as_said_here(error: AuthenticationError, given: bool) -> AuthenticationError:
+    """The refusal in the words of this interface, whose tokens are called keys."""
+    if isinstance(error, ForbiddenError):
+        return error
+    none = "the call carries no API key: send it as `Authorization: Bearer KEY`"
+    return AuthenticationError("wrong API key" if given else none)

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.config.schema import HttpConfig
+from cluster.server.credentials import Credentials
 from cluster.server.openai.access import BearerTokenMiddleware
 from cluster.server.openai.body_limit import BodyLimitMiddleware
 from cluster.server.openai.door import Door
@@ -22,12 +23,8 @@ from workers.errors import BatonError
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 400: "invalid_json"}
 
 
-def build_app(config: HttpConfig, door: Door) -> FastAPI:
-    """The ASGI application behind one door.
-
-    Raises:
-        ConfigError: a key that a header cannot carry.
-    """
+def build_app(config: HttpConfig, door: Door, credentials: Credentials | None = None) -> FastAPI:
+    """The ASGI application behind one door; `credentials` are the keys that are good, None: all are."""
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None)
     app.state.door = door
     for routes in (completions, chat, responses, models, tokens, probes):
@@ -38,8 +35,8 @@ def build_app(config: HttpConfig, door: Door) -> FastAPI:
     app.add_exception_handler(Exception, _on_error)
     # The one that is added last is the first that a request meets.
     app.add_middleware(BodyLimitMiddleware, max_bytes=int(config.max_body_mb * 1e6))
-    if config.api_keys is not None:
-        app.add_middleware(BearerTokenMiddleware, keys=config.api_keys)
+    if credentials is not None:
+        app.add_middleware(BearerTokenMiddleware, credentials=credentials)
     if config.cors_origins is not None:
         app.add_middleware(
             CORSMiddleware,

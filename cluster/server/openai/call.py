@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cluster import trace_context
 from cluster.errors import ShuttingDownError
 from cluster.server.openai import sse
 from cluster.server.openai.door import Door
@@ -42,6 +43,7 @@ class Call(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find the answer, and send it or what went wrong."""
+        trace_context.accept((name.decode("latin-1"), value) for name, value in scope["headers"])
         try:
             await self._governed(receive, send)
         except RequestCancelledError:

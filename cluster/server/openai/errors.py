@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from cluster.errors import (
     AuthenticationError,
+    ForbiddenError,
     ModelNotFoundError,
     NoWorkersError,
     QueueFullError,
@@ -63,6 +64,7 @@ KIND_BY_ERROR: dict[type[BaseException], Kind] = {
     NoTokenLeftError: Kind(400, _INVALID),
     CapacityError: Kind(400, _INVALID),
     AuthenticationError: Kind(401, _INVALID, "invalid_api_key"),
+    ForbiddenError: Kind(403, _INVALID, "insufficient_permissions"),
     ModelNotFoundError: Kind(404, _INVALID, "model_not_found"),
     DeadlineExceededError: Kind(408, "timeout_error", "deadline_exceeded"),
     QueueFullError: Kind(429, "rate_limit_error", "rate_limit_exceeded"),
@@ -116,7 +118,7 @@ def answer_of(error: BaseException) -> Answer:
 
 def _headers(error: BaseException) -> dict[str, str]:
     """When to come again, where that helps; who must say who he is."""
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError) and not isinstance(error, ForbiddenError):
         return {"www-authenticate": "Bearer"}
     if isinstance(error, QueueFullError):
         return _retry_after(error.retry_after_s)

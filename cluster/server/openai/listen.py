@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from cluster.config.schema import HttpConfig
 from cluster.server.address import bind, is_loopback, tls_context
-from cluster.wire.auth import bearer
+from cluster.server.reloaded import Reloaded
 
 SECTION = "server.http"
 _HINT = f"choose another with --http-port, or do without by --set {SECTION}.enabled=false"
@@ -18,11 +18,9 @@ def check_http(config: HttpConfig) -> None:
     """Find out early whether the server can listen where it is told to.
 
     Raises:
-        ConfigError: the address cannot be listened on, or a TLS file or a key is missing or wrong.
+        ConfigError: the address cannot be listened on, or a TLS file is missing or wrong.
     """
     tls_of(config)
-    for key in config.api_keys or ():
-        bearer(key)
     open_socket(config).close()
 
 
@@ -38,13 +36,23 @@ def open_socket(config: HttpConfig) -> socket.socket:
 def tls_of(config: HttpConfig) -> Callable[..., ssl.SSLContext] | None:
     """What makes the TLS context, in the form that uvicorn takes; None: there is no TLS.
 
+    The certificate that a new connection is shown is read again when its files change.
+
     Raises:
         ConfigError: a file cannot be read, or holds no certificate with its key.
     """
     if config.tls_cert is None:
         return None
-    context = tls_context(SECTION, config.tls_cert, str(config.tls_key), config.tls_client_ca)
-    return lambda *_: context
+    cert, key, client_ca = config.tls_cert, str(config.tls_key), config.tls_client_ca
+    paths = [path for path in (cert, key, client_ca) if path is not None]
+    current = Reloaded("the HTTP server's TLS certificate", paths, lambda: tls_context(SECTION, cert, key, client_ca))
+
+    def show_current(connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = current()
+
+    first = tls_context(SECTION, cert, key, client_ca)
+    first.sni_callback = show_current  # called in every handshake, whether the client names a server or not
+    return lambda *_: first
 
 
 def http_exposure_warnings(config: HttpConfig) -> list[str]:

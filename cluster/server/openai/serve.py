@@ -14,6 +14,7 @@ from cluster.config.schema import ServerConfig
 from cluster.gateway.readiness import WELL, Health
 from cluster.gateway.text_generation import Generation
 from cluster.server.address import join, reachable
+from cluster.server.credentials import http_credentials_of
 from cluster.server.openai.app import build_app
 from cluster.server.openai.door import Door, Served
 from cluster.server.openai.listen import open_socket, tls_of
@@ -37,7 +38,7 @@ class HttpServer:
         self.url, self.port = "", 0
         self._config = config.http
         self._door = Door(config.default_timeout_s)
-        self._app = build_app(config.http, self._door)
+        self._app = build_app(config.http, self._door, http_credentials_of(config))
         self._uvicorn: _Uvicorn | None = None
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,6 +15,7 @@ import pytest
 
 from cluster.api import PoolTarget
 from cluster.cli.main import main
+from cluster.version import version
 from workers.errors import HandoffError
 from workers.messages import FinishReason
 from workers.sampling_params import SamplingParams
@@ -146,6 +148,7 @@ async def test_status_shows_workers(
         assert word in text
     assert "prefill pool: 1 of 1 workers ready, 90 of 100 blocks free" in text
     assert "decode pool: 0 of 1 workers ready, 150 of 200 blocks free" in text
+    assert re.search(rf"^baton {re.escape(version())}.* up for \d+ s$", text, re.MULTILINE)
 
 
 async def test_status_as_json(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,3 +70,13 @@ def test_errors_are_one_line(
     monkeypatch.setitem(cli.COMMANDS, "fake", ("a fake", "fake_command"))
     assert cli.main(["fake"]) == code
     assert capsys.readouterr().err == line
+
+
+def test_settings_are_checked_without_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("server: {auth_token: s3cret}\n")
+    assert cli.main(["up", "--check", "--config", str(path)]) == 0
+    assert capsys.readouterr().out == "The settings are right.\n"
+    path.write_text(f"server: {{tls_cert: {path}, tls_key: {path}}}\n")
+    assert cli.main(["up", "--check", "--config", str(path)]) == 1
+    assert "no certificate with its key" in capsys.readouterr().err

@@ -47,6 +47,9 @@ class Stream:
         yield TokenChunk((TokenOutput("r", self.token, finish_reason=FinishReason.LENGTH, attempt_id="r"),))
     async def report(self):
         return RequestReport("p-0", "d-0")
+    def complete(self) -> None:
+        pass
+
     async def aclose(self):
         pass
 
@@ -75,7 +78,11 @@ async def launch(config, report):
             await asyncio.sleep(60)
         info = ModelInfo("echo", "llama", "float32", 2048, 256, (), False)
         generation = Generation(Engine(), Letters(), info)
-        yield types.SimpleNamespace(engine=Engine(), generation=generation, model_info=info, readiness=Ready())
+        broken = asyncio.get_running_loop().create_future()
+        if config.model.path == "breaks":
+            broken.set_result("what it stands on is gone")
+        parts = {"engine": Engine(), "generation": generation, "model_info": info, "readiness": Ready()}
+        yield types.SimpleNamespace(**parts, broken=broken, observed=None)
     finally:
         print("launch closed", file=sys.stderr)
 
@@ -144,6 +151,16 @@ def test_a_signal_while_loading_stops_what_was_started(up: Callable) -> None:
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "launch closed" in err
+    assert "Traceback" not in err
+
+
+def test_a_service_that_cannot_go_on_says_why_and_ends_in_good_order(up: Callable) -> None:
+    _, err = (process := up("--model", "breaks", "--port", "0")).communicate(timeout=60)
+    assert process.returncode == 1
+    lines = err.splitlines()
+    assert "What it stands on is gone." in lines
+    assert lines.index("launch closed") > next(i for i, line in enumerate(lines) if line.startswith("Draining"))
+    assert lines[-1] == "baton up: what it stands on is gone"
     assert "Traceback" not in err
 
 

@@ -38,6 +38,16 @@ def test_an_empty_token_is_no_token_and_running_open_is_said_in_a_word() -> None
     assert load_config(environ={"BATON_SERVER__AUTH_TOKEN": "none"}).server.auth_token is None
 
 
+@pytest.mark.parametrize("blank", ["", "null", "~", "''"])
+def test_a_blank_token_in_a_file_is_no_token_either(tmp_path: Path, blank: str) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(f"server:\n  auth_token: {blank}\n")
+    with pytest.raises(ConfigError, match=r"server\.auth_token is empty"):
+        load_config(path, environ={})
+    path.write_text("server: {auth_token: none, auth_token_file: none}\n")
+    assert load_config(path, environ={}).server.auth_token is None
+
+
 def test_no_attention_is_served_to_those_who_ask_for_wrong_answers() -> None:
     assert "model.without_attention=true" in refusal(prefill__attention_backend="NO_ATTENTION")
     asked = {"decode.attention_backend": "NO_ATTENTION", "model.without_attention": "true"}

@@ -85,10 +85,10 @@ def test_what_a_template_refuses_is_the_clients_error() -> None:
 
 
 def test_developers_are_the_system_where_the_template_does_not_know_them() -> None:
-    template = "{% for m in messages %}[{{ m.role }}]{% endfor %}"
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
     messages = [ChatMessage("developer", "x"), ChatMessage("user", "y")]
-    assert byte_tokenizer(template).apply_chat_template(messages) == "[system][user]"
-    assert byte_tokenizer(template + "{# developer #}").apply_chat_template(messages) == "[developer][user]"
+    assert byte_tokenizer(template).apply_chat_template(messages) == "[system] x [user] y "
+    assert byte_tokenizer(template + "{# developer #}").apply_chat_template(messages) == "[developer] x [user] y "
 
 
 OTHERS = {

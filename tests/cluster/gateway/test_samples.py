@@ -222,6 +222,9 @@ class TwoSamples:
     async def report(self):
         return None
 
+    def complete(self) -> None:
+        pass
+
     async def aclose(self) -> None:
         pass
 

@@ -222,6 +222,22 @@ async def test_a_replacement_that_fails_is_tried_again_whatever_the_error(error)
     await stage.pools.stop()
 
 
+async def test_a_loss_why_it_lasts_and_the_return_are_said_once_each(caplog: pytest.LogCaptureFixture):
+    full, gone = {"error": ConfigError("no memory")}, {"error": OSError("no file")}
+    stage = Stage(1, 1, {"decode-0": [{}, full, full, full, gone, gone, {}]})
+    await stage.pools.start()
+    stage.replica("decode-0").handle.said.put_nowait(WorkerLostError("killed"))
+    await until(lambda: stage.states().get("decode-0.6") == "ready")
+    await until(lambda: "is back" in caplog.text)
+    first, second, third, fourth = (record.getMessage() for record in caplog.records)
+    assert first == "lost decode-0.0: killed"
+    assert second == "could not start decode-0: ConfigError: no memory; it is tried again and again"
+    assert third == "could not start decode-0: OSError: no file; it is tried again and again"
+    assert fourth.startswith("decode-0 is back, ")
+    assert fourth.endswith(": decode-0.6")
+    await stage.pools.stop()
+
+
 async def test_an_error_in_taking_output_costs_one_worker_not_the_service():
     stage = Stage()
     await stage.pools.start()
@@ -275,7 +291,7 @@ async def test_a_start_does_not_wait_for_ever(monkeypatch):
 
 
 async def test_a_place_that_fails_again_and_again_has_no_future():
-    stage = Stage(1, 1, {"decode-0": [{}, *[{"error": CheckpointError("no checkpoint")}] * 50]})
+    stage = Stage(1, 1, {"decode-0": [{}, *[{"error": CheckpointError("no checkpoint")}] * 5000]})
     await stage.pools.start()
     replica = stage.replica("decode-0")
     assert replica.may_return

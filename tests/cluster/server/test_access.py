@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import socket
+import ssl
 import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,7 +16,10 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
+from cluster.server import reloaded
+from cluster.server.grpc.access import ROLE_OF_METHOD
 from cluster.server.grpc.listen import check_server, exposure_warnings
+from cluster.server.grpc.service import SERVICE
 from workers.errors import ConfigError
 
 Serve = Callable[..., Awaitable]
@@ -78,6 +82,40 @@ async def test_without_the_right_token_every_call_is_refused(serve: Serve, token
 async def test_with_the_right_token_calls_go_through(serve: Serve, answer: Answer) -> None:
     served = await serve(answer("ok"), auth_token="s3cret")
     assert await generate(replace(served.connection, token="s3cret")) == "ok"
+
+
+async def test_each_token_is_good_for_its_roles_and_the_file_is_read_again(
+    serve: Serve, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reloaded, "LOOK_INTERVAL_S", 0.0)
+    path = tmp_path / "tokens"
+    path.write_text("generate asks\noperate looks\nboth\n")
+    served = await serve(answer("ok"), auth_token_file=str(path))
+
+    async def statuses(token: str) -> list[str]:
+        """Of a call that generates, one that operates and one that any token is good for."""
+        found = []
+        async with AsyncBatonClient(replace(served.connection, token=token)) as client:
+            for call in (anext(aiter(client.generate("x"))), client.workers(), client.model_info()):
+                try:
+                    await call
+                    found.append("OK")
+                except BatonClientError as error:
+                    found.append(error.status.name)
+        return found
+
+    assert await statuses("asks") == ["OK", "PERMISSION_DENIED", "OK"]
+    assert await statuses("looks") == ["PERMISSION_DENIED", "OK", "OK"]
+    assert await statuses("both") == ["OK", "OK", "OK"]
+    path.write_text("generate asks-anew\n")
+    assert await statuses("asks-anew") == ["OK", "PERMISSION_DENIED", "OK"]
+    assert await statuses("asks") == ["UNAUTHENTICATED"] * 3
+    path.write_text("")  # being written: nothing is open, the tokens before stay
+    assert await statuses("asks-anew") == ["OK", "PERMISSION_DENIED", "OK"]
+
+
+def test_every_method_has_a_role() -> None:
+    assert set(ROLE_OF_METHOD) == {f"/{SERVICE.full_name}/{method.name}" for method in SERVICE.methods}
 
 
 async def test_a_token_that_a_header_cannot_carry_is_refused(serve: Serve) -> None:
@@ -220,6 +258,29 @@ async def test_tls_serves_who_trusts_the_certificate_and_nobody_else(serve: Serv
         with pytest.raises(BatonClientError, match="cannot reach a Baton server") as caught:
             await generate(replace(served.connection, tls_ca=ca))
         assert caught.value.status is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_certificate_that_is_replaced_is_shown_to_the_next_connection(
+    serve: Serve, certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reloaded, "LOOK_INTERVAL_S", 0.0)
+    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+
+    def put(name: str) -> None:
+        cert.write_bytes((certs / f"{name}.pem").read_bytes())
+        key.write_bytes((certs / f"{name}.key").read_bytes())
+
+    def shown() -> str:
+        return ssl.get_server_certificate((host, int(port)), timeout=10)
+
+    put("server")
+    served = await serve([], tls_cert=str(cert), tls_key=str(key))
+    host, _, port = served.server.address.rpartition(":")
+    assert await asyncio.to_thread(shown) == (certs / "server.pem").read_text()
+    cert.write_bytes((certs / "client.pem").read_bytes())  # its key has not come yet
+    assert await asyncio.to_thread(shown) == (certs / "server.pem").read_text()
+    put("client")
+    assert await asyncio.to_thread(shown) == (certs / "client.pem").read_text()
 
 
 async def test_mutual_tls_asks_for_the_clients_certificate(serve: Serve, answer: Answer, certs: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 import grpc
 
-from cluster.api import ModelInfo, RequestReport, TokenChunk
+from cluster.api import ModelInfo, RequestReport, ServerInfo, TokenChunk
 from cluster.client.client import AsyncBatonClient
 from cluster.gateway.text_generation import Generation
 from cluster.server import garbage_collector
@@ -56,12 +56,15 @@ class QueueEngine:
     async def report(self) -> RequestReport:
         return RequestReport("p", "d")
 
+    def complete(self) -> None:
+        pass
+
     async def aclose(self) -> None:
         pass
 
 
 def responses(engine: QueueEngine, tokenizer, pacer: Pacer):
-    service = BatonService(Generation(engine, tokenizer, MODEL), engine, MODEL, pacer)
+    service = BatonService(Generation(engine, tokenizer, MODEL), engine, MODEL, pacer, lambda: ServerInfo("1", "", 0.0))
     request = baton_pb2.GenerateRequest(token_ids=baton_pb2.TokenIds(ids=[1]))
     return service.Generate(request, 60.0)
 

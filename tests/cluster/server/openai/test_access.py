@@ -11,6 +11,7 @@ import pytest
 
 from cluster.config.load import load_config
 from cluster.gateway.readiness import Health
+from cluster.server import reloaded
 from cluster.server.doors import Doors, check_doors
 from cluster.server.openai.serve import HttpServer
 from workers.errors import ConfigError
@@ -52,6 +53,13 @@ async def test_the_keys_are_those_of_the_other_door_unless_it_has_its_own(serve_
     async with served.client(api_key="other") as client:
         with pytest.raises(openai.AuthenticationError):
             await client.models.list()
+    file.write_text("generate asks\noperate looks\n")
+    served = await serve_http(answer("ok"), server={"auth_token_file": str(file)})
+    async with served.client(api_key="asks") as client:
+        await client.models.list()
+    async with served.client(api_key="looks") as client:
+        with pytest.raises(openai.PermissionDeniedError, match="it needs the role generate"):
+            await client.models.list()
     own = config_of(server__auth_token="a", server__http__api_keys="b,c")
     assert own.http.api_keys == ("b", "c")
 
@@ -83,6 +91,20 @@ async def test_tls(serve_http, answer, tmp_path: Path) -> None:
     async with httpx2.AsyncClient(verify=ssl.create_default_context(cafile=cert)) as client:
         got = await client.post(f"{served.server.url}/v1/completions", json=ASK)
     assert got.json()["choices"][0]["text"] == "ok"
+
+
+async def test_a_certificate_that_is_replaced_is_shown_to_the_next_connection(
+    serve_http, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reloaded, "LOOK_INTERVAL_S", 0.0)
+    cert, key = _certificate(tmp_path)
+    served = await serve_http(tls_cert=str(cert), tls_key=str(key))
+    where = ("127.0.0.1", served.server.port)
+    before = cert.read_text()
+    assert await asyncio.to_thread(ssl.get_server_certificate, where) == before
+    _certificate(tmp_path)
+    after = await asyncio.to_thread(ssl.get_server_certificate, where)
+    assert after == cert.read_text() != before
 
 
 async def test_what_is_wrong_with_the_address_is_found_early(serve_http, tmp_path: Path) -> None:

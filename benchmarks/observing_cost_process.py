@@ -1,0 +1,77 @@
+"""The server of `benchmarks.observing_cost`: the real door and engine over simulated workers, looked at or not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import time
+from functools import partial
+
+from benchmarks.simulation.hardware import Hardware
+from benchmarks.simulation.workers import SimulatedWorker
+from cluster.api import ModelInfo
+from cluster.config.load import load_config
+from cluster.gateway.engine import ServingEngine
+from cluster.gateway.readiness import Readiness
+from cluster.gateway.request_lines import RequestLines
+from cluster.gateway.text_generation import Generation
+from cluster.live.history import Objectives
+from cluster.live.observed import observed
+from cluster.logs.setup import log_to_stderr
+from cluster.metrics.service import observe_service
+from cluster.recall import SHIPPED_MODEL
+from cluster.server.garbage_collector import settle
+from cluster.server.grpc.serve import start_server
+from cluster.server.pages.serve import serve_pages
+from cluster.text.tokenizer import Tokenizer
+from workers.runner.step_times import StepTimes
+
+MODES = ("nothing", "metrics", "metrics and page", "log", "traces")
+_PREFILL_WORKERS = 8
+
+
+async def serve(mode: str, streams: int, step_s: float, collector: str) -> None:
+    """Serve until standard input ends; each line of it is answered with the processor seconds spent so far."""
+    times = StepTimes(prefill=((1, 1e-4), (1000, 1e-4)), decode=((1, step_s), (streams, step_s)))
+    hardware = Hardware(
+        times, num_blocks=64 * streams, max_num_seqs=2 * streams, steps_at_once=1, kv_bytes_per_token=1, load_s=0.0
+    )
+    fabric: dict[str, SimulatedWorker] = {}
+    places = {
+        role: [partial(SimulatedWorker, f"{role}-{i}", role, hardware, fabric) for i in range(count)]
+        for role, count in (("prefill", _PREFILL_WORKERS), ("decode", 1))
+    }
+    engine = ServingEngine(places["prefill"], places["decode"], max_queue=100_000)
+    await engine.start()
+    info = ModelInfo("simulated", "llama", "bfloat16", hardware.max_model_len, 4096, (), False)
+    config = load_config(environ={}, overrides={"server.port": 0, "metrics.port": 0})
+    generation = Generation(engine, Tokenizer.load(SHIPPED_MODEL), info)
+    async with contextlib.AsyncExitStack() as stack:
+        page = ""
+        if mode == "metrics":
+            observe_service(engine, info.name, info.max_model_len, "baton")
+        elif mode == "metrics and page":
+            seen = await stack.enter_async_context(observed(engine, generation, info, Readiness(engine), Objectives()))
+            page = await stack.enter_async_context(serve_pages(config.metrics, 0, seen.answers))
+        elif mode == "log":
+            log_to_stderr("info", "json", "gateway")
+            engine.observe(RequestLines(logging.getLogger("baton.requests")))
+        elif mode == "traces":
+            from cluster.tracing.exporting import otlp_targets
+            from cluster.tracing.observer import TraceRequests
+
+            engine.observe(TraceRequests(otlp_targets(collector, 1.0, "baton")))
+        server = await start_server(config.server, generation, engine, info)
+        settle()
+        print(json.dumps({"address": server.address, "page": page}), flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            print(json.dumps({"cpu_s": time.process_time()}), flush=True)
+        await server.stop(grace_s=0)
+    await engine.stop()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]))

@@ -1,0 +1,1 @@
+"""The small HTTP server for the page and the metrics."""
