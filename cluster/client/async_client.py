@@ -8,7 +8,7 @@ from typing import Self, Unpack
 
 import grpc
 
-from cluster.api import Explanation, ModelInfo, PoolTarget, WorkerStatus
+from cluster.api import Explanation, ModelInfo, PoolTarget, ServerInfo, WorkerStatus
 from cluster.client.connection import MAX_RESPONSE_BYTES, Connection
 from cluster.client.conversations import Messages
 from cluster.client.errors import call_errors
@@ -102,6 +102,13 @@ class AsyncBatonClient:
         with call_errors(self._connection):
             response = await self._stub.GetModelInfo(request, timeout=timeout_s, metadata=self._metadata)
         return convert.model_info_from_proto(response)
+
+    async def server_info(self, timeout_s: float | None = None) -> ServerInfo:
+        """The program that serves."""
+        request = baton_pb2.GetServerInfoRequest()
+        with call_errors(self._connection):
+            response = await self._stub.GetServerInfo(request, timeout=timeout_s, metadata=self._metadata)
+        return convert.server_info_from_proto(response)
 
     async def explain(
         self,

@@ -40,6 +40,8 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None
     allowed_token_ids: Sequence[int] | None
     bad_words: Sequence[str] | None
+    n: int | None
+    prompt_logprobs: int | None
 
 
 class RequestOptions(TypedDict, total=False):

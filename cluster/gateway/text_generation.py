@@ -6,40 +6,36 @@ Validate, tokenise, run the engine, detokenise, look for stop strings, count.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from cluster import trace_context
-from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, RequestReport, Usage
-from cluster.conversation.deltas import Delta
+from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
-from cluster.gateway.conversations import AnswerReader, Conversation, Conversations
+from cluster.gateway.complete_sampling import complete_sampling, obliged
+from cluster.gateway.conversations import Conversation, Conversations
 from cluster.gateway.grammar_check import GrammarCheck
-from cluster.gateway.marker_positions import MarkerPositions, Markers
-from cluster.gateway.prompt_positions import PromptPosition, check_prompt_logprobs, prompt_positions
+from cluster.gateway.prompt_encoder import Prompt, PromptEncoder
+from cluster.gateway.prompt_positions import prompt_positions
 from cluster.gateway.restrictions import Restrictions
+from cluster.gateway.sample_parts import by_sample, taken_apart
+from cluster.gateway.text_assembler import TextAssembler
+from cluster.gateway.text_chunk import TextChunk
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
-from cluster.text.detokenizer import IncrementalDetokenizer
-from cluster.text.stop import StopStrings
-from cluster.text.stop_tokens import stop_token_ids
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
-from workers.messages import FinishReason, RequestOptions, TokenOutput, shared_options
-from workers.sampling_params import SamplingParams
-from workers.structured_output import StructuredOutput
-from workers.token_ids import TokenIds, as_token_ids
-from workers.validation import check_sampling, check_token_ids
+from workers.messages import RequestOptions, shared_options
+from workers.token_ids import TokenIds
+from workers.validation import check_token_ids
 
 DEFAULT_MAX_N = 64
 _TOKENIZER_THREADS = 2
@@ -48,10 +44,6 @@ _HASHED_AT_ONCE = 1024
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-Prompt = str | TokenIds | Conversation
-"""A text, token ids, or a conversation for the checkpoint's chat template."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,30 +57,6 @@ class GenerationRequest(RequestOptions):
     prompt: Prompt
     model: str = ""
     add_special_tokens: bool | None = None
-
-
-@dataclass(frozen=True)
-class TextChunk:
-    """A part of an answer. `finish_reason`, `stop_reason`, `usage` and `report` are in the last one.
-
-    Of several samples each has parts of its own, the last of them with its finish reason; `usage` and `report` are in
-    the last of all. Log-probabilities of the prompt are in the first.
-
-    `stop_reason`: the stop string, or the one of the request's stop tokens, that ended the text; None: something else.
-    `markers`: special tokens of the model's formats, and where they stand in the text, which is without them.
-    `deltas`: of a conversation's answer, what the text says; None where all of it is content.
-    """
-
-    text: str
-    tokens: tuple[TokenOutput, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    usage: Usage | None = None
-    report: RequestReport | None = None
-    markers: Markers = ()
-    deltas: tuple[Delta, ...] | None = None
-    index: int = 0
-    prompt_logprobs: tuple[PromptPosition, ...] | None = None
 
 
 class Generation:
@@ -118,11 +86,12 @@ class Generation:
         max_n: int = DEFAULT_MAX_N,
     ) -> None:
         self.sampling_defaults = dict(sampling_defaults or {})
+        self._max_n = max_n
         self._engine = engine
         self._tokenizer = tokenizer
         self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
-        self._max_n = max_n
+        self._encoder = PromptEncoder(tokenizer, self._conversations, model_info)
         self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
         # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -162,28 +131,24 @@ class Generation:
         chunks = self._run(engine_request)
         if chat is None:
             return chunks
-        shows_special = not engine_request.sampling.skip_special_tokens
-        prompt = engine_request.prompt_token_ids
-        readers = [
-            reader
-            for _ in range(engine_request.sampling.n)
-            if (reader := self._conversations.reader(chat, prompt, shows_special_tokens=shows_special)) is not None
-        ]
-        return _taken_apart(chunks, readers) if readers else chunks
+        sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
+        reader = partial(
+            self._conversations.reader, chat, prompt, shows_special_tokens=not sampling.skip_special_tokens
+        )
+        readers = [reader() for _ in range(sampling.n)]
+        return taken_apart(chunks, [each for each in readers if each is not None]) if readers[0] else chunks
 
     async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
         sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
         markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
-        texts = {
-            index: _TextAssembler(self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
-            for index in range(sampling.n)
-        }
+        assembler = partial(TextAssembler, self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
+        texts = {index: assembler() for index in range(sampling.n)}
         num_tokens, stopped, last, positions = 0, False, TextChunk(""), None
         async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
                 if chunk.prompt_logprobs is not None:
                     positions = await self._in_thread(prompt_positions, prompt, chunk.prompt_logprobs, self.token_text)
-                for index, tokens in _by_sample(chunk.tokens):
+                for index, tokens in by_sample(chunk.tokens):
                     if (text := texts.get(index)) is None:
                         continue  # a stop string was found before
                     part = text.push(tokens)
@@ -226,8 +191,8 @@ class Generation:
         """
         self._check_model(model)
         if isinstance(prompt, np.ndarray):
-            return self._checked(prompt)
-        return await self._in_thread(self._encode, prompt, add_special_tokens)
+            return self._encoder.token_ids(prompt, add_special_tokens)
+        return await self._in_thread(self._encoder.token_ids, prompt, add_special_tokens)
 
     async def detokenize(self, token_ids: TokenIds, model: str = "") -> str:
         """The text of token ids, special tokens as they are spelled.
@@ -241,8 +206,7 @@ class Generation:
             raise InvalidRequestError(
                 f"{len(token_ids)} tokens are given; the context window has {self._model.max_model_len}"
             )
-        decode = self._tokenizer.with_special_tokens.text_of
-        return await asyncio.get_running_loop().run_in_executor(self._executor, decode, token_ids.tolist())
+        return await self._in_thread(self._tokenizer.with_special_tokens.text_of, token_ids.tolist())
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
         """The one request that goes from here to the workers, checked and whole; long work is done on other threads.
@@ -259,19 +223,18 @@ class Generation:
         if isinstance(request.prompt, Conversation):
             grammar = self._conversations.call_grammar(request.prompt, prompt)
             if grammar is not None:
-                sampling = await self._restrictions.resolve(_obliged(sampling, grammar))
+                sampling = await self._restrictions.resolve(obliged(sampling, grammar))
         options = shared_options(request)
         options["traceparent"] = request.traceparent or trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = self._complete(sampling, len(prompt))
+        options["sampling"] = complete_sampling(
+            sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n
+        )
         return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""
-        if isinstance(request.prompt, np.ndarray):
-            token_ids = self._checked(request.prompt)
-        else:
-            token_ids = self._encode(request.prompt, request.add_special_tokens)
+        token_ids = self._encoder.token_ids(request.prompt, request.add_special_tokens)
         prefix = PromptPrefix(token_ids, request.cache_salt)
         prefix.prepare(self._engine.block_sizes)
         return token_ids, prefix
@@ -294,173 +257,8 @@ class Generation:
 
     async def text_of(self, token_ids: TokenIds) -> str:
         """The text of a prompt that was given as token ids; special tokens have none."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._tokenizer.text_of, token_ids.tolist())
+        return await self._in_thread(self._tokenizer.text_of, token_ids.tolist())
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
             raise ModelNotFoundError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
-
-    def _checked(self, token_ids: TokenIds) -> TokenIds:
-        check_token_ids(token_ids, self._model.vocab_size)
-        self._check_length(len(token_ids))
-        return token_ids
-
-    def _encode(self, prompt: str | Conversation, add_special_tokens: bool | None) -> TokenIds:
-        is_text = isinstance(prompt, str)
-        text = prompt if isinstance(prompt, str) else self._conversations.render(prompt)
-        if is_text and not text:
-            raise InvalidRequestError("the prompt is empty")
-        self._tokenizer.check_length(text, self._model.max_model_len)
-        add = is_text if add_special_tokens is None else add_special_tokens
-        token_ids = as_token_ids(self._tokenizer.encode(text, add_special_tokens=add))
-        self._check_length(len(token_ids))
-        return token_ids
-
-    def _check_length(self, num_tokens: int) -> None:
-        limit = self._model.max_model_len
-        if num_tokens == 0:
-            raise InvalidRequestError("the prompt is empty")
-        if num_tokens + 1 > limit:
-            raise InvalidRequestError(
-                f"the prompt has {num_tokens} tokens; with one token to generate that is more than the context window "
-                f"of {limit} tokens"
-            )
-
-    def _complete(self, sampling: SamplingParams, prompt_len: int) -> SamplingParams:
-        """Turn stop strings that are tokens into these, keep `max_tokens` within the window, draw a missing seed.
-
-        Raises:
-            InvalidRequestError: the request cannot be served; names the value and the limit.
-        """
-        if sampling.n > self._max_n:
-            raise InvalidRequestError(f"n is {sampling.n}, at most {self._max_n} samples of a prompt are served")
-        check_prompt_logprobs(sampling, prompt_len)
-        room = self._model.max_model_len - prompt_len
-        if sampling.min_tokens > room:
-            raise InvalidRequestError(
-                f"min_tokens is {sampling.min_tokens}, but after a prompt of {prompt_len} tokens the context window "
-                f"of {self._model.max_model_len} has room for {room}"
-            )
-        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        # Where special tokens are shown, a stop string is found in the text, whatever it has.
-        special = self._tokenizer.special_token_ids if sampling.skip_special_tokens else {}
-        stops = stop_token_ids(sampling, special)
-        complete = replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stops)
-        check_sampling(complete, self._model.eos_token_ids, self._model.vocab_size)
-        return complete
-
-
-def _by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
-    """The tokens of each sample, in order."""
-    if all(token.index == tokens[0].index for token in tokens):
-        return [(tokens[0].index, tokens)] if tokens else []
-    samples: dict[int, list[TokenOutput]] = {}
-    for token in tokens:
-        samples.setdefault(token.index, []).append(token)
-    return samples.items()
-
-
-def _obliged(sampling: SamplingParams, grammar: str) -> SamplingParams:
-    """The same, with an answer that must call a function."""
-    if sampling.structured_output is not None:
-        raise InvalidRequestError("tool_choice wants a call, and response_format or structured_output another answer")
-    return replace(sampling, structured_output=StructuredOutput.grammar(grammar))
-
-
-async def _taken_apart(
-    chunks: AsyncGenerator[TextChunk, None], readers: Sequence[AnswerReader]
-) -> AsyncGenerator[TextChunk, None]:
-    """The parts of an answer, each with what it says; `readers` has one for each sample."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            reader = readers[chunk.index]
-            deltas = reader.read(chunk.text, chunk.markers, ended=chunk.finish_reason is not None)
-            reason = chunk.finish_reason
-            if reason is FinishReason.STOP and reader.calls_tools:
-                reason = FinishReason.TOOL_CALLS
-            yield replace(chunk, deltas=deltas, finish_reason=reason)
-
-
-class _TextAssembler:
-    """The text of one answer, token by token, up to a stop string.
-
-    Args:
-        tokenizer: whose tokens they are.
-        sampling: says what ends the text.
-        eos_token_ids: what ends it in any case.
-        markers: special tokens whose places are wanted, by id.
-
-    Attributes:
-        finish_reason: why the text ended; None while it goes on.
-        stop_reason: see `TextChunk`.
-        stopped: a stop string was found; what comes after it is not part of the answer.
-        num_tokens: tokens taken.
-
-    Args:
-        tokenizer: of the served checkpoint.
-        sampling: of the request.
-        prompt: what the answer continues; None: some text or other.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        sampling: SamplingParams,
-        prompt: TokenIds | None = None,
-        eos_token_ids: Sequence[int] = (),
-        markers: Mapping[int, str] = MappingProxyType({}),
-    ) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None
-        self.stopped = False
-        self.num_tokens = 0
-        shown = tokenizer if sampling.skip_special_tokens else tokenizer.with_special_tokens
-        self._detokenizer = IncrementalDetokenizer(shown, tokenizer.anchor if prompt is None else prompt)
-        self._show_stop = sampling.include_stop_str_in_output
-        self._stops = StopStrings(sampling.stop, include=self._show_stop)
-        self._stop_token_ids = set(sampling.stop_token_ids).difference(() if sampling.ignore_eos else eos_token_ids)
-        special = tokenizer.special_token_ids
-        self._stop_strings = {special[stop]: stop for stop in sampling.stop if stop in special}
-        self._min_tokens = sampling.min_tokens
-        self._markers = markers
-        self._positions = MarkerPositions()
-
-    def push(self, tokens: Sequence[TokenOutput]) -> TextChunk:
-        """Take tokens up to the one that completes a stop string, and return them with the text that is certain."""
-        text = ""
-        for position, token in enumerate(tokens):
-            self.num_tokens += 1
-            self.finish_reason = token.finish_reason
-            # The token that ended the text is not part of it, unless that is wanted.
-            if token.finish_reason is FinishReason.STOP and token.token_id in self._stop_token_ids:
-                self.stop_reason = self._stop_strings.get(token.token_id, token.token_id)
-            if token.finish_reason is not FinishReason.STOP or self._show_stop:
-                if marker := self._markers.get(token.token_id):
-                    # What is held back stands before it, whatever that turns out to be.
-                    text += self._scan(self._detokenizer.finish())
-                    self._positions.add(marker, len(text) + self._stops.num_held)
-                text += self._scan(self._detokenizer.push([token.token_id]))
-            if self.stopped:
-                tokens = tokens[: position + 1]
-                break
-        return TextChunk(text, tuple(tokens), markers=self._positions.send(len(text)))
-
-    def end(self, last: TextChunk) -> TextChunk:
-        """The last part, with what had been held back."""
-        rest = self.finish()
-        markers = [(len(last.text) + position, marker) for position, marker in self._positions.send(len(rest))]
-        return replace(last, text=last.text + rest, markers=(*last.markers, *markers))
-
-    def finish(self) -> str:
-        """The rest of the text: what had been held back."""
-        if self.stopped:
-            return ""
-        return self._scan(self._detokenizer.finish()) + self._stops.finish()
-
-    def _scan(self, text: str) -> str:
-        kept, self.stopped = self._stops.push(text, may_end=self.num_tokens >= self._min_tokens)
-        if self.stopped:
-            self.finish_reason, self.stop_reason = FinishReason.STOP, self._stops.found
-        return kept

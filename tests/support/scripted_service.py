@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import openai
 from tokenizers import Tokenizer as RustTokenizer
@@ -66,7 +66,7 @@ class TextEngine:
 
     def generate(self, request: EngineRequest) -> TextStream:
         self.requests.append(request)
-        return TextStream(self)
+        return TextStream(self, request.sampling.n)
 
     def workers(self) -> list[WorkerStatus]:
         return []
@@ -76,10 +76,10 @@ class TextEngine:
 
 
 class TextStream:
-    """One answer of a `TextEngine`."""
+    """The answer of a `TextEngine`, as often as there are samples, side by side."""
 
-    def __init__(self, engine: TextEngine) -> None:
-        self._chunks = self._run(engine)
+    def __init__(self, engine: TextEngine, n: int) -> None:
+        self._chunks = self._run(engine, n)
 
     def __aiter__(self) -> AsyncIterator[TokenChunk]:
         return self._chunks
@@ -93,16 +93,17 @@ class TextStream:
     async def aclose(self) -> None:
         await self._chunks.aclose()
 
-    async def _run(self, engine: TextEngine) -> AsyncGenerator[TokenChunk, None]:
+    async def _run(self, engine: TextEngine, n: int) -> AsyncGenerator[TokenChunk, None]:
         ids = [*engine.tokenizer.encode(engine.text, add_special_tokens=False), *engine.token_ids]
         if engine.finish_reason is FinishReason.STOP:
             ids += sorted(engine.tokenizer.eos_token_ids)
         tokens = [
-            TokenOutput("r", token, attempt_id="r", finish_reason=engine.finish_reason if n == len(ids) else None)
-            for n, token in enumerate(ids, 1)
+            TokenOutput("r", token, attempt_id="r", finish_reason=engine.finish_reason if at == len(ids) else None)
+            for at, token in enumerate(ids, 1)
         ]
         for at in range(0, len(tokens), engine.at_once):
-            yield TokenChunk(tuple(tokens[at : at + engine.at_once]))
+            together = tokens[at : at + engine.at_once]
+            yield TokenChunk(tuple(replace(token, index=index) for index in range(n) for token in together))
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.gateway.prompt_positions import PromptPosition, ScoredToken
-from cluster.gateway.text_generation import TextChunk
+from cluster.gateway.text_chunk import TextChunk
 from cluster.wire import convert
 from cluster.wire.chat import deltas_to_proto
 from protos import baton_pb2

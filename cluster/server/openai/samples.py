@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 from cluster.api import EngineRequest
 from cluster.gateway.conversations import Conversation
-from cluster.gateway.text_generation import Generation, TextChunk
+from cluster.gateway.text_chunk import TextChunk
+from cluster.gateway.text_generation import Generation
+from workers.sampling_params import SamplingParams
 
 _BUFFERED = 4
 """Parts of each answer that may wait for those of others."""
@@ -23,9 +25,9 @@ class SampleChunk:
     chunk: TextChunk
 
 
-def derived_seed(seed: int, sample: int) -> int:
-    """The seed of a prompt's answer of this number: the request's plus the number, so that the first has its own."""
-    return (seed + sample) % 2**64
+def with_samples(sampling: SamplingParams, n: int) -> SamplingParams:
+    """The parameters of a request for `n` answers: all of a greedy one are the same, which is generated once."""
+    return sampling if sampling.greedy else replace(sampling, n=n)
 
 
 async def generate_samples(
@@ -33,31 +35,31 @@ async def generate_samples(
 ) -> AsyncGenerator[SampleChunk, None]:
     """Answer every prompt, or the one of a conversation, `n` times; parts come as they are there.
 
-    Closing the generator cancels all.
-
-    Each answer is a request of its own, with a seed of its own; a prompt's blocks are found in prefix caches.
+    Closing the generator cancels all. Each request has `n` samples, or one, which is every answer to its prompt.
 
     Raises:
-        BatonError: what the engine raises of the first answer that fails, which ends the others.
+        BatonError: what the engine raises of the first request that fails, which ends the others.
     """
-    each = [_sample(request, number) for request in requests for number in range(n)]
-    if len(each) == 1:
-        async with aclosing(generation.run(each[0], chat)) as chunks:
-            async for chunk in chunks:
-                yield SampleChunk(0, chunk)
+    if len(requests) == 1:
+        async with aclosing(_answers(generation, requests[0], n, chat)) as parts:
+            async for part in parts:
+                yield part
         return
-    parts: asyncio.Queue[SampleChunk | BaseException | None] = asyncio.Queue(_BUFFERED * len(each))
-    tasks = [asyncio.create_task(_put(generation, request, chat, index, parts)) for index, request in enumerate(each)]
+    queue: asyncio.Queue[SampleChunk | BaseException | None] = asyncio.Queue(_BUFFERED * len(requests) * n)
+    tasks = [
+        asyncio.create_task(_put(generation, request, n, chat, number * n, queue))
+        for number, request in enumerate(requests)
+    ]
     try:
         left = len(tasks)
         while left:
-            part = await parts.get()
-            if isinstance(part, BaseException):
-                raise part
-            if part is None:
+            put = await queue.get()
+            if isinstance(put, BaseException):
+                raise put
+            if put is None:
                 left -= 1
             else:
-                yield part
+                yield put
     finally:
         for task in tasks:
             task.cancel()
@@ -67,24 +69,29 @@ async def generate_samples(
 async def _put(
     generation: Generation,
     request: EngineRequest,
+    n: int,
     chat: Conversation | None,
-    index: int,
-    parts: asyncio.Queue[SampleChunk | BaseException | None],
+    first: int,
+    queue: asyncio.Queue[SampleChunk | BaseException | None],
 ) -> None:
+    """Put the answers to one prompt, of which the first has this number, and None behind them."""
     try:
-        async with aclosing(generation.run(request, chat)) as chunks:
-            async for chunk in chunks:
-                await parts.put(SampleChunk(index, chunk))
+        async with aclosing(_answers(generation, request, n, chat)) as parts:
+            async for part in parts:
+                await queue.put(replace(part, index=first + part.index))
     except Exception as error:
-        await parts.put(error)
+        await queue.put(error)
     else:
-        await parts.put(None)
+        await queue.put(None)
 
 
-def _sample(request: EngineRequest, number: int) -> EngineRequest:
-    if number == 0:
-        return request
-    sampling = request.sampling
-    assert sampling.seed is not None  # drawn when the request was made whole
-    seed = derived_seed(sampling.seed, number)
-    return replace(request, request_id=f"{request.request_id}-{number}", sampling=replace(sampling, seed=seed))
+async def _answers(
+    generation: Generation, request: EngineRequest, n: int, chat: Conversation | None
+) -> AsyncGenerator[SampleChunk, None]:
+    """The answers to one prompt; where one is all of them, what it has cost is told of the first."""
+    same = range(1, n if request.sampling.n == 1 else 1)
+    async with aclosing(generation.run(request, chat)) as chunks:
+        async for chunk in chunks:
+            yield SampleChunk(chunk.index, chunk)
+            for index in same:
+                yield SampleChunk(index, replace(chunk, index=index, usage=None, report=None, prompt_logprobs=None))

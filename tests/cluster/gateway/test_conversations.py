@@ -87,6 +87,23 @@ async def test_what_stands_before_a_special_token_stays_before_it() -> None:
     assert deltas == [ReasoningDelta("\ufffd"), ContentDelta("Hi")]
 
 
+async def test_each_sample_is_taken_apart_by_itself() -> None:
+    tokenizer = byte_tokenizer(HARMONY, HARMONY_FORMAT.markers)
+    text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hi \u00e9"
+    engine = TextEngine(tokenizer, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False)), at_once=3)
+    info = ModelInfo("scripted", "llama", "float32", 512, tokenizer.vocab_size, tuple(tokenizer.eos_token_ids), True)
+    generation = Generation(engine, tokenizer, info, formats=choose_formats("auto", "auto", HARMONY))
+    sampling = SamplingParams(n=3)
+    request = GenerationRequest(request_id="r", prompt=Conversation(ASK), sampling=sampling, timeout_s=60)
+    said: dict[tuple[int, type], str] = {}
+    async for chunk in generation.generate(request):
+        for delta in chunk.deltas or ():
+            key = (chunk.index, type(delta))
+            said[key] = said.get(key, "") + delta.text
+    expected = {ReasoningDelta: "Hm.", ContentDelta: "Hi \u00e9"}
+    assert said == {(index, kind): text for index in range(3) for kind, text in expected.items()}
+
+
 def test_markers_wait_for_the_text_before_them() -> None:
     positions = MarkerPositions()
     positions.add("a", 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.text_generation import TextChunk
-from cluster.server.openai.answers.logprobs import LogprobWriter
+from cluster.gateway.text_chunk import TextChunk
+from cluster.server.openai.answers.logprobs import LogprobWriter, prompt_entries
 from cluster.server.openai.answers.message import MessageWriter
 from cluster.server.openai.answers.parts import Head, ending, token_ids_of
 from cluster.server.openai.answers.usage import UsageCount
@@ -29,6 +29,8 @@ class ChatWriter:
         self, head: Head, body: ChatCompletionRequest, prompt: list[int], token_bytes: Callable[[int], bytes]
     ) -> None:
         self._whole_head, self._head = head.of(_WHOLE), head.of(_PART)
+        self._token_bytes = token_bytes
+        self._num_prompt_top = body.prompt_logprobs
         self._token_ids = bool(body.return_token_ids)
         self._prompt = prompt if self._token_ids else None
         top = body.num_logprobs
@@ -42,7 +44,11 @@ class ChatWriter:
         written = []
         for index, chunk in enumerate(choices):
             written.append({**self._choice(index, chunk), "message": self._message.whole(chunk)})
-        return {**self._whole_head, **self._shown_prompt(), "choices": written, "usage": usage.completion()}
+        answer = {**self._whole_head, **self._shown_prompt(), "choices": written, "usage": usage.completion()}
+        positions = next((chunk.prompt_logprobs for chunk in choices if chunk.prompt_logprobs is not None), None)
+        if self._num_prompt_top is not None and positions is not None:
+            answer["prompt_logprobs"] = prompt_entries(positions, self._num_prompt_top, self._token_bytes)
+        return answer
 
     def part(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
         """What a part of an answer is in events: none where it has nothing to show yet; the first says who speaks."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from workers.messages import TokenOutput
+from cluster.gateway.prompt_positions import PromptPosition, ScoredToken
+from workers.messages import TokenLogprob, TokenOutput
 
+_Scored = TokenOutput | TokenLogprob | ScoredToken
 _LOWEST = -9999.0
 """JSON has no infinity; this is what OpenAI's own answers have in its place."""
 
@@ -50,16 +52,34 @@ class LogprobWriter:
             "top_logprobs": [self._alternatives(token) for token in tokens],
         }
 
-    def skip(self, text: str) -> None:
-        """Count text that stands before the answer's first token."""
-        self._offset += len(text)
+    def echoed(self, prompt: Sequence[int], positions: Sequence[PromptPosition], text: str) -> dict[str, Any]:
+        """For completions that begin with their prompt: as `lists`, of the prompt, whose first token has none.
 
-    def _alternatives(self, token: TokenOutput) -> dict[str, float | None] | None:
+        Args:
+            prompt: its token ids.
+            positions: of those from the second on.
+            text: of the prompt. Offsets are counted from its end, as the first tokens may be special ones without text.
+        """
+        offsets = [len(text)]
+        for position in reversed(positions):
+            offsets.append(max(0, offsets[-1] - len(position.chosen.text)))
+        self._offset = len(text)
+        return {
+            "text_offset": [0, *reversed(offsets[1:])],
+            "token_logprobs": [None, *(_finite(position.chosen.logprob) for position in positions)],
+            "tokens": [self._text(token_id) for token_id in prompt],
+            "top_logprobs": [None, *(self._by_text(position.chosen, position.top) for position in positions)],
+        }
+
+    def _alternatives(self, token: TokenOutput) -> dict[str, float | None]:
+        return self._by_text(token, token.top_logprobs)
+
+    def _by_text(self, chosen: _Scored, most_likely: Sequence[_Scored]) -> dict[str, float | None]:
         """The most likely tokens and the chosen one, by their text; of those with one text the likeliest."""
         alternatives: dict[str, float | None] = {}
-        for top in token.top_logprobs[: self._num_top]:
+        for top in most_likely[: self._num_top]:
             alternatives.setdefault(self._text(top.token_id), _finite(top.logprob))
-        alternatives.setdefault(self._text(token.token_id), _finite(token.logprob))
+        alternatives.setdefault(self._text(chosen.token_id), _finite(chosen.logprob))
         return alternatives
 
     def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
@@ -73,6 +93,30 @@ class LogprobWriter:
         if self._as_ids:
             return f"token_id:{token_id}"
         return self._token_bytes(token_id).decode("utf-8", "replace")
+
+
+def prompt_entries(
+    positions: Sequence[PromptPosition], num_top: int, token_bytes: Callable[[int], bytes]
+) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs` as vLLM has them: for each token of the prompt its own entry and the most likely ones, by id.
+
+    The first is null. An entry has its rank, 1 for the most likely token; null where it is beyond `num_top`.
+    """
+    return [None, *(_entries_by_id(position, num_top, token_bytes) for position in positions)]
+
+
+def _entries_by_id(position: PromptPosition, num_top: int, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+    ranked = [(token, rank) for rank, token in enumerate(position.top[:num_top], start=1)]
+    own = position.chosen
+    rank = next((rank for token, rank in ranked if token.token_id == own.token_id), None)
+    return {
+        str(token.token_id): {
+            "logprob": _finite(token.logprob),
+            "rank": rank,
+            "decoded_token": token_bytes(token.token_id).decode("utf-8", "replace"),
+        }
+        for token, rank in [(own, rank), *ranked]
+    }
 
 
 def _finite(logprob: float | None) -> float | None:

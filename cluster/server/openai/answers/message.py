@@ -13,7 +13,7 @@ from cluster.conversation.deltas import (
     ReasoningDelta,
     ToolCallStarted,
 )
-from cluster.gateway.text_generation import TextChunk
+from cluster.gateway.text_chunk import TextChunk
 
 
 class MessageWriter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.conversation.deltas import ContentDelta
-from cluster.gateway.text_generation import TextChunk
+from cluster.gateway.text_chunk import TextChunk
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def joined(chunks: Sequence[TextChunk]) -> TextChunk:
         last.stop_reason,
         last.usage,
         last.report,
+        prompt_logprobs=next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs is not None), None),
         deltas=None if last.deltas is None else tuple(delta for chunk in chunks for delta in chunk.deltas or ()),
     )
 

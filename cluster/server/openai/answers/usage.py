@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cluster.gateway.text_generation import TextChunk
+from cluster.gateway.text_chunk import TextChunk
 
 
 class UsageCount:
@@ -20,10 +20,10 @@ class UsageCount:
         self.completion_tokens = 0
         self.cached_tokens = 0
 
-    def add(self, chunk: TextChunk, *, first_of_prompt: bool = True) -> None:
-        """Count a part of an answer; what a prompt found in prefix caches counts for its first answer."""
+    def add(self, chunk: TextChunk) -> None:
+        """Count a part of an answer; one of those to each prompt says what it found in prefix caches."""
         self.completion_tokens += len(chunk.tokens)
-        if chunk.report is not None and first_of_prompt:
+        if chunk.report is not None:
             self.cached_tokens += chunk.report.cached_tokens
 
     def completion(self) -> dict[str, Any]:

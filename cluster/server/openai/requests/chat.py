@@ -51,6 +51,7 @@ class ChatCompletionRequest(TemplateFields, SamplingFields):
     best_of: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream_options: StreamOptions | None = None
     include_reasoning: bool | None = None
 

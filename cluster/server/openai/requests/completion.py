@@ -22,8 +22,18 @@ class CompletionRequest(SamplingFields):
     n: int | None = Field(None, ge=1, le=MAX_N)
     best_of: int | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Of the prompt's most likely tokens, so many have log-probabilities; None: none, its own tokens neither.
+
+        An answer that begins with its prompt has there as many as for its own tokens.
+        """
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in asked if number is not None), default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -23,7 +23,6 @@ _ONE_OF_NOTHING: dict[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
-    "prompt_logprobs": (-1,),
 }
 """Values that ask for nothing, beside null, false and what is empty."""
 _CHOOSING = (

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from cluster.api import EngineRequest
 from cluster.gateway.conversations import Conversation
-from cluster.gateway.text_generation import Generation, TextChunk
+from cluster.gateway.text_chunk import TextChunk
+from cluster.gateway.text_generation import Generation
 from cluster.server.openai import sse
 from cluster.server.openai.answers.parts import joined
 from cluster.server.openai.answers.usage import UsageCount
@@ -45,7 +46,7 @@ async def answer(
     async with aclosing(generate_samples(generation, requests, n, chat)) as samples:
         async for sample in samples:
             choices[sample.index].append(sample.chunk)
-            usage.add(sample.chunk, first_of_prompt=sample.index % n == 0)
+            usage.add(sample.chunk)
     return writer.whole([joined(chunks) for chunks in choices], usage)
 
 
@@ -62,7 +63,7 @@ async def stream(
     always, at_end = bool(options.continuous_usage_stats), bool(options.include_usage)
     async with aclosing(generate_samples(generation, requests, n, chat)) as samples:
         async for sample in samples:
-            usage.add(sample.chunk, first_of_prompt=sample.index % n == 0)
+            usage.add(sample.chunk)
             events = writer.part(sample.index, sample.chunk)
             if at_end:
                 shown = usage.completion() if always else None

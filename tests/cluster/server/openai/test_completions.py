@@ -88,6 +88,85 @@ def test_several_answers_differ_and_the_first_is_the_one_alone(client: openai.Op
     assert three.usage.prompt_tokens == client.completions.create(**ask).usage.prompt_tokens
 
 
+def test_a_prompt_is_computed_once_for_all_its_answers(client: openai.OpenAI, service) -> None:
+    prompt = "una 1212, vic 2323, wes 3434, xan 4545, yul 5656; vic?"
+    ask = {"model": "recall", "prompt": prompt, "temperature": 1.5, "seed": 7, "max_tokens": 6}
+    seen: list[int] = []
+    engine_generate = service.engine.generate
+    service.engine.generate = lambda request: seen.append(request.sampling.n) or engine_generate(request)
+    try:
+        three = client.completions.create(**ask, n=3)
+        alike = client.completions.create(**{**ask, "temperature": 0}, n=3)
+    finally:
+        del service.engine.generate
+    assert seen == [3, 1]
+    prompt_tokens = len(service.run(service.generation.tokenize(prompt)))
+    for answer in (three, alike):
+        assert answer.usage.prompt_tokens == prompt_tokens
+        assert answer.usage.prompt_tokens_details.cached_tokens < prompt_tokens
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert three.usage.prompt_tokens_details.cached_tokens == 0
+    alone = client.completions.create(**{**ask, "temperature": 0})
+    assert [choice.text for choice in alike.choices] == [alone.choices[0].text] * 3
+    assert alike.usage.completion_tokens == 3 * alone.usage.completion_tokens
+    for number, choice in enumerate(three.choices):
+        assert client.completions.create(**{**ask, "seed": 7 + number}).choices[0].text == choice.text
+
+
+def test_samples_of_several_prompts_stream_side_by_side(client: openai.OpenAI) -> None:
+    ask = {"model": "recall", "prompt": ["a", "b"], "temperature": 2.0, "seed": 3, "max_tokens": 5, "n": 2}
+    whole = client.completions.create(**ask)
+    parts = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    texts, usage = [""] * 4, None
+    for part in parts:
+        usage = part.usage or usage
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert usage.total_tokens == whole.usage.total_tokens
+
+
+def test_an_echo_has_the_log_probabilities_of_its_prompt(client: openai.OpenAI, service) -> None:
+    ask = {"model": "recall", "prompt": PROMPT, "temperature": 0, "logprobs": 2, "echo": True}
+    (choice,) = client.completions.create(**ask).choices
+    tokens = service.run(service.generation.tokenize(PROMPT)).tolist()
+    lists = choice.logprobs
+    assert choice.text == PROMPT + ANSWER
+    assert (lists.token_logprobs[0], lists.top_logprobs[0]) == (None, None)
+    assert all(value <= 0 for value in lists.token_logprobs[1:])
+    for offset, token in zip(lists.text_offset[1:-1], lists.tokens[1:-1], strict=True):
+        assert choice.text[offset:].startswith(token)
+    for token, logprob, top in zip(lists.tokens, lists.token_logprobs, lists.top_logprobs, strict=True):
+        assert top is None or (top[token] == logprob and 2 <= len(top) <= 3)
+    plain = client.completions.create(**{**ask, "echo": False}).choices[0].logprobs
+    assert lists.tokens[len(tokens) :] == plain.tokens
+    assert lists.token_logprobs[len(tokens) :] == pytest.approx(plain.token_logprobs, abs=1e-5)
+    parts = [part.choices[0] for part in client.completions.create(**ask, stream=True)]
+    for field in ("tokens", "text_offset", "token_logprobs"):
+        assert [value for part in parts for value in getattr(part.logprobs, field)] == getattr(lists, field)
+    both = client.completions.create(**{**ask, "prompt": ["ada 1", "b"], "temperature": 1.0}, n=2, max_tokens=1).choices
+    assert [each.logprobs.token_logprobs[0] for each in both] == [None] * 4
+    assert both[0].logprobs.tokens[:-1] == both[1].logprobs.tokens[:-1] != both[2].logprobs.tokens[:-1]
+
+
+def test_a_prompt_is_scored_as_if_it_were_the_answer(client: openai.OpenAI, service) -> None:
+    ask = {"model": "recall", "temperature": 0, "max_tokens": 4, "extra_body": {"return_token_ids": True}}
+    answer = client.completions.create(**ask, prompt=PROMPT, logprobs=1).choices[0]
+    prompt = [*service.run(service.generation.tokenize(PROMPT)).tolist(), *answer.token_ids]
+    scored = {**ask, "extra_body": {"prompt_logprobs": 1}}
+    entries = client.completions.create(**scored, prompt=prompt).choices[0].prompt_logprobs
+    assert len(entries) == len(prompt)
+    assert entries[0] is None
+    for token_id, entry, logprob in zip(answer.token_ids, entries[-4:], answer.logprobs.token_logprobs, strict=True):
+        assert entry[str(token_id)]["logprob"] == pytest.approx(logprob, abs=1e-4)
+        assert entry[str(token_id)]["rank"] == 1
+    assert "".join(entries[at][str(prompt[at])]["decoded_token"] for at in (-4, -3)) == ANSWER[:2]
+    chat = {"model": "recall", "messages": CHAT, "temperature": 0, "extra_body": {"prompt_logprobs": 0}}
+    answer = client.chat.completions.create(**chat)
+    assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens
+    assert all(len(entry) == 1 for entry in answer.prompt_logprobs[1:])
+
+
 def test_prompts_come_in_four_forms(client: openai.OpenAI, service) -> None:
     ids = service.run(service.generation.tokenize(PROMPT)).tolist()
     for prompt, count in ((PROMPT, 1), ([PROMPT, PROMPT], 2), (ids, 1), ([ids, ids, ids], 3)):

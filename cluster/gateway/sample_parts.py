@@ -1,0 +1,35 @@
+"""What comes of several samples together, told apart: tokens by their sample, and parts of answers by what they say."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from cluster.gateway.conversations import AnswerReader
+from cluster.gateway.text_chunk import TextChunk
+from workers.messages import FinishReason, TokenOutput
+
+
+def by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[TokenOutput]]]:
+    """The tokens of each sample, in order."""
+    if all(token.index == tokens[0].index for token in tokens):
+        return [(tokens[0].index, tokens)] if tokens else []
+    samples: dict[int, list[TokenOutput]] = {}
+    for token in tokens:
+        samples.setdefault(token.index, []).append(token)
+    return samples.items()
+
+
+async def taken_apart(
+    chunks: AsyncGenerator[TextChunk, None], readers: Sequence[AnswerReader]
+) -> AsyncGenerator[TextChunk, None]:
+    """The parts of answers, each with what it says; there is a reader for each sample."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            reader = readers[chunk.index]
+            deltas = reader.read(chunk.text, chunk.markers, ended=chunk.finish_reason is not None)
+            reason = chunk.finish_reason
+            if reason is FinishReason.STOP and reader.calls_tools:
+                reason = FinishReason.TOOL_CALLS
+            yield replace(chunk, deltas=deltas, finish_reason=reason)
