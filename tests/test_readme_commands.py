@@ -26,6 +26,7 @@ COMMANDS = {
     "baton generate": "tests/cluster/cli/test_client_commands.py::test_generate_prints_the_answer",
     "baton generate --chat": "tests/cluster/cli/test_client_commands.py::test_generate_reads_standard_input_and_chats",
     "baton status": "tests/cluster/cli/test_client_commands.py::test_status_shows_workers",
+    "baton top": "tests/cluster/cli/test_top.py::test_what_matters_is_there_at_every_width_and_no_line_is_longer",
     "baton scale": "tests/cluster/cli/test_client_commands.py::test_scale_says_what_the_pools_are_to_have",
     "baton bench": "tests/benchmarks/test_bench_command.py::test_writes_table_json_and_plot",
     "baton explain": "tests/cluster/cli/test_client_commands.py::test_explain_shows_every_pair",

@@ -160,6 +160,8 @@ class JsonReader:
 
 def is_json(text: str) -> bool:
     """Whether a text, without space around it, is one JSON value."""
+    if text[:1].isspace():
+        return False
     reader = JsonReader()
     # A number ends where something else follows.
     return reader.push(text + " ") == len(text) and reader.state is Reading.DONE

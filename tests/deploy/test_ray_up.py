@@ -25,12 +25,12 @@ from private_openssh import NoOpensshError, Openssh
 from ray_up import ROOT, Launcher, free_port, launcher, mode, prepare_machine
 from workers.sampling_params import SamplingParams
 
-pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(420)]
 
 HEAD, PREFILL, DECODE = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 TOKEN = "5e" * 32
 RIGHT_ANSWER = "9083"
-UP_S, SERVED_S, REPLACED_S, DOWN_S, GONE_S = 90.0, 90.0, 40.0, 40.0, 60.0
+UP_S, SERVED_S, REPLACED_S, DOWN_S, GONE_S = 120.0, 150.0, 90.0, 60.0, 90.0
 
 
 @dataclass

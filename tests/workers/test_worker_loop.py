@@ -33,6 +33,10 @@ class CountingWorker:
         return bool(self.todo) and not self.blocked
 
     @property
+    def broken_peers(self) -> dict[str, str]:
+        return {}
+
+    @property
     def load(self) -> Load:
         return Load(8, 8 - len(self.todo), waiting=len(self.todo))
 
