@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ import torch
 
 if not torch.cuda.is_available():  # read when a kernel is defined: before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # of a shell's background job; programs under test would inherit it
+        signal.signal(_number, _handler)
 
 TinyCheckpoint = Callable[..., Path]
 
@@ -40,9 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In pytest-xdist's processes the tests with Ray come first: they take longest, and wait most of the time."""
+    """In pytest-xdist's processes what takes longest comes first, see `side_by_side`."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+        from side_by_side import start_early
+
+        items.sort(key=lambda item: start_early(item.path))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -74,12 +74,12 @@ def test_the_same_seed_gives_the_same_outcome():
 
 
 def test_no_request_is_lost_when_workers_are_killed():
-    """Each one succeeds, or ends in an error because its tokens went with the worker that had made them."""
+    """Each one succeeds, or ends in an error: its workers were killed again and again, which may be its own doing."""
     plan = Plan([HARDWARE] * 3, [HARDWARE] * 3, kill_every_s=5.0)
     outcome = simulate(plan, make_trace(300, 3.0, 2, prompt_scale=0.01, output_scale=0.1), place)
     assert outcome.killed >= 10
     assert len(outcome.ttft_s) + sum(outcome.failures.values()) == 300
-    assert set(outcome.failures) <= {"WorkerLostError"}
+    assert set(outcome.failures) <= {"WorkerLostError", "CrashingRequestError"}
     assert len(outcome.ttft_s) > 250
 
 
