@@ -21,6 +21,7 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 
 TinyCheckpoint = Callable[..., Path]
 
+_NICE = 5
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from side_by_side import start_early
 
         items.sort(key=lambda item: start_early(item.path))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """In pytest-xdist's processes all that do not run Ray let it go before: its workers have to start in time."""
+    if hasattr(item.config, "workerinput") and item.get_closest_marker("ray") is None and os.nice(0) < _NICE:
+        os.nice(_NICE)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,7 +16,7 @@ import pytest
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from workers.sampling_params import SamplingParams
 
-pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(360)]
 
 ROOT = Path(__file__).parents[2]
 NUM_STREAMS, NUM_TOKENS = 24, 100

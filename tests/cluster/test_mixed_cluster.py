@@ -27,9 +27,9 @@ from cluster.recall import SHIPPED_MODEL, recall_prompt
 from cluster.server.grpc.serve import start_server
 from workers.sampling_params import SamplingParams
 
-pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(360), pytest.mark.asyncio(loop_scope="module")]
 
-PATIENCE_S = 90.0
+PATIENCE_S = 120.0
 NUM_TOKENS = 40
 NUM_CLIENTS = 5
 PROMPTS = [recall_prompt(random.Random(entries), entries) for entries in (4, 8, 16, 24, 32, 48, 64)]

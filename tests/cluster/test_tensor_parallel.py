@@ -20,9 +20,9 @@ from cluster.server.grpc.serve import start_server
 from workers.errors import ConfigError
 from workers.sampling_params import SamplingParams
 
-pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(240), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(360), pytest.mark.asyncio(loop_scope="module")]
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Running:
