@@ -15,6 +15,7 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined: before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves its workers beside tests that compute
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:  # of a shell's background job; programs under test would inherit it
         signal.signal(_number, _handler)

@@ -124,7 +124,12 @@ def ray_nodes(head_address: str, resources: Mapping[str, float]) -> Iterator[Ray
         with socket.socket() as probe:
             probe.bind((head_address, 0))
             address = f"{head_address}:{probe.getsockname()[1]}"
-        joining = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(), "RAY_TMPDIR": folder}
+        joining = {
+            "RAY_worker_niceness": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+            "RAY_TMPDIR": folder,
+        }
         nodes = RayNodes(address, joining, Path(folder))
         try:
             nodes.start_head(resources)
