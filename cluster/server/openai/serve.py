@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import Iterator
 
 import uvicorn
 
@@ -18,6 +15,7 @@ from cluster.server.credentials import http_credentials_of
 from cluster.server.openai.app import build_app
 from cluster.server.openai.door import Door, Served
 from cluster.server.openai.listen import open_socket, tls_of
+from cluster.server.uvicorn_server import UvicornServer
 
 _LAST_WORDS_S = 1
 """For what calls have already been answered to reach their clients."""
@@ -39,7 +37,7 @@ class HttpServer:
         self._config = config.http
         self._door = Door(config.default_timeout_s)
         self._app = build_app(config.http, self._door, http_credentials_of(config))
-        self._uvicorn: _Uvicorn | None = None
+        self._uvicorn: UvicornServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -52,7 +50,7 @@ class HttpServer:
         bound = open_socket(self._config)
         self.port = bound.getsockname()[1]
         self.url = f"{'http' if tls is None else 'https'}://{join(reachable(self._config.host), self.port)}"
-        self._uvicorn = _Uvicorn(
+        self._uvicorn = UvicornServer(
             uvicorn.Config(
                 self._app,
                 http="httptools",
@@ -113,25 +111,6 @@ class HttpServer:
         pacing.cancel()
         await serving
         self._uvicorn = None
-
-
-class _Uvicorn(uvicorn.Server):
-    """A server whose process has its own way with signals, and that says when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
-        try:
-            await super().startup(sockets)
-        finally:
-            self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def start_http_server(

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import uvicorn
 
 from cluster.config.schema import MetricsConfig
 from cluster.live.answer import Responder
+from cluster.server.address import bind, is_loopback, join, reachable
 from cluster.server.pages.asgi import LOOPBACK_NAMES, application
+from cluster.server.uvicorn_server import UvicornServer
 from workers.errors import ConfigError
 
 _LAST_WORDS_S = 1.0
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to its process, and says when it answers."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.answers = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See `uvicorn.Server.startup`."""
-        await super().startup(sockets)
-        self.answers.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @contextlib.asynccontextmanager
@@ -59,12 +43,12 @@ async def serve_pages(config: MetricsConfig, grpc_port: int, answers: Responder)
         timeout_graceful_shutdown=1,
         server_header=False,
     )
-    server = _Server(settings)
+    server = UvicornServer(settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        answers_now = asyncio.ensure_future(server.answers.wait())
-        await asyncio.wait({serving, answers_now}, return_when=asyncio.FIRST_COMPLETED)
-        yield f"http://{_join(config.host, listener.getsockname()[1])}/"
+        listening = asyncio.ensure_future(server.listening.wait())
+        await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
+        yield f"http://{join(reachable(config.host), listener.getsockname()[1])}/"
     finally:
         server.should_exit = True
         await asyncio.wait({serving}, timeout=_LAST_WORDS_S + 1.0)
@@ -79,42 +63,13 @@ def page_warnings(config: MetricsConfig) -> list[str]:
     return [f"anyone who can reach {config.host} sees page and metrics, with request ids and users: see metrics.host"]
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _listen(config: MetricsConfig, grpc_port: int) -> socket.socket:
-    given = config.port
-    if given is not None:
-        return _bound(config.host, given)
+    def listen_on(port: int) -> socket.socket:
+        return bind("metrics", config.host, port, "choose another metrics.port")
+
+    if config.port is not None:
+        return listen_on(config.port)
     try:
-        return _bound(config.host, grpc_port + 1)
+        return listen_on(grpc_port + 1)
     except (ConfigError, OverflowError):
-        return _bound(config.host, 0)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(target)
-        except OSError:
-            listener.close()
-            raise
-    except socket.gaierror as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: metrics.host {host!r}: {error.strerror}") from error
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another metrics.port") from error
-    return listener
-
-
-def _join(host: str, port: int) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
+        return listen_on(0)
