@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from typing import Any
 from benchmarks.environment import RESULTS, ROOT, Environment
 from benchmarks.line_process import LineProcess
 from benchmarks.report import to_json, write_json
+from benchmarks.stream_load import spent_on_streams
 
 _PROCESS = Path(__file__).with_name("doors_process.py")
-_WARM_UP_S = 2.0
-_PATIENCE_S = 120.0
 DOORS = ("grpc", "http")
-_COUNTS = ("tokens", "messages", "failures")
 
 
 def measure(door: str, streams: int, length: int, step_s: float, seconds: float) -> dict[str, Any]:
@@ -36,25 +33,15 @@ def measure(door: str, streams: int, length: int, step_s: float, seconds: float)
         addresses = server.answer()
         client = LineProcess(_PROCESS, str(ROOT), "client", door, addresses[door], str(streams), str(length))
         processes.append(client)
-        patience_ends = time.monotonic() + _PATIENCE_S
-        while client.ask()["begun"] < streams:
-            if time.monotonic() > patience_ends:
-                raise RuntimeError(f"not all of {streams} streams have begun after {_PATIENCE_S:g} s")
-            time.sleep(0.1)
-        time.sleep(_WARM_UP_S)
-        cpu, before = server.ask()["cpu_s"], client.ask()
-        time.sleep(seconds)
-        cpu, after = server.ask()["cpu_s"] - cpu, client.ask()
+        got = spent_on_streams(server, client, streams, seconds)
     finally:
         for process in processes:
             process.end()
-    got = {name: after[name] - before[name] for name in _COUNTS}
     if got["failures"] or not got["tokens"]:
         raise RuntimeError(f"the run is no good: {got}")
     return {
-        "cpu_s": cpu,
         **got,
-        "cpu_us_per_token": cpu / got["tokens"] * 1e6,
+        "cpu_us_per_token": got["cpu_s"] / got["tokens"] * 1e6,
         "tokens_per_message": got["tokens"] / max(1, got["messages"]),
     }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from typing import Any
 from benchmarks.environment import RESULTS, ROOT, Environment
 from benchmarks.line_process import LineProcess
 from benchmarks.report import to_json, write_json
+from benchmarks.stream_load import spent_on_streams
 
 _PROCESS = Path(__file__).with_name("front_door_process.py")
-_WARM_UP_S = 2.0
-_PATIENCE_S = 120.0
 
 
 def measure(pythonpath: str, streams: int, step_s: float, seconds: float) -> dict[str, Any]:
@@ -33,25 +31,15 @@ def measure(pythonpath: str, streams: int, step_s: float, seconds: float) -> dic
     try:
         hello = server.answer()
         processes.append(client := LineProcess(_PROCESS, pythonpath, "client", hello["address"], str(streams)))
-        patience_ends = time.monotonic() + _PATIENCE_S
-        while client.ask()["begun"] < streams:
-            if time.monotonic() > patience_ends:
-                raise RuntimeError(f"not all of {streams} streams have begun after {_PATIENCE_S:g} s")
-            time.sleep(0.1)
-        time.sleep(_WARM_UP_S)
-        cpu, before = server.ask()["cpu_s"], client.ask()
-        time.sleep(seconds)
-        cpu, after = server.ask()["cpu_s"] - cpu, client.ask()
+        got = spent_on_streams(server, client, streams, seconds)
     finally:
         for process in processes:
             process.end()
-    got = {name: after[name] - before[name] for name in ("tokens", "messages", "failures")}
     return {
         "grpcio": hello["grpcio"],
-        "cpu_s": cpu,
         **got,
-        "tokens_per_cpu_s": got["tokens"] / cpu,
-        "cpu_us_per_token": cpu / got["tokens"] * 1e6,
+        "tokens_per_cpu_s": got["tokens"] / got["cpu_s"],
+        "cpu_us_per_token": got["cpu_s"] / got["tokens"] * 1e6,
         "tokens_per_message": got["tokens"] / max(1, got["messages"]),
     }
 

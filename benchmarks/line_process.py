@@ -17,14 +17,16 @@ class LineProcess:
         file: what it runs.
         pythonpath: where it finds what it imports.
         arguments: of its command line.
+        silent: whether what it writes to its standard error is thrown away.
     """
 
-    def __init__(self, file: Path, pythonpath: str, *arguments: str) -> None:
+    def __init__(self, file: Path, pythonpath: str, *arguments: str, silent: bool = False) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(file), *arguments],
             env={**os.environ, "PYTHONPATH": pythonpath},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if silent else None,
             text=True,
         )
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -25,61 +23,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import RESULTS, Environment
+from benchmarks.environment import RESULTS, ROOT, Environment
+from benchmarks.line_process import LineProcess
 from benchmarks.observing_calls import call_costs
 from benchmarks.observing_cost_process import MODES
 from benchmarks.report import to_json, write_json
 
 _WARM_UP_S = 2.0
 _SLICE_S = 1.0
-_CLIENT = """
-import asyncio, json, sys
-from cluster.client.client import AsyncBatonClient, Connection
-from workers.sampling_params import SamplingParams
-
-counts = {"tokens": 0, "requests": 0}
-
-async def read(client, number, longest):
-    while True:
-        length = longest - number % 7
-        sampling = SamplingParams(max_tokens=length, seed=length)
-        async for chunk in client.generate(token_ids=(5, 6, 7, 8), sampling=sampling):
-            counts["tokens"] += len(chunk.token_ids)
-        counts["requests"] += 1
-
-async def main(address, streams, longest):
-    client = AsyncBatonClient(Connection(address))
-    tasks = [asyncio.create_task(read(client, number, longest)) for number in range(streams)]
-    while await asyncio.to_thread(sys.stdin.readline):
-        print(json.dumps(counts), flush=True)
-
-asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
-"""
-
-
-class _Process:
-    """One that is asked and answers by lines; a line of JSON is the answer."""
-
-    def __init__(self, *arguments: str) -> None:
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        result: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return result
-
-    def ask(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+_SERVER, _CLIENT = (Path(__file__).with_name(f"observing_cost_{name}.py") for name in ("process", "client"))
 
 
 class _Sink(BaseHTTPRequestHandler):
@@ -98,11 +50,12 @@ class _Sink(BaseHTTPRequestHandler):
 def measure(mode: str, streams: int, step_s: float, longest: int, seconds: float, collector: str) -> list[float]:
     """One run: microseconds of the server's processor time for each token, in slices of a second."""
     arguments = (mode, str(streams), str(step_s), collector)
-    processes = [server := _Process("-m", "benchmarks.observing_cost_process", *arguments)]
+    processes = [server := LineProcess(_SERVER, str(ROOT), *arguments, silent=True)]
     slices: list[float] = []
     try:
         hello = server.answer()
-        processes.append(client := _Process("-c", _CLIENT, hello["address"], str(streams), str(longest)))
+        load = (hello["address"], str(streams), str(longest))
+        processes.append(client := LineProcess(_CLIENT, str(ROOT), *load, silent=True))
         time.sleep(_WARM_UP_S)
         cpu_s, tokens = server.ask()["cpu_s"], client.ask()["tokens"]
         for _ in range(int(seconds / _SLICE_S)):

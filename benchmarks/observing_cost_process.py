@@ -8,13 +8,9 @@ import json
 import logging
 import sys
 import time
-from functools import partial
 
-from benchmarks.simulation.hardware import Hardware
-from benchmarks.simulation.workers import SimulatedWorker
-from cluster.api import ModelInfo
+from benchmarks.simulated_engine import start_simulated_engine
 from cluster.config.load import load_config
-from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.request_lines import RequestLines
 from cluster.gateway.text_generation import Generation
@@ -27,7 +23,6 @@ from cluster.server.garbage_collector import settle
 from cluster.server.grpc.serve import start_server
 from cluster.server.pages.serve import serve_pages
 from cluster.text.tokenizer import Tokenizer
-from workers.runner.step_times import StepTimes
 
 MODES = ("nothing", "metrics", "metrics and page", "log", "traces")
 _PREFILL_WORKERS = 8
@@ -35,18 +30,7 @@ _PREFILL_WORKERS = 8
 
 async def serve(mode: str, streams: int, step_s: float, collector: str) -> None:
     """Serve until standard input ends; each line of it is answered with the processor seconds spent so far."""
-    times = StepTimes(prefill=((1, 1e-4), (1000, 1e-4)), decode=((1, step_s), (streams, step_s)))
-    hardware = Hardware(
-        times, num_blocks=64 * streams, max_num_seqs=2 * streams, steps_at_once=1, kv_bytes_per_token=1, load_s=0.0
-    )
-    fabric: dict[str, SimulatedWorker] = {}
-    places = {
-        role: [partial(SimulatedWorker, f"{role}-{i}", role, hardware, fabric) for i in range(count)]
-        for role, count in (("prefill", _PREFILL_WORKERS), ("decode", 1))
-    }
-    engine = ServingEngine(places["prefill"], places["decode"], max_queue=100_000)
-    await engine.start()
-    info = ModelInfo("simulated", "llama", "bfloat16", hardware.max_model_len, 4096, (), False)
+    engine, info = await start_simulated_engine(streams, step_s, _PREFILL_WORKERS)
     config = load_config(environ={}, overrides={"server.port": 0, "metrics.port": 0})
     generation = Generation(engine, Tokenizer.load(SHIPPED_MODEL), info)
     async with contextlib.AsyncExitStack() as stack:
