@@ -87,12 +87,14 @@ class SamplingFields(FormFields):
         return with_defaults(values, defaults)
 
     def options(self) -> dict[str, Any]:
-        """What `RequestOptions` has of them.
+        """What `GenerationRequest` has of them beside prompt and sampling.
 
         Raises:
             InvalidRequestError: `user` is too long.
         """
         return {
+            "model": self.model or "",
+            "add_special_tokens": self.add_special_tokens,
             "user": check_name("user", self.user or ""),
             "priority": self.priority or 0,
             "cache_salt": (self.cache_salt or "").encode("utf-8", "replace"),

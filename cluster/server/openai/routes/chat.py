@@ -47,8 +47,6 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
                 prompt=conversation,
                 sampling=sampling,
                 timeout_s=timeout_s,
-                model=body.model or "",
-                add_special_tokens=body.add_special_tokens,
                 **shared,
             )
         )

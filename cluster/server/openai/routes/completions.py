@@ -80,8 +80,6 @@ async def _prepare(body: CompletionRequest, served: Served, request_id: str, tim
                 prompt=prompt if isinstance(prompt, str) else as_token_ids(prompt),
                 sampling=sampling,
                 timeout_s=timeout_s,
-                model=body.model or "",
-                add_special_tokens=body.add_special_tokens,
                 **body.options(),
             )
         )
