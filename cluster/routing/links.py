@@ -47,7 +47,7 @@ class Links:
     @property
     def differ(self) -> bool:
         """Whether it matters who works with whom."""
-        return bool(self.incompatibilities) or bool(self.failures) or self._has_links
+        return bool(self.incompatibilities) or self._has_links or bool(self.failures.current())
 
     @property
     def _has_links(self) -> bool:
@@ -88,8 +88,10 @@ class Links:
         delays, seconds = self._delay_s[at], self._byte_s[at]
         np.maximum(delays, self.least_delay_s, out=delays)
         np.maximum(seconds, self.least_byte_s, out=seconds)
-        if self.failures:
-            delays += self.failures.matrix(*self._slots, len(self._delay_s))[at]
+        prefill, decode = self._slots
+        for (p, d), failed_s in self.failures.current().items():
+            if p in prefill and d in decode:
+                delays[(rows == prefill[p]) & (columns == decode[d])] += failed_s
         return delays, seconds
 
     def some_fit(self, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> bool:
@@ -125,8 +127,7 @@ class Links:
         if size > len(self._link_s):
             self._grow(max(size, 2 * len(self._link_s)))
         before_p, before_d = self._slots
-        if self.failures and (lost := [*(before_p.keys() - prefill.keys()), *(before_d.keys() - decode.keys())]):
-            self.failures.forget(lost)
+        self.failures.forget((before_p.keys() - prefill.keys()) | (before_d.keys() - decode.keys()))
         for engine_id, slot in prefill.items() - before_p.items():
             self._link_s[slot], self._byte_s[slot], self._delay_s[slot] = 0.0, 0.0, 0.0
             self._known[engine_id] = set()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable, Collection
 
 FAILURE_S = 5.0
 """What one failure adds to a pair's cost when it happens."""
@@ -25,29 +22,21 @@ class PairFailures:
         self._clock = clock
         self._counted: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._counted)
-
     def count(self, prefill: str, decode: str) -> None:
         """A handoff between these two has failed."""
-        self._counted[prefill, decode] = (self.seconds(prefill, decode) + FAILURE_S, self._clock())
-        for pair in [pair for pair in self._counted if self.seconds(*pair) < _FORGOTTEN_S]:
-            del self._counted[pair]
+        before_s = self.current().get((prefill, decode), 0.0)
+        self._counted[prefill, decode] = (before_s + FAILURE_S, self._clock())
 
-    def seconds(self, prefill: str, decode: str) -> float:
-        """What the pair's failures cost now."""
-        seconds, at = self._counted.get((prefill, decode), (0.0, 0.0))
-        return float(seconds * 0.5 ** ((self._clock() - at) / HALF_LIFE_S)) if seconds else 0.0
+    def current(self) -> dict[tuple[str, str], float]:
+        """Seconds that are added now, by pair; what has become next to nothing is forgotten."""
+        if not self._counted:
+            return {}
+        now = self._clock()
+        seconds = {pair: s * 0.5 ** ((now - at) / HALF_LIFE_S) for pair, (s, at) in self._counted.items()}
+        self._counted = {pair: self._counted[pair] for pair, left in seconds.items() if left >= _FORGOTTEN_S}
+        return {pair: seconds[pair] for pair in self._counted}
 
-    def matrix(self, prefill: Mapping[str, int], decode: Mapping[str, int], size: int) -> npt.NDArray[np.float64]:
-        """(size, size) seconds by the workers' slots, of those that are here."""
-        costs = np.zeros((size, size))
-        for p, d in self._counted:
-            if p in prefill and d in decode:
-                costs[prefill[p], decode[d]] = self.seconds(p, d)
-        return costs
-
-    def forget(self, gone: Sequence[str]) -> None:
+    def forget(self, gone: Collection[str]) -> None:
         """These workers are no more."""
         for pair in [pair for pair in self._counted if pair[0] in gone or pair[1] in gone]:
             del self._counted[pair]

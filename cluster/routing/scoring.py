@@ -8,7 +8,7 @@ pool, or for each pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -113,8 +113,10 @@ class Handoffs:
         return delays
 
 
-def _codes(pairs: Iterable[tuple[str, str]], prefill: WorkerTable, decode: WorkerTable) -> _Places:
+def _codes(pairs: Collection[tuple[str, str]], prefill: WorkerTable, decode: WorkerTable) -> _Places:
     """Of the pairs that are here: the row of the first times the number of columns, plus the column of the second."""
+    if not pairs:
+        return np.empty(0, dtype=np.intp)
     rows = {engine_id: row for row, engine_id in enumerate(prefill.engine_ids)}
     columns = {engine_id: column for column, engine_id in enumerate(decode.engine_ids)}
     found = [rows[p] * len(columns) + columns[d] for p, d in pairs if p in rows and d in columns]

@@ -285,6 +285,13 @@ def test_a_pair_on_which_a_handoff_failed_is_the_last_to_be_taken_for_a_while() 
     assert last == ("p", "d"), "half of it counts after 15 s"
 
 
+def test_a_failure_that_is_told_after_its_worker_is_gone_harms_nobody() -> None:
+    made = load_tracker(("p",), ("d",), step_s=0.0)
+    made.handoff_failed("gone", "d")
+    made.handoff_failed("p", "gone")
+    assert placed(made, 100) == ("p", "d")
+
+
 def test_failures_of_workers_that_are_gone_are_forgotten() -> None:
     made = load_tracker(("p", "q"), ("d",), step_s=0.0)
     made.handoff_failed("p", "d")
