@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from dataclasses import dataclass
 
 from cluster.api import EngineRequest
 from cluster.clock import now
@@ -43,6 +44,20 @@ _MIN_TIMEOUT_S = 0.001
 _SHUTTING_DOWN = "the service is shutting down"
 
 
+@dataclass(eq=False)
+class _UnderWay:
+    """An attempt, what it is at, and its turn if it is a suspect's and has not been cleared."""
+
+    attempt: Attempt
+    request: EngineRequest
+    turn: Turn | None
+
+    def end_turn(self) -> None:
+        if self.turn is not None:
+            self.turn.end()
+        self.turn = None
+
+
 class Attempts:
     """Every attempt at a request, from its place in the queue to its end.
 
@@ -60,10 +75,8 @@ class Attempts:
         self._load_tracker = load_tracker
         self._queue = queue
         self._observers = observers
-        self._under_way: dict[str, Attempt] = {}
-        self._requests: dict[str, EngineRequest] = {}
+        self._under_way: dict[str, _UnderWay] = {}
         self._suspects = Suspects()
-        self._turns: dict[str, Turn] = {}
         self._stopping = False
 
     def __len__(self) -> int:
@@ -95,7 +108,7 @@ class Attempts:
         try:
             self._suspects.check(request)  # another like it may have had its turn meanwhile
             attempt = await self._queue.admit(
-                lambda: self._try_to_place(request, routing_request, arrived, attempts),
+                lambda: self._try_to_place(request, routing_request, arrived, attempts, turn),
                 Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
                 patience_s=deadline - now(),
                 on_wait=lambda: self._observers.request_queued(request),
@@ -104,8 +117,6 @@ class Attempts:
             if turn is not None:
                 turn.end()
             raise
-        if turn is not None:
-            self._turns[attempt.attempt_id] = turn
         if attempt.error is None:
             try:
                 timeout_s = max(_MIN_TIMEOUT_S, deadline - now())
@@ -116,10 +127,9 @@ class Attempts:
 
     def end_attempt(self, attempt: Attempt) -> None:
         """An attempt is over: stop whatever is still under way of it."""
-        if self._under_way.pop(attempt.attempt_id, None) is None:
+        if (ended := self._under_way.pop(attempt.attempt_id, None)) is None:
             return
-        self._requests.pop(attempt.attempt_id, None)
-        self._end_turn(attempt)
+        ended.end_turn()
         self._load_tracker.release(attempt.attempt_id)
         if not attempt.finished:
             self._abort(attempt)
@@ -140,41 +150,46 @@ class Attempts:
     def take(self, output: StepOutput) -> None:
         """What a worker has said after a step."""
         for event in output.events:
-            if attempt := self._under_way.get(event.attempt_id):
-                self._take_event(attempt, output.engine_id, event)
+            if under_way := self._under_way.get(event.attempt_id):
+                self._take_event(under_way, output.engine_id, event)
 
     def count(self, engine_id: str) -> int:
         """How many still need this engine."""
-        return sum(attempt.needs(engine_id) for attempt in self._under_way.values())
+        return sum(each.attempt.needs(engine_id) for each in self._under_way.values())
 
     def migrate(self, engine_id: str) -> None:
         """A worker leaves before these requests are done: stop them there, and they go on elsewhere."""
-        for attempt in [attempt for attempt in self._under_way.values() if attempt.needs(engine_id)]:
+        for attempt in [each.attempt for each in self._under_way.values() if each.attempt.needs(engine_id)]:
             attempt.fail(WorkerLeavesError(f"{engine_id} left before the request was done"))
             self._abort(attempt)
 
     def worker_lost(self, loss: Loss) -> None:
         """A worker is gone, and with it what was on it; if it crashed, one of these may be why: see `Suspects`."""
-        fallen = [attempt for attempt in self._under_way.values() if attempt.falls_with(loss.engine_id)]
-        guilty = [attempt for attempt in fallen if attempt.attempt_id in self._turns] if loss.crashed else []
-        for attempt in guilty or fallen if loss.crashed else []:
-            self._suspects.crashed(self._requests[attempt.attempt_id])
+        fallen = [each for each in self._under_way.values() if each.attempt.falls_with(loss.engine_id)]
+        guilty = [each for each in fallen if each.turn is not None] if loss.crashed else []
+        for each in guilty or fallen if loss.crashed else []:
+            self._suspects.crashed(each.request)
         what = f"{loss.engine_id} was lost while it served the request"
-        for attempt in fallen:
-            if attempt in guilty:
-                attempt.fail(CrashingRequestError(f"{what}, as another worker was before; it is not tried again"))
+        for each in fallen:
+            if each in guilty:
+                each.attempt.fail(CrashingRequestError(f"{what}, as another worker was before; it is not tried again"))
             else:
-                attempt.fail(LostToAnotherError(what) if guilty else WorkerLostError(what))
+                each.attempt.fail(LostToAnotherError(what) if guilty else WorkerLostError(what))
 
     def stop(self) -> None:
         """End all of them, and place no more."""
         self._stopping = True
         self._queue.retry()
-        for attempt in list(self._under_way.values()):
-            attempt.fail(NoWorkersError(_SHUTTING_DOWN))
+        for each in list(self._under_way.values()):
+            each.attempt.fail(NoWorkersError(_SHUTTING_DOWN))
 
     def _try_to_place(
-        self, request: EngineRequest, routing_request: RoutingRequest, arrived: float, attempts: int
+        self,
+        request: EngineRequest,
+        routing_request: RoutingRequest,
+        arrived: float,
+        attempts: int,
+        turn: Turn | None,
     ) -> Attempt | None:
         """Reserve a pair of workers, or None if there is no room now."""
         if self._stopping:
@@ -202,8 +217,7 @@ class Attempts:
         )
         if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
             attempt.serve_alone()
-        self._under_way[attempt.attempt_id] = attempt
-        self._requests[attempt.attempt_id] = request
+        self._under_way[attempt.attempt_id] = _UnderWay(attempt, request, turn)
         self._load_tracker.reserve(
             attempt.attempt_id,
             attempt.prefill or None,
@@ -240,7 +254,8 @@ class Attempts:
             if replica is not None and replica.state != "lost":
                 replica.handle.abort(attempt.attempt_id, index)
 
-    def _take_event(self, attempt: Attempt, engine_id: str, event: WorkerEvent) -> None:
+    def _take_event(self, under_way: _UnderWay, engine_id: str, event: WorkerEvent) -> None:
+        attempt = under_way.attempt
         before, is_first, running = attempt.num_output, not attempt.first_token_at, attempt.num_running
         attempt.take(engine_id, event)
         if attempt.num_running < running and not attempt.finished:
@@ -261,15 +276,11 @@ class Attempts:
                 self._observers.spans_reported(attempt, engine_id, event)
             case RequestPreempted():
                 self._observers.request_preempted(attempt)
-        if attempt.attempt_id in self._turns and (attempt.finished or attempt.num_output >= CLEARED_AFTER):
-            self._suspects.cleared(self._requests[attempt.attempt_id])
-            self._end_turn(attempt)
+        if under_way.turn is not None and (attempt.finished or attempt.num_output >= CLEARED_AFTER):
+            self._suspects.cleared(under_way.request)
+            under_way.end_turn()
         if attempt.finished:
             self._finish(attempt)
-
-    def _end_turn(self, attempt: Attempt) -> None:
-        if (turn := self._turns.pop(attempt.attempt_id, None)) is not None:
-            turn.end()
 
     def _track_load(self, attempt: Attempt) -> None:
         if attempt.finished:
