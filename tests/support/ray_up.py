@@ -25,6 +25,7 @@ _BIN = Path(sys.executable).parent
 # at this "machine's"; and raylets that share a machine cannot share ports or all of its memory.
 _RAY = f"""\
 #!/bin/bash
+export RAY_worker_niceness=0
 case "$1" in
   stop) exec "{sys.executable}" "{__file__}" "${MARKER}";;
   start) exec "{_BIN}/ray" "$@" --node-manager-port=0 --object-manager-port=0 --min-worker-port=0 --max-worker-port=0 \\

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import openai
@@ -22,6 +19,7 @@ from cluster.gateway.text_generation import Generation
 from cluster.routing.types import CandidateReport
 from cluster.server.doors import Doors
 from cluster.text.tokenizer import Tokenizer
+from service_threads import running_in_thread
 from workers.messages import FinishReason, TokenOutput
 
 EOS = "<eos>"
@@ -132,10 +130,9 @@ def scripted_service(
         special: tokens.
         formats: what is not to be found from the template.
     """
-    opened: Future[ScriptedService] = Future()
-    ended: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
-    async def serve() -> None:
+    @contextlib.asynccontextmanager
+    async def served() -> AsyncIterator[ScriptedService]:
         tokenizer = byte_tokenizer(chat_template, special)
         engine = TextEngine(tokenizer)
         info = ModelInfo(
@@ -146,26 +143,8 @@ def scripted_service(
         doors = Doors(load_config(environ={}, overrides={"server.port": 0}).server)
         await doors.open()
         await doors.serve(generation, engine, info)
-        close = asyncio.Event()
-        ended.set_result((asyncio.get_running_loop(), close))
-        opened.set_result(ScriptedService(doors, engine))
-        await close.wait()
+        yield ScriptedService(doors, engine)
         await doors.stop(grace_s=0)
 
-    def run() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as error:
-            if not opened.done():
-                opened.set_exception(error)
-            raise
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield opened.result(60)
-    finally:
-        if ended.done():
-            loop, close = ended.result()
-            loop.call_soon_threadsafe(close.set)
-        thread.join(30)
+    with running_in_thread(served) as service:
+        yield service

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +23,7 @@ from cluster.server.doors import Doors
 from cluster.server.openai.serve import HttpServer, start_http_server
 from cluster.text.tokenizer import Tokenizer
 from kv_transfer.transports.local import LocalFabric
+from service_threads import running_in_thread
 from workers.config import WorkerConfig
 
 
@@ -64,7 +63,8 @@ class Service:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
 
-async def _serve(opened: Future[Service], closing: Future[asyncio.Event]) -> None:
+@contextlib.asynccontextmanager
+async def _served() -> AsyncIterator[Service]:
     fabric = LocalFabric()
     settings = {"model": str(SHIPPED_MODEL), "dtype": "float32", "num_blocks": 256, "max_model_len": 512}
     places = {
@@ -79,40 +79,14 @@ async def _serve(opened: Future[Service], closing: Future[asyncio.Event]) -> Non
     doors = Doors(load_config(environ={}, overrides={"server.port": 0}).server)
     await doors.open()
     await doors.serve(generation, engine, info)
-    close = asyncio.Event()
-    closing.set_result(close)
-    opened.set_result(Service(doors, engine, generation, info, asyncio.get_running_loop()))
-    await close.wait()
+    yield Service(doors, engine, generation, info, asyncio.get_running_loop())
     await doors.stop(grace_s=0)
     await engine.stop()
 
 
-@contextlib.contextmanager
-def running_service() -> Iterator[Service]:
-    opened: Future[Service] = Future()
-    closing: Future[asyncio.Event] = Future()
-
-    def run() -> None:
-        try:
-            asyncio.run(_serve(opened, closing))
-        except BaseException as error:
-            if not opened.done():
-                opened.set_exception(error)
-            raise
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        service = opened.result(120)
-        yield service
-        service.loop.call_soon_threadsafe(closing.result().set)
-    finally:
-        thread.join(60)
-
-
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with running_service() as service:
+    with running_in_thread(_served) as service:
         yield service
 
 
