@@ -17,43 +17,29 @@ import ray
 import torch
 from ray._common.utils import get_default_system_temp_dir
 
-from attention.errors import AttentionBackendError
-from attention.selection.registry import BACKENDS, get_backend
 from cluster.api import ModelInfo
 from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
 from cluster.config.groups import groups_of
 from cluster.config.load import ray_token_is_given
-from cluster.config.schema import AutoscalerConfig, ServiceConfig, TracingConfig
-from cluster.conversation.registry import choose_formats
+from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.grammar_check import GrammarCheck
-from cluster.gateway.observers import EngineObserver
 from cluster.gateway.readiness import Readiness
-from cluster.gateway.request_lines import RequestLines
 from cluster.gateway.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, weights_size, worker_line
-from cluster.live.history import Objectives
-from cluster.live.observed import Observed, observed
-from cluster.logs.setup import REQUESTS
-from cluster.metrics.registry import Names
+from cluster.live.observed import Observed
+from cluster.observation import observe, request_observers
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.ray.control_service import missing_of_ray, until_lost
 from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
-from cluster.recall import SHIPPED_MODEL
-from cluster.text.sampling_defaults import read_sampling_defaults
-from cluster.text.tokenizer import Tokenizer
+from cluster.served_model import read_served_model
 from cluster.worker_factory import Start, gpu_budget, limits_of, places_of, start_actor, start_in_process
 from kv_transfer.transports.local import LocalFabric
 from workers.errors import ConfigError
-from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
-from workers.loading.gguf.header import is_gguf
-from workers.loading.stored_tensor import StoredTensor
-from workers.models.loader import model_bytes, resolve_dtype
-from workers.models.registry import read_model
 
 logger = logging.getLogger(__name__)
 
@@ -96,32 +82,16 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         CheckpointError: the model cannot be loaded.
         ConfigError: the configuration does not fit the model or the machine.
     """
-    path = config.model.path or str(SHIPPED_MODEL)
-    folder = (await asyncio.to_thread(resolve_checkpoint, path)).absolute()
-    model_class, model = read_model(folder)
-    groups = groups_of(config)
-    for group in groups:
-        model.check_divisible(group.settings.tensor_parallel_size)
-        if group.settings.attention_backend is not None:
-            check_backend_name(group.section, group.settings.attention_backend)
-    stored: list[StoredTensor] = []
-    if config.model.load_format == "auto":
-        # What is truncated or no checkpoint is told before Ray starts.
-        stored = await asyncio.to_thread(stored_tensors, folder)
-    tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
-    wanted = config.model.tool_format, config.model.reasoning_format
-    formats = choose_formats(*wanted, tokenizer.chat_template.text, model.family)
-    defaults = read_sampling_defaults(folder) if config.model.generation_config == "auto" else {}
+    served, groups = await read_served_model(config), groups_of(config)  # what is wrong is told before Ray starts
     async with contextlib.AsyncExitStack() as stack:
         start, present = await _prepare(config, report, stack)
         placements = place_groups(config, None if present is None else gpus_in_sight(config, present))
         if present is None and any(p.device == "cuda" for p in placements.values()) and not torch.cuda.is_available():
             raise ConfigError("workers are to run on GPUs, and this machine has none that PyTorch can use")
         stock = None if present is None else gpu_budget(groups, placements, present.get("GPU", 0.0))
-        dtype = resolve_dtype(config.model.dtype, model.dtype)
         engine = ServingEngine(
-            places_of(config, "prefill", placements, folder, start),
-            places_of(config, "decode", placements, folder, start),
+            places_of(config, "prefill", placements, served.folder, start),
+            places_of(config, "decode", placements, served.folder, start),
             max_queue=config.server.max_queue,
             max_queue_wait_s=config.server.max_queue_wait_s,
             limits={group.key: limits_of(group.settings) for group in groups},
@@ -130,14 +100,12 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             gpus=stock,
             disaggregation=config.router.disaggregation,
         )
-        if config.logging.requests or config.logging.prompts:
-            engine.observe(_request_lines(config, tokenizer))
-        if config.tracing.enabled:
-            engine.observe(_traces(config.tracing, stack))
+        for observer in request_observers(config, served.tokenizer, stack):
+            engine.observe(observer)
         stack.push_async_callback(_stop_within, engine, _SHUTDOWN_TIMEOUT_S)
         sizes = [group_size(group, placements[group.key].device) for group in groups if group.settings.replicas]
-        weights = weights_size(model_bytes(model_class, model, dtype), dtype, stored)
-        report(f"loading {folder.name} into {in_words(sizes)}, {weights}")
+        weights = weights_size(served.num_bytes, served.dtype, served.stored)
+        report(f"loading {served.folder.name} into {in_words(sizes)}, {weights}")
         if not any(group.settings.replicas for group in groups if group.role == "prefill"):
             report("there are no prefill workers: every prompt is computed on its decode worker")
         await engine.start()
@@ -146,39 +114,20 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
         _autoscale(config.autoscaler, engine, report, stack)
         for worker in engine.infos():
             report(worker_line(worker))
-        if line := context_line(config.model.max_model_len, engine.max_model_len, model.max_position_embeddings):
+        if line := context_line(
+            config.model.max_model_len, engine.max_model_len, served.config.max_position_embeddings
+        ):
             report(line)
-        info = ModelInfo(
-            name=config.model.served_name or (folder.stem if is_gguf(folder) else Path(path).name),
-            architecture=model.family,
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=engine.max_model_len,
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
-            has_chat_template=tokenizer.has_chat_template,
-        )
+        info = served.info(engine.max_model_len)
         readiness = Readiness(engine, config.server.health_interval_s, config.server.health_timeout_s)
-        grammars = GrammarCheck(folder, model.vocab_size, model.eos_token_ids)
+        grammars = GrammarCheck(served.folder, info.vocab_size, info.eos_token_ids)
         stack.push_async_callback(grammars.aclose)
-        generation = Generation(engine, tokenizer, info, defaults, grammars, formats, config.server.max_n)
-        looked_at = await _observe(config, stack, engine, generation, info, readiness)
+        parts = (served.sampling_defaults, grammars, served.formats, config.server.max_n)
+        generation = Generation(engine, served.tokenizer, info, *parts)
+        looked_at = await observe(config.metrics, stack, engine, generation, info, readiness)
         broken = _watch_ray() if present is not None else asyncio.get_running_loop().create_future()
         stack.callback(broken.cancel)
         yield Service(engine, generation, info, readiness, broken, looked_at)
-
-
-def check_backend_name(section: str, name: str) -> None:
-    """Refuse an attention backend that does not exist, before anything is started.
-
-    Raises:
-        ConfigError: with the key and the nearest name.
-    """
-    if name in BACKENDS:
-        return  # what it imports is the workers' affair
-    try:
-        get_backend(name)
-    except AttentionBackendError as error:
-        raise ConfigError(f"{section}.attention_backend: {error}") from error
 
 
 async def _prepare(
@@ -210,46 +159,6 @@ def _autoscale(
     )
     task = asyncio.create_task(autoscaler.run())
     stack.callback(task.cancel)
-
-
-def _traces(config: TracingConfig, stack: contextlib.AsyncExitStack) -> EngineObserver:
-    """What traces requests, and sends what is left when the stack ends.
-
-    Raises:
-        ConfigError: OpenTelemetry is not installed.
-    """
-    from cluster.tracing.exporting import otlp_targets
-
-    targets = otlp_targets(config.endpoint, config.sample, config.service_name)
-    stack.push_async_callback(asyncio.to_thread, targets.close)
-    from cluster.tracing.observer import TraceRequests  # it needs what `otlp_targets` has found
-
-    return TraceRequests(targets)
-
-
-def _request_lines(config: ServiceConfig, tokenizer: Tokenizer) -> RequestLines:
-    """What logs each request at its end, whatever level the rest is logged at."""
-    lines = logging.getLogger(REQUESTS)
-    lines.setLevel(logging.INFO)
-    decode = (lambda prompt: tokenizer.decode(prompt.tolist())) if config.logging.prompts else None
-    return RequestLines(lines, decode)
-
-
-async def _observe(
-    config: ServiceConfig,
-    stack: contextlib.AsyncExitStack,
-    engine: ServingEngine,
-    generation: Generation,
-    info: ModelInfo,
-    readiness: Readiness,
-) -> Observed | None:
-    """Have the service looked at until the stack ends, if that is wanted."""
-    settings = config.metrics
-    if not settings.enabled:
-        return None
-    objectives = Objectives(settings.good_ttft_s, settings.good_itl_s)
-    names: Names = "vllm" if settings.names == "vllm" else "baton"
-    return await stack.enter_async_context(observed(engine, generation, info, readiness, objectives, names))
 
 
 def _watch_ray() -> asyncio.Future[str]:
