@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from benchmarks.simulated_engine import start_simulated_engine
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.recall import SHIPPED_MODEL
 from cluster.server.doors import Doors
 from cluster.server.garbage_collector import settle

@@ -18,12 +18,16 @@ from cluster.api import ModelInfo
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
 from cluster.gateway.engine import ServingEngine
-from cluster.gateway.text_generation import Generation
 from cluster.recall import SHIPPED_MODEL
 from cluster.server.grpc.serve import start_server
 from cluster.text.tokenizer import Tokenizer
 from workers.runner.step_times import StepTimes
 from workers.sampling_params import SamplingParams
+
+try:
+    from cluster.generation.text_generation import Generation
+except ImportError:  # a tree that has it beside the engine
+    from cluster.gateway.text_generation import Generation  # type: ignore[import-not-found, no-redef]
 
 _PROMPT = (5, 6, 7, 8)
 _LONGEST = 3000

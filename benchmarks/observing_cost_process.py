@@ -13,7 +13,7 @@ from benchmarks.simulated_engine import start_simulated_engine
 from cluster.config.load import load_config
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.request_lines import RequestLines
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.live.history import Objectives
 from cluster.live.observed import observed
 from cluster.logs.setup import log_to_stderr

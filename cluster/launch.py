@@ -25,9 +25,9 @@ from cluster.config.load import ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
-from cluster.gateway.grammar_check import GrammarCheck
 from cluster.gateway.readiness import Readiness
-from cluster.gateway.text_generation import Generation
+from cluster.generation.grammar_check import GrammarCheck
+from cluster.generation.text_generation import Generation
 from cluster.launch_report import context_line, group_size, in_words, progress_lines, weights_size, worker_line
 from cluster.live.observed import Observed
 from cluster.observation import observe, request_observers

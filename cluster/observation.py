@@ -12,7 +12,7 @@ from cluster.gateway.engine import ServingEngine
 from cluster.gateway.observers import EngineObserver
 from cluster.gateway.readiness import Readiness
 from cluster.gateway.request_lines import RequestLines
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.live.history import Objectives
 from cluster.live.observed import Observed, observed
 from cluster.logs.setup import REQUESTS

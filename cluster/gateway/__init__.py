@@ -1,1 +1,1 @@
-"""A request's life at the gateway: admission, attempts, text."""
+"""A request's life at the gateway: admission, placement, attempts."""

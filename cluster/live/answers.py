@@ -12,7 +12,7 @@ from typing import Any
 from cluster.api import Explanation, ModelInfo
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
-from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.generation.text_generation import Generation, GenerationRequest
 from cluster.live.answer import Answer
 from cluster.live.history import LiveHistory
 from cluster.live.snapshot import snapshot

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cluster.api import ModelInfo
 from cluster.gateway.engine import ServingEngine
 from cluster.gateway.readiness import Readiness
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.live.answers import Answers
 from cluster.live.history import LiveHistory, Objectives
 from cluster.live.snapshot import sample

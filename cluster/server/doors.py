@@ -8,7 +8,7 @@ from typing import Protocol
 from cluster.api import Engine, ModelInfo
 from cluster.config.schema import ServerConfig
 from cluster.gateway.readiness import WELL, Health
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.server.credentials import http_credentials_of
 from cluster.server.grpc.listen import check_access, check_server, exposure_warnings
 from cluster.server.grpc.serve import Server

@@ -15,7 +15,7 @@ from cluster.api import EngineRequest, ModelInfo, RequestReport, TokenChunk, Wor
 from cluster.cli.main import main
 from cluster.config.load import load_config
 from cluster.errors import QueueFullError
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.server.grpc.serve import Server, start_server
 from cluster.text.tokenizer import Tokenizer
 from workers.messages import FinishReason, TokenOutput

@@ -15,7 +15,7 @@ from cluster.api import EngineRequest, ModelInfo, PoolTarget, RequestReport, Tok
 from cluster.client.client import Connection
 from cluster.config.load import load_config
 from cluster.gateway.engine import ServingEngine
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.inprocess_worker import InProcessWorker
 from cluster.pools import supervisor
 from cluster.pools.groups import PoolLimits

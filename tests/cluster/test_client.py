@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LIGHT = (
     "cluster.client", "cluster.api", "cluster.errors", "cluster.wire.convert", "cluster.cli.main", "cluster.cli.up",
     "cluster.cli.generate", "cluster.cli.status", "cluster.cli.scale", "cluster.cli.explain", "cluster.cli.plan",
-    "cluster.cli.serve", "benchmarks.bench", "cluster.gateway.text_generation", "cluster.server.grpc.serve",
+    "cluster.cli.serve", "benchmarks.bench", "cluster.generation.text_generation", "cluster.server.grpc.serve",
     "cluster.server.doors", "cluster.cli.chat.command",
 )  # fmt: skip
 

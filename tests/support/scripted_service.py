@@ -15,7 +15,7 @@ from cluster.api import EngineRequest, ModelInfo, RequestReport, TokenChunk, Wor
 from cluster.client.client import Connection
 from cluster.config.load import load_config
 from cluster.conversation.registry import choose_formats
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.routing.types import CandidateReport
 from cluster.server.doors import Doors
 from cluster.text.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ from typing import Any
 
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
-from cluster.gateway.conversations import Conversation
-from cluster.gateway.prompt_encoder import Prompt
+from cluster.generation.conversations import Conversation
+from cluster.generation.prompt_encoder import Prompt
 from cluster.wire.chat import messages_from_proto, tool_use_from_proto
 from protos import baton_pb2
 from workers.errors import InvalidRequestError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.prompt_positions import PromptPosition, ScoredToken
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.prompt_positions import PromptPosition, ScoredToken
+from cluster.generation.text_chunk import TextChunk
 from cluster.wire import convert
 from cluster.wire.chat import deltas_to_proto
 from protos import baton_pb2

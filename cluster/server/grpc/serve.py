@@ -12,7 +12,7 @@ from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.config.schema import ServerConfig
 from cluster.errors import StartingError
 from cluster.gateway.readiness import WELL, Health
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.server.call_gate import CallGate
 from cluster.server.credentials import credentials_of
 from cluster.server.grpc.access import BearerTokenInterceptor

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from cluster import trace_context
 from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.errors import ShuttingDownError
-from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.generation.text_generation import Generation, GenerationRequest
 from cluster.request_id import check_name
 from cluster.server.call_gate import CallGate
 from cluster.server.grpc.errors import status_of, trailing_metadata_of

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from cluster.api import Engine, ModelInfo
 from cluster.errors import StartingError
 from cluster.gateway.readiness import Health
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.server.call_gate import CallGate
 from cluster.server.pacing import Pacer
 

@@ -8,9 +8,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.api import EngineRequest
-from cluster.gateway.conversations import Conversation
-from cluster.gateway.text_chunk import TextChunk
-from cluster.gateway.text_generation import Generation
+from cluster.generation.conversations import Conversation
+from cluster.generation.text_chunk import TextChunk
+from cluster.generation.text_generation import Generation
 from workers.sampling_params import SamplingParams
 
 _BUFFERED = 4

@@ -9,7 +9,7 @@ import uvicorn
 from cluster.api import Engine, ModelInfo
 from cluster.config.schema import ServerConfig
 from cluster.gateway.readiness import WELL, Health
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.server.address import join, reachable
 from cluster.server.credentials import http_credentials_of
 from cluster.server.openai.app import build_app

@@ -69,7 +69,7 @@ class Engine:
 
 @contextlib.asynccontextmanager
 async def launch(config, report):
-    from cluster.gateway.text_generation import Generation
+    from cluster.generation.text_generation import Generation
     report("loading " + config.model.path)
     try:
         if config.model.path == "missing":

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.api import TokenChunk
 from cluster.gateway.observers import EngineObserver
-from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.generation.text_generation import Generation, GenerationRequest
 from cluster.pools.groups import PoolLimits
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.types import NoPlacement, Placement, RoutingRequest

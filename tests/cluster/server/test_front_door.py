@@ -12,7 +12,7 @@ import grpc
 
 from cluster.api import ModelInfo, RequestReport, ServerInfo, TokenChunk
 from cluster.client.client import AsyncBatonClient
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.server import garbage_collector
 from cluster.server.grpc.service import BatonService
 from cluster.server.pacing import Pacer

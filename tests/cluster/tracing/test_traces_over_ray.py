@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cluster.config.load import load_config
-from cluster.gateway.text_generation import GenerationRequest
+from cluster.generation.text_generation import GenerationRequest
 from cluster.launch import launch
 from cluster.recall import EXAMPLE
 from workers.sampling_params import SamplingParams

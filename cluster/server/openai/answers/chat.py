@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.text_chunk import TextChunk
 from cluster.server.openai.answers.logprobs import LogprobWriter, prompt_entries
 from cluster.server.openai.answers.message import MessageWriter
 from cluster.server.openai.answers.parts import Head, ending, token_ids_of

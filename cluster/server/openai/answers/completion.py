@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.prompt_positions import PromptPosition
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.prompt_positions import PromptPosition
+from cluster.generation.text_chunk import TextChunk
 from cluster.server.openai.answers.logprobs import LogprobWriter, prompt_entries
 from cluster.server.openai.answers.parts import Head, ending, token_ids_of
 from cluster.server.openai.answers.usage import UsageCount

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.prompt_positions import PromptPosition, ScoredToken
+from cluster.generation.prompt_positions import PromptPosition, ScoredToken
 from workers.messages import TokenLogprob, TokenOutput
 
 _Scored = TokenOutput | TokenLogprob | ScoredToken

@@ -13,7 +13,7 @@ from cluster.conversation.deltas import (
     ReasoningDelta,
     ToolCallStarted,
 )
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.text_chunk import TextChunk
 
 
 class MessageWriter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.conversation.deltas import ContentDelta
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.text_chunk import TextChunk
 
 
 @dataclass(frozen=True)

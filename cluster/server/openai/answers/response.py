@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.text_chunk import TextChunk
 from cluster.server.openai.answers.logprobs import LogprobWriter
 from cluster.server.openai.answers.parts import Head, joined
 from cluster.server.openai.answers.usage import UsageCount

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.text_chunk import TextChunk
 
 
 class UsageCount:

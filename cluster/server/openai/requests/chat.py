@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from cluster.conversation.read_tools import read_tool_use
-from cluster.gateway.conversations import Conversation
+from cluster.generation.conversations import Conversation
 from cluster.server.openai.requests.messages import Messages, chat_messages
 from cluster.server.openai.requests.model import RequestModel
 from cluster.server.openai.requests.sampling import MAX_N, SamplingFields, StreamOptions

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cluster.gateway.conversations import Conversation
+from cluster.generation.conversations import Conversation
 from cluster.server.openai.errors import UnsupportedFieldError
 from cluster.server.openai.requests.messages import Message, chat_messages
 from cluster.server.openai.requests.model import FirstError

@@ -7,9 +7,9 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from cluster.api import EngineRequest
-from cluster.gateway.conversations import Conversation
-from cluster.gateway.text_chunk import TextChunk
-from cluster.gateway.text_generation import Generation
+from cluster.generation.conversations import Conversation
+from cluster.generation.text_chunk import TextChunk
+from cluster.generation.text_generation import Generation
 from cluster.server.openai import sse
 from cluster.server.openai.answers.parts import joined
 from cluster.server.openai.answers.usage import UsageCount

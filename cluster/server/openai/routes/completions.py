@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.api import EngineRequest
-from cluster.gateway.text_generation import GenerationRequest
+from cluster.generation.text_generation import GenerationRequest
 from cluster.server.openai.answers.completion import CompletionWriter
 from cluster.server.openai.answers.parts import Head
 from cluster.server.openai.call import StreamCall, WholeCall

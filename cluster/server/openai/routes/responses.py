@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.api import EngineRequest
-from cluster.gateway.text_chunk import TextChunk
-from cluster.gateway.text_generation import GenerationRequest
+from cluster.generation.text_chunk import TextChunk
+from cluster.generation.text_generation import GenerationRequest
 from cluster.server.openai import sse
 from cluster.server.openai.answers.parts import Head, spoken
 from cluster.server.openai.answers.response import ResponseWriter

@@ -16,7 +16,7 @@ from cluster.api import ModelInfo
 from cluster.client.client import Connection
 from cluster.config.load import load_config
 from cluster.gateway.engine import ServingEngine
-from cluster.gateway.text_generation import Generation
+from cluster.generation.text_generation import Generation
 from cluster.inprocess_worker import InProcessWorker
 from cluster.recall import SHIPPED_MODEL
 from cluster.server.doors import Doors

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster.gateway.grammar_check import GrammarCheck
+from cluster.generation.grammar_check import GrammarCheck
 from workers.errors import InvalidRequestError
 from workers.structured_output import StructuredOutput
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from cluster.gateway.marker_positions import MarkerPositions
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.marker_positions import MarkerPositions
+from cluster.generation.text_chunk import TextChunk
 from cluster.text.detokenizer import IncrementalDetokenizer
 from cluster.text.stop import StopStrings
 from cluster.text.tokenizer import Tokenizer

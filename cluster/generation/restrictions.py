@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from cluster.gateway.grammar_check import GrammarCheck
+from cluster.generation.grammar_check import GrammarCheck
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from cluster.gateway.conversations import AnswerReader
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.conversations import AnswerReader
+from cluster.generation.text_chunk import TextChunk
 from workers.messages import FinishReason, TokenOutput
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from cluster.api import RequestReport, Usage
 from cluster.conversation.deltas import Delta
-from cluster.gateway.marker_positions import Markers
-from cluster.gateway.prompt_positions import PromptPosition
+from cluster.generation.marker_positions import Markers
+from cluster.generation.prompt_positions import PromptPosition
 from workers.messages import FinishReason, TokenOutput
 
 

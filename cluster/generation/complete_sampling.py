@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.api import ModelInfo
-from cluster.gateway.prompt_positions import check_prompt_logprobs
+from cluster.generation.prompt_positions import check_prompt_logprobs
 from cluster.text.stop_tokens import stop_token_ids
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams

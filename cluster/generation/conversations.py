@@ -12,7 +12,7 @@ from cluster.conversation.deltas import Delta
 from cluster.conversation.formats.llama3 import LLAMA3_JSON
 from cluster.conversation.messages import ChatMessage, ToolChoiceMode, ToolUse
 from cluster.conversation.registry import Formats
-from cluster.gateway.marker_positions import Markers
+from cluster.generation.marker_positions import Markers
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import InvalidRequestError
 from workers.token_ids import TokenIds

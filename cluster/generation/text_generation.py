@@ -20,15 +20,15 @@ from cluster import trace_context
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
-from cluster.gateway.complete_sampling import complete_sampling, obliged
-from cluster.gateway.conversations import Conversation, Conversations
-from cluster.gateway.grammar_check import GrammarCheck
-from cluster.gateway.prompt_encoder import Prompt, PromptEncoder
-from cluster.gateway.prompt_positions import prompt_positions
-from cluster.gateway.restrictions import Restrictions
-from cluster.gateway.sample_parts import by_sample, taken_apart
-from cluster.gateway.text_assembler import TextAssembler
-from cluster.gateway.text_chunk import TextChunk
+from cluster.generation.complete_sampling import complete_sampling, obliged
+from cluster.generation.conversations import Conversation, Conversations
+from cluster.generation.grammar_check import GrammarCheck
+from cluster.generation.prompt_encoder import Prompt, PromptEncoder
+from cluster.generation.prompt_positions import prompt_positions
+from cluster.generation.restrictions import Restrictions
+from cluster.generation.sample_parts import by_sample, taken_apart
+from cluster.generation.text_assembler import TextAssembler
+from cluster.generation.text_chunk import TextChunk
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cluster.api import ModelInfo
-from cluster.gateway.conversations import Conversation, Conversations
+from cluster.generation.conversations import Conversation, Conversations
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import InvalidRequestError
 from workers.token_ids import TokenIds, as_token_ids

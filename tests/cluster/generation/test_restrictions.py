@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.gateway.restrictions import Restrictions, bad_words_token_ids
+from cluster.generation.restrictions import Restrictions, bad_words_token_ids
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams
 from workers.structured_output import StructuredOutput

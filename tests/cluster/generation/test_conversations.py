@@ -10,9 +10,9 @@ from cluster.conversation.formats.harmony import HARMONY as HARMONY_FORMAT
 from cluster.conversation.formats.mistral import MISTRAL_V11
 from cluster.conversation.messages import ChatMessage, ToolChoice, ToolChoiceMode, ToolUse
 from cluster.conversation.registry import NO_FORMATS, choose_formats
-from cluster.gateway.conversations import Conversation, Conversations
-from cluster.gateway.marker_positions import MarkerPositions
-from cluster.gateway.text_generation import Generation, GenerationRequest
+from cluster.generation.conversations import Conversation, Conversations
+from cluster.generation.marker_positions import MarkerPositions
+from cluster.generation.text_generation import Generation, GenerationRequest
 from scripted_service import TextEngine, byte_tokenizer
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams

@@ -11,8 +11,8 @@ import pytest
 
 from cluster.api import TokenChunk, Usage
 from cluster.conversation.messages import ChatMessage
-from cluster.gateway.text_chunk import TextChunk
-from cluster.gateway.text_generation import Conversation, Generation, GenerationRequest
+from cluster.generation.text_chunk import TextChunk
+from cluster.generation.text_generation import Conversation, Generation, GenerationRequest
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.tokenizer import Tokenizer
 from workers.block_hashes import BlockHashes, PromptHashes, block_hashes

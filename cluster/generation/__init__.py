@@ -1,0 +1,1 @@
+"""Text in, text out: prompts made into token ids, tokens into text, and what is asked of an answer."""
