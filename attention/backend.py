@@ -157,17 +157,15 @@ class AttentionBackend(ABC):
     @classmethod
     def accepts_stored_keys(cls) -> bool:
         """Whether a batch's keys and values may be in the cache already when a layer is given none, put there by
-        another kernel just as `attention.kv_cache.reshape_and_cache` does.
+        another kernel just as `attention.kv_cache.reshape_and_cache` does, or `concat_and_cache_mla` latents.
 
         A backend that stores anything else, in a cache of the usual shape, says no.
         """
-        usual = AttentionBackend.get_kv_cache_shape(3, 80, 7, 176)
-        order = cls.get_kv_cache_stride_order()
-        return (
-            not cls.capabilities.mla
-            and cls.get_kv_cache_shape(3, 80, 7, 176) == usual
-            and order in (None, tuple(range(len(usual))))
-        )
+        usual: tuple[int, ...] = (3, 80, 176)
+        if not cls.capabilities.mla:
+            usual = AttentionBackend.get_kv_cache_shape(3, 80, 7, 176)
+        shape = cls.get_kv_cache_shape(3, 80, 1 if cls.capabilities.mla else 7, 176)
+        return shape == usual and cls.get_kv_cache_stride_order() in (None, tuple(range(len(usual))))
 
     @classmethod
     def refuse(cls, platform: Platform, needs: AttentionNeeds) -> list[str]:

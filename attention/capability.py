@@ -24,7 +24,6 @@ class Evidence(StrEnum):
 
     RAN = "ran on this architecture"
     ADAPTER = "adapter to the real library; never run on this architecture"
-    INTERFACE = "row, interface and selection only; its kernels are not part of Baton yet"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ class DeviceSupport:
         any_of: libraries of which one must be installed.
         ran_on: architectures, as `Platform.architecture` names them, on which Baton's tests have run it. What else the
             row covers is what the kernels' documentation says.
-        has_kernels: whether its kernels are part of Baton yet.
     """
 
     kind: DeviceKind
@@ -74,12 +72,9 @@ class DeviceSupport:
     packages: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
     ran_on: tuple[str, ...] = ()
-    has_kernels: bool = True
 
     def evidence(self, platform: Platform) -> Evidence:
         """How it is known to run on a platform that is not refused."""
-        if not self.has_kernels:
-            return Evidence.INTERFACE
         return Evidence.RAN if platform.architecture in self.ran_on else Evidence.ADAPTER
 
     def refuse(self, platform: Platform) -> list[str]:

@@ -208,6 +208,28 @@ def put_rows(cache: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> N
     cache.index_copy_(0, torch.where(skipped, row.clamp(min=0), rows), torch.where(skipped[:, None], value, values))
 
 
+def context_slots(
+    block_tables: torch.Tensor, rows: Sequence[int], begins: Sequence[int], lens: Sequence[int], block_size: int
+) -> torch.Tensor:
+    """Slots of some tokens of some sequences, piece after piece: (sum of lens,) int64, found on the device.
+
+    Args:
+        block_tables: (B, max_blocks) int32.
+        rows: of each piece, the sequence's row in the block tables.
+        begins: positions of their first tokens.
+        lens: how many tokens each has.
+        block_size: tokens in a block.
+    """
+    device, total = block_tables.device, sum(lens)
+    of_pieces = torch.tensor([list(rows), list(begins), list(lens)], dtype=torch.int64).to(device)
+    ends = of_pieces[2].cumsum(0)
+    owners = torch.repeat_interleave(torch.arange(len(lens), device=device), of_pieces[2], output_size=total)
+    first = of_pieces[1] + of_pieces[2] - ends
+    positions = torch.arange(total, device=device) + first[owners]
+    blocks = block_tables[of_pieces[0][owners], positions // block_size].long()
+    return blocks * block_size + positions % block_size
+
+
 def take_rows(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Copies of rows of a cache, of its dtype.
 

@@ -156,8 +156,7 @@ def _device(support: DeviceSupport) -> str:
     libraries = [PACKAGES[package][1] for package in support.packages]
     libraries += [" or ".join(PACKAGES[package][1] for package in support.any_of)] if support.any_of else []
     name = _FAMILIES[support.kind] + str(support).removeprefix(support.kind)
-    ran = f"ran on {', '.join(support.ran_on)}" if support.ran_on else "never ran"
-    evidence = ran if support.has_kernels else "no kernels yet"
+    evidence = f"ran on {', '.join(support.ran_on)}" if support.ran_on else "never ran"
     return f"{name}{' with ' if libraries else ''}{', '.join(libraries)}: {evidence}"
 
 

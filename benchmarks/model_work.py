@@ -37,7 +37,9 @@ class Work:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], element_bytes: int = 2) -> Work:
-        """By a config.json of Llama's kind, with experts in all layers or in none."""
+        """By a config.json of Llama's kind with experts in all layers or in none, or of DeepSeek's."""
+        if "kv_lora_rank" in config:
+            return cls._of_latents(config, element_bytes)
         hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
         heads, kv_heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
         size = int(config.get("head_dim") or hidden // heads)
@@ -58,6 +60,35 @@ class Work:
             top_k=top_k,
             window=config.get("sliding_window") if "sliding_attention" in kinds else None,
             windowed=kinds.count("sliding_attention") / layers,
+        )
+
+    @classmethod
+    def _of_latents(cls, config: Mapping[str, Any], element_bytes: int) -> Work:
+        """Of DeepSeek's kind: decode reads latents, prefill computes on what is expanded from them."""
+        hidden, layers, heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+        nope, rotary, value, rank = (
+            int(config[k]) for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+        )
+        compressed = config.get("q_lora_rank")
+        query = heads * (nope + rotary)
+        queries = hidden * query if compressed is None else int(compressed) * (hidden + query)
+        attention = queries + hidden * (rank + rotary) + rank * heads * (nope + value) + heads * value * hidden
+        num_experts, top_k = int(config["n_routed_experts"]), int(config["num_experts_per_tok"])
+        dense = int(config["first_k_dense_replace"])
+        expert = 3 * hidden * int(config["moe_intermediate_size"])
+        sparse = layers - dense
+        of_all = int(config.get("n_shared_experts") or 0) * expert + hidden * num_experts
+        return cls(
+            layer_parameters=layers * attention
+            + dense * 3 * hidden * int(config["intermediate_size"])
+            + sparse * (of_all + top_k * expert),
+            head_parameters=int(config["vocab_size"]) * hidden,
+            attention_flops_per_pair=layers * heads * 2 * (nope + rotary + value),
+            kv_bytes_per_token=layers * (rank + rotary) * element_bytes,
+            element_bytes=element_bytes,
+            expert_parameters=sparse * expert,
+            num_experts=num_experts,
+            top_k=top_k,
         )
 
     def experts_of(self, batch: int) -> float:

@@ -9,7 +9,7 @@ from attention.spec import AttentionNeeds, Feature, Phase
 def candidates(platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:
     """Names of the backends to try there, best first. Whether each can run what is asked is for it to say."""
     if needs.spec.mla is not None:
-        return _mla(platform)
+        return _mla(platform, needs)
     if Feature.TREE_MASK in needs.all_features:
         return ("TREE_ATTN", *_by_family(platform, needs))
     return _by_family(platform, needs)
@@ -50,12 +50,20 @@ def _cuda(platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:
     return ("FLASHINFER", "TRITON_ATTN", "FLASH_ATTN", *others)
 
 
-def _mla(platform: Platform) -> tuple[str, ...]:
+def _mla(platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:
     if platform.kind is DeviceKind.CUDA:
-        capability = platform.capability or (0, 0)
-        if capability >= (10, 0):
-            return ("CUTLASS_MLA", "FLASHINFER_MLA", "FLASHMLA", "TRITON_MLA")
-        if capability >= (9, 0):
-            return ("FLASHMLA", "FLASH_ATTN_MLA", "FLASHINFER_MLA", "TRITON_MLA")
-        return ("FLASHINFER_MLA", "TRITON_MLA")
-    return {DeviceKind.ROCM: ("TRITON_MLA",), DeviceKind.CPU: ("CPU_MLA",)}.get(platform.kind, ())
+        return _cuda_mla(platform.capability or (0, 0), needs.phase)
+    kinds = {DeviceKind.ROCM: ("ROCM_AITER_MLA", "TRITON_MLA"), DeviceKind.CPU: ("CPU_MLA", "TRITON_MLA")}
+    return kinds.get(platform.kind, ())
+
+
+def _cuda_mla(capability: tuple[int, int], phase: Phase | None) -> tuple[str, ...]:
+    """For decode those come first whose steps can be replayed as CUDA graphs."""
+    if phase is Phase.PREFILL:
+        new = capability >= (9, 0)
+        return ("FLASH_ATTN_MLA", "FLASHINFER_MLA", "TRITON_MLA") if new else ("FLASHINFER_MLA", "TRITON_MLA")
+    if capability >= (10, 0):
+        return ("CUTLASS_MLA", "FLASHINFER_MLA", "FLASH_ATTN_MLA", "TRITON_MLA")
+    if capability >= (9, 0):
+        return ("FLASHMLA", "TRITON_MLA", "FLASH_ATTN_MLA", "FLASHINFER_MLA")
+    return ("TRITON_MLA", "FLASHINFER_MLA")

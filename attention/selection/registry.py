@@ -30,6 +30,7 @@ BACKENDS: Mapping[str, str] = MappingProxyType(
         "FLASHINFER_MLA": "attention.backends.mla.flashinfer_mla:FlashInferMLABackend",
         "FLASH_ATTN_MLA": "attention.backends.mla.flash_attn_mla:FlashAttnMLABackend",
         "TRITON_MLA": "attention.backends.mla.triton_mla:TritonMLABackend",
+        "ROCM_AITER_MLA": "attention.backends.mla.rocm_aiter_mla:RocmAiterMLABackend",
         "CPU_MLA": "attention.backends.mla.cpu_mla:CpuMLABackend",
         "NO_ATTENTION": "attention.backends.no_attention.backend:NoAttentionBackend",
     }

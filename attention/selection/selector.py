@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from attention.backend import AttentionBackend
-from attention.capability import Evidence
 from attention.errors import AttentionBackendError
 from attention.platform import Platform
 from attention.selection.forced import Forced
@@ -122,8 +121,6 @@ def unsupported_reasons(name: str, platform: Platform, needs: Sequence[Attention
     reasons: dict[str, None] = {}
     for kind in needs:
         reasons.update(dict.fromkeys(backend.refuse(platform, kind)))
-    if not platform.simulated and not reasons and backend.capabilities.evidence(platform) is Evidence.INTERFACE:
-        reasons[Evidence.INTERFACE.value] = None
     return list(reasons)
 
 

@@ -12,7 +12,7 @@ from attention.capability import Evidence
 from attention.platform import Platform
 from attention.spec import FP8, AttentionSpec, Phase
 
-_EVIDENCE = {Evidence.RAN: "ran", Evidence.ADAPTER: "never ran", Evidence.INTERFACE: "no kernels yet", None: "-"}
+_EVIDENCE = {Evidence.RAN: "ran", Evidence.ADAPTER: "never ran", None: "-"}
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,6 @@ class TestDeviceSupport:
         found = {name: support.evidence(Platform.simulate(name)) for name in ("sm80", "sm89", "sm90", "sm100")}
         assert found == {name: Evidence.RAN if name == "sm90" else Evidence.ADAPTER for name in found}
         assert DeviceSupport(DeviceKind.CUDA).evidence(Platform.simulate("sm90")) is Evidence.ADAPTER
-        to_come = DeviceSupport(DeviceKind.CUDA, has_kernels=False)
-        assert to_come.evidence(Platform.simulate("sm90")) is Evidence.INTERFACE
 
     def test_processors_are_told_apart(self) -> None:
         arm = Platform(DeviceKind.CPU, "CPU", arch="aarch64")

@@ -48,8 +48,7 @@ class LatentAttention(nn.Module):
         self.attention = attention
         self.rotation = rotation
         query_size = num_heads * self._head_size
-        self._sizes = [query_size if q_lora_rank is None else q_lora_rank, mla.kv_lora_rank, mla.qk_rope_head_dim]
-        self._nope = mla.qk_nope_head_dim
+        self._sizes = [query_size if q_lora_rank is None else q_lora_rank, mla.latent_size]
         self.qkv_a_proj = Linear(hidden_size, sum(self._sizes), bias, context)
         if self.qkv_a_proj.bias is not None:
             self.qkv_a_proj.bias.zero_()  # queries that are not compressed have none
@@ -68,11 +67,11 @@ class LatentAttention(nn.Module):
         Returns:
             (T, Hq * v_head_dim), of this rank's heads.
         """
-        query, kv_c, k_pe = self.qkv_a_proj(x).split(self._sizes, dim=-1)
+        query, latent = self.qkv_a_proj(x).split(self._sizes, dim=-1)
         if self.q_a_norm is not None and self.q_b_proj is not None:
             query = self.q_b_proj(self.q_a_norm(query))
         heads, prepared = query.unflatten(-1, (-1, self._head_size)), batch.rotations[self.rotation]
-        self.rotation.rotate_(heads[..., self._nope :], prepared)
-        self.rotation.rotate_(k_pe.unsqueeze(1), prepared)
-        attended: torch.Tensor = self.attention(heads, self.kv_a_norm(kv_c), k_pe)
+        cache_write = batch.cache_writes.get(self.attention.name)
+        kv_c, k_pe = self.rotation.apply_latent(heads, latent, prepared, self.kv_a_norm, cache_write)
+        attended: torch.Tensor = self.attention(heads, kv_c, k_pe)
         return attended.flatten(1)

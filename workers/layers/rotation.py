@@ -8,13 +8,15 @@ from typing import Any, Protocol
 
 import torch
 
-from workers.layers.norm import HeadNorm
+from workers.layers.norm import HeadNorm, RMSNorm
 from workers.ops.cache_write import CacheWrite
+from workers.ops.latent_norm_rope import latent_norm_rope_
 from workers.ops.qk_norm_rope import cos_sin_table, qk_norm_rope_
 from workers.ops.rope_config import RopeConfig
 from workers.ops.rotary_frequencies import Rotary
 
 Heads = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Latents = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class Rotation(Protocol):
@@ -41,12 +43,20 @@ class Rotation(Protocol):
         """
         ...
 
-    def rotate_(self, heads: torch.Tensor, prepared: Any) -> None:
-        """Rotate in place, of however many heads: for layers whose queries and keys are not in one tensor.
+    def apply_latent(
+        self, query: torch.Tensor, latent: torch.Tensor, prepared: Any, norm: RMSNorm, cache: CacheWrite | None
+    ) -> Latents:
+        """Normalise latents, and rotate the rotary parts of queries and keys, in place.
 
         Args:
-            heads: (T, H, D), the elements of a head contiguous; may be a view of wider heads.
+            query: (T, Hq, D + P), of which the last P numbers of a head turn.
+            latent: (T, R + P), the latent and behind it the rotary key.
             prepared: from `prepare`.
+            norm: of latents.
+            cache: also store both there; only with `can_store`.
+
+        Returns:
+            Latents (T, R) and rotary keys (T, P); neither where they are stored.
         """
         ...
 
@@ -113,10 +123,21 @@ class PlainRotation:
             query_key = self._rotary.rotate(query_key, prepared)
         return query_key[:, : self._num_heads], query_key[:, self._num_heads :], qkv[:, rotated:]
 
-    def rotate_(self, heads: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def apply_latent(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        prepared: tuple[torch.Tensor, torch.Tensor] | None,
+        norm: RMSNorm,
+        cache: CacheWrite | None,
+    ) -> Latents:
         """See `Rotation`."""
+        rank = norm.weight.shape[0]
+        kv_c, k_pe = latent[:, :rank], latent[:, rank:]
         if self._rotary is not None and prepared is not None:
-            heads.copy_(self._rotary.rotate(heads, prepared))
+            for heads in (query[..., query.shape[2] - k_pe.shape[1] :], k_pe.unsqueeze(1)):
+                heads.copy_(self._rotary.rotate(heads, prepared))
+        return norm(kv_c), k_pe
 
 
 class FusedRotation:
@@ -159,7 +180,12 @@ class FusedRotation:
         query, key, value = qkv.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1)
         return query, key, value
 
-    def rotate_(self, heads: torch.Tensor, prepared: torch.Tensor) -> None:
+    def apply_latent(
+        self, query: torch.Tensor, latent: torch.Tensor, prepared: torch.Tensor, norm: RMSNorm, cache: CacheWrite | None
+    ) -> Latents:
         """See `Rotation`."""
-        if self._table is not None:
-            qk_norm_rope_(heads, heads.shape[1], 0, prepared, self._table, interleaved=self._interleaved)
+        latent_norm_rope_(query, latent, prepared, self._table, norm.weight, norm.eps, cache, self._interleaved)
+        if cache is not None:
+            return None, None
+        rank = norm.weight.shape[0]
+        return latent[:, :rank], latent[:, rank:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,11 +37,35 @@ def host_offsets(lens: Sequence[int] | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(offsets)
 
 
-def list_pages(common: CommonAttentionMetadata, block_size: int, skipped: int = 0) -> Pages:
+class PagedSequences(Protocol):
+    """Sequences of a batch, all or some, as `CommonAttentionMetadata` describes them."""
+
+    @property
+    def num_seqs(self) -> int:
+        """B."""
+        ...
+
+    @property
+    def context_lens(self) -> tuple[int, ...]:
+        """Tokens that each has."""
+        ...
+
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """The same, (B,) int32 on the device."""
+        ...
+
+    @property
+    def block_tables(self) -> torch.Tensor:
+        """(B, max_blocks) int32."""
+        ...
+
+
+def list_pages(common: PagedSequences, block_size: int, skipped: int = 0) -> Pages:
     """The pages of every sequence.
 
     Args:
-        common: the batch.
+        common: the sequences.
         block_size: tokens in a block.
         skipped: blocks at the beginning of every sequence to leave out.
     """

@@ -12,11 +12,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from attention.backends.common.batch_split import DecodePart, PrefillPart
-from attention.backends.mla.base import MLABackend, MLABuilder, MLAImpl, MLAMetadata
+from attention.backend import AttentionMetadata, AttentionMetadataBuilder
+from attention.backends.common.batch_split import BatchSplit, PrefillPart, put, split_batch, take
+from attention.backends.mla.base import MLABackend, MLAImpl, refuse_all_masks
 from attention.capability import FLOATS, X86, Capabilities, DeviceSupport
 from attention.fp8 import dequantize
-from attention.kv_cache import take_rows
+from attention.kv_cache import concat_and_cache_mla, take_rows
 from attention.metadata import CommonAttentionMetadata
 from attention.platform import DeviceKind
 from attention.spec import FP8, Feature
@@ -26,22 +27,25 @@ TILE = 256
 
 
 @dataclass(frozen=True)
-class CpuMLAMetadata(MLAMetadata):
-    """A batch with the slots of its decoding sequences.
+class CpuMLAMetadata(AttentionMetadata):
+    """A batch in its two parts, with the slots of its decoding sequences.
 
     Attributes:
+        split: the parts.
         decode_slots: for each sequence that decodes, (S,) int64, the slots of its tokens.
     """
 
+    split: BatchSplit
     decode_slots: tuple[torch.Tensor, ...]
 
 
-class CpuMLABuilder(MLABuilder):
+class CpuMLABuilder(AttentionMetadataBuilder):
     """Finds every token's slot once for all layers."""
 
     def build(self, common: CommonAttentionMetadata) -> CpuMLAMetadata:
         """See `AttentionMetadataBuilder.build`."""
-        split = super().build(common).split
+        refuse_all_masks(common)
+        split = split_batch(common, self.block_size)
         slots: tuple[torch.Tensor, ...] = ()
         if split.decode is not None:
             tables = split.decode.block_tables.long()
@@ -56,23 +60,47 @@ class CpuMLABuilder(MLABuilder):
 class CpuMLAImpl(MLAImpl):
     """One layer through `scaled_dot_product_attention`."""
 
-    def forward_prefill(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, part: PrefillPart, metadata: MLAMetadata
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor | None,
+        metadata: AttentionMetadata,
+        output: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `MLAImpl.forward_prefill`."""
+        """Store the new latents in the cache, then attend over the whole sequences; arguments as of `MLAImpl`.
+
+        Raises:
+            AttentionInputError: tensors that do not fit the layer.
+        """
+        batch = cast(CpuMLAMetadata, metadata)
+        cache = self.checked_cache(query, key, value, kv_cache)
+        if key is not None and value is not None:
+            concat_and_cache_mla(key, value, cache, batch.common.slot_mapping, self.kv_scales.k)
+        if output is None:
+            shape = (query.shape[0], self.spec.num_heads, self.mla.v_head_dim)
+            output = torch.empty(shape, dtype=query.dtype, device=query.device)
+        prefill, decode = batch.split.prefill, batch.split.decode
+        if prefill is not None:
+            put(output, prefill.tokens, self._prefill(take(query, prefill.tokens), cache, prefill))
+        if decode is not None:
+            put(output, decode.tokens, self._decode(take(query, decode.tokens), cache, batch.decode_slots))
+        return output
+
+    def _prefill(self, query: torch.Tensor, kv_cache: torch.Tensor, part: PrefillPart) -> torch.Tensor:
+        """Sequences that bring several tokens, over keys and values expanded from their latents."""
         latents = self._gather(kv_cache, part.slots, query.dtype).split(list(part.context_lens))
         queries = query.split(list(part.query_lens))
         return torch.cat([self._attend(q, latent) for q, latent in zip(queries, latents, strict=True)])
 
-    def forward_decode(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, part: DecodePart, metadata: MLAMetadata
-    ) -> torch.Tensor:
-        """See `MLAImpl.forward_decode`; `metadata` is a `CpuMLAMetadata`."""
+    def _decode(self, query: torch.Tensor, kv_cache: torch.Tensor, slots: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Sequences that bring one token, in the latents' space."""
         nope, rope = query.split((self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim), dim=-1)
         absorbed = torch.cat((torch.einsum("bhn,hnr->bhr", nope, self.w_uk), rope), dim=-1)
         attended = []
-        for q, slots in zip(absorbed, cast(CpuMLAMetadata, metadata).decode_slots, strict=True):
-            latent = self._gather(kv_cache, slots, query.dtype)
+        for q, slots_of_sequence in zip(absorbed, slots, strict=True):
+            latent = self._gather(kv_cache, slots_of_sequence, query.dtype)
             attended.append(
                 F.scaled_dot_product_attention(
                     q[None, None],

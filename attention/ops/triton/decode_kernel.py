@@ -21,7 +21,7 @@ from attention.ops.triton.tiles import (
 
 
 @triton.jit
-def _split_range(
+def split_range(
     seq_len: tl.tensor,
     window: tl.tensor | None,
     split: tl.tensor,
@@ -101,7 +101,7 @@ def decode_kernel(
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + seq)
-    begin, end, _ = _split_range(seq_len, window, split, num_splits, wanted_splits, most_tiles, BLOCK_N, MIN_TILES)
+    begin, end, _ = split_range(seq_len, window, split, num_splits, wanted_splits, most_tiles, BLOCK_N, MIN_TILES)
     if (begin >= end) & (split > 0):
         return
     table_ptr += seq * stride_table
@@ -183,7 +183,7 @@ def reduce_kernel(
         gdc_wait()
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
-    _, _, used = _split_range(
+    _, _, used = split_range(
         tl.load(seq_lens_ptr + seq), window, 0, num_splits, wanted_splits, most_tiles, BLOCK_N, MIN_TILES
     )
     splits = tl.arange(0, SPLITS_PAD)

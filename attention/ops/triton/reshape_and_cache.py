@@ -16,7 +16,8 @@ _E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def _to_stored(x: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+def to_stored(x: tl.tensor, scale: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """What a cache of `DTYPE` keeps of x: FP8 divided by the scale, and clamped to its range."""
     if tl.float8e4nv == DTYPE:
         x = tl.div_rn(x.to(tl.float32), scale)  # a plain division is approximate: another code at a tie
         x = tl.clamp(x, -_E4M3_MAX, _E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
@@ -56,8 +57,8 @@ def _reshape_and_cache_kernel(
     key = tl.load(key_ptr + token * stride_kt + heads * stride_kh + columns, mask=mask)
     value = tl.load(value_ptr + token * stride_vt + heads * stride_vh + columns, mask=mask)
     stored = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_slot + heads * stride_head + columns
-    tl.store(k_cache_ptr + stored, _to_stored(key, k_scale, k_cache_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_cache_ptr + stored, _to_stored(value, v_scale, v_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(k_cache_ptr + stored, to_stored(key, k_scale, k_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_cache_ptr + stored, to_stored(value, v_scale, v_cache_ptr.dtype.element_ty), mask=mask)
 
 
 def reshape_and_cache(

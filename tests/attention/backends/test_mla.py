@@ -10,7 +10,10 @@ import torch
 
 from attention.backend import KVScales
 from attention.backends.common.per_phase import backend_by_phase
+from attention.backends.mla.base import MLABackend, MLAImpl
 from attention.backends.mla.cpu_mla import CpuMLABackend, CpuMLAImpl
+from attention.backends.mla.prefill_plan import Piece, cut_context
+from attention.backends.mla.triton_mla import TritonMLABackend
 from attention.errors import AttentionBackendError, AttentionInputError
 from attention.forward_context import ForwardContext, forward_context
 from attention.fp8 import quantize
@@ -26,7 +29,7 @@ MLA = MLASpec(kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_d
 HEADS = 6
 SPEC = AttentionSpec(HEADS, 1, MLA.latent_size, (MLA.qk_nope_head_dim + MLA.qk_rope_head_dim) ** -0.5, mla=MLA)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
-WAITING = ("FLASHMLA", "CUTLASS_MLA", "FLASHINFER_MLA", "FLASH_ATTN_MLA", "TRITON_MLA")
+BACKENDS = pytest.mark.parametrize("backend", [CpuMLABackend, TritonMLABackend], ids=lambda b: b.name)
 
 
 class Sequences:
@@ -50,7 +53,8 @@ class Sequences:
 
 
 def run(
-    impl: CpuMLAImpl,
+    backend: type[MLABackend],
+    impl: MLAImpl,
     sequences: Sequences,
     lens: list[tuple[int, int]],
     tables: list[list[int]],
@@ -62,7 +66,7 @@ def run(
     query = torch.cat([sequences.queries[i][c - q : c] for i, (q, c) in enumerate(lens)])
     latent = torch.cat([sequences.latents[i][c - q : c] for i, (q, c) in enumerate(lens)])
     kv_c, k_pe = latent.split((MLA.kv_lora_rank, MLA.qk_rope_head_dim), dim=-1)
-    builder = CpuMLABackend.builder_class(impl.spec, query.dtype, cache.shape[1], query.device)
+    builder = backend.builder_class(impl.spec, query.dtype, cache.shape[1], query.device)
     return impl.forward(query, kv_c, k_pe, cache, builder.build(common), output)
 
 
@@ -75,9 +79,12 @@ def poisoned_cache(tables: list[list[int]], block_size: int, dtype: torch.dtype)
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
+@BACKENDS
 @pytest.mark.parametrize("block_size", [1, 16, 64])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_ragged_batches_match_expanded_attention(dtype: torch.dtype, block_size: int) -> None:
+def test_ragged_batches_match_expanded_attention(
+    backend: type[MLABackend], dtype: torch.dtype, block_size: int
+) -> None:
     lens = [*MIXED, (1, 64), (1, 65), (1, 15)]
     sequences = Sequences([c for _, c in lens], dtype)
     tables = shuffled_tables([c for _, c in lens], block_size)
@@ -86,26 +93,27 @@ def test_ragged_batches_match_expanded_attention(dtype: torch.dtype, block_size:
         earlier = sequences.latents[i][: c - q]
         for position, latent in enumerate(earlier):
             cache[tables[i][position // block_size], position % block_size] = latent
-    impl = CpuMLAImpl(SPEC, sequences.weight)
+    impl = backend.impl_class(SPEC, sequences.weight)
     poisoned = torch.full((sum(q for q, _ in lens), HEADS, MLA.v_head_dim), float("nan"), dtype=dtype)
-    got = run(impl, sequences, lens, tables, cache, poisoned)
+    got = run(backend, impl, sequences, lens, tables, cache, poisoned)
     expected = torch.cat([sequences.expected(i)[c - q :] for i, (q, c) in enumerate(lens)])
     assert got is poisoned
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_chunks_of_any_size_and_single_tokens_give_what_one_prefill_gives() -> None:
+@BACKENDS
+def test_chunks_of_any_size_and_single_tokens_give_what_one_prefill_gives(backend: type[MLABackend]) -> None:
     length, block_size = 70, 16
     sequences = Sequences([length])
     tables = shuffled_tables([length], block_size)
-    impl = CpuMLAImpl(SPEC, sequences.weight)
-    whole = run(impl, sequences, [(length, length)], tables, poisoned_cache(tables, block_size, torch.float32))
+    impl = backend.impl_class(SPEC, sequences.weight)
+    whole = run(backend, impl, sequences, [(length, length)], tables, poisoned_cache(tables, block_size, torch.float32))
     cache = poisoned_cache(tables, block_size, torch.float32)
     pieces, done = [], 0
     for chunk in (16, 1, 15, 2, 30, 1, 1, 1, 3):
         done += chunk
-        pieces.append(run(impl, sequences, [(chunk, done)], tables, cache))
+        pieces.append(run(backend, impl, sequences, [(chunk, done)], tables, cache))
     assert done == length
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole.double(), sequences.expected(0), rtol=1e-5, atol=1e-5)
@@ -116,19 +124,22 @@ def test_prompts_longer_than_a_tile() -> None:
     tables = shuffled_tables([600], 16)
     cache = poisoned_cache(tables, 16, torch.float32)
     impl = CpuMLAImpl(SPEC, sequences.weight)
-    got = torch.cat([run(impl, sequences, [(n, at)], tables, cache) for n, at in ((290, 290), (310, 600))])
+    got = torch.cat(
+        [run(CpuMLABackend, impl, sequences, [(n, at)], tables, cache) for n, at in ((290, 290), (310, 600))]
+    )
     torch.testing.assert_close(got.double(), sequences.expected(0), rtol=1e-5, atol=1e-5)
 
 
-def test_an_fp8_cache_is_what_is_seen_in_prefill_and_decode() -> None:
+@BACKENDS
+def test_an_fp8_cache_is_what_is_seen_in_prefill_and_decode(backend: type[MLABackend]) -> None:
     scale, lens = 0.01, [(40, 40), (1, 1)]
     sequences = Sequences([41, 1])
     tables = shuffled_tables([41, 1], 16)
     cache = torch.full((8, 16, MLA.latent_size), float("nan")).to(FP8)
-    impl = CpuMLAImpl(replace(SPEC, kv_cache_dtype=FP8), sequences.weight)
+    impl = backend.impl_class(replace(SPEC, kv_cache_dtype=FP8), sequences.weight)
     impl.kv_scales = KVScales(scale)
-    prefill = run(impl, sequences, lens, tables, cache)
-    decode = run(impl, sequences, [(1, 41)], tables[:1], cache)
+    prefill = run(backend, impl, sequences, lens, tables, cache)
+    decode = run(backend, impl, sequences, [(1, 41)], tables[:1], cache)
     torch.testing.assert_close(
         torch.cat((prefill[:40], decode)).double(), sequences.expected(0, scale), rtol=1e-5, atol=1e-5
     )
@@ -160,14 +171,46 @@ def test_the_size_of_a_cache_of_latents() -> None:
         CpuMLABackend.get_kv_cache_shape(2, 64, 2, 576)
 
 
-@pytest.mark.parametrize("name", WAITING)
-def test_backends_whose_kernels_are_to_come(name: str) -> None:
-    backend = get_backend(name)
-    assert backend.name == name
-    assert backend.get_kv_cache_shape(4, 64, 1, 576) == (4, 64, 576)
-    weight = torch.zeros(HEADS * (MLA.qk_nope_head_dim + MLA.v_head_dim), MLA.kv_lora_rank)
-    with pytest.raises(AttentionBackendError, match=f"{name}: its kernel is not part of this version"):
-        MLAAttention(SPEC, backend, "layer", weight)
+@pytest.mark.parametrize("budget", [1, 7, 20, 1000])
+def test_context_beyond_the_workspace_is_merged_piece_by_piece(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attention.backends.mla import expanding
+
+    monkeypatch.setattr(expanding, "workspace_tokens", lambda spec, dtype: budget)
+    lens = [(5, 30), (3, 3), (1, 9), (2, 40), (4, 18), (6, 6)]
+    sequences = Sequences([c for _, c in lens])
+    tables = shuffled_tables([c for _, c in lens], 4)
+    cache = poisoned_cache(tables, 4, torch.float32)
+    for i, (q, c) in enumerate(lens):
+        for position, latent in enumerate(sequences.latents[i][: c - q]):
+            cache[tables[i][position // 4], position % 4] = latent
+    impl = TritonMLABackend.impl_class(SPEC, sequences.weight)
+    got = run(TritonMLABackend, impl, sequences, lens, tables, cache)
+    expected = torch.cat([sequences.expected(i)[c - q :] for i, (q, c) in enumerate(lens)])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_how_context_is_cut() -> None:
+    assert [list(chunk) for chunk in cut_context([5, 0, 3, 4], 6)] == [
+        [Piece(0, 0, 5)],
+        [Piece(2, 0, 3), Piece(3, 0, 3)],
+        [Piece(3, 3, 1)],
+    ]
+    assert list(cut_context([0, 0], 6)) == []
+    assert [chunk[0].length for chunk in cut_context([13], 6)] == [6, 6, 1]
+
+
+def test_sequences_without_tokens_give_zeros_in_decode() -> None:
+    sequences = Sequences([20, 1])
+    tables = shuffled_tables([20, 1], 16)
+    cache = poisoned_cache(tables, 16, torch.float32)
+    impl = TritonMLABackend.impl_class(SPEC, sequences.weight)
+    run(TritonMLABackend, impl, sequences, [(20, 20), (1, 1)], tables, cache)
+    common = replace(batch([(1, 20), (1, 1)], tables, 16), seq_lens=torch.tensor([20, 0], dtype=torch.int32))
+    builder = TritonMLABackend.builder_class(SPEC, torch.float32, 16, torch.device("cpu"))
+    query = torch.cat((sequences.queries[0][19:], sequences.queries[1]))
+    got = impl.forward(query, None, None, cache, builder.build(common))
+    torch.testing.assert_close(got[0].double(), sequences.expected(0)[19], rtol=1e-5, atol=1e-5)
+    assert not got[1].any()
 
 
 class TestLayer:

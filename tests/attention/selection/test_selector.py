@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention.capability import Evidence
 from attention.errors import AttentionBackendError
 from attention.platform import SIMULATED, DeviceKind, Platform
 from attention.selection.priority import candidates
@@ -144,15 +143,6 @@ class TestRefusals:
         both = select_backend(ampere, [needs(), alibi])
         assert not both.backend.refuse(ampere, needs())
         assert not both.backend.refuse(ampere, alibi)
-
-    def test_kernels_that_are_not_there_are_refused_on_a_real_device(self) -> None:
-        pretended = Platform.simulate("sm90")
-        name = chosen(pretended, needs(MLA, phase=Phase.DECODE, block_size=64))
-        assert get_backend(name).capabilities.evidence(pretended) is Evidence.INTERFACE
-        real = replace(pretended, simulated=False)
-        assert Evidence.INTERFACE.value in unsupported_reasons(
-            name, real, [needs(MLA, phase=Phase.DECODE, block_size=64)]
-        )
 
     @pytest.mark.parametrize(
         ("name", "platform", "wanted", "reason"),

@@ -12,11 +12,12 @@ from transformers import AutoConfig
 
 from workers.layers.context import LayerContext
 from workers.layers.linear_methods.choice import linear_method_for
-from workers.layers.norm import HeadNorm
+from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.rotation import FusedRotation, HeadShape, PlainRotation, make_rotation, make_rotations
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.rope import RopeFamily, read_global_and_local_rope, read_rope
 from workers.ops.qk_norm_rope import cos_sin_table, qk_norm_rope_torch_
+from workers.ops.rms_norm import rms_norm_torch
 from workers.ops.rope_config import LongRopeScaling, RopeConfig
 from workers.ops.rotary_frequencies import Rotary
 from workers.parallel.group import SINGLE
@@ -204,17 +205,25 @@ def test_plain_and_fused_rotations_agree(rope: RopeConfig | None, normed: bool) 
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("kind", [PlainRotation, FusedRotation])
-def test_heads_are_rotated_in_place(kind: Any, rope: RopeConfig | None) -> None:
-    """However many, and inside wider ones."""
-    wide = torch.randn(len(POSITIONS), 7, 40, generator=torch.Generator().manual_seed(9))
+def test_latents_are_normalised_and_rotary_parts_rotated_in_place(kind: Any, rope: RopeConfig | None) -> None:
+    """However many heads, and inside wider rows."""
+    generator = torch.Generator().manual_seed(9)
+    wide = torch.randn(len(POSITIONS), 7 * 40 + 24 + 32, generator=generator)
     before, rotation = wide.clone(), kind(rope, HEADS, MAX_POSITIONS, torch.float32, CPU)
-    rotation.rotate_(wide[..., 8:], rotation.prepare(POSITIONS))
-    assert torch.equal(wide[..., :8], before[..., :8])
-    expected = before[..., 8:]
-    if rope is not None:
-        rotary = Rotary(rope, 32, torch.float32, CPU, MAX_POSITIONS)
-        expected = rotary.rotate(expected, rotary.angles(POSITIONS))
-    torch.testing.assert_close(wide[..., 8:], expected)
+    norm = RMSNorm(24, 1e-5, LayerContext(torch.float32, CPU, SINGLE, linear_method_for(CPU)))
+    norm.weight.copy_(torch.rand(24, generator=generator))
+    query, latent = wide[:, :280].unflatten(1, (7, 40)), wide[:, 280:]
+    kv_c, k_pe = rotation.apply_latent(query, latent, rotation.prepare(POSITIONS), norm, None)
+
+    def rotated(heads: torch.Tensor) -> torch.Tensor:
+        rotary = None if rope is None else Rotary(rope, 32, torch.float32, CPU, MAX_POSITIONS)
+        return heads if rotary is None else rotary.rotate(heads, rotary.angles(POSITIONS))
+
+    heads = before[:, :280].unflatten(1, (7, 40))
+    assert torch.equal(query[..., :8], heads[..., :8])
+    torch.testing.assert_close(query[..., 8:], rotated(heads[..., 8:]))
+    torch.testing.assert_close(kv_c, rms_norm_torch(before[:, 280:304], norm.weight, 1e-5))
+    torch.testing.assert_close(k_pe, rotated(before[:, None, 304:])[:, 0])
 
 
 def test_layers_that_turn_alike_share_a_rotation() -> None:

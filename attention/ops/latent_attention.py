@@ -1,0 +1,93 @@
+"""What backends of latent attention have in common: storing latents, reading them, and the two changes of space."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from attention.fp8 import dequantize
+from attention.kv_cache import concat_and_cache_mla, take_rows
+from attention.ops.dispatch import uses_triton
+from attention.spec import FP8
+
+
+def write_latents(
+    kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, scale: float = 1.0
+) -> None:
+    """`concat_and_cache_mla`, with the Triton kernel where Triton runs and the device converts to FP8 itself."""
+    if uses_triton(kv_cache) and (kv_cache.dtype != FP8 or _converts(kv_cache)):
+        from attention.ops.triton.latent.cache_write import concat_and_cache_mla as kernel
+
+        kernel(kv_c, k_pe, kv_cache, slot_mapping, scale)
+    else:
+        concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, scale)
+
+
+def read_latents(kv_cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Latents and rotary keys of these slots, copied out of a layer's cache: (S, latent size).
+
+    Args:
+        kv_cache: (num_blocks, block_size, latent size).
+        slots: (S,) int64; a negative one, which belongs to no token, gives some row.
+        dtype: of the result.
+        scale: of an FP8 cache.
+    """
+    rows = take_rows(kv_cache.view(-1, kv_cache.shape[-1]), slots.clamp(min=0))
+    return dequantize(rows, scale).to(dtype) if rows.dtype == FP8 else rows
+
+
+def expand(
+    kv_c: torch.Tensor, kv_b_proj: torch.Tensor, num_heads: int, nope_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys without their rotary part, and values, of every head: two views of one product.
+
+    Args:
+        kv_c: (S, R) normalised latents.
+        kv_b_proj: (Hq * (D + V), R), in each head the keys' part first.
+        num_heads: Hq.
+        nope_size: D.
+
+    Returns:
+        (S, Hq, D) and (S, Hq, V).
+    """
+    heads = F.linear(kv_c, kv_b_proj).view(kv_c.shape[0], num_heads, -1)
+    return heads[..., :nope_size], heads[..., nope_size:]
+
+
+def join_keys(key: torch.Tensor, rotary_key: torch.Tensor) -> torch.Tensor:
+    """(S, Hq, D) of each head and (S, P) of all heads as one contiguous (S, Hq, D + P)."""
+    return torch.cat((key, rotary_key.unsqueeze(1).expand(-1, key.shape[1], -1)), dim=-1)
+
+
+def absorb(query: torch.Tensor, w_uk: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+    """Take queries into the latents' space: `W_UKᵀ q` of every head.
+
+    Args:
+        query: (B, Hq, D); may be a view of wider heads.
+        w_uk: (Hq, D, R).
+        output: (B, Hq, R), written and returned when given; may be a view of wider heads.
+
+    Returns:
+        (B, Hq, R).
+    """
+    if output is None:
+        output = query.new_empty(query.shape[0], query.shape[1], w_uk.shape[2])
+    torch.bmm(query.transpose(0, 1), w_uk, out=output.transpose(0, 1))
+    return output
+
+
+def unabsorb(attended: torch.Tensor, w_uv: torch.Tensor, output: torch.Tensor) -> None:
+    """Take sums of latents to values: `W_UV o` of every head.
+
+    Args:
+        attended: (B, Hq, R).
+        w_uv: (Hq, V, R).
+        output: (B, Hq, V), written.
+    """
+    torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=output.transpose(0, 1))
+
+
+def _converts(tensor: torch.Tensor) -> bool:
+    from attention.ops.triton.launch import device_traits
+
+    return device_traits(tensor.device).converts_e4m3

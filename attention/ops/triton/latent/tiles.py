@@ -1,0 +1,89 @@
+"""How large the tiles of latent attention are, by dtype, heads and architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from attention.ops.triton.launch import DeviceTraits
+from attention.ops.triton.tuning import Tile
+
+# (bytes of an element of the queries, of the cache): tiles by how many heads are side by side
+_DECODE: Mapping[tuple[int, int], Mapping[int, Tile]] = MappingProxyType(
+    {
+        (2, 2): {16: Tile(16, 32, 4, 3), 32: Tile(32, 32, 4, 3), 64: Tile(64, 64, 8, 2)},
+        (2, 1): {16: Tile(16, 32, 4, 3), 32: Tile(32, 32, 4, 3), 64: Tile(64, 32, 8, 2)},
+    }
+)
+_DECODE_FP32 = {16: Tile(16, 16, 4, 1)}
+_PREFILL = Tile(128, 64, 8, 3)
+_PREFILL_FEW = Tile(64, 64, 4, 3)
+_PREFILL_FP32 = Tile(32, 32, 8, 1)
+_INTERPRETED = Tile(16, 16, 1, 1)
+_RESERVED = 4096
+"""Bytes of shared memory left to what the compiler puts there itself."""
+
+
+def decode_tile(
+    num_heads: int, latent_size: int, query_itemsize: int, cache_itemsize: int, traits: DeviceTraits
+) -> Tile:
+    """The decode kernel's tile: rows are heads.
+
+    Args:
+        num_heads: Hq.
+        latent_size: of the latent and the rotary key, each padded to a power of two.
+        query_itemsize: bytes of an element of the queries.
+        cache_itemsize: bytes of an element of the cache.
+        traits: the device.
+    """
+    if traits.arch == "interpreter":
+        return _INTERPRETED
+    tiles = _DECODE.get((query_itemsize, cache_itemsize), _DECODE_FP32)
+    tile = tiles[max(rows for rows in tiles if rows <= max(num_heads, min(tiles)))]
+    while _decode_bytes(tile, latent_size, query_itemsize) > traits.shared_memory - _RESERVED:
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.keys > 16:
+            tile = replace(tile, keys=tile.keys // 2)
+        elif tile.rows > 16:
+            tile = replace(tile, rows=tile.rows // 2)
+        else:
+            break
+    return tile
+
+
+def prefill_tile(
+    num_queries: int, num_groups: int, head_size: int, value_size: int, itemsize: int, traits: DeviceTraits
+) -> Tile:
+    """The prefill kernel's tile: rows are queries of one head.
+
+    Args:
+        num_queries: of the longest sequence.
+        num_groups: sequences times heads.
+        head_size: of queries and keys, their two parts each padded to a power of two.
+        value_size: of values, likewise.
+        itemsize: bytes of an element.
+        traits: the device.
+    """
+    if traits.arch == "interpreter":
+        return _INTERPRETED
+    tile = _PREFILL if itemsize == 2 else _PREFILL_FP32
+    if itemsize == 2 and (traits.arch != "sm90" or -(-num_queries // tile.rows) * num_groups < 2 * traits.num_sms):
+        tile = _PREFILL_FEW
+    limit = traits.shared_memory - _RESERVED
+    while (tile.rows * head_size + tile.num_stages * tile.keys * (head_size + value_size)) * itemsize > limit:
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.keys > 16:
+            tile = replace(tile, keys=tile.keys // 2)
+        elif tile.rows > 16:
+            tile = replace(tile, rows=tile.rows // 2)
+        else:
+            break
+    return tile
+
+
+def _decode_bytes(tile: Tile, latent_size: int, itemsize: int) -> int:
+    """Queries, the stages of the pipeline and the weights, in the queries' dtype."""
+    return ((tile.rows + tile.num_stages * tile.keys) * latent_size + tile.rows * tile.keys) * itemsize
