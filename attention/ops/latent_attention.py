@@ -54,9 +54,28 @@ def expand(
     return heads[..., :nope_size], heads[..., nope_size:]
 
 
-def join_keys(key: torch.Tensor, rotary_key: torch.Tensor) -> torch.Tensor:
-    """(S, Hq, D) of each head and (S, P) of all heads as one contiguous (S, Hq, D + P)."""
-    return torch.cat((key, rotary_key.unsqueeze(1).expand(-1, key.shape[1], -1)), dim=-1)
+def expand_joined(
+    kv_c: torch.Tensor, rotary_key: torch.Tensor, w_uk: torch.Tensor, w_uv: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole keys, the rotary part behind the other, and values of every head: the products are written where they go.
+
+    Args:
+        kv_c: (S, R) normalised latents.
+        rotary_key: (S, P), of all heads.
+        w_uk: (Hq, D, R).
+        w_uv: (Hq, V, R).
+
+    Returns:
+        (S, Hq, D + P) and (S, Hq, V).
+    """
+    tokens, heads, size = kv_c.shape[0], w_uk.shape[0], w_uk.shape[1]
+    key = kv_c.new_empty(tokens, heads, size + rotary_key.shape[1])
+    value = kv_c.new_empty(tokens, heads, w_uv.shape[1])
+    latents = kv_c.unsqueeze(0).expand(heads, -1, -1)
+    torch.bmm(latents, w_uk.transpose(1, 2), out=key[..., :size].transpose(0, 1))
+    torch.bmm(latents, w_uv.transpose(1, 2), out=value.transpose(0, 1))
+    key[..., size:] = rotary_key.unsqueeze(1)
+    return key, value
 
 
 def absorb(query: torch.Tensor, w_uk: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from attention.backends.mla.base import MLABackend, MLAImpl, refuse_all_masks
 from attention.backends.mla.prefill_plan import ContextChunk, PrefillPlan, plan_prefill, workspace_tokens
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
-from attention.ops.latent_attention import absorb, expand, read_latents, unabsorb, write_latents
+from attention.ops.latent_attention import absorb, expand, expand_joined, read_latents, unabsorb, write_latents
 from attention.ops.merge_attn_states import merge_attn_states
 from attention.spec import AttentionSpec
 
@@ -47,12 +47,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class Expanded:
-    """Keys and values of some tokens: the product of their latents, and the rotary keys.
+    """Keys and values of some tokens, expanded from their latents.
 
     Attributes:
-        key: (S, Hq, D), a view of the product.
+        key: (S, Hq, D), or (S, Hq, D + P) where keys are joined with their rotary part; may be a view.
         rotary_key: (S, P).
-        value: (S, Hq, V), a view of the product.
+        value: (S, Hq, V); may be a view.
     """
 
     key: torch.Tensor
@@ -141,6 +141,9 @@ class ExpandingBuilder(AttentionMetadataBuilder):
 
 class ExpandingImpl(MLAImpl):
     """One layer; arguments as of `MLAImpl`."""
+
+    joins_keys: ClassVar[bool] = True
+    """Whether `attend` wants every head's keys with the rotary part behind them."""
 
     def __init__(self, spec: AttentionSpec, kv_b_proj: torch.Tensor) -> None:
         super().__init__(spec, kv_b_proj)
@@ -267,7 +270,10 @@ class ExpandingImpl(MLAImpl):
             kv_c, k_pe = latents.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
         else:
             kv_c, k_pe = latents
-        key, value = expand(kv_c, self.kv_b_proj, self.spec.num_heads, mla.qk_nope_head_dim)
+        if self.joins_keys:
+            key, value = expand_joined(kv_c, k_pe, self.w_uk, self.w_uv)
+        else:
+            key, value = expand(kv_c, self.kv_b_proj, self.spec.num_heads, mla.qk_nope_head_dim)
         return Expanded(key, k_pe, value)
 
 

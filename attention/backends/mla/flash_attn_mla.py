@@ -16,7 +16,6 @@ from attention.backends.flash_attn.versions import PROVIDERS, FlashAttnVersion, 
 from attention.backends.mla.expanding import DecodeBatch, Expanded, ExpandingBackend, ExpandingImpl, Packed
 from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionBackendError
-from attention.ops.latent_attention import join_keys
 from attention.platform import DeviceKind, Platform
 from attention.spec import AttentionNeeds, AttentionSpec, Feature, Phase
 
@@ -42,7 +41,7 @@ class FlashAttnMLAImpl(ExpandingImpl):
         lse = self._provider.kernel(
             Call(
                 query=query,
-                key=join_keys(keys.key, keys.rotary_key),
+                key=keys.key,
                 value=keys.value,
                 output=output,
                 cu_seqlens_q=call.cu_seqlens_q,

@@ -26,7 +26,6 @@ from attention.backends.mla.expanding import (
     Packed,
 )
 from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
-from attention.ops.latent_attention import join_keys
 from attention.platform import DeviceKind, Platform
 from attention.spec import AttentionNeeds, AttentionSpec, Feature
 
@@ -136,8 +135,7 @@ class FlashInferMLAImpl(ExpandingImpl):
     ) -> torch.Tensor | None:
         """See `ExpandingImpl.attend`."""
         assert isinstance(call, Planned)
-        joined = join_keys(keys.key, keys.rotary_key)
-        lse = call.run(output, wants_lse, query.contiguous(), joined, keys.value.contiguous())
+        lse = call.run(output, wants_lse, query, keys.key, keys.value)
         return None if lse is None else lse.mul_(math.log(2.0))
 
     def attend_latents(

@@ -17,7 +17,9 @@ _MAX_LATENT = 576
 
 
 class TritonMLAImpl(ExpandingImpl):
-    """One layer's latent attention."""
+    """One layer's latent attention. The prefill kernel reads the two parts of keys where they are."""
+
+    joins_keys = False
 
     def attend(
         self, query: torch.Tensor, keys: Expanded, call: Any, output: torch.Tensor, wants_lse: bool

@@ -189,6 +189,28 @@ def test_context_beyond_the_workspace_is_merged_piece_by_piece(budget: int, monk
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 5, 16])
+def test_few_heads_with_turned_products(heads: int) -> None:
+    from attention.ops.triton.latent.decode import latent_decode
+
+    generator = torch.Generator().manual_seed(1)
+    query, rotary = torch.randn(3, heads, 24, generator=generator), torch.randn(3, heads, 8, generator=generator)
+    cache = torch.randn(20, 16, 32, generator=generator)
+    tables = torch.randperm(18, generator=generator).view(3, 6).int()
+    lens = torch.tensor([90, 0, 33], dtype=torch.int32)
+    outputs = []
+    for turned in (False, True):
+        for splits in (1, 3):
+            output, lse = torch.full_like(query, float("nan")), torch.full((3, heads), float("nan"))
+            latent_decode(
+                query, rotary, cache, tables, lens, 90, output, scale=0.3, lse=lse, num_splits=splits, turned=turned
+            )
+            outputs.append((output, lse))
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0])
+    assert not outputs[0][0][1].any()
+
+
 def test_how_context_is_cut() -> None:
     assert [list(chunk) for chunk in cut_context([5, 0, 3, 4], 6)] == [
         [Piece(0, 0, 5)],

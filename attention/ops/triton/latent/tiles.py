@@ -7,26 +7,43 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from attention.ops.triton.launch import DeviceTraits
-from attention.ops.triton.tuning import Tile
+from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, Splits, Tile
 
-# (bytes of an element of the queries, of the cache): tiles by how many heads are side by side
+# (bytes of an element of the queries, of the cache): tiles by how many heads are side by side. Measured on an H200
+# (benchmarks/results/latent_tiles_h200.json).
 _DECODE: Mapping[tuple[int, int], Mapping[int, Tile]] = MappingProxyType(
     {
-        (2, 2): {16: Tile(16, 32, 4, 3), 32: Tile(32, 32, 4, 3), 64: Tile(64, 64, 8, 2)},
+        (2, 2): {16: Tile(16, 32, 4, 3), 32: Tile(32, 64, 4, 2), 64: Tile(64, 64, 8, 2)},
         (2, 1): {16: Tile(16, 32, 4, 3), 32: Tile(32, 32, 4, 3), 64: Tile(64, 32, 8, 2)},
     }
 )
+_TURNED = Tile(16, 64, 4, 2)
+_MOST_TURNED_HEADS = 16
 _DECODE_FP32 = {16: Tile(16, 16, 4, 1)}
 _PREFILL = Tile(128, 64, 8, 3)
 _PREFILL_FEW = Tile(64, 64, 4, 3)
 _PREFILL_FP32 = Tile(32, 32, 8, 1)
 _INTERPRETED = Tile(16, 16, 1, 1)
-_RESERVED = 4096
-"""Bytes of shared memory left to what the compiler puts there itself."""
+_MOST_SPLITS_OF_MANY = 8
+"""Splits of a sequence where the batch alone fills the device."""
+_FULL = 0.9
+"""The share of a device's places that is as good as all."""
+
+
+def turns(num_heads: int, query_itemsize: int, cache_itemsize: int, traits: DeviceTraits) -> bool:
+    """Whether decode is for `few_heads_kernel`: it needs matrix instructions of 64 rows, and cached tokens as they are.
+
+    Args:
+        num_heads: Hq.
+        query_itemsize: bytes of an element of the queries.
+        cache_itemsize: bytes of an element of the cache.
+        traits: the device.
+    """
+    return traits.arch == "sm90" and query_itemsize == cache_itemsize == 2 and num_heads <= _MOST_TURNED_HEADS
 
 
 def decode_tile(
-    num_heads: int, latent_size: int, query_itemsize: int, cache_itemsize: int, traits: DeviceTraits
+    num_heads: int, latent_size: int, query_itemsize: int, cache_itemsize: int, turned: bool, traits: DeviceTraits
 ) -> Tile:
     """The decode kernel's tile: rows are heads.
 
@@ -35,13 +52,16 @@ def decode_tile(
         latent_size: of the latent and the rotary key, each padded to a power of two.
         query_itemsize: bytes of an element of the queries.
         cache_itemsize: bytes of an element of the cache.
+        turned: whether it is that of `few_heads_kernel`.
         traits: the device.
     """
     if traits.arch == "interpreter":
         return _INTERPRETED
+    if turned:
+        return _TURNED
     tiles = _DECODE.get((query_itemsize, cache_itemsize), _DECODE_FP32)
     tile = tiles[max(rows for rows in tiles if rows <= max(num_heads, min(tiles)))]
-    while _decode_bytes(tile, latent_size, query_itemsize) > traits.shared_memory - _RESERVED:
+    while _decode_bytes(tile, latent_size, query_itemsize) > traits.shared_memory:
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif tile.keys > 16:
@@ -71,7 +91,7 @@ def prefill_tile(
     tile = _PREFILL if itemsize == 2 else _PREFILL_FP32
     if itemsize == 2 and (traits.arch != "sm90" or -(-num_queries // tile.rows) * num_groups < 2 * traits.num_sms):
         tile = _PREFILL_FEW
-    limit = traits.shared_memory - _RESERVED
+    limit = traits.shared_memory
     while (tile.rows * head_size + tile.num_stages * tile.keys * (head_size + value_size)) * itemsize > limit:
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
@@ -84,6 +104,38 @@ def prefill_tile(
     return tile
 
 
+def choose_splits(
+    num_programs: int, max_seq_len: int, tile: Tile, latent_size: int, itemsize: int, traits: DeviceTraits
+) -> Splits:
+    """How sequences are dealt out so that few of the device's places stay empty; see `tuning.Splits`.
+
+    Args:
+        num_programs: sequences times tiles of heads.
+        max_seq_len: tokens of the longest sequence.
+        tile: of the kernel.
+        latent_size: as of `decode_tile`.
+        itemsize: bytes of an element of the queries.
+        traits: the device.
+    """
+    places = traits.num_sms * max(1, traits.shared_memory // _decode_bytes(tile, latent_size, itemsize))
+    useful = max(1, -(-max_seq_len // (tile.keys * MIN_TILES)))
+    wanted = min(places // num_programs, MAX_SPLITS) if 2 * num_programs <= places else _even(num_programs, places)
+    wanted = max(1, min(wanted, useful))
+    count = max(wanted, min(-(-max_seq_len // MAX_SPLIT_KEYS), MAX_SPLITS))
+    return Splits(count, wanted, MAX_SPLIT_KEYS // tile.keys)
+
+
+def _even(num_programs: int, places: int) -> int:
+    """The fewest splits after which the last round of programs is nearly full, or those that fill it best."""
+
+    def used(splits: int) -> float:
+        programs = num_programs * splits
+        return programs / (places * -(-programs // places))
+
+    every = range(1, _MOST_SPLITS_OF_MANY + 1)
+    return next((splits for splits in every if used(splits) >= _FULL), max(every, key=used))
+
+
 def _decode_bytes(tile: Tile, latent_size: int, itemsize: int) -> int:
-    """Queries, the stages of the pipeline and the weights, in the queries' dtype."""
-    return ((tile.rows + tile.num_stages * tile.keys) * latent_size + tile.rows * tile.keys) * itemsize
+    """Of shared memory: the stages of the pipeline, and queries and weights, which take turns."""
+    return (max(tile.rows, 1) + tile.num_stages * tile.keys) * latent_size * itemsize

@@ -1,0 +1,113 @@
+"""The decode kernel of latent attention for few heads: cached tokens, not heads, are the rows of the matrix products.
+
+A matrix instruction of Hopper has 64 rows. Sixteen heads would leave most of them empty, so both products are turned
+around: scores are latents times queries, (tokens, heads), and the result is latents times weights, (R, heads). The
+tile of latents is the left operand of both, as it was loaded; queries and weights are small.
+"""
+# ruff: noqa: N803  # compile-time constants are upper case, as is usual in Triton
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from attention.ops.triton.decode_kernel import split_range
+from attention.ops.triton.latent.decode_kernel import load_latent_queries
+from attention.ops.triton.tiles import LN_2, LOG2_E, load_tile, look_up_blocks, paged_rows
+
+
+@triton.jit(do_not_specialize=["stride_table", "num_splits", "wanted_splits", "most_tiles"])
+def latent_decode_few_heads_kernel(
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor | None,
+    partial_ptr: tl.tensor | None,
+    partial_lse_ptr: tl.tensor | None,
+    q_ptr: tl.tensor,
+    pe_ptr: tl.tensor,
+    cache_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    seq_lens_ptr: tl.tensor,
+    scale: tl.tensor,
+    cache_scale: tl.tensor,
+    num_splits: tl.tensor,
+    wanted_splits: tl.tensor,
+    most_tiles: tl.tensor,
+    stride_qt: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_pt: tl.tensor,
+    stride_ph: tl.tensor,
+    stride_ot: tl.tensor,
+    stride_oh: tl.tensor,
+    stride_lt: tl.tensor,
+    stride_lh: tl.tensor,
+    stride_table: tl.tensor,
+    stride_block: tl.tensor,
+    stride_slot: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    P: tl.constexpr,
+    P_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """As `decode_kernel.latent_decode_kernel`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    split = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    begin, end, _ = split_range(seq_len, None, split, num_splits, wanted_splits, most_tiles, BLOCK_N, MIN_TILES)
+    if (begin >= end) & (split > 0):
+        return
+    table_ptr += seq * stride_table
+    head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = head < NUM_HEADS
+    q, pe, scale = load_latent_queries(
+        q_ptr, seq * stride_qt + head * stride_qh, pe_ptr, seq * stride_pt + head * stride_ph, valid, scale,
+        R, R_PAD, P, P_PAD, DOT_DTYPE,
+    )  # fmt: skip
+    q = tl.trans(q)
+    pe = tl.trans(pe)
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([R_PAD, BLOCK_M], tl.float32)
+    factor = scale * LOG2_E
+    blocks = look_up_blocks(begin, end, table_ptr, BLOCK_SIZE, BLOCK_N)
+    for start in tl.range(begin, end, BLOCK_N):
+        in_bounds = start + tl.arange(0, BLOCK_N) < end
+        rows = paged_rows(start, blocks, stride_block, stride_slot, BLOCK_SIZE, BLOCK_N)
+        latent = load_tile(cache_ptr, rows, in_bounds, R, R_PAD, DOT_DTYPE, True)
+        rotary = load_tile(cache_ptr + R, rows, in_bounds, P, P_PAD, DOT_DTYPE, True)
+        products = tl.dot(latent, q, input_precision="ieee")
+        products = tl.dot(rotary, pe, products, input_precision="ieee")
+        values = tl.where(in_bounds[:, None], products * factor, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(values, 0))
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp2(values - reference[None, :])
+        rescale = tl.exp2(largest - reference)
+        total = total * rescale + tl.sum(weights, 0)
+        largest = new_largest
+        blocks = look_up_blocks(start + BLOCK_N, end, table_ptr, BLOCK_SIZE, BLOCK_N)
+        acc = tl.dot(tl.trans(latent), weights.to(DOT_DTYPE), acc * rescale[None, :], input_precision="ieee")
+
+    divisor = tl.where(total == 0.0, 1.0, total)
+    lse = largest + tl.log2(divisor)
+    acc = tl.trans(acc * (cache_scale / divisor)[None, :])
+    columns = tl.arange(0, R_PAD)
+    stored = valid[:, None] & (columns < R)[None, :]
+    if partial_ptr is None:
+        out_ptrs = out_ptr + (seq * stride_ot + head * stride_oh)[:, None] + columns[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + seq * stride_lt + head * stride_lh, lse * LN_2, mask=valid)
+    else:
+        slot = (seq * NUM_HEADS + head) * num_splits + split
+        tl.store(partial_ptr + slot[:, None] * R + columns[None, :], acc, mask=stored)
+        tl.store(partial_lse_ptr + slot, lse, mask=valid)
