@@ -21,7 +21,8 @@ import torch
 from attention.backend import AttentionBackend
 from attention.errors import AttentionBackendError
 from attention.platform import DeviceKind, Platform
-from attention.selection.measure_run import Batch, Run, caches_to_rotate, draw, is_interpreted, wrong_numbers
+from attention.selection.measure_run import Run, caches_to_rotate, is_interpreted, wrong_numbers
+from attention.selection.measured_batch import Batch, draw
 from attention.selection.measurements import Conditions, Excluded, Measurement, Record, Shape
 from attention.selection.priority import candidates
 from attention.selection.registry import get_backend
@@ -81,8 +82,8 @@ def measure(
     """
     if platform.simulated or platform.kind is DeviceKind.TPU:
         raise AttentionBackendError(f"nothing can be measured on {platform}")
-    if needs.spec.mla is not None or needs.spec.attn_type is not AttentionType.DECODER:
-        raise AttentionBackendError("only decoder layers with a cache of keys and values can be measured")
+    if needs.spec.attn_type is not AttentionType.DECODER:
+        raise AttentionBackendError("only decoder layers can be measured")
     measured: dict[Phase, list[Measurement]] = {}
     excluded: dict[Phase, list[Excluded]] = {}
     deadline = time.monotonic() + budget_s

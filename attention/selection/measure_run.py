@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
-from attention.backend import AttentionBackend, AttentionImpl
-from attention.kv_cache import KVCacheSpec, reshape_and_cache
-from attention.metadata import CommonAttentionMetadata, build_metadata
+from attention.backend import AttentionBackend
 from attention.platform import DeviceKind
+from attention.selection.measured_batch import Batch, cache_of, draw, expected_output, implementation
 from attention.selection.measurements import Shape
-from attention.selection.reference import reference_attention
 from attention.spec import AttentionNeeds, Feature, Phase
 
 _LAYERS_PER_PLAN, _PLANS = 32, 3
 _CPU_CACHE_BYTES, _MAX_CACHES = 64 << 20, 64
-_FILL_BYTES = 64 << 20
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _FP8_TOLERANCE = 0.15
 """Some kernels round the queries and the weights to FP8 as well."""
@@ -41,8 +36,8 @@ class Run:
         self, backend: type[AttentionBackend], needs: AttentionNeeds, phase: Phase, batch: Batch, device: torch.device
     ) -> None:
         self._batch, self._device = batch, device
-        self._impl = _implementation(backend, needs, device)
-        self._output = torch.empty_like(batch.query)
+        self._impl = implementation(backend, needs.spec, batch)
+        self._output = batch.output(needs.spec)
         self._builder = backend.builder_class(needs.spec, needs.dtype, needs.block_size, device)
         self._metadata = self._builder.build(batch.common)
         self._attend(batch.caches[0])  # compiles what it needs
@@ -75,46 +70,6 @@ class Run:
         self._impl.forward(batch.query, batch.key, batch.value, cache, self._metadata, self._output)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A batch with its tensors; every cache holds the whole context of all sequences."""
-
-    common: CommonAttentionMetadata
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    caches: Sequence[torch.Tensor]
-
-
-def draw(needs: AttentionNeeds, lens: Sequence[tuple[int, int]], device: torch.device, num_caches: int) -> Batch:
-    """Random tensors and shuffled blocks for sequences of (new tokens, tokens in all)."""
-    spec, block_size = needs.spec, needs.block_size
-    needed = [-(-context // block_size) for _, context in lens]
-    blocks = list(range(sum(needed)))
-    random.Random(0).shuffle(blocks)
-    tables = [[blocks.pop() for _ in range(n)] for n in needed]
-    common = build_metadata([q for q, _ in lens], [c for _, c in lens], tables, block_size, device)
-    generator = torch.Generator(device).manual_seed(0)
-    tokens = sum(q for q, _ in lens)
-    query, key, value = (
-        torch.randn(tokens, heads, spec.head_size, generator=generator, device=device).to(needs.dtype)
-        for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-    )
-    cache_spec = KVCacheSpec(
-        tuple(range(num_caches)), spec.num_kv_heads, spec.head_size, block_size, spec.kv_cache_dtype or needs.dtype
-    )
-    cache = torch.empty(cache_spec.shape(sum(needed)), dtype=cache_spec.dtype, device=device)
-    for part in cache.flatten(0, 1).split(max(1, _FILL_BYTES // cache[0, 0].numel() // 4)):
-        part.copy_(torch.randn(part.shape, generator=generator, device=device))
-    return Batch(common, query, key, value, cache.unbind(0))
-
-
-def _implementation(backend: type[AttentionBackend], needs: AttentionNeeds, device: torch.device) -> AttentionImpl:
-    generator = torch.Generator(device).manual_seed(1)
-    sinks = torch.randn(needs.spec.num_heads, generator=generator, device=device) if needs.spec.has_sinks else None
-    return backend.impl_class(needs.spec, sinks)
-
-
 def wrong_numbers(
     backend: type[AttentionBackend], needs: AttentionNeeds, phase: Phase, device: torch.device
 ) -> str | None:
@@ -124,25 +79,19 @@ def wrong_numbers(
         lens = [(33, 33), (64, 64), (130, 130)]
         lens += [(5, 40), (48, 112)] if Feature.PREFIX in needs.all_features else []
     spec, batch = needs.spec, draw(needs, lens, device, num_caches=1)
-    reshape_and_cache(batch.key, batch.value, cache := batch.caches[0].clone(), batch.common.slot_mapping)
-    impl = _implementation(backend, needs, device)
+    expected = expected_output(needs, batch, lens)
+    impl = implementation(backend, spec, batch)
     metadata = backend.builder_class(spec, needs.dtype, needs.block_size, device).build(batch.common)
-    output = torch.full_like(batch.query, float("nan"))
+    output = batch.output(spec)
     impl.forward(batch.query, batch.key, batch.value, batch.caches[0], metadata, output)
-    expected = []
-    for i, query in enumerate(batch.query.split([q for q, _ in lens])):
-        table = batch.common.block_tables[i].long()
-        tokens = cache.float()[table].transpose(0, 1).flatten(1, 2)[:, : lens[i][1]]
-        expected.append(reference_attention(spec, query, tokens[0], tokens[1], impl.sinks))
-    error = (output.float() - torch.cat(expected)).abs().max().item()
+    error = (output.float() - expected).abs().max().item()
     tolerance = _FP8_TOLERANCE if spec.fp8_cache else _TOLERANCE[needs.dtype]
     return None if error <= tolerance else f"wrong numbers: off by {error:.2g}, {tolerance:g} are allowed"
 
 
 def caches_to_rotate(needs: AttentionNeeds, shape: Shape, device: torch.device) -> int:
     """As many as are together twice as large as the device's cache."""
-    spec = needs.spec
-    one = KVCacheSpec((0,), spec.num_kv_heads, spec.head_size, needs.block_size, spec.kv_cache_dtype or needs.dtype)
+    one = cache_of(needs, 1)
     on_chip = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE_BYTES
     return min(_MAX_CACHES, -(-2 * on_chip // (one.bytes_per_token * shape.context_len * shape.num_seqs)))
 

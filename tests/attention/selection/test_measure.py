@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from attention.backends.mla.cpu_mla import CpuMLAImpl
 from attention.backends.torch_sdpa.cpu_attn import CpuAttnBackend
 from attention.errors import AttentionBackendError
 from attention.platform import DeviceKind, Platform
@@ -33,7 +34,7 @@ from attention.selection.measurements import (
 from attention.selection.reference import reference_attention
 from attention.selection.registry import BACKENDS
 from attention.selection.selector import select_backend
-from attention.spec import FP8, AttentionNeeds, AttentionSpec, Feature, MLASpec, Phase
+from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature, MLASpec, Phase
 from attention_reference import attend, visible_keys
 
 CPU = torch.device("cpu")
@@ -242,9 +243,28 @@ def test_interpreted_kernels_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(AttentionBackendError, match="nothing can be measured on H100/H200"):
         measure(Platform.simulate("sm90"), CPU, NEEDS)
-    latent = AttentionSpec(8, 1, 80, 0.1, mla=MLASpec(64, 16, 16, 16))
+    encoder = replace(SPEC, attn_type=AttentionType.ENCODER)
     with pytest.raises(AttentionBackendError, match="only decoder layers"):
-        measure(Platform.of(CPU), CPU, replace(NEEDS, spec=latent))
+        measure(Platform.of(CPU), CPU, replace(NEEDS, spec=encoder))
+
+
+def test_latent_attention_is_measured_and_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = replace(NEEDS, spec=AttentionSpec(8, 1, 80, 0.1, mla=MLASpec(64, 16, 16, 24)))
+    record = measure(Platform.of(CPU), CPU, latent, SHAPES)
+    assert {m.backend for m in record.measurements} == {"CPU_MLA"}
+    assert {(e.backend, e.reason) for e in record.excluded} <= {("TRITON_MLA", "its kernels are interpreted here")}
+    save_record(tmp_path / "record.json", record)
+    assert list(load_ranking(tmp_path / "record.json", Platform.of(CPU), [replace(latent, phase=Phase.DECODE)])) == [
+        "CPU_MLA"
+    ]
+
+    def spoiled(impl: CpuMLAImpl, *args: Any) -> torch.Tensor:
+        return honest(impl, *args) * 1.1
+
+    honest = CpuMLAImpl._decode
+    monkeypatch.setattr(CpuMLAImpl, "_decode", spoiled)
+    excluded = measure(Platform.of(CPU), CPU, latent, SHAPES).excluded
+    assert [e.phase for e in excluded if e.reason.startswith("wrong numbers")] == [Phase.DECODE]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "sm90"])
