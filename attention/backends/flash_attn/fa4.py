@@ -47,24 +47,27 @@ def flash_attn_4(splits: bool, call: Call) -> torch.Tensor | None:
 class Launcher:
     """The shortest way to the kernels that a version of the library offers.
 
+    Attributes:
+        inner: the function behind the public one; None: this version's takes something else.
+
     Args:
         library: `flash_attn.cute.interface`.
     """
 
     def __init__(self, library: Any) -> None:
         self._public: Callable[..., Any] = library.flash_attn_varlen_func
-        self._inner: Callable[..., Any] | None = None
+        self.inner: Callable[..., Any] | None = None
         self._replays: Replays | None = None
         inner = getattr(library, INNER, None)
         if callable(inner) and _parameters(inner) >= _TAKEN:
-            self._inner = inner
+            self.inner = inner
             self._replays = _watched(inner)
 
     def __call__(self, call: Call, splits: bool) -> torch.Tensor | None:
         """Run a call; see `Kernel`."""
         num_splits = 0 if splits and call.max_query_len == 1 else 1
         longest = call.max_query_len if splits else max(call.max_query_len, _ANY_LENGTH)
-        if self._inner is None or _has_gradient(call):
+        if self.inner is None or _has_gradient(call):
             return self._by_public(call, num_splits, longest)
         paged = call.block_tables is not None
         cu_seqlens_k, seq_lens = (None, call.seq_lens) if paged else (call.cu_seqlens_k, None)
@@ -88,10 +91,10 @@ class Launcher:
     def _by_inner(
         self, call: Call, num_splits: int, longest: int, lse: torch.Tensor | None, sinks: torch.Tensor | None
     ) -> None:
-        assert self._inner is not None
+        assert self.inner is not None
         paged, direct = call.block_tables is not None, _is_aligned(call.output)
         left, right = _window(call)
-        output = self._inner(
+        output = self.inner(
             call.query,
             call.key,
             call.value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -16,11 +17,13 @@ from attention.backends import flash_attn
 from attention.backends.flash_attn import FlashAttnImpl, FlashAttnMetadataBuilder, fa4, trial
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.gathering import should_gather
-from attention.backends.flash_attn.versions import PROVIDERS, FlashAttnVersion
-from attention.kv_cache import KVCacheSpec
+from attention.backends.flash_attn.versions import PROVIDERS, FlashAttnVersion, force_flash_attn_version
+from attention.kv_cache import KVCacheSpec, reshape_and_cache
 from attention.metadata import CommonAttentionMetadata, build_metadata
+from attention.platform import Platform
 from attention.selection.reference import reference_attention
-from attention.spec import AttentionSpec, AttentionType
+from attention.selection.registry import get_backend
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType
 from attention_reference import attend, visible_keys
 
 CPU = torch.device("cpu")
@@ -265,6 +268,7 @@ class TestGathering:
     ) -> None:
         provider = replace(HOPPER, kernel=functools.partial(fa4.flash_attn_4, False), gather_from=gather_from)
         monkeypatch.setattr(flash_attn, "choose_provider", lambda *_, **__: provider)
+        monkeypatch.setattr(flash_attn.PagedAttention, "write_to_paged_cache", staticmethod(reshape_and_cache))
         common = prefix_batch(37, 100)
         torch.manual_seed(0)
         query, key, value = torch.randn(37, 8, 16), torch.randn(37, 2, 16), torch.randn(37, 2, 16)
@@ -277,3 +281,141 @@ class TestGathering:
         keys, values = (cache[1:10, half].flatten(0, 1)[:137] for half in (0, 1))
         wanted = reference_attention(SPEC, query, keys, values)
         torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+
+
+LENS = ((700, 700), (300, 1500), (1, 77), (129, 257))
+"""Whole prompts and chunks, longer than a tile on either side."""
+FEATURES = {
+    "plain": {},
+    "one head a group": {"num_kv_heads": 8},
+    "one group": {"num_kv_heads": 1},
+    "window": {"sliding_window": 200},
+    "long window": {"sliding_window": 1000},
+    "cap": {"logits_soft_cap": 5.0},
+    "sinks": {"has_sinks": True},
+    "sinks, window": {"has_sinks": True, "sliding_window": 128},
+    "heads of 64": {"head_size": 64, "scale": 0.125},
+    "heads of 256": {"head_size": 256, "scale": 0.0625},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnAGpu:
+    """Against float64. Every feature is compiled: some seconds each."""
+
+    LAYER = AttentionSpec(8, 2, 128, 128**-0.5)
+
+    def _builder(self, spec: AttentionSpec, block_size: int, **change: Any) -> FlashAttnMetadataBuilder:
+        with force_flash_attn_version(4):
+            refused = get_backend("FLASH_ATTN").refuse(
+                Platform.of("cuda"), AttentionNeeds(spec, torch.bfloat16, block_size)
+            )
+            if refused:
+                pytest.skip("; ".join(refused))
+            builder = FlashAttnMetadataBuilder(spec, torch.bfloat16, block_size, torch.device("cuda"))
+        builder.provider = replace(builder.provider, **change)
+        return builder
+
+    @pytest.mark.parametrize("change", FEATURES.values(), ids=FEATURES)
+    @pytest.mark.parametrize("gather_from", [None, 0], ids=["pages", "gathered"])
+    def test_chunks_of_all_features(self, change: dict[str, Any], gather_from: int | None) -> None:
+        spec = replace(self.LAYER, **change)
+        builder = self._builder(spec, 64, gather_from=gather_from)
+        self._check(builder, spec, LENS, 64)
+
+    @pytest.mark.parametrize("change", [FEATURES["plain"], FEATURES["sinks, window"]], ids=["plain", "sinks, window"])
+    def test_whole_prompts(self, change: dict[str, Any]) -> None:
+        spec = replace(self.LAYER, **change)
+        self._check(self._builder(spec, 64), spec, ((500, 500), (33, 33), (1, 1), (1030, 1030)), 64)
+
+    @pytest.mark.parametrize("block_size", [16, 128])
+    def test_blocks_of_other_sizes(self, block_size: int) -> None:
+        self._check(self._builder(self.LAYER, block_size, gather_from=None), self.LAYER, LENS, block_size)
+
+    def test_whole_pages_are_read_as_tiles(self) -> None:
+        """Pages of 128 are loaded as they are; nothing but numbers may lie behind a sequence's last key then."""
+        builder = self._builder(self.LAYER, 128, gather_from=None, stale_rows=False)
+        self._check(builder, self.LAYER, LENS, 128, unused=0.0)
+
+    def test_more_sequences_than_the_scheduler_looks_through(self) -> None:
+        lens = tuple((1 + i % 3, 1 + i % 3 + 16 * (i % 5)) for i in range(300))
+        self._check(self._builder(self.LAYER, 16), self.LAYER, lens, 16)
+
+    def test_a_captured_prompt_reads_what_is_there_when_it_is_replayed(self) -> None:
+        builder = self._builder(self.LAYER, 64)
+        lens = ((320, 320),)
+        common, query, key, value, cache = self._inputs(self.LAYER, lens, 64)
+        impl, output = FlashAttnImpl(self.LAYER), torch.empty_like(query)
+        impl.forward(query, key, value, cache, builder.build(common), output)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            impl.forward(query, key, value, cache, builder.build(common), output)
+        for tensor in (query, key, value):
+            tensor.copy_(torch.randn_like(tensor))
+        output.fill_(float("nan"))
+        graph.replay()
+        wanted = attend(query, key, value, self.LAYER, visible_keys(self.LAYER, 320, 320, query.device))
+        assert ((output.double() - wanted).norm() / wanted.norm()).item() < 0.012
+
+    def test_most_calls_need_no_library(self) -> None:
+        """This version is watched: a layer's second call does not reach the library's own function."""
+        builder = self._builder(self.LAYER, 64)
+        common, query, key, value, cache = self._inputs(self.LAYER, ((320, 320),), 64)
+        plan = builder.build(common)
+        library = importlib.import_module(fa4.MODULE)
+        launcher, seen = fa4.launcher_of(library), []
+        inner = launcher.inner
+        launcher.inner = lambda *args, **kwargs: (seen.append(1), inner(*args, **kwargs))[1]
+        try:
+            for _ in range(4):
+                FlashAttnImpl(self.LAYER).forward(query, key, value, cache, plan, torch.empty_like(query))
+        finally:
+            launcher.inner = inner
+        assert len(seen) <= 1
+
+    def _inputs(
+        self, spec: AttentionSpec, lens: tuple[tuple[int, int], ...], block_size: int, unused: float = float("nan")
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A batch over shuffled blocks, whose cache holds `unused` wherever no earlier token is."""
+        torch.manual_seed(0)
+        used = [-(-keys // block_size) for _, keys in lens]
+        pack = torch.randperm(sum(used)).tolist()
+        tables = [[pack.pop() for _ in range(n)] for n in used]
+        common = build_metadata([q for q, _ in lens], [k for _, k in lens], tables, block_size, "cuda")
+        shape = (sum(used), 2, block_size, spec.num_kv_heads, spec.head_size)
+        cache = torch.full(shape, unused, device="cuda", dtype=torch.bfloat16)
+        for (queries, keys), table in zip(lens, tables, strict=True):
+            for position in range(0, keys - queries, block_size):
+                rows = min(block_size, keys - queries - position)
+                part = cache[table[position // block_size], :, :rows]
+                part.copy_(torch.randn(part.shape, device="cuda"))
+        tokens = sum(q for q, _ in lens)
+        heads = spec.num_heads + 2 * spec.num_kv_heads
+        projected = torch.randn(tokens, heads, spec.head_size, device="cuda").to(torch.bfloat16)
+        query, key, value = projected.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        return common, query, key, value, cache
+
+    def _check(
+        self,
+        builder: FlashAttnMetadataBuilder,
+        spec: AttentionSpec,
+        lens: tuple[tuple[int, int], ...],
+        block_size: int,
+        unused: float = float("nan"),
+    ) -> None:
+        common, query, key, value, cache = self._inputs(spec, lens, block_size, unused)
+        sinks = torch.randn(spec.num_heads, device="cuda") if spec.has_sinks else None
+        impl, plan = FlashAttnImpl(spec, sinks), builder.build(common)
+        output = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
+        impl.forward(query, key, value, cache, plan, output)
+        again = impl.forward(query, key, value, cache, plan, torch.full_like(output, float("nan")))
+        assert torch.equal(output, again)
+        wanted = []
+        for i, (q, (_, keys)) in enumerate(zip(query.split(list(common.query_lens)), lens, strict=True)):
+            blocks = common.block_tables[i, : -(-keys // block_size)].long()
+            k, v = (cache[blocks, half].flatten(0, 1)[:keys] for half in (0, 1))
+            wanted.append(attend(q, k, v, spec, visible_keys(spec, len(q), keys, q.device), sinks))
+        expected = torch.cat(wanted)
+        assert ((output.double() - expected).norm() / expected.norm()).item() < 0.012
