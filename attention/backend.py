@@ -14,10 +14,11 @@ from typing import ClassVar
 
 import torch
 
-from attention.capability import Capabilities
+from attention.broken import import_fault
+from attention.capability import Capabilities, DeviceSupport
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
-from attention.platform import Platform
+from attention.platform import PACKAGES, Platform
 from attention.spec import AttentionNeeds, AttentionSpec, Feature
 
 
@@ -176,6 +177,32 @@ class AttentionBackend(ABC):
     def refuse_more(cls, platform: Platform, needs: AttentionNeeds) -> list[str]:
         """Reasons that the table has no column for: combinations of what is accepted one by one."""
         return []
+
+    @classmethod
+    def faults(cls, platform: Platform) -> list[str]:
+        """Why it cannot run there although it does not refuse: libraries that are installed and broken. Imports."""
+        if platform.simulated:
+            return []
+        there = [each for each in cls.capabilities.devices if each.kind is platform.kind and not each.refuse(platform)]
+        faults = [_broken_libraries(support, platform) for support in there]
+        return min(faults, key=len, default=[])
+
+    @classmethod
+    def generation(cls, platform: Platform, needs: AttentionNeeds) -> int | None:
+        """Which generation of its kernels would run that there, for a backend that takes them from several packages.
+
+        None where it refuses, and of a backend whose kernels have no generations.
+        """
+        return None
+
+
+def _broken_libraries(support: DeviceSupport, platform: Platform) -> list[str]:
+    """Why what is installed of the libraries that an entry of the table asks for is of no use; empty when it is."""
+    needed = {package: import_fault(package) for package in support.packages}
+    choice = {package: import_fault(package) for package in support.any_of if package in platform.packages}
+    if not all(choice.values()):
+        choice = {}
+    return [f"{PACKAGES[name][1]} is broken: {fault}" for name, fault in {**needed, **choice}.items() if fault]
 
 
 def refuse_masks(common: CommonAttentionMetadata, supported: frozenset[Feature], backend: str) -> None:

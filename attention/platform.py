@@ -133,7 +133,8 @@ def installed_packages() -> dict[str, str]:
     found = {}
     for name, (module, distribution) in PACKAGES.items():
         try:
-            if importlib.util.find_spec(module) is None:
+            spec = importlib.util.find_spec(module)
+            if spec is None or spec.origin is None:  # a folder without code: other distributions put parts into it
                 continue
         except ImportError:
             continue
@@ -163,7 +164,7 @@ SIMULATED: Mapping[str, Platform] = MappingProxyType(
         "sm75": _cuda("Tesla T4", 7, 5),
         "sm80": _cuda("A100", 8, 0),
         "sm89": _cuda("L40S", 8, 9),
-        "sm90": _cuda("H100/H200", 9, 0, "flash_attn_3"),
+        "sm90": _cuda("H100/H200", 9, 0, "flash_attn_3", "flash_attn_4"),
         "sm100": _cuda("B200", 10, 0, "flash_attn_4"),
         "rocm": Platform(
             DeviceKind.ROCM, "MI300X", arch="gfx942", packages={"triton": "any", "aiter": "any"}, simulated=True

@@ -2,8 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from attention.platform import DeviceKind, Platform
+from attention.selection.registry import get_backend
 from attention.spec import AttentionNeeds, Feature, Phase
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A backend's place in an order; one whose place depends on its kernels can have several.
+
+    Attributes:
+        name: the backend's.
+        generation: the place is its own only with kernels of this generation or a later one.
+    """
+
+    name: str
+    generation: int | None = None
+
+    def counts(self, platform: Platform, needs: AttentionNeeds) -> bool:
+        """Whether the backend has this place there, by the kernels that it would run."""
+        if self.generation is None:
+            return True
+        found = get_backend(self.name).generation(platform, needs)
+        return found is not None and found >= self.generation
+
+
+_HOPPER_PREFILL = (
+    Entry("FLASH_ATTN", generation=3),
+    Entry("FLASHINFER"),
+    Entry("TRITON_ATTN"),
+    Entry("FLASH_ATTN"),
+    Entry("FLEX_ATTENTION"),
+    Entry("XFORMERS"),
+    Entry("TORCH_SDPA"),
+)
+"""As measured on an H200 (benchmarks/results/attention_h200.json; TFLOP/s at 8 × 4096): FA4 643, FA3 600 to 621,
+FlashInfer 517 to 555, TRITON_ATTN 444, PyTorch's own FA2 316."""
+_HOPPER_SPECIAL_PREFILL = _HOPPER_PREFILL[1:]
+"""Layers whose windows or soft cap only FA4 could run, which nobody has measured."""
+_HOPPER_DECODE = (
+    Entry("TRITON_ATTN"),
+    Entry("FLASHINFER"),
+    Entry("FLASH_ATTN"),
+    *_HOPPER_PREFILL[4:],
+)
+"""The Triton kernel reads the cache at the memory's speed whatever the block size, and an FP8 cache as it is, which
+FlashAttention converts first and FlashInfer gives to its older kernel."""
 
 
 def candidates(platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:
@@ -38,16 +84,16 @@ def _cuda(platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:
         if needs.all_features & {Feature.FP8_KV, Feature.SINKS}:
             return ("TRITON_ATTN", "FLASHINFER", "FLASH_ATTN", *others)
         return ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", *others)
-    # Hopper, as measured on an H200 (benchmarks/results/attention_h200.json). In decode the Triton kernel reads the
-    # cache at the memory's speed whatever the block size. In prefill FlashAttention 3 leads where a package brings it,
-    # but layers with a window run on its second version, and so does PyTorch's own operator; FlashInfer brings its own.
-    # Neither reads an FP8 cache without converting it first, or in its older kernel.
     if needs.phase is Phase.DECODE or Feature.FP8_KV in needs.all_features:
-        return ("TRITON_ATTN", "FLASHINFER", "FLASH_ATTN", *others)
-    has_fa3 = "flash_attn_3" in platform.packages or "vllm_flash_attn" in platform.packages
-    if has_fa3 and needs.spec.sliding_window is None:
-        return ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", *others)
-    return ("FLASHINFER", "TRITON_ATTN", "FLASH_ATTN", *others)
+        return _names(_HOPPER_DECODE, platform, needs)
+    unmeasured = needs.all_features & {Feature.SLIDING_WINDOW, Feature.SOFT_CAP}
+    return _names(_HOPPER_SPECIAL_PREFILL if unmeasured else _HOPPER_PREFILL, platform, needs)
+
+
+def _names(entries: tuple[Entry, ...], platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:
+    """Those of an order that count there, each where it comes first."""
+    names = [entry.name for entry in entries if entry.counts(platform, needs)]
+    return tuple(dict.fromkeys(names))
 
 
 def _mla(platform: Platform, needs: AttentionNeeds) -> tuple[str, ...]:

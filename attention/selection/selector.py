@@ -93,22 +93,28 @@ def select_backend(
     in_code = forced_backend(kinds[0].phase)
     name = in_code or configured
     if name is not None:
-        reasons = unsupported_reasons(name, platform, kinds)
+        reasons = unsupported_reasons(name, platform, kinds) or get_backend(name).faults(platform)
         if reasons:
             raise AttentionBackendError(f"attention backend {name} cannot run this model: {'; '.join(reasons)}")
         return Selection(get_backend(name), "forced in code" if in_code else "configured", (Candidate(name, ()),))
     order = dict.fromkeys(candidate for kind in kinds for candidate in candidates(platform, kind))
     measured = [name for name in fastest if name in order]
-    looked_at = tuple(
+    looked_at = [
         Candidate(name, tuple(unsupported_reasons(name, platform, kinds)))
         for name in dict.fromkeys([*measured, *order])
-    )
-    usable = [candidate.name for candidate in looked_at if not candidate.reasons]
-    if not usable:
+    ]
+    chosen = None
+    for i, candidate in enumerate(looked_at):
+        # Libraries are imported for what would be chosen alone: for some that takes seconds.
+        if chosen is None and not candidate.reasons:
+            faults = tuple(get_backend(candidate.name).faults(platform))
+            looked_at[i] = Candidate(candidate.name, faults)
+            chosen = None if faults else candidate.name
+    if chosen is None:
         why = "; ".join(f"{candidate.name}: {', '.join(candidate.reasons)}" for candidate in looked_at)
         raise AttentionBackendError(f"no attention backend for {platform}: {why or 'none is made for it'}")
-    because = "measured fastest" if usable[0] in measured else "first by priority"
-    return Selection(get_backend(usable[0]), because, looked_at)
+    because = "measured fastest" if chosen in measured else "first by priority"
+    return Selection(get_backend(chosen), because, tuple(looked_at))
 
 
 def unsupported_reasons(name: str, platform: Platform, needs: Sequence[AttentionNeeds]) -> list[str]:

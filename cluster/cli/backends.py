@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from attention.broken import broken_libraries
 from attention.errors import AttentionBackendError
 from attention.platform import SIMULATED, Platform
 from attention.selection.by_kind import select_by_kind
@@ -145,7 +146,8 @@ def _measure(question: Question, device: torch.device, path: Path) -> None:
 def _answer(question: Question, config: ServiceConfig, path: Path) -> Report:
     configured = {Phase.PREFILL: config.prefill.attention_backend, Phase.DECODE: config.decode.attention_backend}
     choices = {phase: _choose(question, phase, configured[phase], path) for phase in Phase}
-    return Report(question, choices, _rows(question))
+    rows = _rows(question)
+    return Report(question, choices, rows, {} if question.platform.simulated else dict(broken_libraries()))
 
 
 def _choose(question: Question, phase: Phase, configured: str | None, path: Path) -> Choice:
@@ -171,7 +173,9 @@ def _rows(question: Question) -> list[Row]:
     rows = []
     for name in dict.fromkeys([*tried, *BACKENDS]):
         evidence = get_backend(name).capabilities.evidence(question.platform)
-        rows.append(
-            Row(name, evidence, {phase: unsupported_reasons(name, question.platform, needs[phase]) for phase in Phase})
-        )
+        against = {phase: unsupported_reasons(name, question.platform, needs[phase]) for phase in Phase}
+        if not all(against.values()):
+            faults = get_backend(name).faults(question.platform)
+            against = {phase: reasons or faults for phase, reasons in against.items()}
+        rows.append(Row(name, evidence, against))
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,11 +61,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole answer."""
+    """The whole answer.
+
+    Attributes:
+        question: what was asked.
+        choices: for each phase.
+        rows: one for every backend.
+        broken: kernel libraries that are installed and cannot be used: name to reason.
+    """
 
     question: Question
     choices: Mapping[Phase, Choice]
     rows: Sequence[Row]
+    broken: Mapping[str, str] = field(default_factory=dict)
 
 
 def print_report(report: Report, *, explain: bool) -> None:
@@ -87,6 +95,8 @@ def print_report(report: Report, *, explain: bool) -> None:
         cells = [_cell(row, phase, choice) for phase, choice in report.choices.items()]
         table.add_row(row.name, *cells, _EVIDENCE[row.evidence], escape("\n".join(_why_not(row, explain))))
     console.print(table)
+    for name, reason in report.broken.items():
+        console.print(f"[bold red]broken[/]  {escape(name)}: {escape(reason)}", highlight=False)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -121,6 +131,7 @@ def as_json(report: Report) -> dict[str, Any]:
             }
             for row in report.rows
         ],
+        "broken": dict(report.broken),
     }
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OF_THE_GPU = {"torch", "triton", "flashinfer-python"}
+OF_THE_GPU = {
+    *("torch", "triton", "flashinfer-python"),
+    *("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "apache-tvm-ffi"),
+}
 
 
 def pins(file: Path) -> dict[str, str]:

@@ -23,5 +23,5 @@ def load_library(package: str, backend: str, module: str | None = None) -> Any:
     known, distribution = PACKAGES[package]
     try:
         return importlib.import_module(module or known)
-    except ImportError as error:
+    except Exception as error:  # one that was built for another PyTorch raises OSError, or whatever it likes
         raise AttentionBackendError(f"{backend} needs {distribution}, which cannot be imported: {error}") from error

@@ -1,7 +1,8 @@
 """FLASH_ATTN: varlen FlashAttention, from whichever package brings the best one; PyTorch itself brings one.
 
 Keys and values are read where they are: this batch's own when no sequence has others, else the paged cache. Where the
-package cannot read the cache (PyTorch's operator in some versions, FP8, block sizes), they are gathered first.
+package cannot read the cache (PyTorch's operator in some versions, FP8, block sizes), or reads so many queries' keys
+faster in one piece, they are gathered first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from attention.backend import (
 )
 from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.backends.flash_attn.calls import Call
+from attention.backends.flash_attn.gathering import should_gather
+from attention.backends.flash_attn.trial import compile_kernels
 from attention.backends.flash_attn.versions import (
     FlashAttnVersion,
     Provider,
@@ -31,7 +34,7 @@ from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 from attention.ops.paged_attention import PagedAttention
 from attention.platform import DeviceKind, Platform
-from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
+from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature, Phase
 
 __all__ = ["FlashAttnBackend", "FlashAttnImpl", "FlashAttnMetadata", "FlashAttnVersion", "force_flash_attn_version"]
 
@@ -66,25 +69,35 @@ class FlashAttnMetadataBuilder(AttentionMetadataBuilder):
 
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)
-        self.provider = choose_provider(Platform.of(device), spec)
-        reads = not spec.fp8_cache
-        self._page_size = self.provider.page_size(block_size, spec.head_size) if reads else None
+        platform = Platform.of(device)
+        self.provider = choose_provider(platform, spec)
+        self._for_decode = choose_provider(platform, spec, decode=True)
+        if self.provider.compiles and device.type == "cuda":
+            page_size = self._page_size(self.provider)
+            page = None if page_size is None else (page_size, block_size)
+            compile_kernels(self.provider.kernel, spec, dtype, page, device)
 
     def build(self, common: CommonAttentionMetadata) -> FlashAttnMetadata:
         """See `AttentionMetadataBuilder.build`; never waits for the device."""
         refuse_masks(common, FlashAttnBackend.capabilities.features, FlashAttnBackend.name)
+        provider = self._for_decode if common.decode_only else self.provider
         fp8 = self.spec.fp8_cache
         decoder = self.spec.attn_type is AttentionType.DECODER
         fresh = not self.spec.attn_type.cached or (decoder and not fp8 and common.query_lens == common.context_lens)
         if fresh:
-            return FlashAttnMetadata(common, self.provider, True, common.cu_seqlens_q)
+            return FlashAttnMetadata(common, provider, True, common.cu_seqlens_q)
         cu_seqlens_k = torch.zeros_like(common.cu_seqlens_q)
         torch.cumsum(common.seq_lens, 0, out=cu_seqlens_k[1:])
-        if self._page_size is None:
+        page_size = self._page_size(provider)
+        if page_size is None or should_gather(provider.gather_from, common, self.spec, self.dtype):
             slots = key_slots(common, cu_seqlens_k, self.block_size)
-            return FlashAttnMetadata(common, self.provider, False, cu_seqlens_k, slots)
-        tables = page_tables(common.block_tables, self.block_size // self._page_size)
-        return FlashAttnMetadata(common, self.provider, False, cu_seqlens_k, None, self._page_size, tables)
+            return FlashAttnMetadata(common, provider, False, cu_seqlens_k, slots)
+        tables = page_tables(common.block_tables, self.block_size // page_size)
+        return FlashAttnMetadata(common, provider, False, cu_seqlens_k, None, page_size, tables)
+
+    def _page_size(self, provider: Provider) -> int | None:
+        """What a provider is told; None: keys are gathered, as it cannot read the cache."""
+        return None if self.spec.fp8_cache else provider.page_size(self.block_size, self.spec.head_size)
 
 
 class FlashAttnImpl(AttentionImpl):
@@ -196,6 +209,13 @@ class FlashAttnBackend(AttentionBackend):
         if platform.kind is not DeviceKind.CUDA:
             return []
         return refuse_providers(platform, needs.spec)
+
+    @classmethod
+    def generation(cls, platform: Platform, needs: AttentionNeeds) -> int | None:
+        """Of FlashAttention."""
+        if cls.refuse(platform, needs):
+            return None
+        return int(choose_provider(platform, needs.spec, decode=needs.phase is Phase.DECODE).version)
 
 
 def key_slots(common: CommonAttentionMetadata, cu_seqlens_k: torch.Tensor, block_size: int) -> torch.Tensor:

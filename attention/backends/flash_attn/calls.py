@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from attention.backends.common.libraries import load_library
-from attention.errors import AttentionBackendError
 
 NAME = "FLASH_ATTN"
 
@@ -60,31 +59,6 @@ class Call:
 
 Kernel = Callable[[Call], torch.Tensor | None]
 """Runs a call; returns the natural logarithms of the softmaxes' denominators, (Hq, T) float32, where asked for."""
-
-
-def flash_attn_4(call: Call) -> torch.Tensor | None:
-    """FlashAttention 4, `flash_attn.cute` of flash-attn-4."""
-    library = load_library("flash_attn_4", NAME, "flash_attn.cute.interface")
-    output, lse = library.flash_attn_varlen_func(
-        call.query,
-        call.key,
-        call.value,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=None if call.block_tables is not None else call.cu_seqlens_k,
-        max_seqlen_q=call.max_query_len,
-        max_seqlen_k=call.max_seq_len,
-        seqused_k=call.seq_lens if call.block_tables is not None else None,
-        page_table=call.block_tables,
-        softmax_scale=call.scale,
-        causal=call.causal,
-        window_size=tuple(None if side < 0 else side for side in call.window),
-        learnable_sink=call.sinks,
-        softcap=call.soft_cap,
-        num_splits=0 if call.max_query_len == 1 else 1,
-        return_lse=call.wants_lse,
-    )
-    call.output.copy_(output)
-    return _lse(lse, call)
 
 
 def flash_attn_3(call: Call) -> torch.Tensor | None:
@@ -206,18 +180,6 @@ def torch_takes_block_tables() -> bool:
     """Whether PyTorch's operator reads keys and values through block tables."""
     schema = torch.ops.aten._flash_attention_forward.default._schema
     return any(argument.name == "block_table" for argument in schema.arguments)
-
-
-@functools.cache
-def is_built(package: str | None, version: int) -> bool:
-    """Whether an installed package holds that generation: vLLM's says which ones it was built with."""
-    if package != "vllm_flash_attn":
-        return True
-    try:
-        library = load_library(package, NAME, "vllm_flash_attn.flash_attn_interface")
-    except AttentionBackendError:
-        return False
-    return bool(getattr(library, f"FA{version}_AVAILABLE", True))
 
 
 def _lse(lse: torch.Tensor | None, call: Call) -> torch.Tensor | None:

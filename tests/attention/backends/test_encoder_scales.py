@@ -51,7 +51,7 @@ def _fmha(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: Any, sca
 def _stand_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "FLASH_ATTN":
         provider = replace(PROVIDERS[-1], kernel=_flash_attn)
-        monkeypatch.setattr(flash_attn, "choose_provider", lambda *_: provider)
+        monkeypatch.setattr(flash_attn, "choose_provider", lambda *_, **__: provider)
     elif name == "XFORMERS":
         mask = SimpleNamespace(from_seqlens=lambda *_, **__: None)
         library = SimpleNamespace(BlockDiagonalMask=mask, memory_efficient_attention_forward=_fmha)

@@ -6,7 +6,6 @@ Whether the answers are right is for the conformance suite on a GPU; what runs o
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,19 +14,21 @@ from typing import Any
 import pytest
 import torch
 
+import fake_flash_attn
 from attention.backend import AttentionMetadata
-from attention.backends.flash_attn import calls, key_slots, page_tables, paged_views
+from attention.backends.flash_attn import calls, fa4, key_slots, page_tables, paged_views
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.versions import FlashAttnVersion, choose_provider, force_flash_attn_version
 from attention.backends.flashinfer import choice
 from attention.backends.flashinfer.paging import common_pages, host_offsets, list_pages, written_out
 from attention.errors import AttentionBackendError, AttentionInputError
 from attention.metadata import CommonAttentionMetadata, build_metadata
-from attention.platform import DeviceKind, Platform
+from attention.platform import Platform
 from attention.selection.registry import get_backend
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
 from attention_reference import attend, visible_keys
-from fake_kernels import recorded
+from fake_flash_attn import fa2_varlen, fa3_kvcache, fa3_varlen, fa4_varlen, vllm_varlen
+from fake_kernels import module
 
 SPEC = AttentionSpec(8, 2, 128, 128**-0.5)
 LENS = ((1, 33), (20, 20), (7, 40), (1, 1))
@@ -120,20 +121,38 @@ class TestFlashAttnVersions:
         ("platform", "change", "wanted"),
         [
             ("sm80", {}, "FA2 of flash-attn"),
-            ("sm90", {}, "FA3 of flash-attn-3"),
+            ("sm90", {}, "FA4 of flash-attn-4"),
             ("sm100", {}, "FA4 of flash-attn-4"),
             ("sm90", {"alibi_slopes": SLOPES}, "FA2 of flash-attn"),
             ("sm100", {"alibi_slopes": SLOPES}, "FA2 of flash-attn"),
-            ("sm90", {"sliding_window": 1000}, "FA2 of flash-attn"),
+            ("sm90", {"sliding_window": 1000}, "FA4 of flash-attn-4"),
             ("sm100", {"sliding_window": 1000}, "FA4 of flash-attn-4"),
-            ("sm90", {"logits_soft_cap": 3.0, "has_sinks": True}, "FA3 of flash-attn-3"),
+            ("sm90", {"logits_soft_cap": 3.0, "has_sinks": True}, "FA4 of flash-attn-4"),
         ],
     )
     def test_best_first(self, platform: str, change: dict[str, Any], wanted: str) -> None:
         assert str(choose_provider(Platform.simulate(platform), replace(SPEC, **change))) == wanted
 
+    @pytest.mark.parametrize(
+        ("missing", "wanted"),
+        [
+            ((), "FA3 of flash-attn-3"),
+            (("flash_attn_3",), "FA2 of flash-attn"),
+            (("flash_attn_3", "flash_attn"), "FA4 of flash-attn-4"),
+            (("flash_attn_3", "flash_attn", "flash_attn_4"), "FA2 of PyTorch"),
+        ],
+    )
+    def test_decode_is_for_those_that_divide_keys_among_processors(self, missing: tuple[str, ...], wanted: str) -> None:
+        hopper = Platform.simulate("sm90").without(*missing)
+        assert str(choose_provider(hopper, SPEC, decode=True)) == wanted
+
+    def test_fa3_is_given_no_windows(self) -> None:
+        hopper = Platform.simulate("sm90").without("flash_attn_4")
+        assert str(choose_provider(hopper, SPEC)) == "FA3 of flash-attn-3"
+        assert str(choose_provider(hopper, replace(SPEC, sliding_window=1000))) == "FA2 of flash-attn"
+
     def test_pytorch_is_always_there(self) -> None:
-        bare = Platform.simulate("sm90").without("flash_attn", "flash_attn_3")
+        bare = Platform.simulate("sm90").without("flash_attn", "flash_attn_3", "flash_attn_4")
         assert str(choose_provider(bare, SPEC)) == "FA2 of PyTorch"
         with pytest.raises(AttentionBackendError, match="FA2 of PyTorch has no soft cap"):
             choose_provider(bare, replace(SPEC, logits_soft_cap=3.0))
@@ -145,27 +164,20 @@ class TestFlashAttnVersions:
             with force_flash_attn_version(3):
                 assert choose_provider(hopper, SPEC).version is FlashAttnVersion.FA3
             assert choose_provider(hopper, SPEC).version is FlashAttnVersion.FA2
-        assert choose_provider(hopper, SPEC).version is FlashAttnVersion.FA3
+        assert choose_provider(hopper, SPEC).version is FlashAttnVersion.FA4
 
     def test_forced_and_not_there(self) -> None:
         with force_flash_attn_version(4):
-            assert "FlashAttention 4 is forced, and flash-attn-4 is not installed" in refusal("FLASH_ATTN", "sm90")
+            assert "FA4 of flash-attn-4 is not made for SM 8.0" in refusal("FLASH_ATTN", "sm80")
+            bare = Platform.simulate("sm90").without("flash_attn_4")
+            reasons = get_backend("FLASH_ATTN").refuse(bare, AttentionNeeds(SPEC, torch.bfloat16, 16))
+            assert "FlashAttention 4 is forced, and flash-attn-4 is not installed" in reasons
         with force_flash_attn_version(3):
             assert "FA3 of flash-attn-3 is not made for SM 8.0" in refusal("FLASH_ATTN", "sm80")
 
     def test_unknown_version(self) -> None:
         with pytest.raises(AttentionBackendError, match="version 5: one of 2, 3, 4"), force_flash_attn_version(5):
             pass
-
-    def test_a_package_that_was_built_without_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = Platform(DeviceKind.CUDA, "H200", (9, 0), packages={"vllm_flash_attn": "1"})
-        interface = SimpleNamespace(FA2_AVAILABLE=False, FA3_AVAILABLE=True)
-        monkeypatch.setattr(calls, "load_library", lambda *_: interface)
-        calls.is_built.cache_clear()
-        assert str(choose_provider(real, SPEC)) == "FA3 of vllm-flash-attn"
-        with force_flash_attn_version(2):
-            assert str(choose_provider(real, SPEC)) == "FA2 of PyTorch"
-        calls.is_built.cache_clear()
 
     @pytest.mark.parametrize(
         ("block_size", "head_size", "page"),
@@ -288,110 +300,9 @@ class TestFlashInferChoice:
         assert choice.paper_slopes(12)[8:] == pytest.approx([2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
 
 
-def _compute(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """What FlashAttention's functions promise: outputs, and logarithms of denominators of shape (Hq, T)."""
-    left, right = (-1 if side is None else side for side in a.window_size)
-    spec = AttentionSpec(
-        a.q.shape[1],
-        a.k.shape[-2],
-        a.q.shape[2],
-        a.softmax_scale,
-        sliding_window=None if left < 0 else left + 1,
-        logits_soft_cap=a.softcap or None,
-        attn_type=AttentionType.DECODER if a.causal else AttentionType.ENCODER,
-    )
-    assert (left, right) in ((-1, -1), (left, 0 if a.causal else left))
-    queries = a.cu_seqlens_q.tolist()
-    lens = a.seqused_k.tolist() if a.seqused_k is not None else a.cu_seqlens_k.diff().tolist()
-    begins = [0, *itertools.accumulate(lens)]
-    outputs, lses = [], []
-    for i, (begin, end) in enumerate(itertools.pairwise(queries)):
-        assert end - begin <= a.max_seqlen_q
-        keys, values = a.k[begins[i] : begins[i + 1]], a.v[begins[i] : begins[i + 1]]
-        if a.page_table is not None:
-            keys, values = (t[a.page_table[i].long()].flatten(0, 1)[: lens[i]] for t in (a.k, a.v))
-        seen = visible_keys(spec, end - begin, lens[i])
-        # A sink of 0 scales the output by 1 - 1 / (exp(lse) + 1), so two runs give the logarithm.
-        plain = attend(a.q[begin:end], keys, torch.ones_like(values), spec, seen, torch.zeros(spec.num_heads))[..., 0]
-        outputs.append(attend(a.q[begin:end], keys, values, spec, seen, getattr(a, "learnable_sink", None)))
-        lses.append(torch.logit(plain))
-    return torch.cat(outputs).to(a.q.dtype), torch.cat(lses).T.float()
-
-
-# flash-attn-4 4.0.0b36, flash_attn/cute/interface.py.
-@recorded(
-    "(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, "
-    "min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, "
-    "causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, "
-    "deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None, "
-    "aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, "
-    "disable_scheduler_metadata=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None)"
-)
-def fa4_varlen(a: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor | None]:
-    output, lse = _compute(a)
-    return output, lse if a.return_lse else None
-
-
-# flash-attn-3, hopper/flash_attn_interface.py.
-@recorded(
-    "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, "
-    "softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, "
-    "window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, "
-    "sm_margin=0, return_attn_probs=False)"
-)
-def fa3_varlen(a: SimpleNamespace) -> Any:
-    a.page_table = None
-    output, lse = _compute(a)
-    return (output, lse) if a.return_attn_probs else output
-
-
-@recorded(
-    "(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
-    "cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
-    "max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, "
-    "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
-    "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False)"
-)
-def fa3_kvcache(a: SimpleNamespace) -> Any:
-    assert a.k is None
-    assert a.v is None
-    a.k, a.v, a.seqused_k = a.k_cache, a.v_cache, a.cache_seqlens
-    output, lse = _compute(a)
-    return (output, lse, None, None) if a.return_softmax_lse else output
-
-
-# vLLM 0.26, vllm/vllm_flash_attn/flash_attn_interface.py.
-@recorded(
-    "(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k=None, seqused_k=None, q_v=None, dropout_p=0.0, "
-    "softmax_scale=None, causal=False, window_size=None, softcap=0.0, alibi_slopes=None, deterministic=False, "
-    "return_attn_probs=False, block_table=None, return_softmax_lse=False, out=None, scheduler_metadata=None, "
-    "q_descale=None, k_descale=None, v_descale=None, num_splits=0, output_scale=None, fa_version=2, s_aux=None, "
-    "cp_world_size=1, cp_rank=0, cp_tot_seqused_k=None, mask_mod=None, aux_tensors=None, dynamic_causal=None)"
-)
-def vllm_varlen(a: SimpleNamespace) -> Any:
-    assert (a.cu_seqlens_k is None) != (a.seqused_k is None)
-    assert a.block_table is None or a.seqused_k is not None
-    assert a.fa_version == 2 or a.alibi_slopes is None
-    a.page_table = a.block_table
-    output, lse = _compute(a)
-    a.out.copy_(output)
-    return (a.out, lse) if a.return_softmax_lse else a.out
-
-
-# flash-attn 2.8, flash_attn/flash_attn_interface.py.
-@recorded(
-    "(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, "
-    "causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, "
-    "return_attn_probs=False, block_table=None)"
-)
-def fa2_varlen(a: SimpleNamespace) -> Any:
-    a.page_table, a.seqused_k = a.block_table, None
-    output, lse = _compute(a)
-    return (output, lse, None) if a.return_attn_probs else output
-
-
-LIBRARIES: dict[str, tuple[Callable[[Call], torch.Tensor | None], SimpleNamespace]] = {
-    "FA4": (calls.flash_attn_4, SimpleNamespace(flash_attn_varlen_func=fa4_varlen)),
+LIBRARIES: dict[str, tuple[Callable[[Call], torch.Tensor | None], Any]] = {
+    "FA4": (functools.partial(fa4.flash_attn_4, True), module("fa4", flash_attn_varlen_func=fa4_varlen)),
+    "FA4 of SM 9.0": (functools.partial(fa4.flash_attn_4, False), fake_flash_attn.flash_attn_4()),
     "FA3": (
         calls.flash_attn_3,
         SimpleNamespace(flash_attn_varlen_func=fa3_varlen, flash_attn_with_kvcache=fa3_kvcache),
@@ -411,8 +322,9 @@ LIBRARIES: dict[str, tuple[Callable[[Call], torch.Tensor | None], SimpleNamespac
 def test_packages_are_called_as_they_are_written(
     library: str, change: dict[str, Any], paged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, module = LIBRARIES[library]
-    monkeypatch.setattr(calls, "load_library", lambda *_: module)
+    kernel, library_module = LIBRARIES[library]
+    for where in (calls, fa4):
+        monkeypatch.setattr(where, "load_library", lambda *_: library_module)
     spec = replace(SPEC, head_size=16, scale=0.25, **change)
     lens = tuple((keys, keys) for _, keys in LENS) if not spec.causal else LENS
     common = batch(16, lens=lens)

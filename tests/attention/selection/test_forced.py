@@ -31,7 +31,7 @@ def version() -> str:
 Force = Callable[[str], AbstractContextManager[None]]
 KINDS: dict[str, tuple[Force, Callable[[], str], tuple[str, str]]] = {
     "backend": (force_attn_backend, backend, ("CPU_ATTN", "TORCH_SDPA")),
-    "FlashAttention": (lambda name: force_flash_attn_version(int(name)), version, ("3", "2")),
+    "FlashAttention": (lambda name: force_flash_attn_version(int(name)), version, ("4", "2")),
 }
 
 

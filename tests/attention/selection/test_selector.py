@@ -193,26 +193,36 @@ class TestAmpereAndAda:
 
 class TestHopper:
     def test_it_is_not_blackwell(self) -> None:
-        h200 = Platform(DeviceKind.CUDA, "NVIDIA H200", (9, 0), packages=Platform.simulate("sm90").packages)
+        packages = Platform.simulate("sm90").packages
+        h200 = Platform(DeviceKind.CUDA, "NVIDIA H200", (9, 0), packages=packages, simulated=True)
         assert h200.sm == "SM 9.0"
         assert by_phase(h200, needs()) == by_phase("sm90", needs()) != by_phase("sm100", needs())
         assert any(
             "SM 10.0" in reason for reason in unsupported_reasons("CUTLASS_MLA", h200, [needs(MLA, block_size=128)])
         )
 
-    def test_flash_attention_3_prefills_and_triton_decodes(self) -> None:
-        assert by_phase("sm90", needs()) == ("FLASH_ATTN", "TRITON_ATTN")
+    @pytest.mark.parametrize("missing", [(), ("flash_attn_3",), ("flash_attn_4",)])
+    def test_flash_attention_3_or_4_prefills_and_triton_decodes(self, missing: tuple[str, ...]) -> None:
+        assert by_phase(Platform.simulate("sm90").without(*missing), needs()) == ("FLASH_ATTN", "TRITON_ATTN")
 
-    def test_without_flash_attention_3_flashinfer_prefills(self) -> None:
-        bare = Platform.simulate("sm90").without("flash_attn_3")
+    def test_without_them_flashinfer_prefills(self) -> None:
+        bare = Platform.simulate("sm90").without("flash_attn_3", "flash_attn_4")
         assert by_phase(bare, needs()) == ("FLASHINFER", "TRITON_ATTN")
         assert by_phase(bare.without("flashinfer"), needs()) == ("TRITON_ATTN", "TRITON_ATTN")
 
     def test_an_fp8_cache_is_read_as_it_is(self) -> None:
         assert by_phase("sm90", needs(replace(SPEC, kv_cache_dtype=FP8))) == ("TRITON_ATTN", "TRITON_ATTN")
 
-    def test_layers_with_a_window_do_not_prefill_on_flash_attention_2(self) -> None:
-        assert by_phase("sm90", needs(replace(SPEC, sliding_window=4096))) == ("FLASHINFER", "TRITON_ATTN")
+    @pytest.mark.parametrize(
+        "special", [{"sliding_window": 4096}, {"logits_soft_cap": 50.0}, {"alibi_slopes": (0.5,) * 32}]
+    )
+    def test_what_only_flash_attention_2_can_do_or_nobody_measured_is_not_prefilled_by_it(
+        self, special: dict[str, object]
+    ) -> None:
+        wanted = needs(replace(SPEC, **special), phase=Phase.PREFILL)
+        assert by_phase("sm90", wanted)[0] != "FLASH_ATTN"
+        order = candidates(Platform.simulate("sm90"), wanted)
+        assert order.index("FLASHINFER") < order.index("TRITON_ATTN") < order.index("FLASH_ATTN")
 
     def test_a_measurement_turns_the_order_round(self) -> None:
         decode = needs(phase=Phase.DECODE)
