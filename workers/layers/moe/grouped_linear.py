@@ -29,6 +29,7 @@ def grouped_linear(
     rows: Rows = "sorted",
     out_rows: Literal["pairs", "sorted"] = "sorted",
     activation: GatedActivation | None = None,
+    routed_before: bool = False,
     way: Way | None = None,
 ) -> torch.Tensor:
     """`x[pair] @ weight[expert of the pair].T + bias[expert of the pair]` for every pair.
@@ -40,6 +41,8 @@ def grouped_linear(
         rows: what the rows of x belong to.
         out_rows: what the rows of the result belong to.
         activation: applied to each row of the product: M becomes M / 2.
+        routed_before: whether the groups were made before the kernel that made x: a kernel may then ask for weights
+            while that one still runs.
         way: how to compute it; None: as the table of this device says.
 
     Returns:
@@ -50,11 +53,11 @@ def grouped_linear(
     """
     _check(x, weight, groups, rows, activation)
     if way is None:
-        way = way_for(groups.num_pairs // groups.top_k, usable_ways(weight), x.device)
+        way = way_for(groups.num_tokens, usable_ways(weight), x.device)
     elif way not in usable_ways(weight):
         raise ValueError(f"a grouped product of {weight} on {weight.device.type} cannot be computed by {way}")
     if way == "triton":
-        return _triton(x, weight, groups, rows, out_rows, activation)
+        return _triton(x, weight, groups, rows, out_rows, activation, routed_before)
     if way == "torch":
         return _spread(_activated(_torch(_gathered(x, groups, rows), weight, groups), activation), groups, out_rows)
     return _loop(x, weight, groups, rows, out_rows, activation)
@@ -114,21 +117,26 @@ def _triton(
     rows: Rows,
     out_rows: Literal["pairs", "sorted"],
     activation: GatedActivation | None,
+    routed_before: bool,
 ) -> torch.Tensor:
-    from workers.ops.triton.grouped_linear import launch_grouped_linear
+    from workers.ops.triton.grouped_linear import grouped_tile, launch_grouped_linear
 
     assert isinstance(weight, PlainWeight)
     out = x.new_empty(groups.num_pairs, weight.shape[1] // (1 if activation is None else 2))
+    tile = grouped_tile(groups.num_pairs, weight.weight, activation is not None)
+    alone = tile.kernel == "few_rows" and groups.num_tokens == 1 and "sorted" not in (rows, out_rows)
     launch_grouped_linear(
         out,
         x,
         weight.weight,
-        groups.pairs,
-        groups.offsets,
+        tile,
+        groups.ids.reshape(-1) if alone else groups.tiles(tile.rows),
+        None if alone else groups.pairs,
         bias=weight.bias,
         pairs_per_row={"sorted": 0, "pairs": 1, "tokens": groups.top_k}[rows],
         spread=out_rows == "pairs",
         activation=None if activation is None else (activation.kind, activation.alpha, activation.limit),
+        routed_before=routed_before,
     )
     return out
 
@@ -153,7 +161,7 @@ def _check(
     x: torch.Tensor, weight: GroupedWeight, groups: TokenGroups, rows: Rows, activation: GatedActivation | None
 ) -> None:
     num_experts, num_outputs, num_inputs = weight.shape
-    num_rows = groups.num_pairs // groups.top_k if rows == "tokens" else groups.num_pairs
+    num_rows = groups.num_tokens if rows == "tokens" else groups.num_pairs
     if x.shape != (num_rows, num_inputs) or x.dtype != weight.dtype or x.stride(1) != 1:
         raise ValueError(
             f"x of {x.dtype} {tuple(x.shape)} with strides {x.stride()}: needs contiguous rows of {weight.dtype} "

@@ -26,7 +26,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from workers.errors import ConfigError
 from workers.layers.moe.block import Router
-from workers.layers.moe.routing import RouterConfig, route
+from workers.layers.moe.routing import route
+from workers.ops.router_config import RouterConfig
 
 H = 32
 V3 = {"n_routed_experts": 32, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "routed_scaling_factor": 2.5}
