@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
+from workers.ops.sum_tiles import USUAL, SumTile
 
 _MOST_TOKENS = 1
 
@@ -20,6 +21,7 @@ def chosen_experts_sum(
     ids: torch.Tensor,
     weights: torch.Tensor | None,
     added: torch.Tensor | None = None,
+    tile: SumTile = USUAL,
 ) -> torch.Tensor:
     """`sum_j weights[t, j] * linear(expert ids[t, j], x[t * k + j]) + added[t]`, rounded once.
 
@@ -29,6 +31,7 @@ def chosen_experts_sum(
         ids: (T, k) integers.
         weights: (T, k) float32; None: all 1.
         added: (T, M) of x's dtype.
+        tile: of the kernel.
 
     Returns:
         (T, M) of x's dtype.
@@ -59,5 +62,6 @@ def chosen_experts_sum(
         None if weights is None else weights.contiguous(),
         bias=weight.bias,
         added=None if added is None else added.contiguous(),
+        tile=tile,
     )
     return out

@@ -16,6 +16,7 @@ from workers.layers.activation import GatedActivation
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import TokenGroups
 from workers.layers.moe.ways import Way, way_for
+from workers.ops.grouped_tiles import GroupedTile
 
 Rows = Literal["tokens", "pairs", "sorted"]
 """What row n of an operand belongs to: token n, pair number n, or the n-th pair in the order of the experts."""
@@ -31,6 +32,7 @@ def grouped_linear(
     activation: GatedActivation | None = None,
     routed_before: bool = False,
     way: Way | None = None,
+    tile: GroupedTile | None = None,
 ) -> torch.Tensor:
     """`x[pair] @ weight[expert of the pair].T + bias[expert of the pair]` for every pair.
 
@@ -44,6 +46,7 @@ def grouped_linear(
         routed_before: whether the groups were made before the kernel that made x: a kernel may then ask for weights
             while that one still runs.
         way: how to compute it; None: as the table of this device says.
+        tile: of the kernel, where that is the way; None: as the table of this device says.
 
     Returns:
         (N, M) of x's dtype.
@@ -57,7 +60,7 @@ def grouped_linear(
     elif way not in usable_ways(weight):
         raise ValueError(f"a grouped product of {weight} on {weight.device.type} cannot be computed by {way}")
     if way == "triton":
-        return _triton(x, weight, groups, rows, out_rows, activation, routed_before)
+        return _triton(x, weight, groups, rows, out_rows, activation, routed_before, tile)
     if way == "torch":
         return _spread(_activated(_torch(_gathered(x, groups, rows), weight, groups), activation), groups, out_rows)
     return _loop(x, weight, groups, rows, out_rows, activation)
@@ -118,12 +121,13 @@ def _triton(
     out_rows: Literal["pairs", "sorted"],
     activation: GatedActivation | None,
     routed_before: bool,
+    tile: GroupedTile | None,
 ) -> torch.Tensor:
     from workers.ops.triton.grouped_linear import grouped_tile, launch_grouped_linear
 
     assert isinstance(weight, PlainWeight)
     out = x.new_empty(groups.num_pairs, weight.shape[1] // (1 if activation is None else 2))
-    tile = grouped_tile(groups.num_pairs, weight.weight, activation is not None)
+    tile = tile or grouped_tile(groups.num_pairs, weight.weight, activation is not None)
     alone = tile.kernel == "few_rows" and groups.num_tokens == 1 and "sorted" not in (rows, out_rows)
     launch_grouped_linear(
         out,

@@ -7,8 +7,6 @@ for its outputs sums up in registers, in the order of the experts, and rounds on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,29 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.ops.triton.dependent_launch import launches_dependents
 from attention.ops.triton.launch import on_device
+from workers.ops.sum_tiles import USUAL, SumTile
 from workers.ops.triton.prefetch_rows import prefetch_rows, prefetched_bytes
-
-
-@dataclass(frozen=True)
-class SumTile:
-    """One launch's shape; all but `num_stages` and `prefetched` powers of two.
-
-    Attributes:
-        outputs: of a program.
-        inputs: of a step.
-        num_stages: depth of the software pipeline of loads.
-        num_warps: warps of a program.
-        prefetched: bytes of the first expert's weights that each thread brings to the L2 cache before it waits.
-    """
-
-    outputs: int
-    inputs: int
-    num_stages: int
-    num_warps: int
-    prefetched: int
-
-
-USUAL = SumTile(outputs=16, inputs=512, num_stages=5, num_warps=8, prefetched=64)
 
 
 @triton.jit

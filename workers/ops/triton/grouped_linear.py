@@ -13,9 +13,9 @@ import triton
 
 from attention.ops.triton.dependent_launch import launches_dependents
 from attention.ops.triton.launch import device_traits, dot_dtype, on_device
+from workers.ops.grouped_tiles import GroupedTile, choose_tile
 from workers.ops.triton.grouped_few_rows import grouped_few_rows_kernel
 from workers.ops.triton.grouped_many_rows import grouped_many_rows_kernel
-from workers.ops.triton.grouped_tiles import GroupedTile, choose_tile
 from workers.ops.triton.prefetch_rows import prefetched_bytes
 
 

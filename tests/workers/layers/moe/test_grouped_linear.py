@@ -19,6 +19,8 @@ from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import group_tokens, sort_pairs
 from workers.layers.moe.ways import WAYS, way_for
 from workers.layers.moe.weighted_sum import weighted_sum, weighted_sum_torch
+from workers.ops.grouped_tiles import GroupedTile
+from workers.ops.sum_tiles import SumTile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,7 +38,7 @@ def kernels() -> SimpleNamespace:
     """The launch functions, of kernels that the interpreter runs where there is no GPU."""
     with mock.patch.dict(os.environ, {} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"}):
         language = pytest.importorskip("triton.language")
-        from workers.ops.triton import chosen_experts_sum, grouped_linear, grouped_tiles, token_groups, weighted_sum
+        from workers.ops.triton import chosen_experts_sum, grouped_linear, token_groups, weighted_sum
     for function in (language.sum, grouped_linear.grouped_few_rows_kernel, token_groups.tile_map_kernel):
         if DEVICE.type == "cpu" and type(function).__name__ != "InterpretedFunction":
             pytest.skip("Triton was imported to compile: needs TRITON_INTERPRET=1 or a CUDA device")
@@ -44,15 +46,15 @@ def kernels() -> SimpleNamespace:
         product=grouped_linear.launch_grouped_linear,
         tile_for=grouped_linear.grouped_tile,
         tiles=[
-            grouped_tiles.GroupedTile(16, 32, 16, bundle=2, num_stages=2, num_warps=2),
-            grouped_tiles.GroupedTile(16, 32, 16, 2, num_stages=2, num_warps=2, kernel="few_rows", prefetched=32),
+            GroupedTile(16, 32, 16, bundle=2, num_stages=2, num_warps=2),
+            GroupedTile(16, 32, 16, 2, num_stages=2, num_warps=2, kernel="few_rows", prefetched=32),
         ],
         groups=token_groups.launch_group_tokens,
         tile_map=token_groups.launch_tile_map,
         most_tiles=token_groups.most_tiles,
         sum=weighted_sum.launch_weighted_sum,
         chosen=chosen_experts_sum.launch_chosen_experts_sum,
-        sum_tile=chosen_experts_sum.SumTile(outputs=16, inputs=16, num_stages=2, num_warps=2, prefetched=16),
+        sum_tile=SumTile(outputs=16, inputs=16, num_stages=2, num_warps=2, prefetched=16),
     )
 
 
