@@ -93,6 +93,7 @@ def make_block(shape: MoELayerShape, device: torch.device, filled: bool = True) 
         dtype,
         device,
         bias=shape.bias,
+        num_shared=shape.num_shared,
     )
     block = MoEBlock(router, experts)
     if filled:
@@ -113,7 +114,7 @@ def run_block(
     """What `MoEBlock` does, with ways and tiles that are given; see `workers.layers.moe.experts.Experts`."""
     ids, weights = block.router(x)
     experts = block.experts
-    groups = group_tokens(ids, experts.num_experts)
+    groups = group_tokens(ids, experts.num_experts, experts.num_shared)
     order: Literal["pairs", "sorted"] = "pairs" if x.shape[0] == 1 and way == "triton" else "sorted"
     gate_up, down = experts.gate_up_proj.all_experts(), experts.down_proj.all_experts()
     inner = grouped_linear(

@@ -53,7 +53,10 @@ class LlamaMoEConfig(LlamaConfig):
     def expert_sizes(self, weights: WeightMap) -> ExpertSizes:
         """The experts of a layer, as the rank of `weights` holds them."""
         moe = self.moe
-        return ExpertSizes(moe.router.num_experts, self.hidden_size, moe.intermediate_size, weights.rank, weights.size)
+        inner = moe.intermediate_size
+        return ExpertSizes(
+            moe.router.num_experts, self.hidden_size, inner, weights.rank, weights.size, first=moe.num_shared
+        )
 
 
 class MoELayer(nn.Module):
@@ -137,7 +140,7 @@ def map_expert_matrices(config: LlamaMoEConfig, weights: WeightMap, theirs: str,
 def map_shared_experts(
     config: LlamaMoEConfig, weights: WeightMap, theirs: str, ours: str, name: str, gate: str = ""
 ) -> None:
-    """Enter what all tokens go through: behind the other experts, or as an MLP (`MoEConfig.num_shared`).
+    """Enter what all tokens go through: before the other experts, or as an MLP (`MoEConfig.num_shared`).
 
     Args:
         config: of the model.
@@ -157,7 +160,7 @@ def map_shared_experts(
         return
     for i in range(moe.num_shared):
         own = Share(size, *(i * moe.intermediate_size + bound for bound in sizes.own))
-        index, gate_up, down = (num_experts + i,), f"{ours}.mlp.experts.{GATE_UP}", f"{ours}.mlp.experts.{DOWN}"
+        index, gate_up, down = (i,), f"{ours}.mlp.experts.{GATE_UP}", f"{ours}.mlp.experts.{DOWN}"
         weights.matrix(f"{theirs}.{name}.gate_proj", gate_up, own, hidden, index=index)
         weights.matrix(f"{theirs}.{name}.up_proj", gate_up, own, hidden, begin=sizes.share, index=index)
         weights.matrix(f"{theirs}.{name}.down_proj", down, Share.all(hidden), own, index=index)

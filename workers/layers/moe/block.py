@@ -25,7 +25,7 @@ class Router(nn.Module):
         bias: whether the map has one (gpt-oss).
         corrected: whether there is an `e_score_correction_bias`, which is kept in float32 (DeepSeek-V3).
         in_float32: whether the map is computed in float32 whatever the dtype (DeepSeek).
-        num_shared: S experts behind those that are chosen from, which every token goes to.
+        num_shared: S experts before those that are chosen from, which every token goes to.
         shared_gate: whether these are weighed with `sigmoid(gate(x))` (Qwen2-MoE): the weight's last row.
 
     Raises:
@@ -60,7 +60,7 @@ class Router(nn.Module):
         self.e_score_correction_bias = _empty((config.num_experts,), torch.float32, device) if corrected else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, H) to (T, k + S) int64 ids of experts and (T, k + S) float32 weights; the shared ones are the last."""
+        """(T, H) to (T, k + S) int64 ids of experts and (T, k + S) float32 weights; the shared ones are the first."""
         return route(self.logits(x), self.config, self.e_score_correction_bias, self.num_shared)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

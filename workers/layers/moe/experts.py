@@ -108,7 +108,7 @@ class Experts(nn.Module):
     (`workers.loading.expert_weights`).
 
     Args:
-        num_experts: E.
+        num_experts: E, the shared ones among them.
         hidden_size: H.
         intermediate_size: I, this rank's share.
         activation: between the products.
@@ -117,6 +117,7 @@ class Experts(nn.Module):
         bias: whether both projections have one (gpt-oss).
         rank: of the ranks that share the layer: rank 0 alone adds the second bias, because their results are summed.
         method: how the weights are kept.
+        num_shared: how many experts, the first ones, every token goes to.
     """
 
     def __init__(
@@ -131,9 +132,11 @@ class Experts(nn.Module):
         bias: bool = False,
         rank: int = 0,
         method: GroupedLinearMethod = PLAIN,
+        num_shared: int = 0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.num_shared = num_shared
         self.activation = activation
         inner, outer = (num_experts, 2 * intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size)
         self.gate_up_proj = GroupedLinear(inner, bias, dtype, device, method)
@@ -175,7 +178,7 @@ class Experts(nn.Module):
             )
         if x.shape[0] == 0:
             return torch.empty_like(x)
-        groups = group_tokens(ids, self.num_experts)
+        groups = group_tokens(ids, self.num_experts, self.num_shared)
         if weighs_input:
             x = (x[:, None] * weights.to(x.dtype)[..., None]).flatten(0, 1)
         down, out_weights = self.down_proj.all_experts(), None if weighs_input else weights

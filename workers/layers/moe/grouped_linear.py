@@ -140,6 +140,8 @@ def _triton(
         pairs_per_row={"sorted": 0, "pairs": 1, "tokens": groups.top_k}[rows],
         spread=out_rows == "pairs",
         activation=None if activation is None else (activation.kind, activation.alpha, activation.limit),
+        num_tokens=groups.num_tokens,
+        num_shared=groups.num_shared,
         routed_before=routed_before,
     )
     return out

@@ -41,7 +41,7 @@ class MoEConfig:
 
     @property
     def num_shared(self) -> int:
-        """Experts that all tokens go through, beside those that they choose from and of the same kind.
+        """Experts that all tokens go through, before those that they choose from and of the same kind.
 
         What all go through is so many experts where its size is a multiple of an expert's: then it takes no products of
         its own. 0: it is an MLP, or there is no such.
@@ -88,6 +88,7 @@ class MoEMLP(MoEBlock):
             device,
             bias=config.expert_bias,
             rank=group.rank,
+            num_shared=config.num_shared,
         )
         shared = None
         if config.shared_intermediate_size and not config.num_shared:

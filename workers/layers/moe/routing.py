@@ -21,11 +21,12 @@ def route(
         config: the family's router.
         correction_bias: (E,) `e_score_correction_bias`, for sigmoid scores: added for the choice, not in the weights
             (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
-        num_shared: S experts behind the E, which every token goes to: with weight 1, or the sigmoid of the gate.
+        num_shared: S experts before the E, which every token goes to: with weight 1, or the sigmoid of the gate. They
+            have the numbers 0 to S - 1.
 
     Returns:
-        (T, k + S) int64 ids, no two of a row the same, the best one first and the shared ones last, and (T, k + S)
-        float32 weights.
+        (T, S + k) int64 ids, no two of a row the same, first the shared ones and then the best, and (T, S + k) float32
+        weights.
 
     Raises:
         ValueError: logits or a bias of another shape, or a bias for a router that has none.
@@ -72,10 +73,10 @@ def route_torch(
         weights = weights * config.scaling_factor
     if num_shared == 0:
         return ids, weights
-    shared = torch.arange(config.num_experts, config.num_experts + num_shared, device=ids.device)
+    shared = torch.arange(num_shared, device=ids.device)
     shared_weights = gates if gates.shape[1] else torch.ones_like(weights[:, :1])
-    ids = torch.cat([ids, shared.expand(ids.shape[0], -1)], dim=1)
-    return ids, torch.cat([weights, shared_weights.expand(-1, num_shared)], dim=1)
+    ids = torch.cat([shared.expand(ids.shape[0], -1), ids + num_shared], dim=1)
+    return ids, torch.cat([shared_weights.expand(-1, num_shared), weights], dim=1)
 
 
 def top_k_then_softmax(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

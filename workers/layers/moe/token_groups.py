@@ -15,11 +15,13 @@ class TokenGroups:
     Args:
         ids: (T, k) of an integer dtype, each from 0 to `num_experts` - 1; no two of a row the same.
         num_experts: E.
+        num_shared: how many of them, the first ones, every token goes to.
     """
 
-    def __init__(self, ids: torch.Tensor, num_experts: int) -> None:
+    def __init__(self, ids: torch.Tensor, num_experts: int, num_shared: int = 0) -> None:
         self.ids = ids
         self.num_experts = num_experts
+        self.num_shared = num_shared
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tiles: dict[int, torch.Tensor] = {}
 
@@ -77,12 +79,13 @@ class TokenGroups:
         return self._sorted
 
 
-def group_tokens(ids: torch.Tensor, num_experts: int) -> TokenGroups:
+def group_tokens(ids: torch.Tensor, num_experts: int, num_shared: int = 0) -> TokenGroups:
     """Pairs to be sorted by expert; on a GPU without waiting for it.
 
     Args:
         ids: (T, k) of an integer dtype, each from 0 to `num_experts` - 1.
         num_experts: E.
+        num_shared: how many of them, the first ones, every token goes to.
 
     Raises:
         ValueError: ids that are no matrix of integers, or on the CPU one that is no expert.
@@ -91,7 +94,7 @@ def group_tokens(ids: torch.Tensor, num_experts: int) -> TokenGroups:
         raise ValueError(f"ids of {ids.dtype} {tuple(ids.shape)}: needs (tokens, experts of a token) int32 or int64")
     if not ids.is_cuda and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
         raise ValueError(f"expert ids from {int(ids.min())} to {int(ids.max())} of {num_experts} experts")
-    return TokenGroups(ids, num_experts)
+    return TokenGroups(ids, num_experts, num_shared)
 
 
 def sort_pairs(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from workers.ops.triton.gated_activation import gated_activation
 from workers.ops.triton.prefetch_rows import prefetch_rows
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
 def grouped_few_rows_kernel(
     out_ptr: tl.tensor,
     x_ptr: tl.tensor,
@@ -24,6 +24,7 @@ def grouped_few_rows_kernel(
     pairs_ptr: tl.tensor | None,
     tiles_ptr: tl.tensor,
     num_tiles: tl.tensor,
+    num_tokens: tl.tensor,
     stride_x: tl.tensor,
     NUM_EXPERTS: tl.constexpr,
     M: tl.constexpr,
@@ -40,6 +41,8 @@ def grouped_few_rows_kernel(
     BUNDLE: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCHED: tl.constexpr,
+    NUM_SHARED: tl.constexpr,
+    SHARED_PREFETCHED: tl.constexpr,
     THREADS: tl.constexpr,
     ROUTED_BEFORE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -48,8 +51,9 @@ def grouped_few_rows_kernel(
     """One program: `OUTPUTS` of the `M` columns of one tile's result.
 
     `ALONE`: `tiles_ptr` has the pairs' experts, and every pair is a tile. `ROUTED_BEFORE`: the tiles were made before
-    the kernel ahead waited for its own predecessor, so that they can be read while it runs. Until then only the L2
-    cache is asked for weights: what is read here is read again behind the wait.
+    the kernel ahead waited for its own predecessor, so that they can be read while it runs. The first `NUM_SHARED`
+    experts have all tokens: which tiles are theirs is known without any kernel. Until the wait only the L2 cache is
+    asked for weights, and what is read there is read again behind it.
     """
     GATED: tl.constexpr = KIND is not None
     WEIGHT_ROWS: tl.constexpr = 2 * M if GATED else M
@@ -60,6 +64,11 @@ def grouped_few_rows_kernel(
     tile = bundle * BUNDLE + in_bundle % size
     first = in_bundle // size * OUTPUTS
     if PDL:
+        if SHARED_PREFETCHED > 0:
+            each = (num_tokens + ROWS - 1) // ROWS
+            if tile < NUM_SHARED * each and tile % each == 0 and first + OUTPUTS <= M:
+                own_ptr = weight_ptr + (tile // each).to(tl.int64) * (WEIGHT_ROWS * K)
+                prefetch_rows(own_ptr, first, M, K, OUTPUTS, 2 if GATED else 1, SHARED_PREFETCHED, THREADS)
         if ROUTED_BEFORE and PREFETCHED > 0:
             likely = tl.load(tiles_ptr + tile, cache_modifier=".cg").to(tl.int32)
             if likely < NUM_EXPERTS and likely >= 0 and first + OUTPUTS <= M:

@@ -18,6 +18,9 @@ from workers.ops.triton.grouped_few_rows import grouped_few_rows_kernel
 from workers.ops.triton.grouped_many_rows import grouped_many_rows_kernel
 from workers.ops.triton.prefetch_rows import prefetched_bytes
 
+_SHARED_BYTES = 4096
+"""What each thread brings to the L2 cache of experts that are known before the tokens' are chosen."""
+
 
 def grouped_tile(num_pairs: int, weight: torch.Tensor, gated: bool) -> GroupedTile:
     """The table's tile for N pairs and (E, M, K) weights."""
@@ -39,6 +42,8 @@ def launch_grouped_linear(
     pairs_per_row: int = 0,
     spread: bool = False,
     activation: tuple[str, float, float] | None = None,
+    num_tokens: int = 0,
+    num_shared: int = 0,
     routed_before: bool = False,
 ) -> None:
     """Multiply into `out`; `workers.layers.moe.grouped_linear` checks the arguments.
@@ -56,6 +61,8 @@ def launch_grouped_linear(
         pairs_per_row: pair n reads row n // pairs_per_row of x; 0: x is sorted as `pairs`.
         spread: write the result of pair n to row n; else sorted as `pairs`.
         activation: kind, alpha and limit of a gated one.
+        num_tokens: T.
+        num_shared: the first experts, which all tokens go to.
         routed_before: whether the tiles were made before the kernel that made x was launched.
     """
     num_pairs, num_outputs = out.shape
@@ -89,7 +96,8 @@ def launch_grouped_linear(
             return
         dependent = launches_dependents(x.device)
         threads, own_rows = 32 * tile.num_warps, tile.outputs * (2 if gated else 1)
-        prefetched = prefetched_bytes(tile.prefetched, num_inputs * weight.element_size(), own_rows, threads)
+        row_bytes = num_inputs * weight.element_size()
+        shared = num_shared > 0 and num_tokens > 0 and not routed_before
         grouped_few_rows_kernel[grid](
             out,
             x,
@@ -98,9 +106,12 @@ def launch_grouped_linear(
             pairs,
             tiles,
             num_tiles,
+            num_tokens,
             x.stride(0),
             ALONE=pairs is None,
-            PREFETCHED=prefetched,
+            PREFETCHED=prefetched_bytes(tile.prefetched, row_bytes, own_rows, threads),
+            NUM_SHARED=num_shared if shared else 0,
+            SHARED_PREFETCHED=prefetched_bytes(_SHARED_BYTES, row_bytes, own_rows, threads) if shared else 0,
             THREADS=threads,
             ROUTED_BEFORE=routed_before,
             PDL=dependent,

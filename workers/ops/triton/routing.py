@@ -102,7 +102,7 @@ def route_kernel(
     SUM_OF_TWO: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program: one token's experts, the best first, behind them the shared ones, with their weights."""
+    """One program: one token's experts, the shared ones and then the best first, with their weights."""
     SIGMOID: tl.constexpr = KIND == "sigmoid"
     LIMITED: tl.constexpr = TOP_K_GROUPS < NUM_GROUPS
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
@@ -137,8 +137,10 @@ def route_kernel(
     chosen_logits = tl.full([PADDED_K], float("-inf"), tl.float32)
     for i in tl.static_range(TOP_K):
         best = _index(tl.max(keys, axis=0))
-        ids = tl.where(place == i, best, ids)
-        chosen_logits = tl.where(place == i, tl.sum(tl.where(expert == best, logits, 0.0), axis=0), chosen_logits)
+        ids = tl.where(place == NUM_SHARED + i, NUM_SHARED + best, ids)
+        chosen_logits = tl.where(
+            place == NUM_SHARED + i, tl.sum(tl.where(expert == best, logits, 0.0), axis=0), chosen_logits
+        )
         keys = tl.where(expert == best, -(2**63), keys)
     if SIGMOID:
         weights = 1.0 / (1.0 + tl.exp(-chosen_logits))
@@ -150,13 +152,13 @@ def route_kernel(
             largest = tl.max(chosen_logits, axis=0)
             total = tl.sum(tl.exp(chosen_logits - largest), axis=0)
         weights = tl.exp(chosen_logits - largest) / total
-    weights = tl.where(place < TOP_K, weights, 0.0)
+    weights = tl.where((place >= NUM_SHARED) & (place < NUM_SHARED + TOP_K), weights, 0.0)
     if RENORMALIZE:
         weights = weights / (tl.sum(weights, axis=0) + SMALLEST)
     weights *= SCALE
     if NUM_SHARED > 0:
-        is_shared = place >= TOP_K
-        ids = tl.where(is_shared, NUM_EXPERTS + place - TOP_K, ids)
+        is_shared = place < NUM_SHARED
+        ids = tl.where(is_shared, place, ids)
         shared_weight = 1.0
         if GATED:
             shared_weight = 1.0 / (1.0 + tl.exp(-tl.load(logits_ptr + NUM_EXPERTS).to(tl.float32)))
@@ -177,12 +179,12 @@ def launch_route(
     """Choose into `ids` and `weights`; `workers.layers.moe.routing.route` checks the arguments.
 
     Args:
-        ids: (T, k + S) of an integer dtype, contiguous.
-        weights: (T, k + S) float32, contiguous.
+        ids: (T, S + k) of an integer dtype, contiguous.
+        weights: (T, S + k) float32, contiguous.
         logits: (T, E), or (T, E + 1) with the gate of the shared experts, contiguous; E at most `MAX_EXPERTS`.
         config: the family's router.
         correction_bias: (E,), contiguous, or None.
-        num_shared: S experts behind the E, which every token goes to: with weight 1, or the sigmoid of the gate.
+        num_shared: S experts before the E, which every token goes to: with weight 1, or the sigmoid of the gate.
     """
     num_tokens = logits.shape[0]
     if num_tokens == 0:

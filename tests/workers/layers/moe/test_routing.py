@@ -246,15 +246,16 @@ def test_the_kernels_weights_are_those_of_float64(kernels: SimpleNamespace, kind
     bias = randn(config.num_experts, seed=2).to(DEVICE) if corrected else None
     ids, weights = by_kernel(kernels, logits, config, bias, num_shared)
     routed, exact = logits[:, : config.num_experts].double(), torch.ones_like(weights, dtype=torch.float64)
-    chosen = routed.gather(1, ids[:, : config.top_k])
+    own = ids[:, num_shared:] - num_shared
+    chosen = routed.gather(1, own)
     if config.scores == "softmax":
-        chosen = routed.softmax(dim=-1).gather(1, ids[:, : config.top_k])
+        chosen = routed.softmax(dim=-1).gather(1, own)
     else:
         chosen = chosen.softmax(dim=-1) if config.scores == "softmax_of_chosen" else chosen.sigmoid()
     chosen = chosen / chosen.sum(dim=-1, keepdim=True) if config.renormalize else chosen
-    exact[:, : config.top_k] = chosen * config.scaling_factor
+    exact[:, num_shared:] = chosen * config.scaling_factor
     if gated:
-        exact[:, config.top_k :] = logits[:, -1:].double().sigmoid()
+        exact[:, :num_shared] = logits[:, -1:].double().sigmoid()
     torch.testing.assert_close(weights.double(), exact, rtol=3e-6, atol=1e-7)
 
 
@@ -268,8 +269,7 @@ def test_of_equal_scores_the_kernel_takes_the_smaller_numbers(
     logits = torch.full((2, config.num_experts + gated), value, device=DEVICE)
     logits[1, 1::2] = -value if value == 0.0 else value
     ids = by_kernel(kernels, logits, config, None, num_shared)[0]
-    shared = range(config.num_experts, config.num_experts + num_shared)
-    assert ids.tolist() == [[*range(config.top_k), *shared]] * 2
+    assert ids.tolist() == [list(range(num_shared + config.top_k))] * 2
 
 
 def test_a_single_logit_that_is_not_a_number_leaves_the_others_in_order(kernels: SimpleNamespace) -> None:
@@ -314,16 +314,16 @@ def test_a_tokens_logits_do_not_depend_on_the_batch(kernels: SimpleNamespace) ->
         assert torch.equal(alone[0], together[i])
 
 
-def test_shared_experts_come_last() -> None:
+def test_shared_experts_come_first() -> None:
     logits, config = randn(4, 6), RouterConfig(6, 2, scaling_factor=3.0)
     ids, weights = route(logits, config)
     with_shared, their_weights = route(logits, config, num_shared=2)
-    assert torch.equal(with_shared[:, :2], ids)
-    assert with_shared[:, 2:].tolist() == [[6, 7]] * 4
-    assert torch.equal(their_weights, torch.cat([weights, torch.ones(4, 2)], dim=1)), "they are not scaled"
+    assert torch.equal(with_shared[:, 2:], ids + 2)
+    assert with_shared[:, :2].tolist() == [[0, 1]] * 4
+    assert torch.equal(their_weights, torch.cat([torch.ones(4, 2), weights], dim=1)), "they are not scaled"
     gate = randn(4, 1, seed=5)
     gated = route(torch.cat([logits, gate], dim=1), config, num_shared=2)[1]
-    torch.testing.assert_close(gated, torch.cat([weights, gate.sigmoid().expand(-1, 2)], dim=1))
+    torch.testing.assert_close(gated, torch.cat([gate.sigmoid().expand(-1, 2), weights], dim=1))
 
 
 def test_a_gate_belongs_to_shared_experts() -> None:
