@@ -1,8 +1,4 @@
-"""FlashInfer's fused mixture of experts for SM 9.0 as `benchmarks.moe` runs it: its own kernels, its own sorting.
-
-From 0.7.2 on `flashinfer.fused_moe.cute_dsl.cute_dsl_fused_moe_bf16`: weights of gate and up that take turns in blocks
-of 32 rows, up first; no biases. Measured without its fused sum, which adds atomically and so never twice the same.
-"""
+"""FlashInfer's mixture of experts as `benchmarks.moe` runs it, with some of its tiles."""
 
 from __future__ import annotations
 
@@ -14,8 +10,8 @@ import torch
 
 from benchmarks.moe_layers import MoELayerShape
 from workers.layers.moe.block import MoEBlock
+from workers.ops.flashinfer_experts import flashinfer_experts, flashinfer_kernel, interleave
 
-_BLOCK = 32
 _TACTICS: Mapping[str, Any] = {
     "default": None,
     "128x128": (128, ((128, 128), 8), ((128, 128), (1, 2), False)),
@@ -28,34 +24,14 @@ def flashinfer_candidates(
     shape: MoELayerShape, blocks: Sequence[MoEBlock]
 ) -> dict[str, Callable[[MoEBlock, torch.Tensor], torch.Tensor]]:
     """By tactic a function like `run_block`; empty where this FlashInfer has no such kernel, or not for this layer."""
-    try:
-        from flashinfer.fused_moe.cute_dsl import cute_dsl_fused_moe_bf16
-    except (ImportError, AttributeError, OSError, RuntimeError):
+    if flashinfer_kernel() is None or shape.bias or shape.activation.kind != "silu":
         return {}
-    if shape.bias or shape.activation.kind != "silu" or shape.intermediate_size % _BLOCK:
-        return {}
-    weights = {block: block.experts.gate_up_proj.get_parameter("weight") for block in blocks}
+    weights = {block: block.experts.gate_up_proj.get_parameter("weight").detach() for block in blocks}
     interleaved = {block: interleave(weight) for block, weight in weights.items()}
 
     def run(block: MoEBlock, x: torch.Tensor, *, tactic: Any) -> torch.Tensor:
         ids, scales = block.router(x)
-        out: torch.Tensor = cute_dsl_fused_moe_bf16(
-            x,
-            ids.int(),
-            scales,
-            interleaved[block],
-            block.experts.down_proj.weight,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            use_fused_finalize=False,
-            tactic=tactic,
-        )
-        return out
+        down = block.experts.down_proj.get_parameter("weight").detach()
+        return flashinfer_experts(x, ids, scales, interleaved[block], down, tactic)
 
     return {name: partial(run, tactic=tactic) for name, tactic in _TACTICS.items()}
-
-
-def interleave(weight: torch.Tensor) -> torch.Tensor:
-    """(E, 2 * I, H), gate above up, as blocks of rows in turn, up first."""
-    gate, up = (half.unflatten(1, (-1, _BLOCK)) for half in weight.detach().chunk(2, dim=1))
-    return torch.stack([up, gate], dim=2).flatten(1, 3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.moe import TOKENS
-from benchmarks.moe_flashinfer import interleave
 from benchmarks.moe_layers import LAYERS, MoELayerShape, all_tiles, candidates, describe, fitting, make_block, run_block
+from workers.ops.flashinfer_experts import interleave
 from workers.ops.router_config import RouterConfig
 
 H200_SHARED_MEMORY = 232448
