@@ -27,13 +27,16 @@ class Timing:
     graph: bool
 
 
-def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, *, graph: bool = False) -> Timing:
+def time_calls(
+    calls: Sequence[Callable[[], object]], device: torch.device, *, graph: bool = False, enough_s: float = _ENOUGH_S
+) -> Timing:
     """Time calls that do the same to different data, one after the other, so that no cache holds what the next reads.
 
     Args:
         calls: at least one.
         device: where they run.
         graph: whether to capture them in a CUDA graph, if they can be.
+        enough_s: how long to repeat them, if that is often enough.
     """
     for _ in range(_WARM_UPS):
         for call in calls:
@@ -44,7 +47,7 @@ def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, *, g
     run()
     synchronize(device)
     times: list[float] = []
-    while len(times) < _MIN_REPEATS or (len(times) < _MAX_REPEATS and sum(times) < _ENOUGH_S):
+    while len(times) < _MIN_REPEATS or (len(times) < _MAX_REPEATS and sum(times) < enough_s):
         times.append(_once(run, device))
     times.sort()
     quarter = len(times) // 4

@@ -253,6 +253,7 @@ FAMILIES: dict[str, TinyFamily] = {
         {
             "window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "qkv_bias": False},
             "some-dense": {"decoder_sparse_step": 2, "norm_topk_prob": True, "tie_word_embeddings": True},
+            "odd-shared": {"shared_expert_intermediate_size": 48},
         },
     ),
     "qwen3": TinyFamily(

@@ -30,6 +30,7 @@ class ExpertSizes:
         intermediate_size: I of the whole model.
         rank: this rank.
         size: ranks.
+        first: the number that expert 0 of the checkpoint has among ours.
 
     Raises:
         ConfigError: the ranks do not divide I.
@@ -40,6 +41,7 @@ class ExpertSizes:
     intermediate_size: int
     rank: int = 0
     size: int = 1
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.intermediate_size % self.size:
@@ -51,6 +53,11 @@ class ExpertSizes:
     def share(self) -> int:
         """Inner features of this rank."""
         return self.intermediate_size // self.size
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Where the experts are in a stacked parameter: the first of them, and one past the last."""
+        return self.first, self.first + self.num_experts
 
     @property
     def own(self) -> tuple[int, int]:
@@ -83,7 +90,7 @@ def expert_by_expert(
             (down, DOWN, (hidden, inner), columns, 0, hidden),
         ):
             targets[f"{prefix}.{e}.{name}.weight"] = WeightTarget(
-                f"{parameter}.{place}.weight", shape, region, begin, end, index=(e,)
+                f"{parameter}.{place}.weight", shape, region, begin, end, index=(sizes.first + e,)
             )
     return targets
 
@@ -99,13 +106,12 @@ def fused(sizes: ExpertSizes, prefix: str = "mlp.experts", parameter: str = "mlp
             f"{parameter}.{GATE_UP}.weight",
             (num, 2 * inner, hidden),
             (*whole((num, 2)), sizes.own, (0, hidden)),
-            0,
-            num,
+            *sizes.rows,
             view=(num, 2, inner, hidden),
             arrange=_above,
         ),
         f"{prefix}.down_proj": WeightTarget(
-            f"{parameter}.{DOWN}.weight", (num, hidden, inner), (*whole((num, hidden)), sizes.own), 0, num
+            f"{parameter}.{DOWN}.weight", (num, hidden, inner), (*whole((num, hidden)), sizes.own), *sizes.rows
         ),
     }
 
@@ -118,8 +124,7 @@ def stacked(sizes: ExpertSizes, prefix: str = "mlp.experts", parameter: str = "m
             f"{parameter}.{GATE_UP}.weight",
             (num, hidden, 2 * inner),
             (*whole((num, hidden, 2)), sizes.own),
-            0,
-            num,
+            *sizes.rows,
             view=(num, hidden, 2, inner),
             arrange=_beside_and_transposed,
         ),
@@ -137,8 +142,7 @@ def interleaved(
             f"{parameter}.{GATE_UP}.weight",
             (num, hidden, 2 * inner),
             (*whole((num, hidden)), sizes.own, (0, 2)),
-            0,
-            num,
+            *sizes.rows,
             view=(num, hidden, inner, 2),
             arrange=_interleaved_and_transposed,
         ),
@@ -168,8 +172,7 @@ def interleaved_mxfp4(
             f"{parameter}.{name}.weight",
             storage.values_shape(shape),
             ((0, num), *region),
-            0,
-            num,
+            *sizes.rows,
             view=view,
             arrange=arrange,
             quantized=QuantizedSource(storage, f"{prefix}.{name}_scales", storage.scales_shape(shape)),
@@ -200,7 +203,7 @@ def in_fp8_blocks(
 def _transposed_down(sizes: ExpertSizes, prefix: str, parameter: str) -> WeightTarget:
     num, hidden, inner = sizes.num_experts, sizes.hidden_size, sizes.intermediate_size
     region = ((0, num), sizes.own, (0, hidden))
-    return WeightTarget(f"{parameter}.{DOWN}.weight", (num, inner, hidden), region, 0, num, arrange=_transposed)
+    return WeightTarget(f"{parameter}.{DOWN}.weight", (num, inner, hidden), region, *sizes.rows, arrange=_transposed)
 
 
 def _interleaved_biases(sizes: ExpertSizes, prefix: str, parameter: str) -> dict[str, WeightTarget]:
@@ -210,13 +213,12 @@ def _interleaved_biases(sizes: ExpertSizes, prefix: str, parameter: str) -> dict
             f"{parameter}.{GATE_UP}.bias",
             (num, 2 * inner),
             ((0, num), sizes.own, (0, 2)),
-            0,
-            num,
+            *sizes.rows,
             view=(num, inner, 2),
             arrange=_interleaved,
         ),
         f"{prefix}.down_proj_bias": WeightTarget(
-            f"{parameter}.{DOWN}.bias", (num, hidden), whole((num, hidden)), 0, num
+            f"{parameter}.{DOWN}.bias", (num, hidden), whole((num, hidden)), *sizes.rows
         ),
     }
 

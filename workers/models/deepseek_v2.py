@@ -10,7 +10,6 @@ from attention.layers.mla_attention import MLAAttention
 from workers.errors import ConfigError
 from workers.layers.latent_attention import LatentAttention
 from workers.layers.moe.mlp import MoEConfig
-from workers.layers.moe.routing import RouterConfig
 from workers.layers.rotation import Rotation
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.attention_config import AttentionConfig
@@ -18,8 +17,15 @@ from workers.models.config.latent_heads import read_latent_attention, read_q_lor
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.rope import RopeFamily
 from workers.models.latent_weights import map_latent_attention
-from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_expert_matrices, map_router
+from workers.models.llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    map_expert_matrices,
+    map_router,
+    map_shared_experts,
+)
 from workers.models.weight_map import WeightMap
+from workers.ops.router_config import RouterConfig
 
 _LATENT_NORM_EPS = 1e-6
 """Of the norms of latents and compressed queries, whatever `rms_norm_eps` is, as in the published code."""
@@ -170,5 +176,4 @@ class DeepseekV2ForCausalLM(LlamaMoEForCausalLM):
             weights.vector(f"{gate}.{bias}", f"{ours}.mlp.router.{bias}", moe.router.num_experts)
         map_expert_matrices(config, weights, theirs, ours)
         if moe.shared_intermediate_size:
-            shared = f"{ours}.mlp.shared_expert.mlp"
-            weights.gated_mlp(f"{theirs}.mlp.shared_experts", shared, config.hidden_size, moe.shared_intermediate_size)
+            map_shared_experts(config, weights, theirs, ours, "mlp.shared_experts")

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from workers.layers.activation import GatedActivation
 from workers.layers.moe.mlp import MoEConfig
-from workers.layers.moe.routing import RouterConfig
 from workers.loading.config_reader import ConfigReader
 from workers.loading.expert_weights import interleaved, interleaved_mxfp4
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
@@ -20,6 +19,7 @@ from workers.models.config.quantization import weight_format
 from workers.models.config.rope import RopeFamily
 from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_router, read_num_experts, read_top_k
 from workers.models.weight_map import WeightMap
+from workers.ops.router_config import RouterConfig
 
 _MXFP4 = "mxfp4"
 _ROPE = RopeFamily(

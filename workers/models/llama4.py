@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 
 from attention.layers.attention import Attention
 from workers.layers.moe.mlp import MoEConfig
-from workers.layers.moe.routing import RouterConfig
 from workers.layers.rotation import Rotation
 from workers.layers.self_attention import SelfAttention
 from workers.layers.temperature import AttentionTemperature
@@ -22,9 +21,17 @@ from workers.models.config.heads import FULL, read_heads, read_layer_types
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.rope import RopeFamily, read_rope, read_rotating_layers
 from workers.models.llama import make_head_norm, make_self_attention
-from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_router, read_num_experts, read_top_k
+from workers.models.llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    map_router,
+    map_shared_experts,
+    read_num_experts,
+    read_top_k,
+)
 from workers.models.weight_map import WeightMap
 from workers.ops.rope_config import LongRopeScaling, YarnScaling
+from workers.ops.router_config import RouterConfig
 
 _CHUNKED = "chunked_attention"
 _ROPE = RopeFamily(theta=500000.0, interleaved=True)
@@ -142,11 +149,10 @@ class Llama4ForCausalLM(LlamaMoEForCausalLM):
     @classmethod
     def map_experts(cls, config: LlamaMoEConfig, weights: WeightMap, theirs: str, ours: str) -> None:
         """See `LlamaMoEForCausalLM.map_experts`."""
-        name, hidden = cls.mlp_name, config.hidden_size
+        name = cls.mlp_name
         map_router(config, weights, f"{theirs}.{name}.router", ours)
         weights.extend(stacked(config.expert_sizes(weights), f"{name}.experts"), theirs, ours)
-        shared = config.moe.shared_intermediate_size
-        weights.gated_mlp(f"{theirs}.{name}.shared_expert", f"{ours}.mlp.shared_expert.mlp", hidden, shared)
+        map_shared_experts(config, weights, theirs, ours, f"{name}.shared_expert")
 
 
 class Llama4ForConditionalGeneration(Llama4ForCausalLM):

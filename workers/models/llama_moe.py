@@ -18,7 +18,9 @@ from workers.layers.residual import ResidualStream
 from workers.layers.rotation import Rotation
 from workers.layers.self_attention import LayerBatch, SelfAttention
 from workers.loading.config_reader import ConfigReader
-from workers.loading.expert_weights import ExpertSizes, expert_by_expert, fused
+from workers.loading.expert_weights import DOWN, GATE_UP, ExpertSizes, expert_by_expert, fused
+from workers.loading.stored_tensor import whole
+from workers.loading.weight_target import WeightTarget
 from workers.models.config.model_config import ModelConfig
 from workers.models.llama import LlamaConfig, LlamaForCausalLM, make_self_attention
 from workers.models.weight_map import Share, WeightMap
@@ -51,7 +53,10 @@ class LlamaMoEConfig(LlamaConfig):
     def expert_sizes(self, weights: WeightMap) -> ExpertSizes:
         """The experts of a layer, as the rank of `weights` holds them."""
         moe = self.moe
-        return ExpertSizes(moe.router.num_experts, self.hidden_size, moe.intermediate_size, weights.rank, weights.size)
+        inner = moe.intermediate_size
+        return ExpertSizes(
+            moe.router.num_experts, self.hidden_size, inner, weights.rank, weights.size, first=moe.num_shared
+        )
 
 
 class MoELayer(nn.Module):
@@ -130,6 +135,37 @@ def map_expert_matrices(config: LlamaMoEConfig, weights: WeightMap, theirs: str,
     one_by_one.extend(expert_by_expert(sizes), theirs, ours)
     together.extend(fused(sizes), theirs, ours)
     weights.one_of(one_by_one, together)
+
+
+def map_shared_experts(
+    config: LlamaMoEConfig, weights: WeightMap, theirs: str, ours: str, name: str, gate: str = ""
+) -> None:
+    """Enter what all tokens go through: before the other experts, or as an MLP (`MoEConfig.num_shared`).
+
+    Args:
+        config: of the model.
+        weights: to enter it in.
+        theirs: the layer in a checkpoint.
+        ours: the layer in the model.
+        name: what a layer of a checkpoint calls it.
+        gate: what it calls its gate, without `.weight`; empty: there is none.
+    """
+    moe, hidden = config.moe, config.hidden_size
+    size, sizes, num_experts = moe.shared_intermediate_size, config.expert_sizes(weights), moe.router.num_experts
+    if not moe.num_shared:
+        weights.gated_mlp(f"{theirs}.{name}", f"{ours}.mlp.shared_expert.mlp", hidden, size)
+        if gate:
+            target = WeightTarget("mlp.shared_expert.gate_weight", (1, hidden), whole((1, hidden)), 0, 1)
+            weights.extend({f"{gate}.weight": target}, theirs, ours)
+        return
+    for i in range(moe.num_shared):
+        own = Share(size, *(i * moe.intermediate_size + bound for bound in sizes.own))
+        index, gate_up, down = (i,), f"{ours}.mlp.experts.{GATE_UP}", f"{ours}.mlp.experts.{DOWN}"
+        weights.matrix(f"{theirs}.{name}.gate_proj", gate_up, own, hidden, index=index)
+        weights.matrix(f"{theirs}.{name}.up_proj", gate_up, own, hidden, begin=sizes.share, index=index)
+        weights.matrix(f"{theirs}.{name}.down_proj", down, Share.all(hidden), own, index=index)
+    if gate:
+        weights.matrix(f"{theirs}.{gate}", f"{ours}.mlp.router", Share.all(1), hidden, begin=num_experts)
 
 
 def read_num_experts(read: ConfigReader) -> int:

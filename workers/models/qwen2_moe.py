@@ -7,10 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from workers.layers.moe.mlp import MoEConfig
-from workers.layers.moe.routing import RouterConfig
 from workers.loading.config_reader import ConfigReader
-from workers.loading.stored_tensor import whole
-from workers.loading.weight_target import WeightTarget
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
 from workers.models.config.model_config import ModelConfig
 from workers.models.llama_moe import (
@@ -18,10 +15,12 @@ from workers.models.llama_moe import (
     LlamaMoEForCausalLM,
     map_expert_matrices,
     map_router,
+    map_shared_experts,
     read_num_experts,
     read_top_k,
 )
 from workers.models.weight_map import WeightMap
+from workers.ops.router_config import RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +86,5 @@ class Qwen2MoeForCausalLM(LlamaMoEForCausalLM):
         """See `LlamaMoEForCausalLM.map_experts`."""
         map_router(config, weights, f"{theirs}.mlp.gate", ours)
         map_expert_matrices(config, weights, theirs, ours)
-        hidden, shared = config.hidden_size, config.moe.shared_intermediate_size
-        if shared:
-            weights.gated_mlp(f"{theirs}.mlp.shared_expert", f"{ours}.mlp.shared_expert.mlp", hidden, shared)
-            gate = WeightTarget("mlp.shared_expert.gate_weight", (1, hidden), whole((1, hidden)), 0, 1)
-            weights.extend({"mlp.shared_expert_gate.weight": gate}, theirs, ours)
+        if config.moe.shared_intermediate_size:
+            map_shared_experts(config, weights, theirs, ours, "mlp.shared_expert", gate="mlp.shared_expert_gate")

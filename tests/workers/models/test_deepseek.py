@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from ranks import lone_rank
 from workers.errors import CheckpointError
-from workers.layers.moe.routing import RouterConfig
 from workers.loading.dequantize import dequantize_fp8_blocks
 from workers.models.config.model_config import ModelConfig
 from workers.models.deepseek_v2 import DeepseekConfig
 from workers.models.loader import load_model
 from workers.models.registry import parse_model
+from workers.ops.router_config import RouterConfig
 
 TinyCheckpoint = Callable[..., Path]
 IDS = random.Random(0).choices(range(3, 500), k=50)

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from workers.errors import ConfigError
 from workers.layers.moe.experts import Experts
-from workers.layers.moe.routing import RouterConfig, route
+from workers.layers.moe.routing import route
+from workers.ops.router_config import RouterConfig
 
 
 class Router(nn.Module):
@@ -23,6 +25,11 @@ class Router(nn.Module):
         bias: whether the map has one (gpt-oss).
         corrected: whether there is an `e_score_correction_bias`, which is kept in float32 (DeepSeek-V3).
         in_float32: whether the map is computed in float32 whatever the dtype (DeepSeek).
+        num_shared: S experts before those that are chosen from, which every token goes to.
+        shared_gate: whether these are weighed with `sigmoid(gate(x))` (Qwen2-MoE): the weight's last row.
+
+    Raises:
+        ConfigError: a gate of no shared experts, or beside a bias.
     """
 
     def __init__(
@@ -35,18 +42,37 @@ class Router(nn.Module):
         bias: bool = False,
         corrected: bool = False,
         in_float32: bool = False,
+        num_shared: int = 0,
+        shared_gate: bool = False,
     ) -> None:
         super().__init__()
+        if shared_gate and (bias or num_shared == 0):
+            raise ConfigError(
+                f"a gate of {num_shared} shared experts {'beside' if bias else 'without'} a router's bias"
+            )
         self.config = config
+        self.num_shared = num_shared
         self._in_float32 = in_float32
-        self.weight = _empty((config.num_experts, hidden_size), torch.float32 if in_float32 else dtype, device)
+        self.weight = _empty(
+            (config.num_experts + shared_gate, hidden_size), torch.float32 if in_float32 else dtype, device
+        )
         self.bias = _empty((config.num_experts,), self.weight.dtype, device) if bias else None
         self.e_score_correction_bias = _empty((config.num_experts,), torch.float32, device) if corrected else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, H) to (T, k) int64 ids of experts and (T, k) float32 weights."""
-        logits = F.linear(x.float() if self._in_float32 else x, self.weight, self.bias)
-        return route(logits, self.config, self.e_score_correction_bias)
+        """(T, H) to (T, k + S) int64 ids of experts and (T, k + S) float32 weights; the shared ones are the first."""
+        return route(self.logits(x), self.config, self.e_score_correction_bias, self.num_shared)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, H) to (T, E), with a gate of shared experts (T, E + 1); on a GPU float32."""
+        if x.is_cuda:
+            from workers.ops.triton.router_logits import computes, launch_router_logits
+
+            if computes(x, self.weight):
+                logits = torch.empty(x.shape[0], self.weight.shape[0], dtype=torch.float32, device=x.device)
+                launch_router_logits(logits, x, self.weight, self.bias)
+                return logits
+        return F.linear(x.float() if self._in_float32 else x, self.weight, self.bias)
 
 
 class PartialMLP(Protocol):

@@ -6,12 +6,13 @@ turns them into what the grouped product reads: a format that stays quantised in
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
 from workers.layers.activation import GatedActivation
+from workers.layers.moe.chosen_experts_sum import chosen_experts_sum, sums_chosen
 from workers.layers.moe.grouped_linear import grouped_linear
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import group_tokens
@@ -107,7 +108,7 @@ class Experts(nn.Module):
     (`workers.loading.expert_weights`).
 
     Args:
-        num_experts: E.
+        num_experts: E, the shared ones among them.
         hidden_size: H.
         intermediate_size: I, this rank's share.
         activation: between the products.
@@ -116,6 +117,7 @@ class Experts(nn.Module):
         bias: whether both projections have one (gpt-oss).
         rank: of the ranks that share the layer: rank 0 alone adds the second bias, because their results are summed.
         method: how the weights are kept.
+        num_shared: how many experts, the first ones, every token goes to.
     """
 
     def __init__(
@@ -130,9 +132,11 @@ class Experts(nn.Module):
         bias: bool = False,
         rank: int = 0,
         method: GroupedLinearMethod = PLAIN,
+        num_shared: int = 0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.num_shared = num_shared
         self.activation = activation
         inner, outer = (num_experts, 2 * intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size)
         self.gate_up_proj = GroupedLinear(inner, bias, dtype, device, method)
@@ -174,18 +178,24 @@ class Experts(nn.Module):
             )
         if x.shape[0] == 0:
             return torch.empty_like(x)
-        groups = group_tokens(ids, self.num_experts)
+        groups = group_tokens(ids, self.num_experts, self.num_shared)
         if weighs_input:
             x = (x[:, None] * weights.to(x.dtype)[..., None]).flatten(0, 1)
+        down, out_weights = self.down_proj.all_experts(), None if weighs_input else weights
+        # One token's pairs need no order: nothing has to be sorted.
+        order: Literal["pairs", "sorted"] = "pairs" if x.shape[0] == 1 else "sorted"
         inner = grouped_linear(
             x,
             self.gate_up_proj.all_experts(),
             groups,
             rows="pairs" if weighs_input else "tokens",
+            out_rows=order,
             activation=self.activation,
         )
-        outer = grouped_linear(inner, self.down_proj.all_experts(), groups, out_rows="pairs")
-        return weighted_sum(outer, top_k, None if weighs_input else weights, added)
+        if sums_chosen(down, x.shape[0]):
+            return chosen_experts_sum(inner, down, ids, out_weights, added)
+        outer = grouped_linear(inner, down, groups, rows=order, out_rows="pairs", routed_before=True)
+        return weighted_sum(outer, top_k, out_weights, added)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

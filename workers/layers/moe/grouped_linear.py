@@ -16,6 +16,7 @@ from workers.layers.activation import GatedActivation
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import TokenGroups
 from workers.layers.moe.ways import Way, way_for
+from workers.ops.grouped_tiles import GroupedTile
 
 Rows = Literal["tokens", "pairs", "sorted"]
 """What row n of an operand belongs to: token n, pair number n, or the n-th pair in the order of the experts."""
@@ -29,7 +30,9 @@ def grouped_linear(
     rows: Rows = "sorted",
     out_rows: Literal["pairs", "sorted"] = "sorted",
     activation: GatedActivation | None = None,
+    routed_before: bool = False,
     way: Way | None = None,
+    tile: GroupedTile | None = None,
 ) -> torch.Tensor:
     """`x[pair] @ weight[expert of the pair].T + bias[expert of the pair]` for every pair.
 
@@ -40,7 +43,10 @@ def grouped_linear(
         rows: what the rows of x belong to.
         out_rows: what the rows of the result belong to.
         activation: applied to each row of the product: M becomes M / 2.
+        routed_before: whether the groups were made before the kernel that made x: a kernel may then ask for weights
+            while that one still runs.
         way: how to compute it; None: as the table of this device says.
+        tile: of the kernel, where that is the way; None: as the table of this device says.
 
     Returns:
         (N, M) of x's dtype.
@@ -50,11 +56,11 @@ def grouped_linear(
     """
     _check(x, weight, groups, rows, activation)
     if way is None:
-        way = way_for(groups.num_pairs // groups.top_k, usable_ways(weight), x.device)
+        way = way_for(groups.num_tokens, usable_ways(weight), x.device)
     elif way not in usable_ways(weight):
         raise ValueError(f"a grouped product of {weight} on {weight.device.type} cannot be computed by {way}")
     if way == "triton":
-        return _triton(x, weight, groups, rows, out_rows, activation)
+        return _triton(x, weight, groups, rows, out_rows, activation, routed_before, tile)
     if way == "torch":
         return _spread(_activated(_torch(_gathered(x, groups, rows), weight, groups), activation), groups, out_rows)
     return _loop(x, weight, groups, rows, out_rows, activation)
@@ -114,21 +120,29 @@ def _triton(
     rows: Rows,
     out_rows: Literal["pairs", "sorted"],
     activation: GatedActivation | None,
+    routed_before: bool,
+    tile: GroupedTile | None,
 ) -> torch.Tensor:
-    from workers.ops.triton.grouped_linear import launch_grouped_linear
+    from workers.ops.triton.grouped_linear import grouped_tile, launch_grouped_linear
 
     assert isinstance(weight, PlainWeight)
     out = x.new_empty(groups.num_pairs, weight.shape[1] // (1 if activation is None else 2))
+    tile = tile or grouped_tile(groups.num_pairs, weight.weight, activation is not None)
+    alone = tile.kernel == "few_rows" and groups.num_tokens == 1 and "sorted" not in (rows, out_rows)
     launch_grouped_linear(
         out,
         x,
         weight.weight,
-        groups.pairs,
-        groups.offsets,
+        tile,
+        groups.ids.reshape(-1) if alone else groups.tiles(tile.rows),
+        None if alone else groups.pairs,
         bias=weight.bias,
         pairs_per_row={"sorted": 0, "pairs": 1, "tokens": groups.top_k}[rows],
         spread=out_rows == "pairs",
         activation=None if activation is None else (activation.kind, activation.alpha, activation.limit),
+        num_tokens=groups.num_tokens,
+        num_shared=groups.num_shared,
+        routed_before=routed_before,
     )
     return out
 
@@ -153,7 +167,7 @@ def _check(
     x: torch.Tensor, weight: GroupedWeight, groups: TokenGroups, rows: Rows, activation: GatedActivation | None
 ) -> None:
     num_experts, num_outputs, num_inputs = weight.shape
-    num_rows = groups.num_pairs // groups.top_k if rows == "tokens" else groups.num_pairs
+    num_rows = groups.num_tokens if rows == "tokens" else groups.num_pairs
     if x.shape != (num_rows, num_inputs) or x.dtype != weight.dtype or x.stride(1) != 1:
         raise ValueError(
             f"x of {x.dtype} {tuple(x.shape)} with strides {x.stride()}: needs contiguous rows of {weight.dtype} "

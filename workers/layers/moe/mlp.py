@@ -11,8 +11,8 @@ from workers.layers.context import LayerContext
 from workers.layers.gated_mlp import GatedMLP
 from workers.layers.moe.block import MoEBlock, Router, SharedExpert
 from workers.layers.moe.experts import Experts
-from workers.layers.moe.routing import RouterConfig
 from workers.layers.residual import ResidualStream
+from workers.ops.router_config import RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,17 @@ class MoEConfig:
     router_in_float32: bool = False
 
     @property
+    def num_shared(self) -> int:
+        """Experts that all tokens go through, before those that they choose from and of the same kind.
+
+        What all go through is so many experts where its size is a multiple of an expert's: then it takes no products of
+        its own. 0: it is an MLP, or there is no such.
+        """
+        if self.expert_bias or self.shared_intermediate_size % self.intermediate_size:
+            return 0
+        return self.shared_intermediate_size // self.intermediate_size
+
+    @property
     def features(self) -> int:
         """Inner features that a token goes through: of its chosen experts together, and of the shared ones."""
         return self.router.top_k * self.intermediate_size + self.shared_intermediate_size
@@ -65,9 +76,11 @@ class MoEMLP(MoEBlock):
             bias=config.router_bias,
             corrected=config.router_corrected,
             in_float32=config.router_in_float32,
+            num_shared=config.num_shared,
+            shared_gate=config.shared_gate and config.num_shared > 0,
         )
         experts = Experts(
-            config.router.num_experts,
+            config.router.num_experts + config.num_shared,
             hidden_size,
             config.intermediate_size // group.size,
             activation,
@@ -75,9 +88,10 @@ class MoEMLP(MoEBlock):
             device,
             bias=config.expert_bias,
             rank=group.rank,
+            num_shared=config.num_shared,
         )
         shared = None
-        if config.shared_intermediate_size:
+        if config.shared_intermediate_size and not config.num_shared:
             mlp = GatedMLP(hidden_size, config.shared_intermediate_size // group.size, context, activation=activation)
             shared = SharedExpert(mlp, hidden_size, config.shared_gate, dtype, device)
         super().__init__(router, experts, shared)

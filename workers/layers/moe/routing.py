@@ -1,109 +1,63 @@
 """Which experts each token goes to, and with what weight: the routers of the families as functions of the logits.
 
-All compute in float32 whatever the logits' dtype, and none waits for the device. Equal scores are ordered as
-`torch.topk` orders them.
+All compute in float32 whatever the logits' dtype, and none waits for the device. On a GPU one kernel does it all, for
+which of equal scores that of the smaller number is the larger one; elsewhere they are ordered as by `torch.topk`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
-from workers.errors import ConfigError
-
-Scores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
-GroupScore = Literal["max", "sum_of_two"]
-
-_SMALLEST_SUM = 1e-20
-"""Added to the sum of sigmoid scores before it divides, as DeepSeek-V3's published code does."""
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """How a family's router turns logits into a choice.
-
-    Attributes:
-        num_experts: E.
-        top_k: experts of a token.
-        scores: softmax over all experts (Mixtral, Qwen-MoE, DeepSeek-V2), softmax over the chosen ones alone (gpt-oss),
-            or a sigmoid of each (Llama-4, DeepSeek-V3).
-        renormalize: whether the chosen experts' weights are divided by their sum (`norm_topk_prob`).
-        scaling_factor: what the weights are multiplied by (`routed_scaling_factor`).
-        num_groups: equal groups that neighbouring experts form (`n_group`); 1: no groups.
-        top_k_groups: groups that a token's experts are chosen from (`topk_group`).
-        group_score: what a group is chosen by: its best expert (DeepSeek-V2's group_limited_greedy), or the sum of its
-            two best (DeepSeek-V3's noaux_tc).
-        weighs_input: whether the weight multiplies what the expert reads instead of what it writes (Llama-4).
-
-    Raises:
-        ConfigError: numbers that do not fit each other.
-    """
-
-    num_experts: int
-    top_k: int
-    scores: Scores = "softmax"
-    renormalize: bool = False
-    scaling_factor: float = 1.0
-    num_groups: int = 1
-    top_k_groups: int = 1
-    group_score: GroupScore = "max"
-    weighs_input: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(f"{self.top_k} experts for each token of {self.num_experts}: needs 1 to all of them")
-        if self.num_groups < 1 or self.num_experts % self.num_groups:
-            raise ConfigError(f"{self.num_experts} experts do not form {self.num_groups} equal groups")
-        if not 1 <= self.top_k_groups <= self.num_groups:
-            raise ConfigError(f"{self.top_k_groups} groups for each token of {self.num_groups}: needs 1 to all of them")
-        if self.top_k > self.top_k_groups * self.experts_per_group:
-            raise ConfigError(
-                f"{self.top_k} experts for each token out of {self.top_k_groups} groups of {self.experts_per_group}: "
-                "these are too few"
-            )
-        if self.limits_groups and self.scores == "softmax_of_chosen":
-            raise ConfigError("a softmax over the chosen experts alone knows no groups of experts")
-        if self.limits_groups and self.group_score == "sum_of_two" and self.experts_per_group < 2:
-            raise ConfigError(f"groups of {self.experts_per_group} expert have no two best experts")
-
-    @property
-    def experts_per_group(self) -> int:
-        """Experts in a group."""
-        return self.num_experts // self.num_groups
-
-    @property
-    def limits_groups(self) -> bool:
-        """Whether some groups are closed to a token."""
-        return self.top_k_groups < self.num_groups
+from workers.ops.router_config import SMALLEST_SUM, RouterConfig
 
 
 def route(
-    logits: torch.Tensor, config: RouterConfig, correction_bias: torch.Tensor | None = None
+    logits: torch.Tensor, config: RouterConfig, correction_bias: torch.Tensor | None = None, num_shared: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's experts and their weights.
 
     Args:
-        logits: (T, E), of any floating dtype.
+        logits: (T, E), of any floating dtype; with a gate of the shared experts (T, E + 1), its logits last.
         config: the family's router.
         correction_bias: (E,) `e_score_correction_bias`, for sigmoid scores: added for the choice, not in the weights
             (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+        num_shared: S experts before the E, which every token goes to: with weight 1, or the sigmoid of the gate. They
+            have the numbers 0 to S - 1.
 
     Returns:
-        (T, k) int64 ids, no two of a row the same, the best one first, and (T, k) float32 weights.
+        (T, S + k) int64 ids, no two of a row the same, first the shared ones and then the best, and (T, S + k) float32
+        weights.
 
     Raises:
         ValueError: logits or a bias of another shape, or a bias for a router that has none.
     """
-    if logits.dim() != 2 or logits.shape[1] != config.num_experts:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} for {config.num_experts} experts")
+    num_experts, gated = config.num_experts, num_shared > 0 and logits.shape[-1] == config.num_experts + 1
+    if logits.dim() != 2 or logits.shape[1] != num_experts + gated:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} for {num_experts} experts")
     if correction_bias is not None:
         if config.scores != "sigmoid":
             raise ValueError(f"a correction bias belongs to sigmoid scores, not to {config.scores}")
-        if correction_bias.shape != logits.shape[1:]:
-            raise ValueError(f"a correction bias of shape {tuple(correction_bias.shape)} for {logits.shape[1]} experts")
+        if correction_bias.shape != (num_experts,):
+            raise ValueError(f"a correction bias of shape {tuple(correction_bias.shape)} for {num_experts} experts")
+    if logits.is_cuda:
+        from workers.ops.triton.routing import MAX_EXPERTS, launch_route
+
+        if num_experts <= MAX_EXPERTS:
+            chosen = logits.shape[0], config.top_k + num_shared
+            ids = torch.empty(chosen, dtype=torch.int64, device=logits.device)
+            weights = torch.empty(chosen, dtype=torch.float32, device=logits.device)
+            launch_route(ids, weights, logits.contiguous(), config, correction_bias, num_shared)
+            return ids, weights
+    return route_torch(logits, config, correction_bias, num_shared)
+
+
+def route_torch(
+    logits: torch.Tensor, config: RouterConfig, correction_bias: torch.Tensor | None = None, num_shared: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` in plain torch, on any device."""
     logits = logits.float()
+    gates = logits[:, config.num_experts :].sigmoid()
+    logits = logits[:, : config.num_experts]
     if config.scores == "softmax_of_chosen":
         ids, weights = top_k_then_softmax(logits, config.top_k)
     elif config.scores == "softmax":
@@ -114,8 +68,15 @@ def route(
         # Far from zero sigmoids are equal in float32 where logits still differ: without a bias these decide.
         ids, weights = choose(scores, _sigmoid_keys(logits, scores, config, correction_bias), config)
     if config.renormalize and config.scores != "softmax_of_chosen":
-        weights = renormalize(weights, _SMALLEST_SUM if config.scores == "sigmoid" else 0.0)
-    return ids, weights if config.scaling_factor == 1.0 else weights * config.scaling_factor
+        weights = renormalize(weights, SMALLEST_SUM if config.scores == "sigmoid" else 0.0)
+    if config.scaling_factor != 1.0:
+        weights = weights * config.scaling_factor
+    if num_shared == 0:
+        return ids, weights
+    shared = torch.arange(num_shared, device=ids.device)
+    shared_weights = gates if gates.shape[1] else torch.ones_like(weights[:, :1])
+    ids = torch.cat([shared.expand(ids.shape[0], -1), ids + num_shared], dim=1)
+    return ids, torch.cat([shared_weights.expand(-1, num_shared), weights], dim=1)
 
 
 def top_k_then_softmax(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

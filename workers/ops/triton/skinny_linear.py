@@ -11,32 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from attention.ops.triton.dependent_launch import launches_dependents
 from attention.ops.triton.launch import dot_dtype, on_device
 from workers.ops.skinny_tiles import MAX_ROWS, SkinnyTile
-
-
-@triton.jit
-def _prefetch(
-    weight_ptr: tl.tensor,
-    first: tl.tensor,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PARTS: tl.constexpr,
-    BYTES: tl.constexpr,
-    THREADS: tl.constexpr,
-) -> None:
-    """Ask for the first columns of the program's rows in the L2 cache: `BYTES` by each thread."""
-    thread = tl.arange(0, THREADS)
-    row = thread % (FEATURES * PARTS)
-    feature = (first + row % FEATURES + row // FEATURES * N).to(tl.int64)
-    column = thread // (FEATURES * PARTS) * (BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r",
-        [(weight_ptr + feature * K + column).to(tl.int64), tl.full([THREADS], BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+from workers.ops.triton.prefetch_rows import prefetch_rows, prefetched_bytes
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -69,7 +44,7 @@ def skinny_linear_kernel(
     first = tl.program_id(0) * FEATURES
     if PDL:  # weights do not change while kernels run: they are fetched before the kernel that makes x has ended
         if PREFETCHED > 0:
-            _prefetch(weight_ptr, first, N, K, FEATURES, 2 if GATED else 1, PREFETCHED, THREADS)
+            prefetch_rows(weight_ptr, first, N, K, FEATURES, 2 if GATED else 1, PREFETCHED, THREADS)
         gdc_launch_dependents()
         gdc_wait()
     feature = first + tl.arange(0, FEATURES)
@@ -113,7 +88,7 @@ def launch_skinny_linear(
     if num_rows == 0:
         return
     threads = 32 * tile.num_warps
-    prefetched = min(tile.prefetched, weight.shape[1] * weight.element_size() * _rows(tile, gated) // threads)
+    row_bytes = weight.shape[1] * weight.element_size()
     dependent = launches_dependents(x.device)
     with on_device(x):
         skinny_linear_kernel[(num_features // tile.features,)](
@@ -133,15 +108,10 @@ def launch_skinny_linear(
             FEATURES=tile.features,
             INPUTS=tile.inputs,
             STAGES=tile.num_stages,
-            PREFETCHED=prefetched // 16 * 16 if threads % _rows(tile, gated) == 0 else 0,
+            PREFETCHED=prefetched_bytes(tile.prefetched, row_bytes, tile.features * (2 if gated else 1), threads),
             THREADS=threads,
             DOT_DTYPE=dot_dtype(x.dtype, weight.dtype),
             PDL=dependent,
             num_warps=tile.num_warps,
             **({"launch_pdl": True} if dependent else {}),
         )
-
-
-def _rows(tile: SkinnyTile, gated: bool) -> int:
-    """Rows of the weight that a program reads."""
-    return tile.features * (2 if gated else 1)

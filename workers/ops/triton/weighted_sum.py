@@ -6,7 +6,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import on_device
 
 _BLOCK, _NUM_WARPS = 1024, 4
@@ -21,11 +23,15 @@ def weighted_sum_kernel(
     SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program: `BLOCK` of the `SIZE` columns of one token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < SIZE
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     result = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(TOP_K):
         row = tl.load(rows_ptr + (token * TOP_K + i) * SIZE + column, mask=mask, other=0.0).to(tl.float32)
@@ -47,6 +53,15 @@ def launch_weighted_sum(
         return
     block = min(_BLOCK, triton.next_power_of_2(size))
     with on_device(rows):
-        weighted_sum_kernel[(num_tokens, triton.cdiv(size, block))](
-            out, rows, weights, added, SIZE=size, TOP_K=top_k, BLOCK=block, num_warps=_NUM_WARPS
+        grid = (num_tokens, triton.cdiv(size, block))
+        weighted_sum_kernel[grid](
+            out,
+            rows,
+            weights,
+            added,
+            SIZE=size,
+            TOP_K=top_k,
+            BLOCK=block,
+            num_warps=_NUM_WARPS,
+            **dependent_launch(rows.device, grid[0] * grid[1]),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 from workers.layers.activation import GatedActivation
 from workers.layers.moe.grouped_linear import grouped_linear, usable_ways
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
-from workers.layers.moe.token_groups import TokenGroups, group_tokens, group_tokens_torch
+from workers.layers.moe.token_groups import group_tokens, sort_pairs
 from workers.layers.moe.ways import WAYS, way_for
 from workers.layers.moe.weighted_sum import weighted_sum, weighted_sum_torch
+from workers.ops.grouped_tiles import GroupedTile
+from workers.ops.sum_tiles import SumTile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,18 +38,32 @@ def kernels() -> SimpleNamespace:
     """The launch functions, of kernels that the interpreter runs where there is no GPU."""
     with mock.patch.dict(os.environ, {} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"}):
         language = pytest.importorskip("triton.language")
-        from workers.ops.triton import grouped_linear, grouped_tiles, token_groups, weighted_sum
-    for function in (language.sum, grouped_linear.grouped_linear_kernel, token_groups.tile_map_kernel):
+        from workers.ops.triton import chosen_experts_sum, grouped_linear, token_groups, weighted_sum
+    for function in (language.sum, grouped_linear.grouped_few_rows_kernel, token_groups.tile_map_kernel):
         if DEVICE.type == "cpu" and type(function).__name__ != "InterpretedFunction":
             pytest.skip("Triton was imported to compile: needs TRITON_INTERPRET=1 or a CUDA device")
     return SimpleNamespace(
         product=grouped_linear.launch_grouped_linear,
-        tile=grouped_tiles.GroupedTile(16, 32, 16, bundle=2, num_stages=2, num_warps=2),
+        tile_for=grouped_linear.grouped_tile,
+        tiles=[
+            GroupedTile(16, 32, 16, bundle=2, num_stages=2, num_warps=2),
+            GroupedTile(16, 32, 16, 2, num_stages=2, num_warps=2, kernel="few_rows", prefetched=32),
+        ],
         groups=token_groups.launch_group_tokens,
         tile_map=token_groups.launch_tile_map,
         most_tiles=token_groups.most_tiles,
         sum=weighted_sum.launch_weighted_sum,
+        chosen=chosen_experts_sum.launch_chosen_experts_sum,
+        sum_tile=SumTile(outputs=16, inputs=16, num_stages=2, num_warps=2, prefetched=16),
     )
+
+
+KERNELS = ["many_rows", "few_rows"]
+
+
+def tile_of(kernels: SimpleNamespace, kernel: str) -> Any:
+    """A small tile of that kernel."""
+    return next(tile for tile in kernels.tiles if tile.kernel == kernel)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -97,14 +114,14 @@ def test_pairs_are_sorted_by_expert(
     ids = some_ids(num_tokens, num_experts, top_k).to(dtype)
     by_hand = [[n for n, e in enumerate(ids.reshape(-1).tolist()) if e == expert] for expert in range(num_experts)]
     ends = [sum(map(len, by_hand[:e])) for e in range(num_experts + 1)]
-    made = [group_tokens(ids, num_experts), group_tokens_torch(ids, num_experts)]
-    made.append(TokenGroups(*kernels.groups(ids, num_experts), top_k))
     in_order = [n for expert in by_hand for n in expert]
-    for groups in made:
-        assert groups.pairs.tolist() == in_order
-        assert groups.offsets.tolist() == ends
-        assert groups.tokens.tolist() == [n // top_k for n in in_order]
-        assert (groups.pairs.dtype, groups.offsets.dtype) == (torch.int32, torch.int32)
+    groups = group_tokens(ids, num_experts)
+    assert groups.tokens.tolist() == [n // top_k for n in in_order]
+    by_kernel = kernels.groups(ids, num_experts, 16)[:2]
+    for pairs, offsets in ((groups.pairs, groups.offsets), sort_pairs(ids, num_experts), by_kernel):
+        assert pairs.tolist() == in_order
+        assert offsets.tolist() == ends
+        assert (pairs.dtype, offsets.dtype) == (torch.int32, torch.int32)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (40, 3, 2), (90, 40, 4)])
@@ -115,20 +132,30 @@ def test_tiles_hold_every_pair_once(
     groups = group_tokens(some_ids(num_tokens, num_experts, top_k), num_experts)
     offsets = groups.offsets.tolist()
     wanted = [
-        (expert, row) for expert in range(num_experts) for row in range(offsets[expert], offsets[expert + 1], rows)
+        (expert, row, offsets[expert + 1])
+        for expert in range(num_experts)
+        for row in range(offsets[expert], offsets[expert + 1], rows)
     ]
-    experts, first_rows = kernels.tile_map(groups.offsets, groups.num_pairs, rows)
-    assert len(wanted) <= len(experts) == kernels.most_tiles(groups.num_pairs, num_experts, rows)
-    assert list(zip(experts.tolist(), first_rows.tolist(), strict=True))[: len(wanted)] == wanted
-    assert set(experts.tolist()[len(wanted) :]) <= {num_experts}
+    at_once = kernels.groups(groups.ids, num_experts, rows)[2]
+    for tiles in (kernels.tile_map(groups.offsets, groups.num_pairs, rows), at_once):
+        assert len(wanted) <= tiles.shape[1] == kernels.most_tiles(groups.num_pairs, num_experts, rows)
+        assert list(zip(*tiles.tolist(), strict=True))[: len(wanted)] == wanted
+        assert set(tiles[0].tolist()[len(wanted) :]) <= {num_experts}
+
+
+def test_tiles_are_made_once_for_each_number_of_rows(kernels: SimpleNamespace) -> None:
+    groups = group_tokens(some_ids(40, 5, 2), 5)
+    assert groups.tiles(16) is groups.tiles(16)
+    assert torch.equal(groups.tiles(32), kernels.tile_map(groups.offsets, 80, 32))
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_inputs", "num_outputs", "dtype"),
     [(1, 16, 32, torch.float32), (30, 33, 40, torch.float32), *[(9, 40, 20, dtype) for dtype in DTYPES]],
 )
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_gathers_multiplies_and_spreads(
-    kernels: SimpleNamespace, num_tokens: int, num_inputs: int, num_outputs: int, dtype: torch.dtype
+    kernels: SimpleNamespace, kernel: str, num_tokens: int, num_inputs: int, num_outputs: int, dtype: torch.dtype
 ) -> None:
     ids = some_ids(num_tokens, 4, 2)
     x = randn(num_tokens, num_inputs, dtype=dtype)
@@ -141,20 +168,22 @@ def test_kernel_gathers_multiplies_and_spreads(
             out,
             source,
             weight.weight,
+            tile_of(kernels, kernel),
+            groups.tiles(16),
             groups.pairs,
-            groups.offsets,
             bias=weight.bias,
             pairs_per_row=pairs_per_row,
             spread=spread,
-            tile=kernels.tile,
+            routed_before=spread,
         )
         assert_close(out, expected if spread else expected[groups.pairs.long()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_applies_the_activation_before_rounding(
-    kernels: SimpleNamespace, activation: GatedActivation, dtype: torch.dtype
+    kernels: SimpleNamespace, kernel: str, activation: GatedActivation, dtype: torch.dtype
 ) -> None:
     ids, x = some_ids(8, 3, 2), randn(8, 32, dtype=dtype)
     weight = PlainWeight(randn(3, 2 * 24, 32, dtype=dtype, seed=1) / 4, randn(3, 48, dtype=dtype, seed=2))
@@ -164,15 +193,57 @@ def test_kernel_applies_the_activation_before_rounding(
         out,
         x,
         weight.weight,
+        tile_of(kernels, kernel),
+        groups.tiles(16),
         groups.pairs,
-        groups.offsets,
         bias=weight.bias,
         pairs_per_row=2,
         spread=True,
         activation=(activation.kind, activation.alpha, activation.limit),
-        tile=kernels.tile,
     )
     assert_close(out, exact(x, weight, ids, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_pairs_of_one_token_need_no_order(kernels: SimpleNamespace, gated: bool, dtype: torch.dtype) -> None:
+    ids, activation = some_ids(1, 6, 4), ACTIVATIONS[0] if gated else None
+    weight = PlainWeight(randn(6, 40, 48, dtype=dtype, seed=1) / 4, randn(6, 40, dtype=dtype, seed=2))
+    for pairs_per_row, x in ((4, randn(1, 48, dtype=dtype)), (1, randn(4, 48, dtype=dtype))):
+        out = torch.full((4, 20 if gated else 40), NAN, dtype=dtype, device=DEVICE)
+        kernels.product(
+            out,
+            x,
+            weight.weight,
+            tile_of(kernels, "few_rows"),
+            ids.reshape(-1),
+            None,
+            bias=weight.bias,
+            pairs_per_row=pairs_per_row,
+            spread=True,
+            activation=("silu", 0.0, 0.0) if gated else None,
+        )
+        rows = x.expand(4, -1) if pairs_per_row == 4 else x
+        assert_close(out, exact(rows, weight, ids.reshape(4, 1), activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("num_tokens", "num_inputs", "num_outputs"), [(1, 48, 40), (3, 33, 16)])
+def test_second_product_and_sum_as_one(
+    kernels: SimpleNamespace, weighted: bool, num_tokens: int, num_inputs: int, num_outputs: int, dtype: torch.dtype
+) -> None:
+    ids, x = some_ids(num_tokens, 6, 4), randn(num_tokens * 4, num_inputs, dtype=dtype)
+    weight = PlainWeight(randn(6, num_outputs, num_inputs, dtype=dtype, seed=1), randn(6, num_outputs, dtype=dtype))
+    weights = torch.rand(num_tokens, 4, device=DEVICE) if weighted else None
+    added = randn(num_tokens, num_outputs, dtype=dtype, seed=3) if weighted else None
+    expected = exact(x, weight, ids.reshape(-1, 1)).view(num_tokens, 4, num_outputs)
+    expected = (expected if weights is None else expected * weights.double()[..., None]).sum(dim=1)
+    expected = expected if added is None else expected + added.double()
+    out = torch.full((num_tokens, num_outputs), NAN, dtype=dtype, device=DEVICE)
+    tile = kernels.sum_tile
+    kernels.chosen(out, x, weight.weight, ids, weights, bias=weight.bias, added=added, tile=tile)
+    assert_close(out, expected)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 150])
@@ -182,7 +253,9 @@ def test_kernel_with_the_tables_tiles(kernels: SimpleNamespace, num_tokens: int)
     weight = PlainWeight(randn(3, 144, 96, dtype=dtype, seed=1))
     groups = group_tokens(ids, 3)
     out = torch.full((num_tokens * 2, 144), NAN, dtype=dtype, device=DEVICE)
-    kernels.product(out, x, weight.weight, groups.pairs, groups.offsets, pairs_per_row=2, spread=True)
+    tile = kernels.tile_for(groups.num_pairs, weight.weight, False)
+    tiles = groups.tiles(tile.rows)
+    kernels.product(out, x, weight.weight, tile, tiles, groups.pairs, pairs_per_row=2, spread=True)
     assert_close(out, exact(x, weight, ids))
 
 

@@ -29,7 +29,7 @@ from workers.layers.activation import GatedActivation
 from workers.layers.moe.block import MoEBlock, Router, SharedExpert
 from workers.layers.moe.experts import Experts
 from workers.layers.moe.grouped_weight import GroupedWeight
-from workers.layers.moe.routing import RouterConfig
+from workers.ops.router_config import RouterConfig
 
 H, I = 32, 24  # noqa: E741
 CPU = torch.device("cpu")

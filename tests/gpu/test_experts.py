@@ -1,0 +1,121 @@
+"""Whole mixtures of experts on a GPU: routers of all kinds, few tokens and many, by every way, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workers.layers.activation import SILU, GatedActivation
+from workers.layers.moe.block import MoEBlock, Router
+from workers.layers.moe.experts import Experts
+from workers.layers.moe.grouped_linear import grouped_linear, usable_ways
+from workers.layers.moe.token_groups import group_tokens
+from workers.layers.moe.weighted_sum import weighted_sum
+from workers.ops.router_config import RouterConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+H, I = 256, 192  # noqa: E741
+KINDS = {
+    "deepseek-v2-lite": (RouterConfig(64, 6), {"num_shared": 2, "in_float32": True}),
+    "deepseek-v3": (
+        RouterConfig(64, 4, "sigmoid", True, 2.5, 8, 4, "sum_of_two"),
+        {"num_shared": 1, "in_float32": True, "corrected": True},
+    ),
+    "qwen2-moe": (RouterConfig(60, 4), {"num_shared": 4, "shared_gate": True}),
+    "qwen3-moe": (RouterConfig(128, 8, renormalize=True), {}),
+    "gpt-oss": (RouterConfig(32, 4, "softmax_of_chosen"), {"bias": True}),
+    "llama4": (RouterConfig(16, 1, "sigmoid", weighs_input=True), {"num_shared": 1}),
+}
+TOKENS = (1, 2, 16, 64, 300, 3000)
+
+
+def make(kind: str) -> MoEBlock:
+    config, options = KINDS[kind]
+    device, dtype, num_shared = torch.device("cuda"), torch.bfloat16, options.get("num_shared", 0)
+    router = Router(config, H, dtype, device, **options)
+    activation = GatedActivation("clamped_swiglu") if kind == "gpt-oss" else SILU
+    num_experts, bias = config.num_experts + num_shared, options.get("bias", False)
+    experts = Experts(num_experts, H, I, activation, dtype, device, bias=bias, num_shared=num_shared)
+    torch.manual_seed(1)
+    for parameter in (*router.parameters(), *experts.parameters()):
+        parameter.normal_(0.0, 0.1)
+    experts.process_weights()
+    return MoEBlock(router, experts)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()
+
+
+def exact(block: MoEBlock, x: torch.Tensor) -> torch.Tensor:
+    """(T, H) float64, of the experts that the router chooses."""
+    ids, weights = block.router(x)
+    first, second, x = block.experts.gate_up_proj, block.experts.down_proj, x.double()
+    result = torch.zeros_like(x)
+    for expert in range(block.experts.num_experts):
+        token, place = (ids == expert).nonzero(as_tuple=True)
+        weight = weights[token, place, None].double()
+        rows = x[token] * weight if block.router.config.weighs_input else x[token]
+        inner = rows @ first.weight[expert].double().t()
+        inner = inner if first.bias is None else inner + first.bias[expert].double()
+        gate, up = inner.chunk(2, dim=-1)
+        if block.experts.activation.kind == "clamped_swiglu":
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1
+            gate = gate * torch.sigmoid(1.702 * gate)
+        else:
+            gate = gate * torch.sigmoid(gate)
+        outer = (gate * up) @ second.weight[expert].double().t()
+        outer = outer if second.bias is None else outer + second.bias[expert].double()
+        result.index_add_(0, token, outer if block.router.config.weighs_input else outer * weight)
+    return result
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_is_that_of_float64(kind: str) -> None:
+    block = make(kind)
+    for num_tokens in TOKENS:
+        x = randn(num_tokens, H, seed=num_tokens)
+        found = block(x)
+        assert torch.equal(block(x), found), "twice the same, bit for bit"
+        assert deviation(found, exact(block, x)) < 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_follows_any_routing(kind: str) -> None:
+    """In a chain of blocks, whose kernels start while those before still run."""
+    blocks = [make(kind) for _ in range(3)]
+    for num_tokens in (1, 16, 200):
+        x = randn(num_tokens, H)
+
+        def run(x: torch.Tensor = x) -> torch.Tensor:
+            for block in blocks:
+                x = x + block(x)
+            return x
+
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        for seed in range(5):
+            x.copy_(randn(num_tokens, H, seed=seed))
+            graph.replay()
+            assert torch.equal(out, run(x))
+
+
+@pytest.mark.parametrize("kind", ["deepseek-v2-lite", "gpt-oss"])
+@pytest.mark.parametrize("num_tokens", [2, 64, 3000])
+def test_ways_agree(kind: str, num_tokens: int) -> None:
+    block, x = make(kind), randn(num_tokens, H)
+    experts, (ids, weights) = block.experts, block.router(x)
+    groups, expected = group_tokens(ids, experts.num_experts), exact(block, x)
+    gate_up, down = experts.gate_up_proj.all_experts(), experts.down_proj.all_experts()
+    for way in usable_ways(gate_up):
+        inner = grouped_linear(x, gate_up, groups, rows="tokens", activation=experts.activation, way=way)
+        outer = grouped_linear(inner, down, groups, out_rows="pairs", way=way)
+        assert deviation(weighted_sum(outer, ids.shape[1], weights), expected) < 0.01, way

@@ -1,0 +1,170 @@
+"""The kernels of a router's map, whose logits are float32 whatever the dtypes.
+
+For few tokens: a program has its rows of the weight in registers before the tokens are there, and multiplies without
+tensor cores. For many: products in bfloat16 with float32 sums, of a float32 weight as three bfloat16 summands (the
+first, the rest, and its rest), which together are the weight. Of either a token's logits do not depend on the batch.
+"""
+# ruff: noqa: N803  # compile-time constants are upper case, as is usual in Triton
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from attention.ops.triton.dependent_launch import dependent_launch
+from attention.ops.triton.launch import INTERPRETED, on_device
+
+FEW_TOKENS = 64
+"""Up to which the first kernel is used: above it reads the weight too often."""
+
+MAX_SIZE = 8192
+"""Numbers of the weight that a program has in its registers: the largest H."""
+
+_TOKENS, _NUM_WARPS = 4, 8
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def few_tokens_kernel(
+    logits_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor | None,
+    num_tokens: tl.tensor,
+    stride_x: tl.tensor,
+    NUM_EXPERTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program: the logits of `EXPERTS` experts for `TOKENS` tokens."""
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    inside = expert < NUM_EXPERTS
+    column = tl.arange(0, BLOCK)
+    weight_ptrs = weight_ptr + expert[:, None] * SIZE + column[None, :]
+    weight = tl.load(weight_ptrs, mask=inside[:, None] & (column < SIZE)[None, :], other=0.0).to(tl.float32)
+    added = tl.zeros([EXPERTS], tl.float32)
+    if bias_ptr is not None:
+        added += tl.load(bias_ptr + expert, mask=inside, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * TOKENS
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for i in tl.static_range(TOKENS):
+        token = first + i
+        row = x_ptr + tl.cast(token, tl.int64) * stride_x
+        x = tl.load(row + column, mask=(column < SIZE) & (token < num_tokens), other=0.0).to(tl.float32)
+        logits = tl.sum(weight * x[None, :], axis=1) + added
+        tl.store(logits_ptr + token * NUM_EXPERTS + expert, logits, mask=inside & (token < num_tokens))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def many_tokens_kernel(
+    logits_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor | None,
+    num_tokens: tl.tensor,
+    stride_x: tl.tensor,
+    NUM_EXPERTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program: the logits of `EXPERTS` experts for `TOKENS` tokens."""
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    inside = expert < NUM_EXPERTS
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there = token < num_tokens
+    column = tl.arange(0, INPUTS)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x_ptrs = x_ptr + token[:, None].to(tl.int64) * stride_x + column[None, :]
+    weight_ptrs = weight_ptr + expert[None, :] * SIZE + column[:, None]
+    logits = tl.zeros([TOKENS, EXPERTS], tl.float32)
+    for begin in tl.range(0, SIZE, INPUTS, num_stages=STAGES):
+        within = begin + column < SIZE
+        x = tl.load(x_ptrs + begin, mask=there[:, None] & within[None, :], other=0.0).to(DOT_DTYPE)
+        weight = tl.load(weight_ptrs + begin, mask=inside[None, :] & within[:, None], other=0.0)
+        part = weight.to(DOT_DTYPE)
+        logits = tl.dot(x, part, logits, input_precision="ieee")
+        if weight_ptr.dtype.element_ty == tl.float32 and tl.float32 != DOT_DTYPE:
+            rest = weight - part.to(tl.float32)
+            part = rest.to(DOT_DTYPE)
+            logits = tl.dot(x, part, logits)
+            logits = tl.dot(x, (rest - part.to(tl.float32)).to(DOT_DTYPE), logits)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
+    places = logits_ptr + token[:, None].to(tl.int64) * NUM_EXPERTS + expert[None, :]
+    tl.store(places, logits, mask=there[:, None] & inside[None, :])
+
+
+def computes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether these kernels are made for such a map: rows of bfloat16, a weight of bfloat16 or float32."""
+    exact = x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32)
+    return exact and weight.shape[1] <= MAX_SIZE and x.stride(1) == 1
+
+
+def launch_router_logits(
+    logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """`x @ weight.T + bias` into `logits`.
+
+    Args:
+        logits: (T, E) float32, contiguous.
+        x: (T, H), the elements of a row contiguous.
+        weight: (E, H), contiguous; with x as `computes` says.
+        bias: (E,) or None.
+    """
+    num_tokens, num_experts = logits.shape
+    if num_tokens == 0:
+        return
+    size = weight.shape[1]
+    with on_device(x):
+        if num_tokens <= FEW_TOKENS:
+            block = triton.next_power_of_2(size)
+            experts = max(1, MAX_SIZE // block)
+            grid = (triton.cdiv(num_experts, experts), triton.cdiv(num_tokens, _TOKENS))
+            few_tokens_kernel[grid](
+                logits,
+                x,
+                weight,
+                bias,
+                num_tokens,
+                x.stride(0),
+                NUM_EXPERTS=num_experts,
+                SIZE=size,
+                EXPERTS=experts,
+                TOKENS=_TOKENS,
+                BLOCK=block,
+                num_warps=_NUM_WARPS,
+                **dependent_launch(x.device, grid[0] * grid[1]),
+            )
+            return
+        tokens, experts = (16, 16) if num_tokens <= 1024 else (64, 64)
+        grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(num_experts, experts))
+        many_tokens_kernel[grid](
+            logits,
+            x,
+            weight,
+            bias,
+            num_tokens,
+            x.stride(0),
+            NUM_EXPERTS=num_experts,
+            SIZE=size,
+            EXPERTS=experts,
+            TOKENS=tokens,
+            INPUTS=128 if tokens == 16 else 64,
+            STAGES=4,
+            DOT_DTYPE=tl.float32 if INTERPRETED else tl.bfloat16,
+            num_warps=4,
+            **dependent_launch(x.device, grid[0] * grid[1]),
+        )
