@@ -104,7 +104,7 @@ def test_what_the_library_may_tell_apart_is_not_replayed_for_one_another(library
 def test_offsets_of_keys_are_not_taken_for_those_of_queries(library: ModuleType) -> None:
     """A fresh batch has one tensor for both; another, alike in every shape, has keys of other lengths than queries."""
     cross = replace(SPEC, attn_type=AttentionType.ENCODER_DECODER)
-    keys, queries = torch.tensor([[0, 6, 12], [0, 4, 12]], dtype=torch.int32)
+    keys, queries = (torch.tensor(begins, dtype=torch.int32) for begins in ([0, 6, 12], [0, 4, 12]))
     small = trial.small_call(cross, torch.float32, CPU)
     query, key, value, output = (t[:12] for t in (small.query, small.key, small.value, small.output))
     both = replace(small, query=query, key=key, value=value, output=output, cu_seqlens_q=keys, cu_seqlens_k=keys)

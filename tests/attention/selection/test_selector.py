@@ -288,7 +288,7 @@ class TestMLA:
             ("sm90", 64, "FLASHMLA"),
             ("sm100", 128, "CUTLASS_MLA"),
             ("sm100", 64, "FLASHINFER_MLA"),
-            ("rocm", 64, "TRITON_MLA"),
+            ("rocm", 64, "ROCM_AITER_MLA"),
             ("cpu", 64, "CPU_MLA"),
         ],
     )
