@@ -85,10 +85,10 @@ CASES = (
     Case(Phase.PREFILL, 128, 1, 8192, 8192),
 )
 _TILES = {
-    16: ((16, 64, 4, 2, True), (16, 64, 8, 2, True), (16, 32, 4, 2, False), (16, 32, 4, 3, False)),
-    128: ((64, 64, 8, 2, False), (32, 64, 4, 2, False), (16, 64, 4, 2, True)),
+    16: ((16, 32, 4, 2), (16, 32, 4, 3), (16, 32, 2, 3), (16, 64, 4, 2), (16, 64, 4, 3)),
+    128: ((64, 64, 8, 2), (32, 64, 4, 2)),
 }
-"""Rows, keys, warps and stages of the decode kernel, and whether its products are turned, by heads."""
+"""Rows, keys, warps and stages of the decode kernel, by heads."""
 
 
 def decode_call(case: Case, backend: type[ExpandingBackend], block_size: int) -> list[Callable[[], object]]:
@@ -167,12 +167,10 @@ def try_tiles(limits: dict[str, float], block_size: int) -> Iterator[dict[str, A
         case = Case(Phase.DECODE, heads, batch, 1, context)
         for shape in _TILES[heads]:
             for splits in (None, 2, 4) if batch == 64 and heads == 16 else (None,):
-                yield _try_tile(case, Tile(*shape[:4]), shape[4], splits, block_size, limits)
+                yield _try_tile(case, Tile(*shape), splits, block_size, limits)
 
 
-def _try_tile(
-    case: Case, tile: Tile, turned: bool, splits: int | None, block_size: int, limits: dict[str, float]
-) -> dict[str, Any]:
+def _try_tile(case: Case, tile: Tile, splits: int | None, block_size: int, limits: dict[str, float]) -> dict[str, Any]:
     from attention.ops.triton.latent.decode import latent_decode
 
     device, dtype = torch.device("cuda"), torch.bfloat16
@@ -196,10 +194,9 @@ def _try_tile(
             scale=0.07,
             tile=tile,
             num_splits=splits,
-            turned=turned,
         )
 
-    row = {**vars(case), "phase": "decode", "tile": vars(tile), "turned": turned, "splits": splits}
+    row = {**vars(case), "phase": "decode", "tile": vars(tile), "splits": splits}
     try:
         timing = time_calls([functools.partial(call, cache) for cache in caches], device, graph=True)
     except Exception as error:  # a tile that does not compile is a finding, too
@@ -234,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _line(row: dict[str, Any]) -> str:
     what = f"{row['phase']} {row['heads']} heads {row['batch']}×{row['context']}{' fp8' if row['fp8'] else ''}"
-    who = row.get("backend") or f"{list(row['tile'].values())} turned {row['turned']} splits {row['splits']}"
+    who = row.get("backend") or f"{list(row['tile'].values())} splits {row['splits']}"
     if "seconds" not in row:
         return f"{what} {who}: {row.get('error') or row.get('refused')}"
     share = f", {row['of_bandwidth']:.0%} of the bandwidth" if "of_bandwidth" in row else ""

@@ -10,6 +10,9 @@ from attention.kv_cache import concat_and_cache_mla, take_rows
 from attention.ops.dispatch import uses_triton
 from attention.spec import FP8
 
+HALF_BYTES = 2
+"""Of an element of the dtypes that matrix units multiply."""
+
 
 def write_latents(
     kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor, scale: float = 1.0
@@ -91,7 +94,7 @@ def absorb(query: torch.Tensor, w_uk: torch.Tensor, output: torch.Tensor | None 
     """
     if output is None:
         output = query.new_empty(query.shape[0], query.shape[1], w_uk.shape[2])
-    torch.bmm(query.transpose(0, 1), w_uk, out=output.transpose(0, 1))
+    _head_product(query, w_uk, output)
     return output
 
 
@@ -103,7 +106,18 @@ def unabsorb(attended: torch.Tensor, w_uv: torch.Tensor, output: torch.Tensor) -
         w_uv: (Hq, V, R).
         output: (B, Hq, V), written.
     """
-    torch.bmm(attended.transpose(0, 1), w_uv.transpose(1, 2), out=output.transpose(0, 1))
+    _head_product(attended, w_uv.transpose(1, 2), output)
+
+
+def _head_product(x: torch.Tensor, matrices: torch.Tensor, output: torch.Tensor) -> None:
+    """`output[b, h] = x[b, h] @ matrices[h]`: of a few rows in a kernel of our own."""
+    if uses_triton(x) and x.element_size() == HALF_BYTES:
+        from attention.ops.triton.latent.head_products import MAX_ROWS, head_product
+
+        if x.shape[0] <= MAX_ROWS:
+            head_product(x, matrices, output)
+            return
+    torch.bmm(x.transpose(0, 1), matrices, out=output.transpose(0, 1))
 
 
 def _converts(tensor: torch.Tensor) -> bool:

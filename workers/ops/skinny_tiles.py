@@ -49,6 +49,7 @@ SM90: Mapping[tuple[int, int, bool], SkinnyTile] = MappingProxyType(
         (7168, 5120, False): _WIDE,
         **dict.fromkeys([(4096, 1024, False), (8192, 1024, False), (8192, 2048, False), (8192, 14336, False)], _WIDE),
         **dict.fromkeys([(1536, 1536, False), (2048, 1536, False), (2048, 2048, False)], _NARROW),
+        (3648, 2048, False): _NARROW,
         **dict.fromkeys([(3072, 3072, False), (3072, 8192, False)], _NARROW),
         **dict.fromkeys([(3584, 3584, False), (3584, 18944, False)], _NARROW),
         **{(4096, size, False): _NARROW for size in (3584, 4096, 7168, 12288, 14336)},

@@ -190,7 +190,7 @@ def test_context_beyond_the_workspace_is_merged_piece_by_piece(budget: int, monk
 
 
 @pytest.mark.parametrize("heads", [1, 5, 16])
-def test_few_heads_with_turned_products(heads: int) -> None:
+def test_the_decode_kernel_alone(heads: int) -> None:
     from attention.ops.triton.latent.decode import latent_decode
 
     generator = torch.Generator().manual_seed(1)
@@ -199,16 +199,35 @@ def test_few_heads_with_turned_products(heads: int) -> None:
     tables = torch.randperm(18, generator=generator).view(3, 6).int()
     lens = torch.tensor([90, 0, 33], dtype=torch.int32)
     outputs = []
-    for turned in (False, True):
-        for splits in (1, 3):
-            output, lse = torch.full_like(query, float("nan")), torch.full((3, heads), float("nan"))
-            latent_decode(
-                query, rotary, cache, tables, lens, 90, output, scale=0.3, lse=lse, num_splits=splits, turned=turned
-            )
-            outputs.append((output, lse))
-    for other in outputs[1:]:
-        torch.testing.assert_close(other, outputs[0])
+    for splits in (1, 3):
+        output, lse = torch.full_like(query, float("nan")), torch.full((3, heads), float("nan"))
+        latent_decode(query, rotary, cache, tables, lens, 90, output, scale=0.3, lse=lse, num_splits=splits)
+        outputs.append((output, lse))
+    torch.testing.assert_close(*outputs)
     assert not outputs[0][0][1].any()
+    latents = cache[tables[2].long()].flatten(0, 1)[:33].double()
+    scores = torch.cat((query[2], rotary[2]), dim=-1).double() @ latents.T * 0.3
+    expected = scores.softmax(-1) @ latents[:, :24]
+    torch.testing.assert_close(outputs[0][0][2].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs[0][1][2].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 40, 64])
+def test_products_of_a_few_rows_with_a_matrix_of_each_head(rows: int) -> None:
+    from attention.ops.triton.latent.head_products import head_product
+
+    generator = torch.Generator().manual_seed(rows)
+    wide = torch.randn(rows, 3, 20, generator=generator)
+    weight = torch.randn(3, 12, 24, generator=generator)
+    into = torch.full((rows, 3, 30), float("nan"))
+    head_product(wide[..., :12], weight, into[..., :24])
+    torch.testing.assert_close(into[..., :24], torch.einsum("bhk,hkn->bhn", wide[..., :12], weight))
+    assert into[..., 24:].isnan().all()
+    back = torch.empty(rows, 3, 12)
+    head_product(into[..., :24], weight.transpose(1, 2), back)
+    torch.testing.assert_close(back, torch.einsum("bhk,hnk->bhn", into[..., :24], weight))
+    with pytest.raises(AttentionInputError, match="at most 64 rows"):
+        head_product(wide.repeat(65, 1, 1)[:65, :, :12], weight, torch.empty(65, 3, 24))
 
 
 def test_how_context_is_cut() -> None:

@@ -9,8 +9,7 @@ from attention.errors import AttentionInputError
 from attention.ops.triton.decode_kernel import reduce_kernel
 from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.latent.decode_kernel import latent_decode_kernel
-from attention.ops.triton.latent.few_heads_kernel import latent_decode_few_heads_kernel
-from attention.ops.triton.latent.tiles import choose_splits, decode_tile, turns
+from attention.ops.triton.latent.tiles import choose_splits, decode_tile
 from attention.ops.triton.launch import (
     check_device,
     check_indices,
@@ -38,7 +37,6 @@ def latent_decode(
     lse: torch.Tensor | None = None,
     num_splits: int | None = None,
     tile: Tile | None = None,
-    turned: bool | None = None,
 ) -> None:
     """Attend from each sequence's last token over its latents, in which its own lies already.
 
@@ -61,7 +59,6 @@ def latent_decode(
         num_splits: programs that share a sequence's tokens; 1 writes the output at once, more need a second kernel.
             None chooses by the batch and the device.
         tile: of the kernel, for benchmarks; None chooses it.
-        turned: whether `few_heads_kernel` computes; None: where it is faster.
 
     Raises:
         AttentionInputError: arguments that do not fit each other or the kernel.
@@ -79,10 +76,8 @@ def latent_decode(
     traits = device_traits(query.device)
     rank_padded, rotary_padded = (max(16, triton.next_power_of_2(size)) for size in (rank, rotary))
     itemsize, latent_size = query.element_size(), rank_padded + rotary_padded
-    if turned is None:
-        turned = turns(num_heads, itemsize, cache.element_size(), traits)
     if tile is None:
-        tile = decode_tile(num_heads, latent_size, itemsize, cache.element_size(), turned, traits)
+        tile = decode_tile(num_heads, latent_size, itemsize, cache.element_size(), traits)
     head_tiles = triton.cdiv(num_heads, tile.rows)
     if num_splits is None:
         splits = choose_splits(batch * head_tiles, max_seq_len, tile, latent_size, itemsize, traits)
@@ -94,9 +89,8 @@ def latent_decode(
         partial_lse = torch.empty(batch, num_heads, splits.count, dtype=torch.float32, device=query.device)
     dealing = (splits.count, splits.wanted, splits.most_tiles)
     lse_strides = (0, 0) if lse is None else lse.stride()
-    kernel = latent_decode_few_heads_kernel if turned else latent_decode_kernel
     with on_device(query):
-        kernel[(head_tiles, splits.count, batch)](
+        latent_decode_kernel[(head_tiles, splits.count, batch)](
             output, lse, partial, partial_lse, query, rotary_query, cache, block_tables, seq_lens,
             scale * cache_scale, cache_scale, *dealing,
             *query.stride()[:2], *rotary_query.stride()[:2], *output.stride()[:2], *lse_strides,

@@ -16,7 +16,7 @@ from attention.ops.triton.tiles import LN_2, LOG2_E, load_tile, look_up_blocks, 
 
 
 @triton.jit
-def load_latent_queries(
+def _load_queries(
     q_ptr: tl.tensor,
     rows: tl.tensor,
     pe_ptr: tl.tensor,
@@ -100,7 +100,7 @@ def latent_decode_kernel(
     table_ptr += seq * stride_table
     head = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = head < NUM_HEADS
-    q, pe, scale = load_latent_queries(
+    q, pe, scale = _load_queries(
         q_ptr, seq * stride_qt + head * stride_qh, pe_ptr, seq * stride_pt + head * stride_ph, valid, scale,
         R, R_PAD, P, P_PAD, DOT_DTYPE,
     )  # fmt: skip

@@ -13,37 +13,25 @@ from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, S
 # (benchmarks/results/latent_tiles_h200.json).
 _DECODE: Mapping[tuple[int, int], Mapping[int, Tile]] = MappingProxyType(
     {
-        (2, 2): {16: Tile(16, 32, 4, 3), 32: Tile(32, 64, 4, 2), 64: Tile(64, 64, 8, 2)},
+        (2, 2): {16: Tile(16, 32, 4, 3), 32: Tile(32, 32, 4, 3), 64: Tile(64, 64, 8, 2)},
         (2, 1): {16: Tile(16, 32, 4, 3), 32: Tile(32, 32, 4, 3), 64: Tile(64, 32, 8, 2)},
     }
 )
-_TURNED = Tile(16, 64, 4, 2)
-_MOST_TURNED_HEADS = 16
 _DECODE_FP32 = {16: Tile(16, 16, 4, 1)}
 _PREFILL = Tile(128, 64, 8, 3)
 _PREFILL_FEW = Tile(64, 64, 4, 3)
 _PREFILL_FP32 = Tile(32, 32, 8, 1)
 _INTERPRETED = Tile(16, 16, 1, 1)
+_ROWS_OF_HOPPER = 64
+"""Of a matrix instruction of SM 9.0."""
 _MOST_SPLITS_OF_MANY = 8
 """Splits of a sequence where the batch alone fills the device."""
 _FULL = 0.9
 """The share of a device's places that is as good as all."""
 
 
-def turns(num_heads: int, query_itemsize: int, cache_itemsize: int, traits: DeviceTraits) -> bool:
-    """Whether decode is for `few_heads_kernel`: it needs matrix instructions of 64 rows, and cached tokens as they are.
-
-    Args:
-        num_heads: Hq.
-        query_itemsize: bytes of an element of the queries.
-        cache_itemsize: bytes of an element of the cache.
-        traits: the device.
-    """
-    return traits.arch == "sm90" and query_itemsize == cache_itemsize == 2 and num_heads <= _MOST_TURNED_HEADS
-
-
 def decode_tile(
-    num_heads: int, latent_size: int, query_itemsize: int, cache_itemsize: int, turned: bool, traits: DeviceTraits
+    num_heads: int, latent_size: int, query_itemsize: int, cache_itemsize: int, traits: DeviceTraits
 ) -> Tile:
     """The decode kernel's tile: rows are heads.
 
@@ -52,13 +40,10 @@ def decode_tile(
         latent_size: of the latent and the rotary key, each padded to a power of two.
         query_itemsize: bytes of an element of the queries.
         cache_itemsize: bytes of an element of the cache.
-        turned: whether it is that of `few_heads_kernel`.
         traits: the device.
     """
     if traits.arch == "interpreter":
         return _INTERPRETED
-    if turned:
-        return _TURNED
     tiles = _DECODE.get((query_itemsize, cache_itemsize), _DECODE_FP32)
     tile = tiles[max(rows for rows in tiles if rows <= max(num_heads, min(tiles)))]
     while _decode_bytes(tile, latent_size, query_itemsize) > traits.shared_memory:
@@ -137,5 +122,9 @@ def _even(num_programs: int, places: int) -> int:
 
 
 def _decode_bytes(tile: Tile, latent_size: int, itemsize: int) -> int:
-    """Of shared memory: the stages of the pipeline, and queries and weights, which take turns."""
-    return (max(tile.rows, 1) + tile.num_stages * tile.keys) * latent_size * itemsize
+    """Of shared memory: the stages of the pipeline, and queries and weights, which take turns.
+
+    The instructions for 64 rows and more read keys from there while they run, so that they take a stage more.
+    """
+    stages = tile.num_stages if tile.rows >= _ROWS_OF_HOPPER else max(1, tile.num_stages - 1)
+    return (tile.rows + stages * tile.keys) * latent_size * itemsize
