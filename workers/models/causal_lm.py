@@ -170,6 +170,11 @@ class CausalLM(nn.Module, ABC):
         return [attention.impl.kv_scales for attention in self._attention]
 
     @property
+    def has_experts(self) -> bool:
+        """Whether some layer's MLP is a mixture of experts."""
+        return any(isinstance(module, GroupedLinear) for module in self.modules())
+
+    @property
     def decodes_in_graphs(self) -> bool:
         """Whether `forward` can be captured in a CUDA graph for batches of one token each."""
         return all(builder.graph_safe_decode for builder, _ in self._builders)

@@ -55,7 +55,7 @@ class ModelRunner:
             longest: tokens of the longest prompt that a batch may hold whole.
             progress: told how many lengths are captured, and how many there will be.
         """
-        sizes = ladder(longest, self.model.max_model_len)
+        sizes = ladder(longest, self.model.max_model_len, self.model.has_experts)
         if self.device.type == "cuda" and self.model.prefills_in_graphs and sizes:
             self._prefill_graphs = PrefillGraphs(self.model, self.kv_caches, sizes, progress)
 

@@ -259,10 +259,11 @@ def test_latent_attention_is_measured_and_ranked(tmp_path: Path, monkeypatch: py
     ]
 
     def spoiled(impl: CpuMLAImpl, *args: Any) -> torch.Tensor:
-        return honest(impl, *args) * 1.1
+        output = honest(impl, *args)
+        return output.mul_(1.1) if args[4].common.decode_only else output
 
-    honest = CpuMLAImpl._decode
-    monkeypatch.setattr(CpuMLAImpl, "_decode", spoiled)
+    honest = CpuMLAImpl.forward
+    monkeypatch.setattr(CpuMLAImpl, "forward", spoiled)
     excluded = measure(Platform.of(CPU), CPU, latent, SHAPES).excluded
     assert [e.phase for e in excluded if e.reason.startswith("wrong numbers")] == [Phase.DECODE]
 

@@ -39,6 +39,14 @@ def test_a_model_with_few_positions_has_no_graphs():
     assert ladder(8192, 31) == []
 
 
+def test_models_with_experts_have_graphs_of_longer_prompts() -> None:
+    assert ladder(8192, 8192)[-1] == 1024
+    sparse = ladder(8192, 8192, sparse=True)
+    assert sparse[-1] == 4096
+    assert sparse[: len(ladder(8192, 8192))] == ladder(8192, 8192)
+    assert ladder(2000, 8192, sparse=True)[-1] == 2048
+
+
 def test_a_cpu_captures_nothing(tiny_checkpoint):
     model = load_model(tiny_checkpoint("llama"), "float32", "cpu", BLOCK_SIZE)
     runner = ModelRunner(model, group_caches(model, 4))
