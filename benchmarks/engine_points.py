@@ -6,12 +6,15 @@ Imports nothing but the standard library: it also runs in a peer's environment.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 PREFILL_POINTS = ("1x2048", "32x2048", "1x8000")
@@ -148,7 +151,21 @@ def add_point_arguments(parser: argparse.ArgumentParser) -> None:
     points.add_argument("--steps", type=int, default=128, metavar="N", help="of a decode run (default: 128)")
     points.add_argument("--warmup", type=int, default=8, metavar="N", help="decode steps before (default: 8)")
     points.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="default: 8192")
+    points.add_argument(
+        "--turn", type=Path, metavar="FILE", help="a lock: engines that start side by side measure in turns"
+    )
     points.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts")
+
+
+@contextmanager
+def own_turn(lock: Path | None) -> Iterator[None]:
+    """Measure while nobody else does who asks for the same lock; None: at once."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def plan_of(args: argparse.Namespace, vocab_size: int) -> Plan:

@@ -27,6 +27,7 @@ from benchmarks.engine_points import (
     Point,
     add_point_arguments,
     decode_rows,
+    own_turn,
     plan_of,
     prefill_rows,
 )
@@ -41,6 +42,7 @@ from workers.errors import BatonError
 from workers.prefill_worker import PrefillWorker
 
 _PREFILL_SEQS = 32
+_NOT_SETTINGS = ("prefill", "decode", "sampled", "output", "turn")
 
 
 def measure(args: argparse.Namespace, folder: Path, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     environment = Environment.capture(threads=None)
     config = {
-        **{name: value for name, value in vars(args).items() if name not in ("prefill", "decode", "sampled", "output")},
+        **{name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS},
         "model": None if args.model is None else args.model.name,
         "engine": "baton",
         "gpu_names": gpu_names(),
@@ -150,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             folder = model_folder(args.model, Path(scratch))
-            save(measure(args, folder, save))
+            with own_turn(args.turn):
+                save(measure(args, folder, save))
     except (BatonError, ValueError) as error:
         print(f"gpu_engine: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ from benchmarks.engine_points import (
     Plan,
     add_point_arguments,
     decode_rows,
+    own_turn,
     plan_of,
     prefill_rows,
 )
@@ -55,6 +56,8 @@ class VllmEngine:
             "enable_prefix_caching": False,
             "seed": 0,
         }
+        if args.kv_cache_gb is not None:
+            settings["kv_cache_memory_bytes"] = int(args.kv_cache_gb * 1e9)
         self._engine = vllm.LLM(**settings).llm_engine
         self.settings = {**settings, "model": folder.name}
 
@@ -88,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="default: 0.9")
+    parser.add_argument("--kv-cache-gb", type=float, metavar="GB", help="of the cache; default: what is found to fit")
     parser.add_argument("--run", default="", metavar="NAME", help="of the run that results belong to")
     parser.add_argument("--note", default="", help="what else is to be known of the run")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_engine_vllm.json", metavar="FILE")
@@ -108,7 +112,7 @@ def _measure(args: argparse.Namespace, folder: Path, plan: Plan, environment: En
     longest = plan.longest(args.prefill, [*args.decode, *args.sampled])
     engine = VllmEngine(folder, longest, seqs, args, vllm)
     found: dict[str, Any] = {"start_up_s": time.perf_counter() - began, "prefill": [], "decode": []}
-    points = ("prefill", "decode", "sampled", "output")
+    points = ("prefill", "decode", "sampled", "output", "turn")
     config = {
         **{name: value for name, value in vars(args).items() if name not in points},
         "model": None if args.model is None else args.model.name,
@@ -128,13 +132,14 @@ def _measure(args: argparse.Namespace, folder: Path, plan: Plan, environment: En
         args.output.write_text(text + "\n", encoding="utf-8")
 
     report(f"started in {found['start_up_s']:.1f} s")
-    for row in prefill_rows(engine, args.prefill, plan, report):
-        found["prefill"].append(row)
-        save()
-    for chosen, sampled in ((args.decode, False), (args.sampled, True)):
-        for row in decode_rows(engine, chosen, plan, sampled, report):
-            found["decode"].append(row)
+    with own_turn(args.turn):
+        for row in prefill_rows(engine, args.prefill, plan, report):
+            found["prefill"].append(row)
             save()
+        for chosen, sampled in ((args.decode, False), (args.sampled, True)):
+            for row in decode_rows(engine, chosen, plan, sampled, report):
+                found["decode"].append(row)
+                save()
 
 
 if __name__ == "__main__":
