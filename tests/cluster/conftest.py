@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import pytest
-import torch
 
 from cluster.api import EngineRequest, ModelInfo, PoolTarget, RequestReport, TokenChunk, WorkerStatus
 from cluster.client.client import Connection
@@ -241,27 +239,10 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
         await engine.stop()
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_checkpoint) -> Callable[[list[int], int], list[int]]:
+@pytest.fixture(scope="session")
+def expected(tiny_checkpoint, reference_greedy) -> Callable[[list[int], int], list[int]]:
     """What transformers generates greedily."""
-    import transformers
-
-    checkpoint: Path = tiny_checkpoint("llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-
-    def generate(token_ids: list[int], num_tokens: int) -> list[int]:
-        output = model.generate(
-            torch.tensor([token_ids]),
-            attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return output[0, len(token_ids) :].tolist()
-
-    return generate
+    return partial(reference_greedy, tiny_checkpoint("llama"))
 
 
 @pytest.fixture(autouse=True)

@@ -56,8 +56,9 @@ def patch_once_per_launch() -> None:
     try:
         from triton import language
         from triton.runtime import interpreter
-    except ImportError:
+
+        patch = interpreter._patch_lang
+    except (ImportError, AttributeError):
         return
-    patch = getattr(interpreter, "_patch_lang", None)
-    if patch is not None and not isinstance(patch, OncePerLaunch):
+    if not isinstance(patch, OncePerLaunch):
         interpreter._patch_lang = OncePerLaunch(patch, (language, language.core))

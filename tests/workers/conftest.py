@@ -65,20 +65,28 @@ def clock(monkeypatch) -> Clock:
 
 
 class Reference:
-    """The same checkpoint in transformers, float32."""
+    """The same checkpoint in transformers, float32. What it has answered once it does not compute again."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         self.model.eval()
+        self._logits: dict[tuple[int, ...], torch.Tensor] = {}
+        self._greedy: dict[tuple[int, ...], list[int]] = {}
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            logits: torch.Tensor = self.model(torch.tensor([list(ids)])).logits[0]
-        return logits
+        if tuple(ids) not in self._logits:
+            with torch.inference_mode():
+                self._logits[tuple(ids)] = self.model(torch.tensor([list(ids)])).logits[0]
+        return self._logits[tuple(ids)].clone()
 
     def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        if len(self._greedy.get(tuple(prompt), [])) < num_tokens:
+            self._greedy[tuple(prompt)] = self._generate(prompt, num_tokens)
+        return self._greedy[tuple(prompt)][:num_tokens]
+
+    def _generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([list(prompt)])
         with torch.inference_mode():
             out = self.model.generate(
@@ -98,6 +106,15 @@ def paged_run() -> type[PagedRun]:
     return PagedRun
 
 
-@pytest.fixture
-def reference() -> type[Reference]:
-    return Reference
+@pytest.fixture(scope="session")
+def reference() -> Callable[[Path], Reference]:
+    """`reference(checkpoint)`: loaded once, unless its files change."""
+    loaded: dict[tuple[Path, tuple[int, ...]], Reference] = {}
+
+    def load(folder: Path) -> Reference:
+        key = (folder, tuple(file.stat().st_mtime_ns for file in sorted(folder.iterdir())))
+        if key not in loaded:
+            loaded[key] = Reference(folder)
+        return loaded[key]
+
+    return load

@@ -79,7 +79,7 @@ def test_a_decode_that_does_not_wait_is_caught(tiny_checkpoint, local_cluster, r
     assert wrong >= 4
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 8))])
 def test_delay_reordering_and_duplicates_are_harmless(seed, tiny_checkpoint, local_cluster, reference_greedy):
     checkpoint = tiny_checkpoint("qwen3")
     cluster = local_cluster(
@@ -141,7 +141,8 @@ def test_a_failed_part_fails_its_request_alone(seed, tiny_checkpoint, local_clus
     cluster.assert_all_blocks_free()
 
 
-def test_thousands_of_handoffs_with_random_cancels(tiny_checkpoint, local_cluster, reference_greedy):
+@pytest.mark.parametrize("count", [400, pytest.param(3000, marks=pytest.mark.slow)])
+def test_many_handoffs_with_random_cancels(count, tiny_checkpoint, local_cluster, reference_greedy):
     """No block is lost, no answer is wrong: every request ends with a prefix of the right tokens."""
     checkpoint = tiny_checkpoint("llama", num_hidden_layers=2)
     rng = random.Random(5)
@@ -159,7 +160,7 @@ def test_thousands_of_handoffs_with_random_cancels(tiny_checkpoint, local_cluste
     asked: dict[str, tuple[int, int]] = {}
     cancelled: set[str] = set()
     alive: list[str] = []
-    for number in range(3000):
+    for number in range(count):
         request_id, which, length = f"r{number}", rng.randrange(len(pool)), rng.randint(1, 6)
         asked[request_id] = (which, length)
         cluster.submit(request_id, pool[which], greedy(length))
@@ -183,8 +184,8 @@ def test_thousands_of_handoffs_with_random_cancels(tiny_checkpoint, local_cluste
         if request_id not in cancelled and request_id not in cluster.failures:
             assert len(got) == length
             completed += 1
-    assert completed > 1000
-    assert len(cancelled) > 200
+    assert completed > count / 3
+    assert len(cancelled) > count / 15
     assert cluster.failures
     cluster.assert_all_blocks_free()
 

@@ -172,7 +172,7 @@ def families(draw) -> list[list[int]]:
     delay=st.sampled_from([0, 4, 20]),
     rng=st.randoms(use_true_random=False),
 )
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tokens_and_cache_are_those_without_a_cache(
     prompts, block_size, spare_blocks, budget, ahead, delay, rng, tiny_checkpoint
 ):

@@ -25,9 +25,11 @@ def weight_digest(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     """
     running = hashlib.blake2b(digest_size=16)
     multipliers: dict[torch.device, torch.Tensor] = {}
-    for name, tensor in sorted(parameters, key=lambda named: named[0]):
+    in_order = sorted(parameters, key=lambda named: named[0])
+    longest = min(_WORDS, max((tensor.nbytes // 8 for _, tensor in in_order), default=0))
+    for name, tensor in in_order:
         if tensor.device not in multipliers:
-            multipliers[tensor.device] = _multipliers().to(tensor.device)
+            multipliers[tensor.device] = _multipliers(longest).to(tensor.device)
         running.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         running.update(_sums(tensor, multipliers[tensor.device]))
     return running.hexdigest()
@@ -43,6 +45,7 @@ def _sums(tensor: torch.Tensor, multipliers: torch.Tensor) -> bytes:
     return found + bytes(rest.tolist())
 
 
-def _multipliers() -> torch.Tensor:
+def _multipliers(count: int) -> torch.Tensor:
+    """The first of them, which are the same for every `count`."""
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randint(-(2**63), 2**63 - 1, (_WORDS,), dtype=torch.int64, generator=generator) | 1
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, generator=generator) | 1

@@ -16,6 +16,8 @@ from attention.selection.selector import unsupported_reasons
 from attention.spec import AttentionNeeds, AttentionSpec, Phase
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, head_size=64, scale=0.125)
+SMALL = replace(SPEC, num_heads=2, num_kv_heads=1)
+"""For kernels that an interpreter runs."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -29,23 +31,24 @@ def batch_of(length: int, device: str, lasting: bool) -> CommonAttentionMetadata
 def test_other_batches_leave_its_plan_alone(name: str, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    needs = AttentionNeeds(SPEC, dtype, 16, Phase.PREFILL)
+    spec, dtype = (SPEC, torch.bfloat16) if device == "cuda" else (SMALL, torch.float32)
+    needs = AttentionNeeds(spec, dtype, 16, Phase.PREFILL)
     if reasons := unsupported_reasons(name, Platform.of(torch.device(device)), [needs]):
         pytest.skip(reasons[0])
     backend = get_backend(name)
-    builder = backend.builder_class(SPEC, dtype, 16, torch.device(device))
-    impl = backend.impl_class(SPEC)
-    cache = KVCacheSpec((0,), 2, 64, 16, dtype).allocate(32, device)[0]
+    builder = backend.builder_class(spec, dtype, 16, torch.device(device))
+    impl = backend.impl_class(spec)
+    cache = KVCacheSpec((0,), spec.num_kv_heads, 64, 16, dtype).allocate(32, device)[0]
     generator = torch.Generator(device).manual_seed(0)
 
     def check(common: CommonAttentionMetadata) -> None:
         length = common.query_lens[0]
         query, key, value = (
-            torch.randn(length, heads, 64, generator=generator, device=device).to(dtype) for heads in (8, 2, 2)
+            torch.randn(length, heads, 64, generator=generator, device=device).to(dtype)
+            for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         )
         output = impl.forward(query, key, value, cache, plans[id(common)])
-        torch.testing.assert_close(output.float(), reference_attention(SPEC, query, key, value), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(output.float(), reference_attention(spec, query, key, value), rtol=2e-2, atol=2e-2)
 
     kept = [batch_of(length, device, lasting=True) for length in (64, 33)]
     plans = {id(common): builder.build(common) for common in kept}

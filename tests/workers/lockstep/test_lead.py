@@ -25,7 +25,7 @@ def prompts(count: int, seed: int, longest: int = 60) -> list[list[int]]:
     return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-@pytest.mark.parametrize(("size", "steps_ahead"), [(2, 0), (2, 1), (4, 1)])
+@pytest.mark.parametrize(("size", "steps_ahead"), [(2, 0), pytest.param(2, 1, marks=pytest.mark.slow), (4, 1)])
 def test_load_aborts_and_preemption_on_all_ranks_alike(size, steps_ahead, tiny_checkpoint, reference_greedy):
     """Too few blocks for the load, parts late and twice, some failed, requests cancelled at any moment."""
     checkpoint = tiny_checkpoint("llama", num_hidden_layers=2)
