@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,9 @@ class Running:
         )
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tiny_checkpoint) -> AsyncIterator[Running]:
-    checkpoint = tiny_checkpoint("llama")
+@asynccontextmanager
+async def serving(checkpoint: Path, max_model_len: int = 1024) -> AsyncIterator[Running]:
+    """A pair of workers of two ranks each."""
     overrides = {
         "model.path": str(checkpoint),
         "server.port": 0,
@@ -64,7 +65,7 @@ async def running(tiny_checkpoint) -> AsyncIterator[Running]:
         "prefill.num_blocks": 256,
         "decode.num_blocks": 256,
         "prefill.max_num_batched_tokens": 48,
-        "model.max_model_len": 1024,
+        "model.max_model_len": max_model_len,
     }
     lines: list[str] = []
     async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
@@ -73,6 +74,12 @@ async def running(tiny_checkpoint) -> AsyncIterator[Running]:
         async with AsyncBatonClient(Connection(server.address)) as client:
             yield Running(service, client, checkpoint, lines)
         await server.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(tiny_checkpoint) -> AsyncIterator[Running]:
+    async with serving(tiny_checkpoint("llama")) as service:
+        yield service
 
 
 def prompts(count: int, seed: int, longest: int = 150) -> list[list[int]]:
@@ -135,3 +142,16 @@ async def test_a_model_that_cannot_be_shared_so_is_refused_before_anything_start
     with pytest.raises(ConfigError, match="tensor parallelism of 16 does not divide the model's num_heads, which is 4"):
         async with launch(config, lambda line: None):
             pytest.fail("it started")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v2", "gemma2", "gpt_oss", "qwen3_moe"])
+async def test_other_families_on_two_ranks(family: str, tiny_checkpoint, reference_greedy) -> None:
+    """Latents, which every rank has whole; windows in a cache group of their own; sinks; experts shared out."""
+    checkpoint = tiny_checkpoint(family)
+    async with serving(checkpoint, 256) as service:
+        asked = prompts(6, seed=5)
+        answers = await asyncio.gather(*(service.generate(prompt, 12) for prompt in asked))
+        for prompt, answer in zip(asked, answers, strict=True):
+            assert answer == reference_greedy(checkpoint, prompt, 12), len(prompt)
+        await service.until_idle()
