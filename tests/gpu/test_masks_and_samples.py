@@ -51,8 +51,11 @@ def test_answers_to_schemas_are_valid_beside_free_ones(tiny_checkpoint: Any) -> 
         wanted = StructuredOutput.json_schema(made_schema(i, depth=2), disable_any_whitespace=True)
         sampling = SamplingParams(temperature=1.0, seed=i, max_tokens=400, structured_output=wanted)
         requests[f"json{i}"] = (prompt(9, i), sampling)
-    requests["free"] = (prompt(12, 99), SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
-    requests["biased"] = (prompt(12, 98), SamplingParams(temperature=0.9, seed=4, max_tokens=40, logit_bias=((17, 4.0),)))
+    requests["free"] = (prompt(12, 99), SamplingParams(temperature=0.0, seed=0, max_tokens=40, ignore_eos=True))
+    requests["biased"] = (
+        prompt(12, 98),
+        SamplingParams(temperature=0.9, seed=4, max_tokens=40, logit_bias=((17, 4.0),)),
+    )
     gpu, cpu = on_both(checkpoint, "TRITON_ATTN", requests, decode_blocks=600, prefill_blocks=300)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     for i in range(SCHEMAS):
