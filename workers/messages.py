@@ -40,6 +40,7 @@ class RequestOptions:
         user: whose it is; users take turns.
         cache_salt: requests of unlike salts share no cached block.
         traceparent: the client's trace, as the header of this name has it in W3C's Trace Context; empty: none.
+        tracestate: what tracing systems on the way have said of that trace, likewise.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class RequestOptions:
     user: str = ""
     cache_salt: bytes = b""
     traceparent: str = ""
+    tracestate: str = ""
 
 
 def shared_options(options: RequestOptions) -> dict[str, Any]:

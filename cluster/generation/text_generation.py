@@ -225,7 +225,8 @@ class Generation:
             if grammar is not None:
                 sampling = await self._restrictions.resolve(obliged(sampling, grammar))
         options = shared_options(request)
-        options["traceparent"] = request.traceparent or trace_context.get()
+        if not request.traceparent:
+            options["traceparent"], options["tracestate"] = trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
         options["sampling"] = complete_sampling(
             sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n
