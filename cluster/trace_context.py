@@ -1,8 +1,8 @@
 """The trace that a call belongs to, between the door that it comes through and where its request is made.
 
-W3C's Trace Context (https://www.w3.org/TR/trace-context/) has it in two headers, of HTTP and of gRPC alike: `traceparent`,
-`00-<32 hex digits: the trace>-<16: the caller's span>-<2: flags>`, and `tracestate`, a list of `key=value` in which tracing
-systems keep what is their own.
+W3C's Trace Context (https://www.w3.org/TR/trace-context/) has it in two headers, of HTTP and of gRPC alike:
+`traceparent`, `00-<32 hex digits: the trace>-<16: the caller's span>-<2: flags>`, and `tracestate`, a list of
+`key=value` in which tracing systems keep what is their own.
 """
 
 from __future__ import annotations

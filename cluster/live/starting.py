@@ -1,4 +1,4 @@
-"""Who answers over HTTP from a service's first second on: the page at once, and everything when there is something to ask."""
+"""Who answers over HTTP from a service's first second on: the page at once, the rest when there is something to ask."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def bind(section: str, host: str, port: int, hint: str) -> socket.socket:
     address = join(host, port)
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # asyncio switches Nagle's algorithm off only where it is told that this is TCP; with it every small write behind
+        # asyncio switches Nagle's algorithm off only where it is told that this is TCP; with it a small write behind
         # another one waits for the other side's delayed acknowledgement, 40 ms.
         bound = socket.socket(family, kind, protocol)
         try:
