@@ -128,7 +128,7 @@ class PrefillWorker:
             self._connector.begin(request.handoff_id, request.peer_engine)
 
     def abort(self, attempt_id: str, index: int | None = None) -> None:
-        """Stop an attempt, wherever it is, and tell its spans if it is traced. Of one sample there is nothing to stop."""
+        """Stop an attempt, wherever it is, and tell its spans if it is traced. Of one sample nothing is stopped."""
         if index is None and (prompt := self._prompts.pop(attempt_id, None)):
             self._stop(prompt, "the request was cancelled")
 
