@@ -185,6 +185,11 @@ def ray_token_is_given(environ: Mapping[str, str] | None = None) -> bool:
     return bool(told) or variables.get("RAY_AUTH_MODE", "token") != "token"
 
 
+def ray_niceness_is_given(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether Ray has been told how nice the processes of its workers are to others."""
+    return "RAY_worker_niceness" in (os.environ if environ is None else environ)
+
+
 def _read_overrides(overrides: Mapping[str, Any]) -> _Values:
     values: _Values = {name: {} for name in SECTIONS}
     for key, value in overrides.items():
