@@ -23,11 +23,13 @@ class EngineRequest(RequestOptions):
         prefix: the prompt's blocks, hashed with `cache_salt` for `Engine.block_sizes` before the engine sees the
             request; None: they are hashed when workers are chosen.
         received: when the door had it, by the monotonic clock, before it was tokenised; 0: it is not known.
+        copies: answers that its one sample is: greedy ones to one prompt are all the same.
     """
 
     prompt_token_ids: TokenIds
     prefix: PromptPrefix | None = field(default=None, repr=False)
     received: float = 0.0
+    copies: int = 1
 
 
 @dataclass(frozen=True)
