@@ -22,7 +22,7 @@ def by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[Tok
 
 
 async def copied(chunks: AsyncGenerator[TextChunk, None], copies: int) -> AsyncGenerator[TextChunk, None]:
-    """The parts of one sample as those of so many: what the prompt was is told of the first, what all cost of the last."""
+    """The parts of one sample as those of so many, the first of which tells of the prompt, the last what all cost."""
     async with aclosing(chunks):
         async for chunk in chunks:
             last = replace(chunk, prompt_logprobs=None)
