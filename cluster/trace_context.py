@@ -43,7 +43,8 @@ def accept(headers: Iterable[tuple[str, str | bytes]]) -> None:
     Args:
         headers: names in lower case, and values.
     """
-    parents, states = [], []
+    parents: list[str] = []
+    states: list[str] = []
     for name, value in headers:
         if name in (PARENT, STATE):
             text = value.decode("latin-1") if isinstance(value, bytes) else value

@@ -55,6 +55,11 @@ def test_a_conversation_may_be_mappings_or_pairs() -> None:
         (["ab"], "chat message 0 is 'ab'"),
         ([("user", "x"), ("user",)], r"chat message 1 is \('user',\)"),
         ([{"role": "user"}], "chat message 0 has no 'content'"),
+        ([{"role": "assistant", "tool_calls": []}], "chat message 0 has no 'content'"),
+        (
+            [{"role": "user", "content": "x", "tool_calls": [{}]}],
+            "chat message 0.tool_calls is set in a message of role",
+        ),
         ([{"content": "x"}], "chat message 0 has no 'role'"),
         ([{"role": "user", "content": "x", "contnet": "y"}], "chat message 0 has 'contnet', which cannot be sent"),
         ([("user", 7)], "the content of chat message 0 is 7"),
