@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.config.group_key import group_key
-from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import CandidateReport
 from workers.messages import Load, PromptLogprobs, RequestOptions, TokenOutput
 from workers.runner.step_times import StepTimes
-from workers.token_ids import TokenIds
+
+if TYPE_CHECKING:  # clients read these types, and have no numpy
+    from cluster.routing.prefix_index import PromptPrefix
+    from workers.token_ids import TokenIds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

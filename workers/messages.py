@@ -5,14 +5,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from workers.block_hashes import BlockHashes, PromptHashes
 from workers.sampling_params import SamplingParams
-from workers.token_ids import TokenIds
+
+if TYPE_CHECKING:  # clients read these types, and have no numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    from workers.block_hashes import BlockHashes, PromptHashes
+    from workers.token_ids import TokenIds
 
 
 class FinishReason(enum.Enum):
@@ -93,6 +95,8 @@ class WorkerRequest(RequestOptions):
 
     def hashes_for(self, block_size: int) -> BlockHashes:
         """Of the prompt's full blocks: those that came with it, or computed now if those are of another size."""
+        from workers.block_hashes import BlockHashes
+
         given = self.block_hashes
         if given is not None and given.block_size == block_size:
             return BlockHashes(block_size, self.cache_salt, given.digests)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +33,19 @@ def test_the_client_the_command_line_and_the_doors_load_neither_torch_nor_ray() 
     code = f"import {', '.join(LIGHT)}, sys; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+def test_the_client_and_its_commands_need_only_what_their_distribution_brings() -> None:
+    client = ["cluster.client", "cluster.cli.top", *(name for name in LIGHT if name.startswith("cluster.cli."))]
+    client.remove("cluster.cli.up")
+    code = f"import {', '.join(client)}, sys; print(*({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    service = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    own = tomllib.loads((ROOT / "deploy/client/pyproject.toml").read_text())["project"]["dependencies"]
+    names, brought = ({re.split(r"[<>=~\[ ]", each)[0] for each in listed} for listed in (service, own))
+    lacking = {name.replace("-", "_") for name in names - brought}
+    assert "numpy" in lacking
+    assert lacking & set(done.stdout.split()) == set()
 
 
 def sent(chat: object) -> list[tuple[str, str]]:

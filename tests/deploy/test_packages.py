@@ -15,6 +15,9 @@ from zipfile import ZipFile
 
 import pytest
 
+from chat_templates import HERMES_THINK
+from scripted_service import scripted_service
+
 ROOT = Path(__file__).parents[2]
 MODEL_FILES = {path.name for path in (ROOT / "deploy" / "models" / "recall").iterdir()}
 CLASHES = ("attention", "benchmarks", "cluster", "kv_transfer", "protos", "workers")
@@ -154,3 +157,17 @@ def test_the_client_says_what_only_the_service_can(checkout: Path, tmp_path: Pat
     ran = subprocess.run(command, cwd=elsewhere, env=clean_environment(), text=True, capture_output=True, check=False)
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
     assert "pip install baton-llm" in ran.stderr
+    with scripted_service(HERMES_THINK) as service:
+        service.engine.text = "Good morning."
+        address = service.grpc.address
+        code = f"from cluster.client import BatonClient; print(BatonClient('{address}').generate_once('Hi').text)"
+        for asked in (
+            ["baton", "generate", "Hi", "--server", address],
+            ["baton", "generate", "--chat", "Hi", "--server", address],
+            ["python", "-P", "-c", code],
+        ):
+            run = [str(venv / "bin" / asked[0]), *asked[1:]]
+            told = subprocess.run(
+                run, cwd=elsewhere, env=clean_environment(), text=True, capture_output=True, check=False
+            )
+            assert (told.stdout.strip(), told.stderr) == ("Good morning.", "")
