@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli.foreign_flags import UpParser
 from cluster.cli.stop_signals import StopSignals
 from cluster.cli.welcome import welcome
-from cluster.config.load import describe_settings, load_config
+from cluster.config.load import describe_settings, keep_grpc_out_of_forks, load_config
 from cluster.config.schema import ServiceConfig
 from cluster.errors import ServiceBrokenError
 from cluster.live.starting import StartingAnswers
@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    keep_grpc_out_of_forks()
     from cluster.server.doors import check_files
 
     config = load_config(args.config, overrides=overrides_of(args))
