@@ -1,8 +1,9 @@
 """What the gateway carries: tokens per second of its processor's time, this tree against another in one run.
 
 The real server, engine, queue and router over simulated workers that have a token for every stream each step; clients
-in processes of their own. Processor time and not the clock is counted, so that other work on the machine matters less;
-the two trees are measured in turn, several times, and the medians compared.
+in processes of their own. Both trees' servers are there at once and idle; in each round each of them gets a batch of
+requests, all at once, and its processor time until the last token is counted (`benchmarks.paired_rounds` says how
+the two are compared).
 
   git worktree add ../before COMMIT
   python -m benchmarks.front_door --before ../before
@@ -14,33 +15,50 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.answer_slices import Side
 from benchmarks.environment import RESULTS, ROOT, Environment
 from benchmarks.line_process import LineProcess
+from benchmarks.paired_rounds import in_rounds, ratio
 from benchmarks.report import to_json, write_json
-from benchmarks.stream_load import spent_on_streams
 
+_WARM_UP_ROUNDS = 1
 _PROCESS = Path(__file__).with_name("front_door_process.py")
 
 
-def measure(pythonpath: str, streams: int, step_s: float, seconds: float) -> dict[str, Any]:
-    """One run: tokens, messages, processor seconds of the server, and what follows from them."""
-    processes = [server := LineProcess(_PROCESS, pythonpath, "server", str(streams), str(step_s))]
+def start(pythonpath: str, streams: int, step_s: float, longest: int) -> tuple[Side, str]:
+    """The processes of a tree, and the version of grpcio that its server has."""
+    server = LineProcess(_PROCESS, pythonpath, "server", str(streams), str(step_s))
+    hello = server.answer()
+    client = LineProcess(_PROCESS, pythonpath, "client", hello["address"], str(streams), str(longest))
+    return Side(server, client), hello["grpcio"]
+
+
+def compare(before: str, after: str, streams: int, offered: float, longest: int, rounds: int) -> dict[str, Any]:
+    """Both trees at so many streams: what a token costs each, and how many more a processor second carries."""
+    sides: dict[str, Side] = {}
+    versions: dict[str, str] = {}
     try:
-        hello = server.answer()
-        processes.append(client := LineProcess(_PROCESS, pythonpath, "client", hello["address"], str(streams)))
-        got = spent_on_streams(server, client, streams, seconds)
+        for name, path in (("before", before), ("after", after)):
+            sides[name], versions[name] = start(path, streams, streams / offered, longest)
+        ways = {name: side.cpu_us_per_token for name, side in sides.items()}
+        in_rounds(ways, _WARM_UP_ROUNDS)
+        runs = in_rounds(ways, rounds)
     finally:
-        for process in processes:
-            process.end()
+        for side in sides.values():
+            side.end()
+    tokens = streams * longest
     return {
-        "grpcio": hello["grpcio"],
-        **got,
-        "tokens_per_cpu_s": got["tokens"] / got["cpu_s"],
-        "cpu_us_per_token": got["cpu_s"] / got["tokens"] * 1e6,
-        "tokens_per_message": got["tokens"] / max(1, got["messages"]),
+        "streams": streams,
+        "grpcio": versions,
+        "cpu_us_per_token": {name: statistics.median(run) for name, run in runs.items()},
+        "more_tokens_per_cpu_s": asdict(ratio(runs["before"], runs["after"])),
+        "messages_per_token": {name: statistics.median(side.messages) / tokens for name, side in sides.items()},
+        "failures": {name: side.failures for name, side in sides.items()},
+        "runs": runs,
     }
 
 
@@ -51,24 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--after", default=str(ROOT), metavar="PATH", help="PYTHONPATH of the tree to measure")
     parser.add_argument("--streams", type=int, nargs="+", default=[256])
     parser.add_argument("--offered", type=float, default=25_600.0, help="tokens a second that the workers have at most")
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=200, help="of a request")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS / "front_door.json")
     args = parser.parse_args(argv)
     environment = Environment.capture(None)
     points = []
     for streams in args.streams:
-        runs: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
-        for _ in range(args.repeats):
-            for name, path in (("before", args.before), ("after", args.after)):
-                runs[name].append(measure(path, streams, streams / args.offered, args.seconds))
-        medians = {name: statistics.median(run["tokens_per_cpu_s"] for run in each) for name, each in runs.items()}
-        ratio = medians["after"] / medians["before"]
-        points.append({"streams": streams, "tokens_per_cpu_s": medians, "ratio": ratio, "runs": runs})
+        found = compare(args.before, args.after, streams, args.offered, args.tokens, args.rounds)
+        points.append(found)
+        costs, more = found["cpu_us_per_token"], found["more_tokens_per_cpu_s"]
         print(
-            f"{streams} streams: {medians['before']:.0f} → {medians['after']:.0f} tokens per CPU second, {ratio:.2f} ×"
+            f"{streams} streams: {costs['before']:.1f} → {costs['after']:.1f} µs of CPU a token, "
+            f"{more['median']:.2f} × the tokens of a CPU second ({more['low']:.2f} … {more['high']:.2f}), "
+            f"failures {found['failures']}"
         )
-    config = {name: getattr(args, name) for name in ("offered", "seconds", "repeats")}
+    config = {name: getattr(args, name) for name in ("offered", "tokens", "rounds")}
     write_json(args.output, to_json("front_door", environment, config, {"points": points}))
     return 0
 

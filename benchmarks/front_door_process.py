@@ -15,7 +15,7 @@ from importlib.metadata import version
 from benchmarks.simulation.hardware import Hardware
 from benchmarks.simulation.workers import SimulatedWorker
 from cluster.api import ModelInfo
-from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
+from cluster.client.client import AsyncBatonClient, Connection
 from cluster.config.load import load_config
 from cluster.gateway.engine import ServingEngine
 from cluster.recall import SHIPPED_MODEL
@@ -30,7 +30,6 @@ except ImportError:  # a tree that has it beside the engine
     from cluster.gateway.text_generation import Generation  # type: ignore[import-not-found, no-redef]
 
 _PROMPT = (5, 6, 7, 8)
-_LONGEST = 3000
 _PREFILL_WORKERS = 32
 """So that prompts, one at a time on each, are not what streams wait for to begin."""
 
@@ -64,29 +63,24 @@ async def serve(streams: int, step_s: float) -> None:
     await engine.stop()
 
 
-async def read_streams(address: str, streams: int) -> None:
-    """Keep so many streams open; each line of standard input is answered with what has been received so far."""
-    counts: dict[str, int] = dict.fromkeys(("tokens", "messages", "failures", "begun"), 0)
+async def read_answers(address: str, streams: int, longest: int) -> None:
+    """For each line of standard input send so many requests at once, and answer when all are done."""
 
-    async def read(client: AsyncBatonClient, seed: int) -> None:
-        begun = False
-        while True:
-            sampling = SamplingParams(max_tokens=_LONGEST, seed=_LONGEST - seed % 7)
-            try:
-                async for chunk in client.generate(token_ids=_PROMPT, sampling=sampling):
-                    counts["begun"] += not begun
-                    begun = True
-                    counts["messages"] += 1
-                    counts["tokens"] += len(chunk.token_ids)
-            except BatonClientError:
-                counts["failures"] += 1
+    async def read(client: AsyncBatonClient, number: int) -> tuple[int, int]:
+        tokens = messages = 0
+        length = longest - number % 7
+        sampling = SamplingParams(max_tokens=length, seed=length)
+        async for chunk in client.generate(token_ids=_PROMPT, sampling=sampling):
+            messages += 1
+            tokens += len(chunk.token_ids)
+        return tokens, messages
 
     client = AsyncBatonClient(Connection(address))
-    tasks = [asyncio.create_task(read(client, seed)) for seed in range(streams)]
     while await asyncio.to_thread(sys.stdin.readline):
-        print(json.dumps(counts), flush=True)
-    for task in tasks:
-        task.cancel()
+        answers = await asyncio.gather(*(read(client, number) for number in range(streams)), return_exceptions=True)
+        done = [answer for answer in answers if isinstance(answer, tuple)]
+        tokens, messages = (sum(answer[i] for answer in done) for i in range(2))
+        print(json.dumps({"tokens": tokens, "messages": messages, "failures": streams - len(done)}), flush=True)
     await client.close()
 
 
@@ -95,4 +89,4 @@ if __name__ == "__main__":
     if role == "server":
         asyncio.run(serve(int(arguments[0]), float(arguments[1])))
     else:
-        asyncio.run(read_streams(arguments[0], int(arguments[1])))
+        asyncio.run(read_answers(arguments[0], int(arguments[1]), int(arguments[2])))

@@ -1,10 +1,12 @@
 """What it costs to look: the gateway's processor time for each token with metrics, page, log and traces, against none.
 
 The real server, engine, queue and router over simulated workers that have a token for every stream each step; clients
-in a process of their own. The ways are measured in turn, several times, in slices of a second, and the lower quartiles
-of the slices compared: what else the machine does makes processor time longer, never shorter. Simulated workers make no
-spans of their own, so that traces are the gateway's. What metrics and page do for each token and request is measured by
-itself, too, and set against the processor time of a token: that tells hundredths where the machine is not quiet.
+in processes of their own. All ways are there at once and idle; in each round every one of them gets a batch of
+requests, and only processor time is counted (`benchmarks.paired_rounds` says how they are compared). Every token is a
+message, as where there is time. "nothing" is there twice: what the second one costs more is what the machine makes of
+no difference. Simulated workers make no spans of their own, so that traces are the gateway's; they are sent within the
+slice that they belong to. What metrics and page do for each token and request is measured by itself, too, and set
+against the processor time of a token.
 
   python -m benchmarks.observing_cost
 """
@@ -13,24 +15,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import statistics
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from benchmarks.answer_slices import Side
 from benchmarks.environment import RESULTS, ROOT, Environment
 from benchmarks.line_process import LineProcess
 from benchmarks.observing_calls import call_costs
 from benchmarks.observing_cost_process import MODES
+from benchmarks.paired_rounds import in_rounds, ratio
 from benchmarks.report import to_json, write_json
 
-_WARM_UP_S = 2.0
-_SLICE_S = 1.0
+_WARM_UP_ROUNDS = 2
+_LOOK_S = 1.0
+_AGAIN = " again"
 _SERVER, _CLIENT = (Path(__file__).with_name(f"observing_cost_{name}.py") for name in ("process", "client"))
 
 
@@ -47,71 +53,85 @@ class _Sink(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def measure(mode: str, streams: int, step_s: float, longest: int, seconds: float, collector: str) -> list[float]:
-    """One run: microseconds of the server's processor time for each token, in slices of a second."""
-    arguments = (mode, str(streams), str(step_s), collector)
-    processes = [server := LineProcess(_SERVER, str(ROOT), *arguments, silent=True)]
-    slices: list[float] = []
+@contextlib.contextmanager
+def looked_at(page: str) -> Iterator[None]:
+    """Ask for all that an open page and a scraper ask for, once a second, until the block ends; empty: for nothing."""
+    done = threading.Event()
+
+    def look() -> None:
+        while page:
+            for path in ("live.json", "metrics"):
+                urllib.request.urlopen(page + path, timeout=10).read()
+            if done.wait(_LOOK_S):
+                break
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
     try:
-        hello = server.answer()
-        load = (hello["address"], str(streams), str(longest))
-        processes.append(client := LineProcess(_CLIENT, str(ROOT), *load, silent=True))
-        time.sleep(_WARM_UP_S)
-        cpu_s, tokens = server.ask()["cpu_s"], client.ask()["tokens"]
-        for _ in range(int(seconds / _SLICE_S)):
-            if hello["page"]:  # an open page asks once a second, and so does this scraper
-                for path in ("live.json", "metrics"):
-                    urllib.request.urlopen(hello["page"] + path, timeout=10).read()
-            time.sleep(_SLICE_S)
-            cpu_now, tokens_now = server.ask()["cpu_s"], client.ask()["tokens"]
-            if tokens_now > tokens:
-                slices.append((cpu_now - cpu_s) / (tokens_now - tokens) * 1e6)
-            cpu_s, tokens = cpu_now, tokens_now
+        yield
     finally:
-        for process in processes:
-            process.end()
-    return slices
+        done.set()
+        looking.join()
+
+
+def way(mode: str, streams: int, step_s: float, longest: int, collector: str) -> tuple[Side, Callable[[], float]]:
+    """A server that is looked at in one way, and what measures a slice of it."""
+    server = LineProcess(
+        _SERVER, str(ROOT), mode.removesuffix(_AGAIN), str(streams), str(step_s), collector, silent=True
+    )
+    hello = server.answer()
+    side = Side(server, LineProcess(_CLIENT, str(ROOT), hello["address"], str(streams), str(longest), silent=True))
+
+    def measure() -> float:
+        with looked_at(hello["page"]):
+            return side.cpu_us_per_token()
+
+    return side, measure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--offered", type=float, default=1600.0, help="tokens a second that the workers have at most")
+    parser.add_argument("--offered", type=float, default=3200.0, help="tokens a second that the workers have at most")
     parser.add_argument("--tokens", type=int, default=200, help="of a request")
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=25, help="of some 15 seconds")
     parser.add_argument("--output", type=Path, default=RESULTS / "observing_cost.json")
     args = parser.parse_args(argv)
     environment = Environment.capture(None)
     sink = ThreadingHTTPServer(("127.0.0.1", 0), _Sink)
     threading.Thread(target=sink.serve_forever, daemon=True).start()
     collector = f"http://127.0.0.1:{sink.server_address[1]}/v1/traces"
-    runs: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
-    for _ in range(args.repeats):
-        for mode in MODES:
-            step_s = args.streams / args.offered
-            runs[mode].append(measure(mode, args.streams, step_s, args.tokens, args.seconds, collector))
-    costs = {mode: _lower_quartile([cost for run in each for cost in run]) for mode, each in runs.items()}
-    more = {mode: cost / costs["nothing"] - 1.0 for mode, cost in costs.items()}
-    for mode, cost in costs.items():
-        print(f"{mode:<18} {cost:7.1f} µs of CPU a token  {more[mode]:+.1%}")
+    sides: list[Side] = []
+    ways: dict[str, Callable[[], float]] = {}
+    try:
+        for mode in (*MODES, MODES[0] + _AGAIN):
+            side, ways[mode] = way(mode, args.streams, args.streams / args.offered, args.tokens, collector)
+            sides.append(side)
+        in_rounds(ways, _WARM_UP_ROUNDS)
+        runs = in_rounds(ways, args.rounds)
+    finally:
+        for side in sides:
+            side.end()
+    costs = {mode: statistics.median(run) for mode, run in runs.items()}
+    more = {mode: ratio(run, runs["nothing"]) for mode, run in runs.items() if mode != "nothing"}
+    print(f"{'nothing':<18} {costs['nothing']:7.1f} µs of CPU a token")
+    for mode, found in more.items():
+        print(f"{mode:<18} {costs[mode]:7.1f} µs of CPU a token  {found.more()}")
     calls = asyncio.run(_call_costs())
     shares = {name: (token + request / args.tokens) / costs["nothing"] for name, (token, request) in calls.items()}
     for name, (token, request) in calls.items():
         print(f"{name:<18} calls: {token:.2f} µs a token, {request:.1f} µs a request, {shares[name]:.1%} of nothing's")
-    config = {name: getattr(args, name) for name in ("streams", "offered", "tokens", "seconds", "repeats")}
-    points = {"cpu_us_per_token": costs, "more": more, "calls_us": calls, "calls_share": shares, "runs": runs}
-    write_json(args.output, to_json("observing_cost", environment, config, points))
+    config = {name: getattr(args, name) for name in ("streams", "offered", "tokens", "rounds")}
+    compared = {mode: asdict(found) for mode, found in more.items()}
+    points = {"cpu_us_per_token": costs, "ratio": compared, "calls_us": calls, "calls_share": shares, "runs": runs}
+    failures = sum(side.failures for side in sides)
+    write_json(args.output, to_json("observing_cost", environment, config, {**points, "failures": failures}))
     return 0
 
 
 async def _call_costs() -> dict[str, tuple[float, float]]:
     return call_costs()
-
-
-def _lower_quartile(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=4)[0]
 
 
 if __name__ == "__main__":

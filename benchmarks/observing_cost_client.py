@@ -9,28 +9,27 @@ import sys
 from cluster.client.client import AsyncBatonClient, Connection
 from workers.sampling_params import SamplingParams
 
-_COUNTS = {"tokens": 0, "requests": 0}
 
-
-async def _read(client: AsyncBatonClient, number: int, longest: int) -> None:
-    """One answer after the other."""
-    while True:
-        length = longest - number % 7
-        sampling = SamplingParams(max_tokens=length, seed=length)
-        async for chunk in client.generate(token_ids=(5, 6, 7, 8), sampling=sampling):
-            _COUNTS["tokens"] += len(chunk.token_ids)
-        _COUNTS["requests"] += 1
+async def _read(client: AsyncBatonClient, number: int, longest: int) -> tuple[int, int]:
+    """One answer: its tokens, and the messages that they came in."""
+    length, tokens, messages = longest - number % 7, 0, 0
+    sampling = SamplingParams(max_tokens=length, seed=length)
+    async for chunk in client.generate(token_ids=(5, 6, 7, 8), sampling=sampling):
+        tokens += len(chunk.token_ids)
+        messages += 1
+    return tokens, messages
 
 
 async def main(address: str, streams: int, longest: int) -> None:
-    """Keep so many streams open; each line of standard input is answered with what has been received so far."""
-    client = AsyncBatonClient(Connection(address))
-    tasks = [asyncio.create_task(_read(client, number, longest)) for number in range(streams)]
-    while await asyncio.to_thread(sys.stdin.readline):
-        print(json.dumps(_COUNTS), flush=True)
-    for task in tasks:
-        task.cancel()
-    await client.close()
+    """For each line of standard input send so many requests at once, and answer when all are done."""
+    async with AsyncBatonClient(Connection(address)) as client:
+        while await asyncio.to_thread(sys.stdin.readline):
+            batch = (_read(client, number, longest) for number in range(streams))
+            answers = await asyncio.gather(*batch, return_exceptions=True)
+            done = [answer for answer in answers if isinstance(answer, tuple)]
+            tokens, messages = (sum(answer[i] for answer in done) for i in range(2))
+            counts = {"tokens": tokens, "messages": messages, "failures": streams - len(done)}
+            print(json.dumps(counts), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,23 @@ from cluster.metrics.service import observe_service
 from cluster.recall import SHIPPED_MODEL
 from cluster.server.garbage_collector import settle
 from cluster.server.grpc.serve import start_server
+from cluster.server.pacing import Pacer
 from cluster.server.pages.serve import serve_pages
 from cluster.text.tokenizer import Tokenizer
 
 MODES = ("nothing", "metrics", "metrics and page", "log", "traces")
 _PREFILL_WORKERS = 8
+
+
+class _Unhurried(Pacer):
+    """Every token is a message, however busy the machine is: else what a token costs would follow what others do."""
+
+    def sample(self, busy: float) -> None:
+        """See `Pacer.sample`."""
+
+
+def _nothing() -> None:
+    """There is nothing to be sent."""
 
 
 async def serve(mode: str, streams: int, step_s: float, collector: str) -> None:
@@ -34,7 +46,7 @@ async def serve(mode: str, streams: int, step_s: float, collector: str) -> None:
     config = load_config(environ={}, overrides={"server.port": 0, "metrics.port": 0})
     generation = Generation(engine, Tokenizer.load(SHIPPED_MODEL), info)
     async with contextlib.AsyncExitStack() as stack:
-        page = ""
+        page, flush = "", _nothing
         if mode == "metrics":
             observe_service(engine, info.name, info.max_model_len, "baton")
         elif mode == "metrics and page":
@@ -47,11 +59,14 @@ async def serve(mode: str, streams: int, step_s: float, collector: str) -> None:
             from cluster.tracing.exporting import otlp_targets
             from cluster.tracing.observer import TraceRequests
 
-            engine.observe(TraceRequests(otlp_targets(collector, 1.0, "baton")))
-        server = await start_server(config.server, generation, engine, info)
+            targets = otlp_targets(collector, 1.0, "baton")
+            engine.observe(TraceRequests(targets))
+            flush = targets.flush
+        server = await start_server(config.server, generation, engine, info, _Unhurried())
         settle()
         print(json.dumps({"address": server.address, "page": page}), flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
+            await asyncio.to_thread(flush)  # what a slice has begun belongs to it
             print(json.dumps({"cpu_s": time.process_time()}), flush=True)
         await server.stop(grace_s=0)
     await engine.stop()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.config.group_key import group_key
-from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import CandidateReport
 from workers.messages import Load, PromptLogprobs, RequestOptions, TokenOutput
 from workers.runner.step_times import StepTimes
-from workers.token_ids import TokenIds
+
+if TYPE_CHECKING:  # clients read these types, and have no numpy
+    from cluster.routing.prefix_index import PromptPrefix
+    from workers.token_ids import TokenIds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,11 +25,13 @@ class EngineRequest(RequestOptions):
         prefix: the prompt's blocks, hashed with `cache_salt` for `Engine.block_sizes` before the engine sees the
             request; None: they are hashed when workers are chosen.
         received: when the door had it, by the monotonic clock, before it was tokenised; 0: it is not known.
+        copies: answers that its one sample is: greedy ones to one prompt are all the same.
     """
 
     prompt_token_ids: TokenIds
     prefix: PromptPrefix | None = field(default=None, repr=False)
     received: float = 0.0
+    copies: int = 1
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cluster.api import ModelInfo
 from cluster.autoscaling.autoscaler import Autoscaler, policies_of
 from cluster.clock import now
 from cluster.config.groups import groups_of
-from cluster.config.load import ray_token_is_given
+from cluster.config.load import ray_niceness_is_given, ray_token_is_given
 from cluster.config.schema import AutoscalerConfig, ServiceConfig
 from cluster.device_placement import place_groups
 from cluster.gateway.engine import ServingEngine
@@ -47,6 +47,8 @@ _SHUTDOWN_TIMEOUT_S = 20.0
 _REACH_TIMEOUT_S = 5.0
 _SILENCE_S = 4.0  # workers say something every second
 _COUNT_INTERVAL_S = 10.0
+_SYSTEM_CONFIG = {"worker_niceness": 0}
+"""Ray runs its workers at 15, so that any other program of the machine goes before tokens."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def _start_ray(config: ServiceConfig, report: Callable[[str], None]) -> bool:
             # its operator's business.
             num_cpus=max(os.cpu_count() or 1, int(-(-most // 1))) if local else None,
             include_dashboard=False if local else None,
+            _system_config=None if not local or ray_niceness_is_given() else dict(_SYSTEM_CONFIG),
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

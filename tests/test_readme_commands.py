@@ -33,6 +33,7 @@ COMMANDS = {
     "baton plan": "tests/cluster/cli/test_plan.py::test_what_workers_measured_goes_over_the_wire_and_into_a_file",
     "baton backends --explain": "tests/cluster/cli/test_backends.py::test_explain_gives_every_reason",
     "baton doctor": "tests/cluster/cli/test_doctor.py::test_host_memory_is_measured",
+    "curl": "tests/cluster/server/openai/test_readme_curl.py::test_the_curl_lines_are_answered",
     "ray get-auth-token": _TOKEN,
     "ray up": _NODES,
     "ray exec": _NODES,
@@ -44,7 +45,7 @@ COMMANDS = {
 def commands() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [line.partition("#")[0].strip() for block in _BLOCK.findall(text) for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(make|pip|baton|ray|source|docker|kubectl) ", line)]
+    return [line for line in lines if re.match(r"(make|pip|baton|ray|source|docker|kubectl|curl) ", line)]
 
 
 def entry_of(command: str) -> str | None:

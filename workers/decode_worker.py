@@ -54,6 +54,8 @@ from workers.validation import (
 )
 from workers.waiting_queue import DecodeQueue
 
+_CANCELLED = "the request was cancelled"
+
 
 class DecodeWorker:
     """Decodes sequences whose prompts were computed elsewhere, or here. A plain object: `step` as long as `has_work`.
@@ -166,17 +168,17 @@ class DecodeWorker:
         self._queue.add(sequence)
 
     def abort(self, attempt_id: str, index: int | None = None) -> None:
-        """Stop an attempt, wherever it is, or one of its samples; nothing more is said of it."""
+        """Stop an attempt, wherever it is, or one of its samples; if it is traced its spans are told."""
         if index is None:
             for sequence in self._sequences.pop(attempt_id):
-                self._stop(sequence)
+                self._stop(sequence, _CANCELLED)
             return
         for sequence in self._sequences.of(attempt_id):
             if sequence in self._queue:  # it has not parted: all samples are this one
                 sequence.unwanted.add(index)
             elif sequence.index == index:
                 self._sequences.remove(sequence)
-                self._stop(sequence)
+                self._stop(sequence, _CANCELLED)
 
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A prefill worker's process is gone."""
@@ -332,8 +334,8 @@ class DecodeWorker:
             if sequence.trace is not None:
                 sequence.trace.mark("second")
         reason = finish_reason(sequence.state)
-        if reason is not None and sequence.trace is not None:
-            self._events.append(sequence_spans(sequence, sequence.trace))
+        if reason is not None:
+            self._tell_spans(sequence)
         self._events.append(TokenOutput(request_id, *sampled, reason, sequence.index, attempt_id=attempt_id))
         if reason is not None:
             self._batch.remove(sequence)
@@ -353,6 +355,7 @@ class DecodeWorker:
             self._forget(sequence, sampled)
             self.cache.release(sequence.tables)
             self._sequences.remove(sequence)
+            self._tell_spans(sequence, str(sampled))
             return
         trace = sequence.trace
         reasons = self._begin(sequence, [token.token_id for token in sampled])
@@ -378,6 +381,7 @@ class DecodeWorker:
         if isinstance(first_tokens, HandoffError):
             self._sequences.remove(sequence)
             attempt_id = sequence.request.attempt_id
+            self._tell_spans(sequence, str(first_tokens))
             self._events.append(RequestFailed(sequence.request.request_id, first_tokens, attempt_id=attempt_id))
         else:
             self._begin(sequence, first_tokens)
@@ -404,11 +408,17 @@ class DecodeWorker:
             error = DeadlineExceededError(f"the deadline passed while {where}")
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             for sequence in sequences:
-                self._stop(sequence)
+                self._stop(sequence, str(error))
 
-    def _stop(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence, reason: str) -> None:
         """End a sequence that is no longer in `_sequences`; its blocks follow when they are safe."""
+        self._tell_spans(sequence, reason)
         if sequence in self._queue:
             self._queue.remove(sequence)
         else:
             self._batch.remove(sequence)
+
+    def _tell_spans(self, sequence: Sequence, stopped: str = "") -> None:
+        """The sequence has ended, or is stopped for this reason: say when what happened, if it is traced."""
+        if sequence.trace is not None:
+            self._events.append(sequence_spans(sequence, sequence.trace, stopped))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from workers.block_hashes import BlockHashes, PromptHashes
 from workers.sampling_params import SamplingParams
-from workers.token_ids import TokenIds
+
+if TYPE_CHECKING:  # clients read these types, and have no numpy
+    import numpy as np
+    import numpy.typing as npt
+
+    from workers.block_hashes import BlockHashes, PromptHashes
+    from workers.token_ids import TokenIds
 
 
 class FinishReason(enum.Enum):
@@ -40,6 +42,7 @@ class RequestOptions:
         user: whose it is; users take turns.
         cache_salt: requests of unlike salts share no cached block.
         traceparent: the client's trace, as the header of this name has it in W3C's Trace Context; empty: none.
+        tracestate: what tracing systems on the way have said of that trace, likewise.
     """
 
     request_id: str
@@ -49,6 +52,7 @@ class RequestOptions:
     user: str = ""
     cache_salt: bytes = b""
     traceparent: str = ""
+    tracestate: str = ""
 
 
 def shared_options(options: RequestOptions) -> dict[str, Any]:
@@ -91,6 +95,8 @@ class WorkerRequest(RequestOptions):
 
     def hashes_for(self, block_size: int) -> BlockHashes:
         """Of the prompt's full blocks: those that came with it, or computed now if those are of another size."""
+        from workers.block_hashes import BlockHashes
+
         given = self.block_hashes
         if given is not None and given.block_size == block_size:
             return BlockHashes(block_size, self.cache_salt, given.digests)

@@ -14,7 +14,7 @@ from kv_transfer.connector import ConnectorEvent, HandoffAborted, HandoffSent, K
 from workers.errors import BatonError, HandoffError, NoTokenLeftError, SamplingError
 from workers.grammars.compiler import GrammarCompiler
 from workers.handoff.layers_per_write import LayersPerWrite
-from workers.handoff.prompt_spans import prompt_spans
+from workers.handoff.prompt_spans import prompt_spans, stopped_prompt_spans
 from workers.handoff.sending import Prompt, complete_blocks, layer_pusher, push_cached
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
@@ -128,7 +128,7 @@ class PrefillWorker:
             self._connector.begin(request.handoff_id, request.peer_engine)
 
     def abort(self, attempt_id: str, index: int | None = None) -> None:
-        """Stop an attempt, wherever it is; nothing more is said of it. Of one sample there is nothing to stop."""
+        """Stop an attempt, wherever it is, and tell its spans if it is traced. Of one sample nothing is stopped."""
         if index is None and (prompt := self._prompts.pop(attempt_id, None)):
             self._stop(prompt, "the request was cancelled")
 
@@ -324,6 +324,8 @@ class PrefillWorker:
 
     def _stop(self, prompt: Prompt, reason: str) -> None:
         """Take a request that is no longer in `_prompts` out of the schedule; its blocks follow when they are safe."""
+        if prompt.trace is not None:
+            self._events.append(stopped_prompt_spans(prompt, prompt.trace, reason))
         self._scheduler.remove(prompt.progress)
         if prompt.request.peer_engine is None:
             self._give_back(prompt)

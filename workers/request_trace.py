@@ -32,9 +32,13 @@ class RequestTrace:
         """Something has happened now; the first time counts."""
         self._marks.setdefault(name, time.time())
 
-    def marked(self, name: str) -> float:
-        """When that was; the arrival, if it has not happened."""
-        return self._marks.get(name, self.arrived)
+    def marked(self, name: str, otherwise: float | None = None) -> float:
+        """When that was; if it has not happened, the other time, or else the arrival."""
+        return self._marks.get(name, self.arrived if otherwise is None else otherwise)
+
+    def has(self, name: str) -> bool:
+        """Whether that has happened."""
+        return name in self._marks
 
     def event(self, name: str, **attributes: int | float | str) -> None:
         """Something has happened now that takes no time; of very many the first are kept."""

@@ -42,8 +42,8 @@ class SamplingParams:
         max_tokens: the most tokens to generate; None goes on to the end of the context window.
         min_tokens: no end-of-sequence or stop token before this many were generated.
         logprobs: log-probabilities of the chosen and of this many most likely tokens; None returns none.
-        n: samples, answers to one prompt; see `of_sample`. More than one is refused where every token is the most
-            likely one, as all of them would be the same.
+        n: samples, answers to one prompt; see `of_sample`. Where every token is the most likely one they are all the
+            same, and the gateway has one computed.
         prompt_logprobs: of each token of the prompt but the first, log-probabilities of the token and of this many most
             likely ones; None returns none.
         include_stop_str_in_output: what ended the text, a stop string or a token, is part of the text.
@@ -99,8 +99,6 @@ class SamplingParams:
         if self.prompt_logprobs is not None:
             _require_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         _require_int("n", self.n, 1, 2**31 - 1)
-        if self.n > 1 and self.greedy:
-            raise InvalidRequestError(f"n is {self.n}, it must be 1 for greedy sampling")
         if self.max_tokens is not None:
             _require_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
             if self.min_tokens > self.max_tokens:

@@ -61,6 +61,8 @@ def look(url: str) -> dict[str, Any]:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
+        if step := _starting(error):
+            raise ConfigError(f"the service is starting: {step}") from error
         raise ConfigError(f"{address} answers {error.code}: is that Baton's page?") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
@@ -70,9 +72,21 @@ def look(url: str) -> dict[str, Any]:
     return found
 
 
+def _starting(error: urllib.error.HTTPError) -> str:
+    """What a service that is starting says that it is at; empty: it is something else that has answered."""
+    try:
+        said = json.load(error)
+    except ValueError:
+        return ""
+    step = said.get("starting") if isinstance(said, dict) else None
+    return step if isinstance(step, str) else ""
+
+
 def _look_again(url: str, before: dict[str, Any]) -> dict[str, Any]:
     """How it is now; if nobody answers, as it was, and that."""
     try:
         return look(url)
-    except ConfigError:
-        return {**before, "health": {"ready": False, "reason": "the gateway does not answer; trying again"}}
+    except ConfigError as error:
+        starting = str(error) if isinstance(error.__cause__, urllib.error.HTTPError) else ""
+        reason = starting or "the gateway does not answer; trying again"
+        return {**before, "health": {"ready": False, "reason": reason}}

@@ -6,16 +6,17 @@ import argparse
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli.foreign_flags import UpParser
 from cluster.cli.stop_signals import StopSignals
 from cluster.cli.welcome import welcome
-from cluster.config.load import describe_settings, load_config
+from cluster.config.load import describe_settings, keep_grpc_out_of_forks, load_config
 from cluster.config.schema import ServiceConfig
 from cluster.errors import ServiceBrokenError
+from cluster.live.starting import StartingAnswers
 from cluster.logs.setup import log_to_stderr
 from workers.errors import ConfigError
 
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    keep_grpc_out_of_forks()
     from cluster.server.doors import check_files
 
     config = load_config(args.config, overrides=overrides_of(args))
@@ -158,13 +160,19 @@ async def _serve(config: ServiceConfig, console: Any, signals: StopSignals) -> N
     doors = Doors(config.server)
     await doors.open()
     try:
-        await _launch(config, doors, console, signals, warnings)
+        async with _page(config, doors.port) as page:
+            await _launch(config, doors, page, console, signals, warnings)
     finally:
         await doors.stop(grace_s=0)
 
 
 async def _launch(
-    config: ServiceConfig, doors: Doors, console: Any, signals: StopSignals, warnings: Sequence[str]
+    config: ServiceConfig,
+    doors: Doors,
+    page: _Page,
+    console: Any,
+    signals: StopSignals,
+    warnings: Sequence[str],
 ) -> None:
     """Start what is behind the doors, serve, and stop it."""
     from cluster.launch import launch
@@ -176,6 +184,7 @@ async def _launch(
         def report(step: str) -> None:
             console.print(f"{time.monotonic() - began:6.1f} s  {step}", markup=False, highlight=False, soft_wrap=True)
             status.update(step)
+            page.answers.step = step
             asyncio.run_coroutine_threadsafe(doors.starting(step), loop)  # some steps are told by other threads
 
         async with launch(config, report) as service:
@@ -186,12 +195,12 @@ async def _launch(
             signals.take()
             await doors.serve(service.generation, service.engine, service.model_info, service.readiness.health)
             following = asyncio.gather(service.readiness.run(), _follow(service.readiness, doors))
-            async with _pages(config, doors.port, service.observed) as page:
+            with page.shows(service.observed):
                 settle()
                 status.stop()
                 for warning in warnings:
                     console.print(f"warning: {warning}", style="yellow", markup=False)
-                print(welcome(config, service.model_info, doors.address, doors.http_url, page), flush=True)
+                print(welcome(config, service.model_info, doors.address, doors.http_url, page.address), flush=True)
                 await stopping.wait()
                 broken = service.broken.result() if service.broken.done() else None
                 if broken is not None:
@@ -204,16 +213,43 @@ async def _launch(
                 raise ServiceBrokenError(broken)
 
 
+@dataclass(frozen=True)
+class _Page:
+    """Page and metrics, which are served before there is anything to show.
+
+    Attributes:
+        address: the page's; None: neither is wanted.
+        answers: what is answered.
+    """
+
+    address: str | None
+    answers: StartingAnswers
+
+    @contextlib.contextmanager
+    def shows(self, observed: Observed | None) -> Iterator[None]:
+        """Show a service that runs, until the block ends."""
+        self.answers.running = None if observed is None else observed.answers
+        try:
+            yield
+        finally:
+            self.answers.running, self.answers.step = None, "it has stopped"
+
+
 @contextlib.asynccontextmanager
-async def _pages(config: ServiceConfig, port: int, observed: Observed | None) -> AsyncIterator[str | None]:
-    """Serve the page and the metrics, if they are wanted; yields the page's address."""
+async def _page(config: ServiceConfig, port: int) -> AsyncIterator[_Page]:
+    """Serve page and metrics until the block ends, if they are wanted.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
     from cluster.server.pages.serve import serve_pages
 
-    if observed is None:
-        yield None
+    answers = StartingAnswers()
+    if not config.metrics.enabled:
+        yield _Page(None, answers)
         return
-    async with serve_pages(config.metrics, port, observed.answers) as address:
-        yield address
+    async with serve_pages(config.metrics, port, answers) as address:
+        yield _Page(address, answers)
 
 
 async def _follow(readiness: Readiness, doors: Doors) -> None:

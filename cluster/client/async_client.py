@@ -10,7 +10,7 @@ import grpc
 
 from cluster.api import Explanation, ModelInfo, PoolTarget, ServerInfo, WorkerStatus
 from cluster.client.connection import MAX_RESPONSE_BYTES, Connection
-from cluster.client.conversations import Messages
+from cluster.client.conversations import ConversationOptions, Messages
 from cluster.client.errors import call_errors
 from cluster.client.health import check_async
 from cluster.client.messages import GenerateChunk, chunk
@@ -88,10 +88,15 @@ class AsyncBatonClient:
             return chunk(await self._stub.GenerateOnce(request, timeout=timeout_s, metadata=metadata))
 
     async def tokenize(
-        self, prompt: str | None = None, *, chat: Messages | None = None, timeout_s: float | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        chat: Messages | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[ConversationOptions],
     ) -> list[int]:
         """Token ids of exactly one of `prompt` and `chat`."""
-        request = tokenize_request(prompt, chat)
+        request = tokenize_request(prompt, chat, **options)
         with call_errors(self._connection):
             response = await self._stub.Tokenize(request, timeout=timeout_s, metadata=self._metadata)
         return list(response.token_ids)

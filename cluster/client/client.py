@@ -11,7 +11,7 @@ import grpc
 from cluster.api import Explanation, ModelInfo, PoolTarget, ServerInfo, WorkerStatus
 from cluster.client.async_client import AsyncBatonClient
 from cluster.client.connection import DEFAULT_ADDRESS, MAX_RESPONSE_BYTES, Connection
-from cluster.client.conversations import Messages
+from cluster.client.conversations import ConversationOptions, Messages
 from cluster.client.errors import BatonClientError, call_errors
 from cluster.client.health import check
 from cluster.client.messages import GenerateChunk, chunk
@@ -60,7 +60,9 @@ class BatonClient:
         """Generate from exactly one of `prompt`, `token_ids` and `chat`, part by part.
 
         Closing the iterator cancels the request. What else can be asked for is in `Options`: the fields of
-        `SamplingParams`, such as `max_tokens=16, temperature=0`, and what concerns the request as a whole.
+        `SamplingParams`, such as `max_tokens=16, temperature=0`, what concerns the request as a whole, and a
+        conversation's `tools` and `tool_choice`. What an answer says, calls too, is in `GenerateChunk.message`; of
+        an answer in parts, what their `deltas` add up to in a `MessageBuilder`.
 
         Args:
             prompt: a text.
@@ -102,10 +104,15 @@ class BatonClient:
             return chunk(self._stub.GenerateOnce(request, timeout=timeout_s, metadata=[*self._metadata, *outgoing()]))
 
     def tokenize(
-        self, prompt: str | None = None, *, chat: Messages | None = None, timeout_s: float | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        chat: Messages | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[ConversationOptions],
     ) -> list[int]:
         """Token ids of exactly one of `prompt` and `chat`. Errors as in `generate`."""
-        request = tokenize_request(prompt, chat)
+        request = tokenize_request(prompt, chat, **options)
         with call_errors(self._connection):
             return list(self._stub.Tokenize(request, timeout=timeout_s, metadata=self._metadata).token_ids)
 

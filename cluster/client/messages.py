@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.api import RequestReport, Usage
-from cluster.conversation.deltas import Delta
+from cluster.conversation.deltas import Delta, MessageBuilder
+from cluster.conversation.messages import ChatMessage
 from cluster.wire import convert
 from cluster.wire.chat import deltas_from_proto
 from protos import baton_pb2
@@ -42,6 +43,11 @@ class Sample:
     stop_reason: str | int | None = None
     deltas: tuple[Delta, ...] | None = None
 
+    @property
+    def message(self) -> ChatMessage:
+        """What it says, as a message that the conversation can go on with."""
+        return _said(self.text, self.deltas)
+
 
 @dataclass(frozen=True)
 class GenerateChunk:
@@ -75,6 +81,11 @@ class GenerateChunk:
     samples: tuple[Sample, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
+    @property
+    def message(self) -> ChatMessage:
+        """Of a whole answer: what it says, as a message that the conversation can go on with."""
+        return _said(self.text, self.deltas)
+
 
 def chunk(response: baton_pb2.GenerateResponse) -> GenerateChunk:
     """What a response message says."""
@@ -104,6 +115,14 @@ def _sample(message: baton_pb2.Sample) -> Sample:
         convert.stop_reason_from_proto(message.stop_reason),
         deltas_from_proto(message.chat_delta) if message.HasField("chat_delta") else None,
     )
+
+
+def _said(text: str, deltas: tuple[Delta, ...] | None) -> ChatMessage:
+    if deltas is None:
+        return ChatMessage("assistant", text)
+    builder = MessageBuilder()
+    builder.add(deltas)
+    return builder.message
 
 
 def _positions(messages: Iterable[baton_pb2.TokenLogprobs]) -> tuple[PositionLogprobs, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
-from cluster.client.conversations import Messages, chat_to_proto
+from cluster.client.conversations import ConversationOptions, Messages, chat_to_proto
 from cluster.wire.sampling import sampling_to_proto
 from protos import baton_pb2
 from workers.errors import InvalidRequestError
@@ -15,6 +15,8 @@ from workers.sampling_params import SamplingParams
 from workers.structured_output import StructuredOutput
 
 _SAMPLING = frozenset(field.name for field in fields(SamplingParams)) - {"bad_words_token_ids"}
+
+_CONVERSATION = frozenset(ConversationOptions.__annotations__)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -60,7 +62,7 @@ class RequestOptions(TypedDict, total=False):
     user: str
 
 
-class Options(SamplingOptions, RequestOptions, total=False):
+class Options(SamplingOptions, RequestOptions, ConversationOptions, total=False):
     """What a client may say of a request beside its prompt."""
 
 
@@ -80,8 +82,9 @@ def generate_request(
     if sum(form is not None for form in (prompt, token_ids, chat)) != 1:
         raise InvalidRequestError("give exactly one of prompt, token_ids and chat")
     given: dict[str, Any] = dict(options)
+    of_chat = _of_chat(given, chat)
     of_sampling = {name: value for name, value in given.items() if name in _SAMPLING and value is not None}
-    of_request = {name: value for name, value in given.items() if name not in _SAMPLING}
+    of_request = {name: value for name, value in given.items() if name not in _SAMPLING and name not in _CONVERSATION}
     for name in of_request:
         if name not in RequestOptions.__annotations__:
             raise InvalidRequestError(_unknown(name))
@@ -95,7 +98,7 @@ def generate_request(
         return baton_pb2.GenerateRequest(
             text=_text(prompt),
             token_ids=None if token_ids is None else baton_pb2.TokenIds(ids=_ids(token_ids)),
-            chat=None if chat is None else chat_to_proto(chat),
+            chat=None if chat is None else chat_to_proto(chat, of_chat),
             sampling=None if sampling is None else sampling_to_proto(sampling),
             **of_request,
         )
@@ -103,12 +106,21 @@ def generate_request(
         raise InvalidRequestError(f"the request cannot be sent: {error}") from error
 
 
-def tokenize_request(prompt: str | None, chat: Messages | None) -> baton_pb2.TokenizeRequest:
+def tokenize_request(
+    prompt: str | None, chat: Messages | None, **options: Unpack[ConversationOptions]
+) -> baton_pb2.TokenizeRequest:
     """The message for `BatonClient.tokenize`'s arguments. Errors as in `generate_request`."""
     if (prompt is None) == (chat is None):
         raise InvalidRequestError("give exactly one of prompt and chat")
+    given: dict[str, Any] = dict(options)
+    for name in given:
+        if name not in _CONVERSATION:
+            raise InvalidRequestError(_unknown(name))
+    of_chat = _of_chat(given, chat)
     try:
-        return baton_pb2.TokenizeRequest(text=_text(prompt), chat=None if chat is None else chat_to_proto(chat))
+        return baton_pb2.TokenizeRequest(
+            text=_text(prompt), chat=None if chat is None else chat_to_proto(chat, of_chat)
+        )
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"the request cannot be sent: {error}") from error
 
@@ -119,6 +131,14 @@ def scale_request(targets: Mapping[str, int]) -> baton_pb2.ScaleRequest:
         return baton_pb2.ScaleRequest(targets=dict(targets))
     except (ValueError, TypeError) as error:
         raise InvalidRequestError(f"the request cannot be sent: {error}") from error
+
+
+def _of_chat(given: Mapping[str, Any], chat: Messages | None) -> ConversationOptions:
+    """Of these options, those of a conversation, which there must be."""
+    found = {name: value for name, value in given.items() if name in _CONVERSATION and value is not None}
+    if found and chat is None:
+        raise InvalidRequestError(f"{next(iter(found))} is given without chat: it belongs to a conversation")
+    return cast("ConversationOptions", found)
 
 
 def _text(prompt: object) -> str | None:

@@ -7,7 +7,7 @@ keys of a group of workers are longer: `decode.groups.NAME.key`, `BATON_DECODE__
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,20 @@ def ray_token_is_given(environ: Mapping[str, str] | None = None) -> bool:
     variables = os.environ if environ is None else environ
     told = variables.get("RAY_AUTH_TOKEN") or variables.get("RAY_AUTH_TOKEN_PATH")
     return bool(told) or variables.get("RAY_AUTH_MODE", "token") != "token"
+
+
+def ray_niceness_is_given(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether Ray has been told how nice the processes of its workers are to others."""
+    return "RAY_worker_niceness" in (os.environ if environ is None else environ)
+
+
+def keep_grpc_out_of_forks(environ: MutableMapping[str, str] | None = None) -> None:
+    """Have gRPC do nothing where a process is forked, unless it is told to; to be called before it is imported.
+
+    What this program forks becomes another program at once, so that gRPC has nothing to save there. Its handlers
+    write to the terminal of who starts a service, and close what they do not own.
+    """
+    (os.environ if environ is None else environ).setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 
 def _read_overrides(overrides: Mapping[str, Any]) -> _Values:

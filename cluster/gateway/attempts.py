@@ -40,6 +40,8 @@ from workers.token_ids import NO_TOKENS, TokenIds
 
 REPORT_PATIENCE_S = 0.25
 """How long the report of a handoff is waited for whose request has ended."""
+_SPANS_PATIENCE_S = 10.0
+"""How long spans are taken of a traced attempt that is over: its workers tell them when they have stopped it."""
 _MIN_TIMEOUT_S = 0.001
 _SHUTTING_DOWN = "the service is shutting down"
 
@@ -76,6 +78,7 @@ class Attempts:
         self._queue = queue
         self._observers = observers
         self._under_way: dict[str, _UnderWay] = {}
+        self._over: dict[str, Attempt] = {}
         self._suspects = Suspects()
         self._stopping = False
 
@@ -131,6 +134,9 @@ class Attempts:
             return
         ended.end_turn()
         self._load_tracker.release(attempt.attempt_id)
+        if attempt.traced:
+            self._over[attempt.attempt_id] = attempt
+            asyncio.get_running_loop().call_later(_SPANS_PATIENCE_S, self._over.pop, attempt.attempt_id, None)
         if not attempt.finished:
             self._abort(attempt)
         self._queue.retry()
@@ -152,6 +158,8 @@ class Attempts:
         for event in output.events:
             if under_way := self._under_way.get(event.attempt_id):
                 self._take_event(under_way, output.engine_id, event)
+            elif isinstance(event, SpansReport) and (ended := self._over.get(event.attempt_id)):
+                self._observers.spans_reported(ended, output.engine_id, event)
 
     def count(self, engine_id: str) -> int:
         """How many still need this engine."""

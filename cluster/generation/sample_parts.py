@@ -21,6 +21,21 @@ def by_sample(tokens: Sequence[TokenOutput]) -> Iterable[tuple[int, Sequence[Tok
     return samples.items()
 
 
+async def copied(chunks: AsyncGenerator[TextChunk, None], copies: int) -> AsyncGenerator[TextChunk, None]:
+    """The parts of one sample as those of so many, the first of which tells of the prompt, the last what all cost."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            last = replace(chunk, prompt_logprobs=None)
+            if chunk.usage is not None:
+                last = replace(
+                    last, usage=replace(chunk.usage, completion_tokens=chunk.usage.completion_tokens * copies)
+                )
+            yield replace(chunk, usage=None, report=None)
+            for index in range(1, copies - 1):
+                yield replace(chunk, index=index, usage=None, report=None, prompt_logprobs=None)
+            yield replace(last, index=copies - 1)
+
+
 async def taken_apart(
     chunks: AsyncGenerator[TextChunk, None], readers: Sequence[AnswerReader]
 ) -> AsyncGenerator[TextChunk, None]:

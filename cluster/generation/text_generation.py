@@ -26,7 +26,7 @@ from cluster.generation.grammar_check import GrammarCheck
 from cluster.generation.prompt_encoder import Prompt, PromptEncoder
 from cluster.generation.prompt_positions import prompt_positions
 from cluster.generation.restrictions import Restrictions
-from cluster.generation.sample_parts import by_sample, taken_apart
+from cluster.generation.sample_parts import by_sample, copied, taken_apart
 from cluster.generation.text_assembler import TextAssembler
 from cluster.generation.text_chunk import TextChunk
 from cluster.request_id import clean_request_id
@@ -128,14 +128,16 @@ class Generation:
         Raises:
             BatonError: what the engine raises.
         """
-        chunks = self._run(engine_request)
+        chunks, copies = self._run(engine_request), engine_request.copies
+        if copies > 1:
+            chunks = copied(chunks, copies)
         if chat is None:
             return chunks
         sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
         reader = partial(
             self._conversations.reader, chat, prompt, shows_special_tokens=not sampling.skip_special_tokens
         )
-        readers = [reader() for _ in range(sampling.n)]
+        readers = [reader() for _ in range(max(sampling.n, copies))]
         return taken_apart(chunks, [each for each in readers if each is not None]) if readers[0] else chunks
 
     async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
@@ -225,12 +227,16 @@ class Generation:
             if grammar is not None:
                 sampling = await self._restrictions.resolve(obliged(sampling, grammar))
         options = shared_options(request)
-        options["traceparent"] = request.traceparent or trace_context.get()
+        if not request.traceparent:
+            options["traceparent"], options["tracestate"] = trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
         options["sampling"] = complete_sampling(
             sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n
         )
-        return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix)
+        copies = 1
+        if options["sampling"].greedy:
+            copies, options["sampling"] = options["sampling"].n, replace(options["sampling"], n=1)
+        return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix, copies=copies)
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""

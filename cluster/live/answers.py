@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
-from importlib import resources
 from typing import Any
 
 from cluster.api import Explanation, ModelInfo
@@ -15,23 +14,12 @@ from cluster.gateway.readiness import Readiness
 from cluster.generation.text_generation import Generation, GenerationRequest
 from cluster.live.answer import Answer
 from cluster.live.history import LiveHistory
+from cluster.live.page_files import page_file, page_paths
 from cluster.live.snapshot import snapshot
 from cluster.metrics.registry import MetricsRegistry
 from workers.errors import BatonError, InvalidRequestError
 from workers.sampling_params import SamplingParams
 
-_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/charts.js": ("charts.js", "text/javascript; charset=utf-8"),
-}
-_SAFE = {
-    "content-security-policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
 _EXPLAIN_TIMEOUT_S = 10.0
 
 
@@ -67,12 +55,13 @@ class Answers:
     async def respond(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
         """Answer one request; arguments as of `Responder.respond`."""
         asked = "GET" if method == "HEAD" else method
-        if asked == "GET" and path in _FILES:
-            return _file(*_FILES[path])
+        if asked == "GET" and (page := page_file(path)) is not None:
+            return page
         found = self._by_path.get((asked, path))
         if found is not None:
             return await found(headers, body)
-        allowed = [known for known, known_path in [*self._by_path, *(("GET", p) for p in _FILES)] if known_path == path]
+        paths = [*self._by_path, *(("GET", own) for own in page_paths())]
+        allowed = [known for known, known_path in paths if known_path == path]
         if allowed:
             return Answer(405, b"", {"allow": ", ".join(allowed)})
         return Answer(404, b"there is nothing here; see /, /metrics or /live.json\n", {"content-type": "text/plain"})
@@ -124,8 +113,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     return [_finite(each) for each in value] if isinstance(value, list) else value
-
-
-def _file(name: str, content_type: str) -> Answer:
-    content = resources.files("cluster.live").joinpath("page", name).read_bytes()
-    return Answer(200, content, {"content-type": content_type, **_SAFE})

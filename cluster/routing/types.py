@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # clients read these types, and have no numpy
+    import numpy as np
+    import numpy.typing as npt
 
-from cluster.routing.output_lengths import OutputLengthForecast
-from cluster.routing.prefix_index import PromptPrefix
+    from cluster.routing.output_lengths import OutputLengthForecast
+    from cluster.routing.prefix_index import PromptPrefix
 
 LOOK_AHEAD_TOKENS = 64
 """Decode steps that a placement is judged by: about as long as today's load is likely to last."""

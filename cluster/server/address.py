@@ -42,8 +42,10 @@ def bind(section: str, host: str, port: int, hint: str) -> socket.socket:
     """
     address = join(host, port)
     try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # asyncio switches Nagle's algorithm off only where it is told that this is TCP; with it a small write behind
+        # another one waits for the other side's delayed acknowledgement, 40 ms.
+        bound = socket.socket(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(target)

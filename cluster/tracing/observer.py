@@ -14,7 +14,7 @@ from cluster.api import EngineRequest
 from cluster.clock import now
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
-from cluster.trace_context import HEADER
+from cluster.trace_context import PARENT, STATE
 from cluster.tracing.clocks import nanoseconds, shift_into, unix_time_offset
 from cluster.tracing.exporting import SpanTargets
 from workers.messages import SpansReport
@@ -56,7 +56,7 @@ class TraceRequests(EngineObserver):
 
     def request_arrived(self, request: EngineRequest) -> None:
         """See `EngineObserver.request_arrived`."""
-        parent = self._propagator.extract({HEADER: request.traceparent}) if request.traceparent else Context()
+        parent = self._parent(request)
         offset = unix_time_offset()
         arrived = now() + offset
         begin = request.received + offset if request.received else arrived
@@ -74,6 +74,13 @@ class TraceRequests(EngineObserver):
         traced = self._by_request[request] = _Trace(root, trace.set_span_in_context(root, Context()), offset)
         if begin < arrived:
             self._span(traced, "tokenize", begin, arrived)
+
+    def _parent(self, request: EngineRequest) -> Context:
+        """The caller's span, or none."""
+        if not request.traceparent:
+            return Context()
+        headers = {PARENT: request.traceparent, STATE: request.tracestate}
+        return self._propagator.extract(headers, Context())
 
     def request_placed(self, request: EngineRequest, attempt: Attempt) -> None:
         """See `EngineObserver.request_placed`."""

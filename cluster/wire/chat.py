@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cluster.conversation.deltas import ArgumentsDelta, ContentDelta, Delta, ReasoningDelta, ToolCallStarted
 from cluster.conversation.messages import ChatMessage, Tool, ToolCall, ToolChoice, ToolChoiceMode, ToolUse
@@ -68,7 +69,7 @@ def _call(call: baton_pb2.ToolCall, where: str) -> ToolCall:
     return ToolCall(call.id, call.name, check_arguments(call.arguments, f"{where}.arguments"))
 
 
-def tool_use_to_proto(use: ToolUse) -> dict[str, object]:
+def tool_use_to_proto(use: ToolUse) -> dict[str, Any]:
     """The fields of `ChatMessages` about tools."""
     choice = use.choice
     named = choice.mode is ToolChoiceMode.NAMED

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +35,19 @@ def test_the_client_the_command_line_and_the_doors_load_neither_torch_nor_ray() 
     assert done.stdout == "\n"
 
 
+def test_the_client_and_its_commands_need_only_what_their_distribution_brings() -> None:
+    client = ["cluster.client", "cluster.cli.top", *(name for name in LIGHT if name.startswith("cluster.cli."))]
+    client.remove("cluster.cli.up")
+    code = f"import {', '.join(client)}, sys; print(*({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    service = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    own = tomllib.loads((ROOT / "deploy/client/pyproject.toml").read_text())["project"]["dependencies"]
+    names, brought = ({re.split(r"[<>=~\[ ]", each)[0] for each in listed} for listed in (service, own))
+    lacking = {name.replace("-", "_") for name in names - brought}
+    assert "numpy" in lacking
+    assert lacking & set(done.stdout.split()) == set()
+
+
 def sent(chat: object) -> list[tuple[str, str]]:
     request = generate_request(None, None, chat, None)  # type: ignore[arg-type]
     return [(message.role, message.content) for message in request.chat.messages]
@@ -55,6 +70,11 @@ def test_a_conversation_may_be_mappings_or_pairs() -> None:
         (["ab"], "chat message 0 is 'ab'"),
         ([("user", "x"), ("user",)], r"chat message 1 is \('user',\)"),
         ([{"role": "user"}], "chat message 0 has no 'content'"),
+        ([{"role": "assistant", "tool_calls": []}], "chat message 0 has no 'content'"),
+        (
+            [{"role": "user", "content": "x", "tool_calls": [{}]}],
+            "chat message 0.tool_calls is set in a message of role",
+        ),
         ([{"content": "x"}], "chat message 0 has no 'role'"),
         ([{"role": "user", "content": "x", "contnet": "y"}], "chat message 0 has 'contnet', which cannot be sent"),
         ([("user", 7)], "the content of chat message 0 is 7"),

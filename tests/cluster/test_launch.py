@@ -84,6 +84,23 @@ async def test_what_looking_at_the_files_can_show_is_shown_before_ray_starts(tin
         await start(model__path=str(broken))
 
 
+@pytest.mark.parametrize(("given", "told"), [(None, {"worker_niceness": 0}), ("5", None)])
+async def test_workers_do_not_stand_back_behind_other_programs(tiny_checkpoint, monkeypatch, given, told):
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_worker_niceness", given)
+    asked = []
+
+    def note(**settings):
+        asked.append(settings["_system_config"])
+        raise RuntimeError("enough is known")
+
+    monkeypatch.setattr("ray.init", note)
+    with pytest.raises(ConfigError, match="enough is known"):
+        await start(model__path=str(tiny_checkpoint("llama")))
+    assert asked == [told]
+
+
 async def test_gpus_that_were_asked_for_and_are_not_there(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="this machine has none"):

@@ -120,10 +120,29 @@ async def test_one_sample_is_on_the_wire_as_ever_and_too_many_are_refused(connec
         for asked, why in (
             ({"n": 6}, "n is 6, at most 5 samples"),
             ({"n": 2**31 - 1}, "n is 2147483647, at most 5"),
+            ({"n": 6, "temperature": 0.0}, "n is 6, at most 5 samples"),
         ):
             with pytest.raises(BatonClientError, match=why) as error:
                 await anext(client.generate(token_ids=PROMPT, sampling=SamplingParams(**asked)))
             assert error.value.status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_greedy_samples_are_all_the_same_one_which_is_computed_once(connection):
+    sampling = SamplingParams(temperature=0.0, n=3, max_tokens=6, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    async with AsyncBatonClient(connection) as client:
+        chunks = [chunk async for chunk in client.generate(token_ids=PROMPT, sampling=sampling)]
+        alone = await client.generate_once(token_ids=PROMPT, sampling=sampling, n=1)
+        whole = await client.generate_once(token_ids=PROMPT, sampling=sampling)
+    for index in range(3):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert [token for chunk in own for token in chunk.token_ids] == list(alone.token_ids)
+        assert own[-1].finish_reason is FinishReason.LENGTH
+        assert whole.samples[index].logprobs == alone.logprobs
+    assert [sample.index for sample in whole.samples] == [0, 1, 2]
+    assert [bool(chunk.prompt_logprobs) for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert whole.usage == chunks[-1].usage
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (45, 18)
 
 
 async def test_each_sample_has_the_form_that_is_asked_for(connection):

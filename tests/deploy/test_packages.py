@@ -15,6 +15,9 @@ from zipfile import ZipFile
 
 import pytest
 
+from chat_templates import HERMES_THINK
+from scripted_service import scripted_service
+
 ROOT = Path(__file__).parents[2]
 MODEL_FILES = {path.name for path in (ROOT / "deploy" / "models" / "recall").iterdir()}
 CLASHES = ("attention", "benchmarks", "cluster", "kv_transfer", "protos", "workers")
@@ -88,6 +91,23 @@ def elsewhere(tmp_path: Path) -> Path:
     return folder
 
 
+def own_niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def actors_of(process: int) -> list[int]:
+    """The processes of Ray actors below this one; at least two."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], check=True, text=True, stdout=subprocess.PIPE).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    below, size = {process}, 0
+    while len(below) > size:
+        size = len(below)
+        below |= {int(pid) for pid, parent, *_ in rows if int(parent) in below}
+    found = [int(pid) for pid, _, *args in rows if int(pid) in below and args and re.match(r"ray::\w*Worker", args[0])]
+    assert len(found) >= 2, listed
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_wheel_serves_from_a_folder_that_has_modules_of_the_same_names(
@@ -101,6 +121,7 @@ def test_the_wheel_serves_from_a_folder_that_has_modules_of_the_same_names(
     assert not [name for name in held if name.startswith(("tests/", "benchmarks/results/"))]
     baton = environment(tmp_path / "venv", built)
     env = clean_environment()
+    env.pop("RAY_worker_niceness", None)
 
     def run(*arguments: str) -> str:
         command = [str(baton), *arguments]
@@ -118,6 +139,7 @@ def test_the_wheel_serves_from_a_folder_that_has_modules_of_the_same_names(
         assert address is not None, up.communicate(timeout=60)[1]
         assert run("generate", "ada 4127, bob 9083; bob?", "--server", address[1]).strip() == "9083"
         assert f"baton {built.name.split('-')[1]}" in run("status", "--server", address[1])
+        assert {os.getpriority(os.PRIO_PROCESS, worker) for worker in actors_of(up.pid)} == {own_niceness()}
     finally:
         up.send_signal(signal.SIGTERM)
         up.communicate(timeout=60)
@@ -135,3 +157,17 @@ def test_the_client_says_what_only_the_service_can(checkout: Path, tmp_path: Pat
     ran = subprocess.run(command, cwd=elsewhere, env=clean_environment(), text=True, capture_output=True, check=False)
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
     assert "pip install baton-llm" in ran.stderr
+    with scripted_service(HERMES_THINK) as service:
+        service.engine.text = "Good morning."
+        address = service.grpc.address
+        code = f"from cluster.client import BatonClient; print(BatonClient('{address}').generate_once('Hi').text)"
+        for asked in (
+            ["baton", "generate", "Hi", "--server", address],
+            ["baton", "generate", "--chat", "Hi", "--server", address],
+            ["python", "-P", "-c", code],
+        ):
+            run = [str(venv / "bin" / asked[0]), *asked[1:]]
+            told = subprocess.run(
+                run, cwd=elsewhere, env=clean_environment(), text=True, capture_output=True, check=False
+            )
+            assert (told.stdout.strip(), told.stderr) == ("Good morning.", "")

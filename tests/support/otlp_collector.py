@@ -15,6 +15,7 @@ class Span:
         self.name, self.instance = span.name, instance
         self.id, self.parent, self.trace = span.span_id.hex(), span.parent_span_id.hex(), span.trace_id.hex()
         self.start, self.end = span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9
+        self.state = span.trace_state
         self.attributes = {one.key: one.value for one in span.attributes}
         self.events = [event.name for event in span.events]
         self.failed = span.status.code == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from kv_transfer.connector import HandoffAborted, HandoffSent
 from workers.handoff.sending import Prompt
 from workers.messages import SpansReport
@@ -37,3 +39,23 @@ def prompt_spans(
     elif handoff is not None:
         trace.event("handoff failed", reason=handoff.reason)
     return trace.report(prompt.request, "prefill", prompt_tokens=len(prompt.token_ids))
+
+
+def stopped_prompt_spans(prompt: Prompt, trace: RequestTrace, reason: str) -> SpansReport:
+    """What is to be told of a prompt that is stopped, wherever it is: its spans so far end now.
+
+    Args:
+        prompt: see `prompt_spans`.
+        trace: likewise.
+        reason: why it is stopped.
+    """
+    now = time.time()
+    started = trace.marked("started", now)
+    trace.span("prefill.queue", trace.arrived, started)
+    if trace.has("started"):
+        progress = prompt.progress
+        chunks, cached = progress.num_chunks, progress.num_cached_tokens
+        trace.span("prefill.compute", started, trace.marked("computed", now), chunks=chunks, cached_tokens=cached)
+    if trace.has("pushed") or trace.has("computed"):
+        trace.span("kv_transfer", trace.marked("pushed", trace.marked("computed", now)), now)
+    return trace.report(prompt.request, "prefill", prompt_tokens=len(prompt.token_ids), stopped=reason)

@@ -227,22 +227,24 @@ function show(live) {
   document.body.dataset.shown = live.now;
 }
 
-function showLost() {
+function showBanner(text, health) {
   const banner = $("#banner");
   banner.hidden = false;
-  banner.textContent = "The gateway does not answer. What is shown is the last that it said; this page goes on when it is back.";
+  banner.textContent = text;
   document.body.classList.add("stale");
   $("#health").className = "chip bad";
-  $("#health span").textContent = "no answer";
+  $("#health span").textContent = health;
 }
 
 async function look() {
   try {
     const answer = await fetch("live.json", { signal: AbortSignal.timeout(5000) });
-    if (!answer.ok) throw new Error(`${answer.status}`);
-    show(await answer.json());
+    const said = await answer.json();
+    if (said.starting) showBanner(`The service is starting: ${said.starting}.`, "starting");
+    else if (!answer.ok) throw new Error(`${answer.status}`);
+    else show(said);
   } catch (error) {
-    showLost();
+    showBanner("The gateway does not answer. What is shown is the last that it said; this page goes on when it is back.", "no answer");
     console.warn(error);
   }
   setTimeout(look, document.hidden ? HIDDEN_INTERVAL_MS : INTERVAL_MS);

@@ -49,19 +49,23 @@ _OPTIONS = (
 class Server:
     """A server that listens: alive, and not ready before `serve`.
 
+    Args:
+        config: where, and who may call.
+        pacer: of its streams; None: one of its own.
+
     Attributes:
         address: host:port as a client on this machine would write it.
         port: that it listens on.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, pacer: Pacer | None = None) -> None:
         self.address, self.port = "", 0
         self._config = config
         self._version, self._commit, self._began = version(), commit(), time.monotonic()
         self._gate = CallGate()
         self._health = HealthBoard()
         self._service = _Service()
-        self._pacer = Pacer()
+        self._pacer = pacer or Pacer()
         self._pacing: asyncio.Task[None] | None = None
         credentials = credentials_of(config)
         self._last_calls = LastCalls()
@@ -139,13 +143,15 @@ class Server:
         await self._last_calls.stop(self._grpc, _LAST_WORDS_S)
 
 
-async def start_server(config: ServerConfig, generation: Generation, engine: Engine, model_info: ModelInfo) -> Server:
+async def start_server(
+    config: ServerConfig, generation: Generation, engine: Engine, model_info: ModelInfo, pacer: Pacer | None = None
+) -> Server:
     """Start serving at once.
 
     Raises:
         ConfigError: the address cannot be listened on, or a TLS file or the token is missing or wrong.
     """
-    server = Server(config)
+    server = Server(config, pacer)
     await server.open()
     await server.serve(generation, engine, model_info)
     return server

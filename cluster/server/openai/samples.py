@@ -11,7 +11,6 @@ from cluster.api import EngineRequest
 from cluster.generation.conversations import Conversation
 from cluster.generation.text_chunk import TextChunk
 from cluster.generation.text_generation import Generation
-from workers.sampling_params import SamplingParams
 
 _BUFFERED = 4
 """Parts of each answer that may wait for those of others."""
@@ -25,29 +24,24 @@ class SampleChunk:
     chunk: TextChunk
 
 
-def with_samples(sampling: SamplingParams, n: int) -> SamplingParams:
-    """The parameters of a request for `n` answers: all of a greedy one are the same, which is generated once."""
-    return sampling if sampling.greedy else replace(sampling, n=n)
-
-
 async def generate_samples(
     generation: Generation, requests: Sequence[EngineRequest], n: int, chat: Conversation | None = None
 ) -> AsyncGenerator[SampleChunk, None]:
     """Answer every prompt, or the one of a conversation, `n` times; parts come as they are there.
 
-    Closing the generator cancels all. Each request has `n` samples, or one, which is every answer to its prompt.
+    Closing the generator cancels all. Each request has `n` samples.
 
     Raises:
         BatonError: what the engine raises of the first request that fails, which ends the others.
     """
     if len(requests) == 1:
-        async with aclosing(_answers(generation, requests[0], n, chat)) as parts:
+        async with aclosing(_answers(generation, requests[0], chat)) as parts:
             async for part in parts:
                 yield part
         return
     queue: asyncio.Queue[SampleChunk | BaseException | None] = asyncio.Queue(_BUFFERED * len(requests) * n)
     tasks = [
-        asyncio.create_task(_put(generation, request, n, chat, number * n, queue))
+        asyncio.create_task(_put(generation, request, chat, number * n, queue))
         for number, request in enumerate(requests)
     ]
     try:
@@ -69,14 +63,13 @@ async def generate_samples(
 async def _put(
     generation: Generation,
     request: EngineRequest,
-    n: int,
     chat: Conversation | None,
     first: int,
     queue: asyncio.Queue[SampleChunk | BaseException | None],
 ) -> None:
     """Put the answers to one prompt, of which the first has this number, and None behind them."""
     try:
-        async with aclosing(_answers(generation, request, n, chat)) as parts:
+        async with aclosing(_answers(generation, request, chat)) as parts:
             async for part in parts:
                 await queue.put(replace(part, index=first + part.index))
     except Exception as error:
@@ -86,12 +79,9 @@ async def _put(
 
 
 async def _answers(
-    generation: Generation, request: EngineRequest, n: int, chat: Conversation | None
+    generation: Generation, request: EngineRequest, chat: Conversation | None
 ) -> AsyncGenerator[SampleChunk, None]:
-    """The answers to one prompt; where one is all of them, what it has cost is told of the first."""
-    same = range(1, n if request.sampling.n == 1 else 1)
+    """The answers to one prompt."""
     async with aclosing(generation.run(request, chat)) as chunks:
         async for chunk in chunks:
             yield SampleChunk(chunk.index, chunk)
-            for index in same:
-                yield SampleChunk(index, replace(chunk, index=index, usage=None, report=None, prompt_logprobs=None))

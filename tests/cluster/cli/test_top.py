@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 
 import pytest
@@ -10,6 +11,9 @@ from rich.console import Console
 from cluster.cli.main import main
 from cluster.cli.top import look
 from cluster.cli.top_view import spark, view
+from cluster.config.schema import MetricsConfig
+from cluster.live.starting import StartingAnswers
+from cluster.server.pages.serve import serve_pages
 from workers.errors import ConfigError
 
 LOAD = {
@@ -91,3 +95,11 @@ def test_an_address_where_nobody_is_or_somebody_else_is_told(capsys):
     assert "baton up` names the page's address" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="must begin with http"):
         look("ftp://somewhere")
+
+
+async def test_a_service_that_is_starting_is_told_from_one_that_is_not_there(unused_tcp_port):
+    answers = StartingAnswers()
+    answers.step = "loading tiny"
+    async with serve_pages(MetricsConfig(port=unused_tcp_port), 0, answers) as url:
+        with pytest.raises(ConfigError, match="the service is starting: loading tiny"):
+            await asyncio.to_thread(look, url)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 
 # Stands in for the cluster: an engine that echoes one token, and a line on stderr when it is told to stop.
 PROGRAM = """
-import asyncio, contextlib, sys, types
+import asyncio, contextlib, subprocess, sys, types
 from cluster.api import ModelInfo, RequestReport, TokenChunk
 from workers.errors import CheckpointError
 from cluster.gateway.readiness import Health
@@ -74,6 +74,9 @@ async def launch(config, report):
     try:
         if config.model.path == "missing":
             raise CheckpointError("no checkpoint at missing")
+        if config.model.path == "some/model":  # Ray's processes are forked while the doors are open
+            for _ in range(5):
+                await asyncio.to_thread(subprocess.run, ["true"], preexec_fn=lambda: None)
         if config.model.path == "slow":
             await asyncio.sleep(60)
         info = ModelInfo("echo", "llama", "float32", 2048, 256, (), False)
@@ -139,6 +142,7 @@ def test_up_serves_until_a_signal_and_exits_with_0(up: Callable, capsys: pytest.
     assert process.returncode == 0
     assert "loading some/model" in err
     assert "launch closed" in err
+    assert "fork" not in err, "gRPC has nothing to say to who starts a service"
     assert "Traceback" not in err
 
 
@@ -152,6 +156,31 @@ def test_a_signal_while_loading_stops_what_was_started(up: Callable) -> None:
     assert process.returncode == 0
     assert "launch closed" in err
     assert "Traceback" not in err
+
+
+def test_a_port_of_the_page_that_is_taken_is_told_before_anything_is_loaded(up: Callable) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        process = up("--model", "slow", "--port", "0", "--set", f"metrics.port={port}")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in err
+    assert "choose another metrics.port" in err
+    assert "loading" not in err
+
+
+def test_the_page_is_there_while_the_model_is_loaded(up: Callable, unused_tcp_port: int) -> None:
+    process = up("--model", "slow", "--port", "0", "--set", f"metrics.port={unused_tcp_port}")
+    read_line_with(process.stderr, "loading slow")
+    with httpx2.Client(base_url=f"http://127.0.0.1:{unused_tcp_port}") as client:
+        page, live = client.get("/"), client.get("/live.json")
+        assert (page.status_code, "<title>Baton</title>" in page.text) == (200, True)
+        assert (live.status_code, live.json()) == (503, {"starting": "loading slow"})
+        assert client.get("/metrics").status_code == 503
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
 
 
 def test_a_service_that_cannot_go_on_says_why_and_ends_in_good_order(up: Callable) -> None:

@@ -190,6 +190,7 @@ async def test_what_a_door_is_asked_reaches_the_engine(byte_tokenizer: Tokenizer
     """All that is known of a request but for its prompt, sampling and deadline is passed on as it is."""
     engine, model = scripted(answer("a"))
     said = {"priority": -3, "user": "ann", "cache_salt": b"tenant", "traceparent": f"00-{1:032x}-{1:016x}-01"}
+    said["tracestate"] = "vendor=value"
     assert said.keys() == {f.name for f in fields(RequestOptions)} - {"request_id", "sampling", "timeout_s"}
     asked = GenerationRequest(request_id="one\ntwo", prompt="hi", sampling=SamplingParams(), timeout_s=5.0, **said)
     [_ async for _ in Generation(engine, byte_tokenizer, model).generate(asked)]

@@ -77,6 +77,8 @@ async def test_the_server_answers_on_loopback_by_its_own_name_only(looked_at, un
         assert address == f"http://127.0.0.1:{port}/"
         page = await client.get(address)
         assert "<title>Baton</title>" in page.text
+        assert "<style>" in page.text
+        assert "page.css" not in page.text, "the first answer is all that the first paint needs"
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert (await client.get(f"{address}page.js")).headers["content-type"].startswith("text/javascript")
         wanted = (

@@ -11,6 +11,7 @@ from cluster.config.schema import MetricsConfig
 from cluster.gateway.readiness import Health
 from cluster.live.history import Objectives
 from cluster.live.observed import observed
+from cluster.live.starting import StartingAnswers
 from cluster.pools.groups import PoolLimits
 from cluster.server.pages.serve import serve_pages
 from fleet import prompt, tokens_of
@@ -62,6 +63,12 @@ async def test_the_page_follows_the_service(make_fleet, tmp_path, unused_tcp_por
                 assert (background == "rgb(19, 19, 22)") == (scheme == "dark")
         await page.until("!document.querySelector('#banner').hidden")
         assert await page.value("document.body.classList.contains('stale')")
+        starting = StartingAnswers()
+        starting.step = "loading tiny"
+        async with serve_pages(config, 0, starting):
+            await page.until("document.querySelector('#banner').textContent.includes('starting: loading tiny')")
+            await page.open(address)  # who comes now sees the page, and the same
+            await page.until("document.querySelector('#banner')?.textContent.includes('starting: loading tiny')")
         async with (
             observed(fleet.engine, None, MODEL, READINESS, Objectives()) as again,
             serve_pages(config, 0, again.answers),

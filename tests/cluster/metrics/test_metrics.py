@@ -196,6 +196,47 @@ async def test_prompts_computed_where_they_are_decoded_and_preemptions_are_count
     assert now("num_preemptions_total") == 3, "the last one comes when the request is over"
 
 
+@pytest.mark.parametrize(
+    ("lost", "waits", "held"),
+    [("prefill-0", "decode-0", "kv_blocks_granted"), ("decode-0", "prefill-0", "kv_blocks_pinned")],
+)
+async def test_blocks_that_a_handoff_holds_on_either_side_are_seen(counted, lost, waits, held):
+    fleet, registry = await counted(1, 1)
+    fleet.handle(lost).submit = lambda request: None  # its peer waits for it
+    running = asyncio.create_task(fleet.run(prompt(40), 4))
+    await fleet.until(lambda workers: any(worker.load.reserved_blocks for worker in workers))
+    now = Scrape(registry)
+    assert now(held, engine=waits) == now(held) == 3
+    assert now("waiting_prompt_tokens", engine="decode-0") == (40 if waits == "decode-0" else 0)
+    running.cancel()
+    await asyncio.wait([running])
+    await fleet.until_idle()
+    end = Scrape(registry)
+    assert end(held) == end("waiting_prompt_tokens") == 0
+
+
+class SaysSo(InProcessWorker):
+    """Says that blocks are quarantined and sequences in host memory."""
+
+    async def outputs(self):
+        async for batch in super().outputs():
+            yield [replace(each, load=replace(each.load, quarantined_blocks=3, preempted=2)) for each in batch]
+
+
+async def test_blocks_out_of_use_and_sequences_in_host_memory_are_seen(counted):
+    fleet, registry = await counted(1, 1, worker_class=SaysSo)
+    await fleet.run(prompt(20), 2)
+    now = Scrape(registry)
+    for engine in ("prefill-0", "decode-0"):
+        assert now("kv_blocks_quarantined", engine=engine) == 3
+        assert now("sequences_swapped", engine=engine) == 2
+
+
+def test_every_metric_is_one_that_a_test_here_has_moved():
+    here = Path(__file__).read_text()
+    assert [metric.published_name for metric in CATALOG if f'"{metric.published_name}' not in here] == []
+
+
 async def test_a_loop_that_was_held_up_is_seen():
     registry = MetricsRegistry("tiny", 512)
     watching = asyncio.create_task(watch_event_loop(registry))

@@ -8,7 +8,7 @@ import pytest
 
 from answers import CLOCK, TWO_CALLS, WEATHER
 from chat_templates import HERMES_THINK
-from cluster.client.client import BatonClient
+from cluster.client.client import AsyncBatonClient, BatonClient
 from cluster.conversation.deltas import (
     ArgumentsDelta,
     ContentDelta,
@@ -27,6 +27,7 @@ from cluster.wire.chat import (
 )
 from protos import baton_pb2, baton_pb2_grpc
 from scripted_service import ScriptedService, scripted_service
+from workers.errors import InvalidRequestError
 from workers.messages import FinishReason
 
 TOOLS = [
@@ -140,3 +141,60 @@ def test_what_is_wrong_is_refused_by_name(stub: baton_pb2_grpc.BatonStub, says: 
         stub.GenerateOnce(request(**fields))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert says in refused.value.details()
+
+
+FUNCTIONS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": {"properties": {"city": {}}}}},
+    {"type": "function", "function": {"name": "clock"}},
+]
+
+
+def test_the_client_calls_tools_and_goes_on_with_their_answers(service: ScriptedService) -> None:
+    conversation: list = [{"role": "user", "content": "Weather?"}]
+    with BatonClient(service.grpc) as client:
+        plain = client.tokenize(chat=conversation)
+        assert len(client.tokenize(chat=conversation, tools=FUNCTIONS)) > len(plain)
+        builder = MessageBuilder()
+        for chunk in client.generate(chat=conversation, tools=FUNCTIONS, tool_choice="auto"):
+            builder.add(chunk.deltas or ())
+        assert chunk.finish_reason is FinishReason.TOOL_CALLS
+        answer = client.generate_once(chat=conversation, tools=FUNCTIONS).message
+        assert (answer.content, answer.reasoning_content) == ("I look.", "Hm.")
+        assert [(call.name, json.loads(call.arguments)) for call in answer.tool_calls] == [
+            ("get_weather", {"city": "Kyōto", "days": 2}),
+            ("clock", {}),
+        ]
+        calls = [(call.name, call.arguments) for call in answer.tool_calls]
+        assert [(call.name, call.arguments) for call in builder.message.tool_calls] == calls
+        result = {"role": "tool", "content": "sunny", "tool_call_id": answer.tool_calls[0].id}
+        client.generate_once(chat=[*conversation, answer, result], tools=FUNCTIONS)
+        prompt = service.engine.prompt
+        assert '<tool_call>{"name": "get_weather", "arguments": {"city": "Kyōto", "days": 2}}</tool_call>' in prompt
+        assert "sunny" in prompt
+        function = {"name": "clock", "arguments": '{"city": "Rome"}'}
+        said = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+        }
+        noon = {"role": "tool", "content": "noon", "tool_call_id": "c1"}
+        client.generate_once(chat=[*conversation, said, noon], tools=FUNCTIONS, parallel_tool_calls=False)
+        assert '<tool_call>{"name": "clock", "arguments": {"city": "Rome"}}</tool_call>' in service.engine.prompt
+
+
+async def test_the_asyncio_client_takes_the_same(service: ScriptedService) -> None:
+    named = {"type": "function", "function": {"name": "nobody"}}
+    async with AsyncBatonClient(service.grpc) as client:
+        answer = await client.generate_once(chat=[("user", "Weather?")], tools=FUNCTIONS)
+        assert len(answer.message.tool_calls) == 2
+        for wrong, why in (
+            ({"tools": FUNCTIONS, "tool_choice": named}, "tool_choice names 'nobody'"),
+            ({"tool_choice": "required"}, "the request has no tools"),
+            ({"tools": [{"type": "function"}]}, r"tools\[0\]\.function is missing"),
+        ):
+            with pytest.raises(InvalidRequestError, match=why):
+                await client.generate_once(chat=[("user", "Weather?")], **wrong)
+        with pytest.raises(InvalidRequestError, match="tools is given without chat"):
+            await client.generate_once("Weather?", tools=FUNCTIONS)
+        with pytest.raises(InvalidRequestError, match="did you mean tools"):
+            await client.tokenize(chat=[("user", "Weather?")], tolls=FUNCTIONS)

@@ -19,6 +19,7 @@ from cluster.tracing.observer import TraceRequests
 from otlp_collector import Span, collector
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+STATE = "congo=t61rcWkgMzE,rojo@eu=00f067aa0ba902b7"
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ async def traced(make_fleet):
 async def test_a_trace_goes_through_both_workers_and_its_times_add_up(traced):
     fleet, ended = await traced()
     sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=8, ignore_eos=True)
-    request = engine_request("r", prompt(150), sampling, traceparent=CALLER)
+    request = engine_request("r", prompt(150), sampling, traceparent=CALLER, tracestate=STATE)
     began = asyncio.get_running_loop().time()
     stream = fleet.engine.generate(request)
     first = await anext(stream)
@@ -56,6 +57,7 @@ async def test_a_trace_goes_through_both_workers_and_its_times_add_up(traced):
     root = spans["request"]
     assert (root.trace, root.parent) == (CALLER[3:35], CALLER[36:52]), "the caller's trace goes on"
     assert {span.trace for span in spans.values()} == {root.trace}
+    assert {span.state for span in spans.values()} == {STATE}
     for name, parent, instance in (
         ("queue", "request", "gateway"),
         ("dispatch", "request", "gateway"),
@@ -96,6 +98,42 @@ async def test_prompts_computed_where_they_are_decoded_are_traced_and_so_are_fai
     assert len({span.trace for span in spans}) == 2
 
 
+async def test_a_request_whose_client_leaves_has_the_spans_of_its_workers_until_then(traced):
+    fleet, ended = await traced()
+    stream = fleet.start(prompt(150), 300)
+    for _ in range(3):
+        await anext(stream)
+    await stream.aclose()
+    spans = {span.name: span for span in await ended()}
+    root, decode = spans["request"], spans["decode"]
+    assert root.attributes["baton.outcome"].string_value == "abort"
+    assert (decode.parent, decode.instance) == (root.id, "decode-0")
+    assert decode.attributes["stopped"].string_value == "the request was cancelled"
+    assert 2 <= decode.attributes["output_tokens"].int_value < 300
+    assert {"prefill", "prefill.compute", "decode.kv_wait", "decode.generate"} <= spans.keys()
+
+
+@pytest.mark.parametrize(
+    ("lost", "waits", "parts"),
+    [
+        ("prefill-0", "decode", {"decode.kv_wait"}),
+        ("decode-0", "prefill", {"prefill.queue", "prefill.compute", "chunk", "kv_transfer"}),
+    ],
+)
+async def test_a_request_that_is_late_has_the_spans_of_the_worker_that_waited(traced, lost, waits, parts):
+    fleet, ended = await traced()
+    fleet.handle(lost).submit = lambda request: None
+    with pytest.raises(Exception, match="deadline"):
+        await fleet.run(prompt(20), 4, timeout_s=0.5)
+    spans = {span.name: span for span in await ended()}
+    root = spans["request"]
+    assert spans[waits].parent == root.id
+    assert spans[waits].attributes["stopped"].string_value
+    of_the_gateway = {"queue", "dispatch", "first_token.return"}
+    assert spans.keys() - of_the_gateway == {"request", waits} | parts
+    assert all(spans[part].parent == spans[waits].id for part in parts)
+
+
 async def test_what_is_not_sampled_costs_workers_nothing(make_fleet):
     with collector() as (endpoint, spans):
         targets = otlp_targets(endpoint, 0.0, "baton")
@@ -123,7 +161,29 @@ async def test_what_is_not_sampled_costs_workers_nothing(make_fleet):
 )
 def test_a_door_takes_a_valid_trace_context_only(headers, taken):
     trace_context.accept(headers)
-    assert trace_context.get() == taken
+    assert trace_context.get().parent == taken
+
+
+@pytest.mark.parametrize(
+    ("states", "taken"),
+    [
+        ([STATE], STATE),
+        (["congo=t61rcWkgMzE , ", b"\trojo@eu=00f067aa0ba902b7"], STATE),
+        (["congo=1,congo=2"], ""),
+        (["Congo=1"], ""),
+        (["congo"], ""),
+        ([",".join(f"k{number}=1" for number in range(33))], ""),
+        (["a=" + "1" * 200, "b=" + "1" * 100, "c=" + "1" * 201, "d=2"], "b=" + "1" * 100 + ",d=2"),
+        ([",".join(f"k{number}=" + "1" * 100 for number in range(6))],
+         ",".join(f"k{number}=" + "1" * 100 for number in range(4))),
+    ],
+)  # fmt: skip
+def test_what_tracing_systems_have_said_goes_with_a_valid_context(states, taken):
+    headers = [("tracestate", state) for state in states]
+    trace_context.accept([*headers, ("traceparent", CALLER)])
+    assert trace_context.get() == (CALLER, taken)
+    trace_context.accept(headers)
+    assert trace_context.get() == ("", "")
 
 
 def test_a_program_in_a_span_hands_its_trace_on():
@@ -133,18 +193,28 @@ def test_a_program_in_a_span_hands_its_trace_on():
     with TracerProvider(shutdown_on_exit=False).get_tracer("test").start_as_current_span("mine") as span:
         ((name, value),) = trace_context.outgoing()
         assert (name, value[3:35]) == ("traceparent", f"{span.get_span_context().trace_id:032x}")
+    with in_a_span():
+        assert dict(trace_context.outgoing())["tracestate"] == STATE
+
+
+def in_a_span():
+    """This program's span, which goes on with the caller's trace."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    caller = TraceContextTextMapPropagator().extract({"traceparent": CALLER, "tracestate": STATE})
+    return TracerProvider(shutdown_on_exit=False).get_tracer("test").start_as_current_span("mine", caller)
 
 
 async def test_a_trace_comes_in_through_the_grpc_door(serve, answer):
-    from opentelemetry.sdk.trace import TracerProvider
-
     served = await serve(answer("hi"))
     async with AsyncBatonClient(served.connection) as client:
-        with TracerProvider(shutdown_on_exit=False).get_tracer("test").start_as_current_span("mine") as span:
+        with in_a_span() as span:
             _ = [chunk async for chunk in client.generate("one")]
         _ = [chunk async for chunk in client.generate("two")]
     inside, outside = served.engine.requests
-    assert inside.traceparent[3:35] == f"{span.get_span_context().trace_id:032x}"
+    assert inside.traceparent[3:52] == f"{CALLER[3:35]}-{span.get_span_context().span_id:016x}"
+    assert inside.tracestate == STATE
     assert inside.received > 0
     assert outside.traceparent == ""
 

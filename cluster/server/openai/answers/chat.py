@@ -45,9 +45,8 @@ class ChatWriter:
         for index, chunk in enumerate(choices):
             written.append({**self._choice(index, chunk), "message": self._message.whole(chunk)})
         answer = {**self._whole_head, **self._shown_prompt(), "choices": written, "usage": usage.completion()}
-        positions = next((chunk.prompt_logprobs for chunk in choices if chunk.prompt_logprobs is not None), None)
-        if self._num_prompt_top is not None and positions is not None:
-            answer["prompt_logprobs"] = prompt_entries(positions, self._num_prompt_top, self._token_bytes)
+        for chunk in choices:
+            answer |= self._prompt_logprobs(chunk)
         return answer
 
     def part(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
@@ -57,7 +56,7 @@ class ChatWriter:
             self._begun.add(index)
             opening = {"role": "assistant", "content": ""}
             choice = {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
-            events.append({**self._head, **self._shown_prompt(), "choices": [choice]})
+            events.append({**self._head, **self._shown_prompt(), "choices": [choice], **self._prompt_logprobs(chunk)})
         delta = self._message.part(chunk)
         if delta or chunk.finish_reason is not None or self._logprobs is not None or self._token_ids:
             events.append({**self._head, "choices": [{**self._choice(index, chunk), "delta": delta}]})
@@ -74,6 +73,13 @@ class ChatWriter:
         if self._token_ids:
             choice["token_ids"] = token_ids_of(chunk)
         return choice
+
+    def _prompt_logprobs(self, chunk: TextChunk) -> dict[str, Any]:
+        """Those of the prompt, if they are wanted and came with this part: the first of all parts."""
+        positions = chunk.prompt_logprobs
+        if self._num_prompt_top is None or positions is None:
+            return {}
+        return {"prompt_logprobs": prompt_entries(positions, self._num_prompt_top, self._token_bytes)}
 
     def _shown_prompt(self) -> dict[str, Any]:
         return {} if self._prompt is None else {"prompt_token_ids": self._prompt}

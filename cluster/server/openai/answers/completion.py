@@ -61,7 +61,8 @@ class CompletionWriter:
         """What a part of an answer is in events: none where it has nothing to show yet."""
         self._take_prompt(index, chunk)
         silent = not chunk.text and chunk.finish_reason is None and not self._shows_tokens
-        if silent and not (self._echoes and index not in self._begun):
+        opens = index not in self._begun and (bool(self._echoes) or self._num_prompt_top is not None)
+        if silent and not opens:
             return []
         return [{**self._head, "choices": [self._choice(index, chunk)]}]
 
@@ -85,7 +86,7 @@ class CompletionWriter:
             if echo is not None:
                 own = writer.echoed(self._prompts[number], self._positions[number], echo)
             choice["logprobs"] = {name: own.get(name, []) + new for name, new in writer.lists(chunk.tokens).items()}
-        if self._num_prompt_top is not None:
+        if self._num_prompt_top is not None and first:
             positions = self._positions[number]
             choice["prompt_logprobs"] = prompt_entries(positions, self._num_prompt_top, self._token_bytes)
         if self._returns_ids:

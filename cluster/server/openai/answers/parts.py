@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.conversation.deltas import ContentDelta
 from cluster.generation.text_chunk import TextChunk
 
 
@@ -43,14 +42,6 @@ def joined(chunks: Sequence[TextChunk]) -> TextChunk:
         prompt_logprobs=next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs is not None), None),
         deltas=None if last.deltas is None else tuple(delta for chunk in chunks for delta in chunk.deltas or ()),
     )
-
-
-def spoken(chunk: TextChunk) -> TextChunk:
-    """The part with what it says to the user for its text, without reasoning and markers."""
-    if chunk.deltas is None:
-        return chunk
-    text = "".join(delta.text for delta in chunk.deltas if isinstance(delta, ContentDelta))
-    return replace(chunk, text=text, deltas=None)
 
 
 def token_ids_of(chunk: TextChunk) -> list[int]:

@@ -34,36 +34,46 @@ class Message(RequestModel):
 Messages = Annotated[list[Message], FirstError()]
 
 
-def chat_messages(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
+def chat_messages(messages: Sequence[Message], field: str = "messages", first: int = 0) -> tuple[ChatMessage, ...]:
     """The messages as the checkpoint's template gets them; text in several parts has a line for each, as in vLLM.
+
+    Args:
+        messages: as they were sent.
+        field: of the request that they stand in.
+        first: place of the first one there.
 
     Raises:
         UnsupportedFieldError: a message has something besides text.
         InvalidRequestError: a message has no content, or one of its other fields is wrong.
     """
-    return tuple(_message(message, number) for number, message in enumerate(messages))
+    return tuple(_message(message, field, first + number) for number, message in enumerate(messages))
 
 
-def _message(message: Message, number: int) -> ChatMessage:
+def content_text(content: str | Sequence[ContentPart], where: str, field: str) -> str:
+    """A content's text. Errors as in `chat_messages`, which name the place and the request's field."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(_part(part, f"{where}[{at}]", field) for at, part in enumerate(content))
+
+
+def _message(message: Message, field: str, number: int) -> ChatMessage:
     for name in ("function_call", "audio"):
-        supported_value(message.model_extra, name, "messages")
-    whole = {**(message.model_extra or {}), "role": message.role, "content": _text(message, number)}
-    return read_message(whole, f"messages[{number}]")
+        supported_value(message.model_extra, name, field)
+    whole = {**(message.model_extra or {}), "role": message.role, "content": _text(message, field, number)}
+    return read_message(whole, f"{field}[{number}]")
 
 
-def _text(message: Message, number: int) -> str | None:
+def _text(message: Message, field: str, number: int) -> str | None:
     if message.content is None:
         if not (message.model_extra or {}).get("tool_calls"):
-            raise InvalidRequestError(f"messages[{number}] has no content")
+            raise InvalidRequestError(f"{field}[{number}] has no content")
         return None
-    if isinstance(message.content, str):
-        return message.content
-    return "\n".join(_part(part, f"messages[{number}].content[{at}]") for at, part in enumerate(message.content))
+    return content_text(message.content, f"{field}[{number}].content", field)
 
 
-def _part(part: ContentPart, where: str) -> str:
+def _part(part: ContentPart, where: str, field: str) -> str:
     if part.type not in _TEXT_PARTS:
-        raise UnsupportedFieldError("messages", f"{where} is of type {part.type!r}, and only text is supported")
+        raise UnsupportedFieldError(field, f"{where} is of type {part.type!r}, and only text is supported")
     if part.text is None:
         raise InvalidRequestError(f"{where} has no text")
     return part.text

@@ -6,24 +6,18 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from cluster.conversation.messages import ChatMessage
 from cluster.generation.conversations import Conversation
 from cluster.server.openai.errors import UnsupportedFieldError
-from cluster.server.openai.requests.messages import Message, chat_messages
 from cluster.server.openai.requests.model import FirstError
+from cluster.server.openai.requests.response_input import InputItem, input_messages
+from cluster.server.openai.requests.response_tools import response_tools
 from cluster.server.openai.requests.sampling import SamplingFields
 from cluster.server.openai.requests.structured import text_format
-from workers.errors import InvalidRequestError
 from workers.sampling_params import MAX_LOGPROBS
 from workers.structured_output import StructuredOutput
 
 _LOGPROBS = "message.output_text.logprobs"
-
-
-class InputItem(Message):
-    """A message of the input; other items are not supported."""
-
-    type: str | None = None
-    role: str = Field("", max_length=128)
 
 
 class ResponseRequest(SamplingFields):
@@ -37,6 +31,9 @@ class ResponseRequest(SamplingFields):
     include: Annotated[list[str], FirstError()] | None = None
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     def forms(self) -> dict[str, StructuredOutput]:
         """See `FormFields`; here `text` has OpenAI's."""
@@ -47,20 +44,15 @@ class ResponseRequest(SamplingFields):
         """The prompt.
 
         Raises:
-            InvalidRequestError: an item of the input is wrong.
-            UnsupportedFieldError: an item is no message.
+            InvalidRequestError: an item of the input, or a tool, is wrong.
+            UnsupportedFieldError: an item or a tool is of a kind that is not supported.
         """
         items = [InputItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        for number, item in enumerate(items):
-            if item.type not in (None, "message"):
-                raise UnsupportedFieldError(
-                    "input", f"input[{number}] is of type {item.type!r}, which is not supported"
-                )
-            if not item.role:
-                raise InvalidRequestError(f"input[{number}] has no role")
+        messages = input_messages(items)
         if self.instructions:
-            items = [InputItem(role="system", content=self.instructions), *items]
-        return Conversation(chat_messages(items), self.chat_template_kwargs or {})
+            messages = (ChatMessage("system", self.instructions), *messages)
+        use = response_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return Conversation(messages, self.chat_template_kwargs or {}, tool_use=use)
 
     @property
     def num_logprobs(self) -> int | None:

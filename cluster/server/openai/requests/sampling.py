@@ -113,16 +113,6 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), bias) for token, bias in given.items())
 
 
-def check_prompt_logprobs(prompt_logprobs: int | None, stream: bool | None) -> None:
-    """As with vLLM, a prompt's log-probabilities are in answers in one piece.
-
-    Raises:
-        InvalidRequestError: they are asked for of a stream.
-    """
-    if prompt_logprobs is not None and stream:
-        raise InvalidRequestError("prompt_logprobs is given with stream=true: a stream does not have them")
-
-
 def check_stream_options(stream: bool | None, options: StreamOptions | None) -> StreamOptions:
     """The options of a stream.
 

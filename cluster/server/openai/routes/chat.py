@@ -17,10 +17,9 @@ from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import door_of
 from cluster.server.openai.request_id import request_id_of
 from cluster.server.openai.requests.chat import ChatCompletionRequest
-from cluster.server.openai.requests.sampling import check_prompt_logprobs, check_stream_options
+from cluster.server.openai.requests.sampling import check_stream_options
 from cluster.server.openai.requests.unsupported import check_best_of, check_fields
 from cluster.server.openai.routes.answering import answer, stream
-from cluster.server.openai.samples import with_samples
 
 router = APIRouter()
 
@@ -35,9 +34,8 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     check_best_of(body.best_of, n)
     options = check_stream_options(body.stream, body.stream_options)
     generation = served.generation
-    check_prompt_logprobs(body.prompt_logprobs, body.stream)
-    own = {"max_tokens": body.longest, "logprobs": body.num_logprobs, "prompt_logprobs": body.prompt_logprobs}
-    sampling = with_samples(body.sampling(generation.sampling_defaults, **own), n)
+    own = {"max_tokens": body.longest, "logprobs": body.num_logprobs, "prompt_logprobs": body.prompt_logprobs, "n": n}
+    sampling = body.sampling(generation.sampling_defaults, **own)
     conversation, shared = body.conversation(), body.options()
 
     async def prepared(timeout_s: float) -> tuple[EngineRequest, ChatWriter]:

@@ -17,10 +17,9 @@ from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import Served, door_of
 from cluster.server.openai.request_id import request_id_of
 from cluster.server.openai.requests.completion import DEFAULT_MAX_TOKENS, CompletionRequest
-from cluster.server.openai.requests.sampling import check_prompt_logprobs, check_stream_options
+from cluster.server.openai.requests.sampling import check_stream_options
 from cluster.server.openai.requests.unsupported import check_best_of, check_fields
 from cluster.server.openai.routes.answering import answer, stream
-from cluster.server.openai.samples import with_samples
 from workers.errors import InvalidRequestError
 from workers.token_ids import as_token_ids
 
@@ -66,13 +65,12 @@ def _check(body: CompletionRequest) -> None:
             f"{len(body.prompts)} prompts with n {n} are {len(body.prompts) * n} answers, at most {MAX_CHOICES} are "
             "allowed in one request"
         )
-    check_prompt_logprobs(body.prompt_logprobs, body.stream)
 
 
 async def _prepare(body: CompletionRequest, served: Served, request_id: str, timeout_s: float) -> list[EngineRequest]:
     defaults = {"max_tokens": DEFAULT_MAX_TOKENS, **served.generation.sampling_defaults}
     own = {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "prompt_logprobs": body.num_prompt_logprobs}
-    sampling = with_samples(body.sampling(defaults, **own), body.n or 1)
+    sampling = body.sampling(defaults, **own, n=body.n)
     return [
         await served.generation.prepare(
             GenerationRequest(

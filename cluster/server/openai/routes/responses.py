@@ -1,4 +1,4 @@
-"""/v1/responses, for text. Nothing is kept: a later request has to bring the conversation with it."""
+"""/v1/responses, for text and calls of functions. Nothing is kept: a later request brings the conversation with it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.api import EngineRequest
-from cluster.generation.text_chunk import TextChunk
 from cluster.generation.text_generation import GenerationRequest
 from cluster.server.openai import sse
-from cluster.server.openai.answers.parts import Head, spoken
+from cluster.server.openai.answers.parts import Head
 from cluster.server.openai.answers.response import ResponseWriter
 from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import door_of
@@ -57,19 +56,19 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
         async with aclosing(generation.run(engine_request, conversation)) as parts:
             async for chunk in parts:
                 usage.add(chunk)
-                chunks.append(spoken(chunk))
+                chunks.append(chunk)
         return writer.whole(chunks, usage)
 
     async def events(timeout_s: float) -> AsyncGenerator[bytes, None]:
         engine_request = await prepared(timeout_s)
-        usage, chunks = usage_of([engine_request]), list[TextChunk]()
+        usage, begun = usage_of([engine_request]), False
         async with aclosing(generation.run(engine_request, conversation)) as parts:
             async for chunk in parts:
                 usage.add(chunk)
-                opening = [] if chunks else writer.opening()
-                chunks.append(spoken(chunk))
-                if written := [*opening, *writer.part(chunks[-1])]:
+                opening = [] if begun else writer.opening()
+                begun = True
+                if written := [*opening, *writer.part(chunk)]:
                     yield b"".join(map(sse.named_event, written))
-        yield b"".join(map(sse.named_event, writer.closing(chunks, usage)))
+        yield b"".join(map(sse.named_event, writer.closing(usage)))
 
     return StreamCall(door, request_id, events, writer.failure) if body.stream else WholeCall(door, request_id, whole)

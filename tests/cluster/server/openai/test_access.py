@@ -193,6 +193,17 @@ async def test_what_is_not_done_in_time_is_ended_with_its_reason(serve_http, ans
     assert served.engine.closed.is_set()
 
 
+async def test_a_request_belongs_to_the_trace_of_its_caller(serve_http, answer) -> None:
+    served = await serve_http(answer("ok"))
+    parent, state = f"00-{1:032x}-{2:016x}-01", "vendor=value"
+    async with served.client() as client:
+        await client.completions.create(**ASK, extra_headers={"Traceparent": parent, "Tracestate": state})
+        await client.completions.create(**ASK)
+    first, second = served.engine.requests
+    assert (first.traceparent, first.tracestate) == (parent, state)
+    assert (second.traceparent, second.tracestate) == ("", "")
+
+
 async def test_a_request_has_the_name_that_its_client_gives(serve_http, answer) -> None:
     served = await serve_http(answer("ok"))
     async with served.client() as client:

@@ -165,6 +165,16 @@ def test_a_prompt_is_scored_as_if_it_were_the_answer(client: openai.OpenAI, serv
     answer = client.chat.completions.create(**chat)
     assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens
     assert all(len(entry) == 1 for entry in answer.prompt_logprobs[1:])
+    first, *others = client.chat.completions.create(**chat, stream=True)
+    assert first.prompt_logprobs == answer.prompt_logprobs
+    assert not any("prompt_logprobs" in (part.model_extra or {}) for part in others)
+    several = {**scored, "prompt": [prompt, prompt[:20]], "n": 2}
+    whole = client.completions.create(**several).choices
+    parts = [part.choices[0] for part in client.completions.create(**several, stream=True)]
+    for index in range(4):
+        opening, *rest = [part for part in parts if part.index == index]
+        assert opening.prompt_logprobs == whole[index].prompt_logprobs
+        assert not any("prompt_logprobs" in (part.model_extra or {}) for part in rest)
 
 
 def test_prompts_come_in_four_forms(client: openai.OpenAI, service) -> None:

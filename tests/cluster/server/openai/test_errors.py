@@ -90,7 +90,6 @@ BAD = [
     ("completions", {"prompt": "x", "stop": {"a": 1}}, 400, "stop is an object of 1"),
     ("completions", {"prompt": "x", "stop_token_ids": [257]}, 400, "stop token 257 is out of range"),
     ("completions", {"prompt": "x", "stream": False, "stream_options": {}}, 400, "stream_options are given without"),
-    ("completions", {"prompt": "x", "prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs is given with stream"),
     ("completions", {"prompt": "x", "n": 65}, 400, "n is 65, at most 64 samples"),
     ("completions", {"prompt": "x", "user": "u" * 129}, 400, "user has 129 bytes, at most 128"),
     ("completions", {"prompt": "x", "priority": 2**31}, 400, "priority is 2147483648"),

@@ -196,3 +196,105 @@ def test_channels_are_told_by_special_tokens_and_not_by_their_spelling() -> None
         assert chat(client, messages=[*ASK, reasoned, *results]).choices[0].message.content == "Sunny."
         assert "<|start|>assistant to=functions.get_weather<|channel|>commentary" in service.engine.prompt
         assert "analysis<|message|>I must look.\nI look.<|end|>" in service.engine.prompt
+
+
+FLAT = [{"type": "function", "strict": False, **tool["function"]} for tool in (WEATHER, CLOCK)]
+FLAT[1]["parameters"] = None
+
+
+def respond(client: openai.OpenAI, **options):
+    return client.responses.create(**{"model": "scripted", "input": "Weather in Kyōto?", "tools": FLAT, **options})
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_a_response_has_calls_as_items_whole_and_streamed(
+    service: ScriptedService, client: openai.OpenAI, at_once: int
+) -> None:
+    say(service, THOUGHT + TWO_CALLS["hermes"], at_once=at_once)
+    whole = respond(client)
+    assert '"name": "get_weather"' in service.engine.prompt
+    assert [item.type for item in whole.output] == ["message", "function_call", "function_call"]
+    assert (whole.status, whole.output_text.strip(), whole.tool_choice) == ("completed", "I look.", "auto")
+    assert [tool.name for tool in whole.tools] == ["get_weather", "clock"]
+    calls = [(item.name, json.loads(item.arguments), item.status) for item in whole.output[1:]]
+    assert calls == [("get_weather", {"city": "Kyōto", "days": 2}, "completed"), ("clock", {}, "completed")]
+    assert len({item.call_id for item in whole.output[1:]} | {item.id for item in whole.output}) == 5
+
+    events = list(respond(client, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    arguments: dict[str, str] = {}
+    for event in events:
+        if event.type == "response.function_call_arguments.delta":
+            arguments[event.item_id] = arguments.get(event.item_id, "") + event.delta
+    last = events[-1].response
+    assert [(item.type, item.status) for item in last.output] == [(item.type, item.status) for item in whole.output]
+    assert arguments == {item.id: item.arguments for item in last.output[1:]}
+    assert [item.arguments for item in last.output[1:]] == [item.arguments for item in whole.output[1:]]
+    added = [event.item for event in events if event.type == "response.output_item.added"]
+    assert [(item.type, item.status) for item in added] == [(item.type, "in_progress") for item in whole.output]
+    assert [item.arguments for item in added[1:]] == ["", ""]
+    done = [event for event in events if event.type == "response.output_item.done"]
+    assert [(event.output_index, event.item.id) for event in done] == [
+        (i, item.id) for i, item in enumerate(last.output)
+    ]
+    finished = [event.arguments for event in events if event.type == "response.function_call_arguments.done"]
+    assert finished == [item.arguments for item in last.output[1:]]
+
+
+def test_a_response_that_is_cut_in_a_call_says_so(service: ScriptedService, client: openai.OpenAI) -> None:
+    say(service, TWO_CALLS["hermes"][:-30], finish=FinishReason.LENGTH)
+    answer = respond(client)
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert [item.status for item in answer.output][-1] == "incomplete"
+    assert {item.status for item in answer.output[:-1]} == {"completed"}
+
+
+def test_calls_and_their_results_go_back_into_a_response(service: ScriptedService, client: openai.OpenAI) -> None:
+    say(service, TWO_CALLS["hermes"])
+    asked = [{"role": "user", "content": "Weather?"}]
+    first = respond(client, input=asked)
+    called = [item.model_dump(exclude_none=True) for item in first.output]
+    results = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": output}
+        for item, output in zip(first.output[1:], ("sunny", [{"type": "input_text", "text": "noon"}]), strict=True)
+    ]
+    say(service, "Sunny at noon.")
+    assert respond(client, input=[*asked, *called, *results]).output_text == "Sunny at noon."
+    prompt = service.engine.prompt.partition("Weather?")[2]
+    assert prompt.count("<tool_call>{") == 2
+    assert prompt.count("assistant") == 2, "text and calls are one message, and the answer is to come"
+    assert prompt.index("I look.") < prompt.index('"name": "clock", "arguments"') < prompt.index("sunny")
+    assert prompt.index("sunny") < prompt.index("noon")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tools": [{"type": "web_search"}]}, r"tools\[0\] is of type 'web_search'"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, r"tools\[0\].name is 'a b'"),
+        ({"tools": [], "tool_choice": "required"}, "the request has no tools"),
+        ({"tool_choice": {"type": "function", "name": "nobody"}}, "tool_choice names 'nobody'"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
+            "tool_choice is of type 'allowed_tools'",
+        ),
+        ({"tool_choice": "perhaps"}, "tool_choice is 'perhaps'"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, r"input\[0\] has no call_id"),
+        (
+            {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "x"}]},
+            "must be a JSON object",
+        ),
+        ({"input": [{"type": "function_call_output", "call_id": "c"}]}, r"input\[0\] has no output"),
+        ({"input": [{"type": "computer_call"}]}, r"input\[0\] is of type 'computer_call'"),
+        ({"input": [{"role": "user"}]}, r"input\[0\] has no content"),
+    ],
+)
+def test_what_is_wrong_with_tools_of_a_response_is_told(client: openai.OpenAI, options: dict, why: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=why):
+        respond(client, **options)
+
+
+def test_a_response_that_must_call_a_function_has_its_grammar(service: ScriptedService, client: openai.OpenAI) -> None:
+    say(service, TWO_CALLS["hermes"])
+    with pytest.raises(openai.BadRequestError, match="structured_output"):  # nobody compiles one here
+        respond(client, tool_choice={"type": "function", "name": "clock"})
