@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Mapping
+
 import pytest
 import torch
 
+from benchmarks.environment import RESULTS
 from benchmarks.moe import TOKENS
 from benchmarks.moe_layers import LAYERS, MoELayerShape, all_tiles, candidates, describe, fitting, make_block, run_block
 from workers.ops.flashinfer_experts import interleave
+from workers.ops.grouped_tiles import SM90, TILES, choose_tile
 from workers.ops.router_config import RouterConfig
+from workers.ops.sum_tiles import USUAL, sums_faster
 
 H200_SHARED_MEMORY = 232448
 
@@ -32,6 +39,53 @@ def test_every_candidate_is_compiled_before_and_has_a_name_of_its_own() -> None:
         }
         assert wanted <= {pair[side] for pair in compiled}
         assert len({describe(tile) for tile in wanted}) == len(wanted)
+
+
+def tabled(layer: MoELayerShape, num_tokens: int) -> tuple[str, str]:
+    """The tiles that such a layer runs with on an H200, as the measured ones are named."""
+    shapes = (
+        (layer.num_experts, 2 * layer.intermediate_size, layer.hidden_size, True),
+        (layer.num_experts, layer.hidden_size, layer.intermediate_size, False),
+    )
+    first, second = (
+        choose_tile(num_tokens * layer.top_k, shape, torch.bfloat16, "sm90", H200_SHARED_MEMORY) for shape in shapes
+    )
+    assert first.rows == second.rows, "pairs are cut into tiles once"
+    summed = num_tokens == 1 and sums_faster(layer.hidden_size, layer.top_k)
+    return describe(first), describe(USUAL if summed else second)
+
+
+def expected_us(measured: Mapping[tuple[str, str], float], first: str, second: str) -> float:
+    """Of a pair that may not have been measured as one: each first tile was beside one second tile, and the fastest
+    first tile beside every second."""
+    rows = first.partition("x")[0].partition("-")[2]
+    pairs = [pair for pair in measured if pair[0].partition("x")[0].partition("-")[2] == rows]
+    best = Counter(pair[0] for pair in pairs).most_common(1)[0][0]
+    usual = Counter(pair[1] for pair in pairs).most_common(1)[0][0]
+    return measured[first, usual] + measured[best, second] - measured[best, usual]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_table_has_what_was_fastest_when_measured(name: str) -> None:
+    layers = json.loads((RESULTS / "moe_h200.json").read_text())["layers"]
+    for point in layers[name]:
+        assert not point["errors"]
+        pairs = {tuple(tiles.split()): us for tiles, us in point["us"].items() if tiles.count(" ") == 1}
+        found = expected_us(pairs, *tabled(LAYERS[name], point["tokens"]))
+        assert found <= 1.03 * min(pairs.values()), point["tokens"]
+        assert found <= point["us"].get("torch", found)
+
+
+def test_shapes_that_were_not_measured_have_the_usual_tiles() -> None:
+    for gated in (True, False):
+        ranges = SM90[gated]
+        assert [begin for begin, _ in ranges] == sorted({begin for begin, _ in ranges})
+        for begin, tile in ranges:
+            num_pairs = max(1, round(begin * 160 + 0.5))
+            shape = (160, 1000, 1000, gated)
+            assert choose_tile(num_pairs, shape, torch.bfloat16, "sm90", H200_SHARED_MEMORY) == tile
+    other = choose_tile(16, (160, 1000, 1000, True), torch.bfloat16, "sm80", H200_SHARED_MEMORY)
+    assert other == TILES[0][1], "of other devices nothing was measured"
 
 
 def test_a_measured_block_computes_what_the_layer_does() -> None:

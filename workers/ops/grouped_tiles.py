@@ -40,8 +40,8 @@ class GroupedTile:
     prefetched: int = 0
 
 
-Ranges = Sequence[tuple[int, GroupedTile]]
-"""From how many pairs of an expert on which tile is used."""
+Ranges = Sequence[tuple[float, GroupedTile]]
+"""From how many pairs of an expert on, on average, which tile is used."""
 
 _FEW = GroupedTile(
     rows=16, outputs=64, inputs=128, bundle=1, num_stages=4, num_warps=4, kernel="few_rows", prefetched=512
@@ -53,10 +53,46 @@ TILES: Ranges = (
     (32, GroupedTile(rows=64, outputs=128, inputs=64, bundle=8, num_stages=4, num_warps=4)),
     (96, GroupedTile(rows=128, outputs=128, inputs=64, bundle=8, num_stages=3, num_warps=8)),
 )
-"""What is usual for such products; of shapes that were not measured."""
+"""What is usual for such products; of devices that were not measured."""
 
-SM90: Mapping[Shape, Ranges] = MappingProxyType({})
-"""Of shapes that `python -m benchmarks.moe` measured on an H200."""
+_FEW_DEEP = replace(_FEW, inputs=64, num_stages=6)
+_FEW_32 = replace(_FEW, rows=32, inputs=64, bundle=4)
+_FEW_64 = replace(_FEW_32, rows=64)
+_FEW_128 = replace(_FEW_32, rows=128, outputs=128, num_stages=3, num_warps=8)
+_MANY_64 = GroupedTile(rows=64, outputs=128, inputs=64, bundle=8, num_stages=4, num_warps=4)
+_MANY_128 = replace(_MANY_64, rows=128, num_stages=3, num_warps=8)
+_MANY_WIDE = replace(_MANY_128, outputs=256)
+
+SM90: Mapping[bool, Ranges] = MappingProxyType(
+    {
+        True: (
+            (0, _FEW_DEEP),
+            (0.2, replace(_FEW, num_stages=3)),
+            (12, _FEW_32),
+            (24, _FEW_64),
+            (96, _FEW_128),
+        ),
+        False: (
+            (0, _FEW),
+            (0.2, replace(_FEW, prefetched=0)),
+            (12, replace(_FEW_32, outputs=128)),
+            (24, _MANY_64),
+            (96, _MANY_WIDE),
+        ),
+    }
+)
+"""On an H200, of gate and up together and of single products: what was fastest in most of the shapes that `python -m
+benchmarks.moe` has (benchmarks/results/moe_h200.json). Both have the same rows everywhere: pairs are cut once."""
+
+SM90_SHAPES: Mapping[Shape, Ranges] = MappingProxyType(
+    {
+        # DeepSeek-V2-Lite's second product
+        (66, 2048, 1408, False): (*SM90[False], (3000, replace(_MANY_128, num_stages=4))),
+        # gpt-oss-20b's first
+        (32, 5760, 2880, True): ((0, replace(_FEW_DEEP, num_stages=4)), *SM90[True][1:], (1024, _MANY_128)),
+    }
+)
+"""Shapes that were faster by more than 2 % with something else."""
 
 _FLOAT32 = GroupedTile(rows=16, outputs=64, inputs=32, bundle=4, num_stages=2, num_warps=4)
 """Exact float32 is computed without tensor cores: large tiles would not fit the registers."""
@@ -72,8 +108,8 @@ def choose_tile(num_pairs: int, shape: Shape, dtype: torch.dtype, arch: str, sha
         arch: of the device, as `device_traits` has it.
         shared_memory: bytes.
     """
-    mean = num_pairs // shape[0]
-    ranges = SM90.get(shape, TILES) if arch == "sm90" else TILES
+    mean = num_pairs / shape[0]
+    ranges = SM90_SHAPES.get(shape, SM90[shape[3]]) if arch == "sm90" else TILES
     tile = _FLOAT32 if dtype == torch.float32 else [tile for begin, tile in ranges if mean >= begin][-1]
     return fitted(tile, shape[3], dtype, shared_memory)
 

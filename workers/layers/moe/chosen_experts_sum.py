@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
-from workers.ops.sum_tiles import USUAL, SumTile
+from workers.ops.sum_tiles import USUAL, SumTile, sums_faster
 
 _MOST_TOKENS = 1
 
 
-def sums_chosen(weight: GroupedWeight, num_tokens: int) -> bool:
-    """Whether a kernel does both, and is made for so many tokens."""
-    return num_tokens <= _MOST_TOKENS and isinstance(weight, PlainWeight) and weight.device.type == "cuda"
+def sums_chosen(weight: GroupedWeight, num_tokens: int, top_k: int) -> bool:
+    """Whether a kernel does both, and is the fastest for so many tokens and experts of each."""
+    if num_tokens > _MOST_TOKENS or not isinstance(weight, PlainWeight) or weight.device.type != "cuda":
+        return False
+    return sums_faster(weight.shape[1], top_k)
 
 
 def chosen_experts_sum(

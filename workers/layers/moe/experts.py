@@ -192,7 +192,7 @@ class Experts(nn.Module):
             out_rows=order,
             activation=self.activation,
         )
-        if sums_chosen(down, x.shape[0]):
+        if sums_chosen(down, x.shape[0], top_k):
             return chosen_experts_sum(inner, down, ids, out_weights, added)
         outer = grouped_linear(inner, down, groups, rows=order, out_rows="pairs", routed_before=True)
         return weighted_sum(outer, top_k, out_weights, added)

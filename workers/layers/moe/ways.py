@@ -17,8 +17,9 @@ WAYS: Mapping[str, Sequence[tuple[int, Sequence[Way]]]] = MappingProxyType(
         "cpu": ((1, ("loop",)),),
     }
 )
-"""By type of device: from how many tokens on which ways are preferred, the best first. Not measured yet: the kernel is
-first on every GPU because it reads and writes rows where they are."""
+"""By type of device: from how many tokens on which ways are preferred, the best first. The kernel takes
+55 % to 100 % of the time of PyTorch's product for 64 tokens and more on an H200 (benchmarks/results/moe_h200.json), and
+reads and writes rows where they are."""
 
 
 def way_for(num_tokens: int, usable: Sequence[Way], device: torch.device) -> Way:
