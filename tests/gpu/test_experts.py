@@ -9,7 +9,7 @@ from workers.layers.activation import SILU, GatedActivation
 from workers.layers.moe.block import MoEBlock, Router
 from workers.layers.moe.experts import Experts
 from workers.layers.moe.grouped_linear import grouped_linear, usable_ways
-from workers.layers.moe.token_groups import group_tokens
+from workers.layers.moe.token_groups import group_tokens, sort_pairs
 from workers.layers.moe.weighted_sum import weighted_sum
 from workers.ops.router_config import RouterConfig
 
@@ -106,6 +106,25 @@ def test_a_graph_follows_any_routing(kind: str) -> None:
             x.copy_(randn(num_tokens, H, seed=seed))
             graph.replay()
             assert torch.equal(out, run(x))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(66, 8), (128, 8), (32, 4), (5, 1), (300, 10)])
+@pytest.mark.parametrize("num_tokens", [1000, 8192, 70001])
+def test_many_pairs_are_sorted_as_torch_does(num_experts: int, top_k: int, num_tokens: int) -> None:
+    """By a kernel that has them shared out among programs, in runs of one block and of several."""
+    from workers.ops.triton.token_groups import launch_tile_map
+
+    scores = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens))
+    scores[:, 0] += 0.5
+    ids = scores.topk(top_k).indices.cuda()
+    groups, (pairs, offsets) = group_tokens(ids, num_experts), sort_pairs(ids, num_experts)
+    for rows in (128, 64):
+        tiles = groups.tiles(rows)
+        assert torch.equal(groups.pairs, pairs)
+        assert torch.equal(groups.offsets, offsets)
+        wanted = launch_tile_map(offsets, ids.numel(), rows)
+        assert torch.equal(tiles[0], wanted[0])
+        assert torch.equal(tiles[:, tiles[0] < num_experts], wanted[:, tiles[0] < num_experts])
 
 
 @pytest.mark.parametrize("kind", ["deepseek-v2-lite", "gpt-oss"])

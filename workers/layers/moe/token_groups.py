@@ -69,12 +69,11 @@ class TokenGroups:
         """Pairs and offsets, once; where a kernel sorts, with tiles of `rows`, which come for nothing."""
         if self._sorted is None:
             if self.ids.is_cuda:
-                from workers.ops.triton.token_groups import MAX_SORTED_PAIRS, launch_group_tokens
+                from workers.ops.triton.token_groups import launch_group_tokens
 
-                if self.num_pairs <= MAX_SORTED_PAIRS:
-                    pairs, offsets, self._tiles[rows] = launch_group_tokens(self.ids, self.num_experts, rows)
-                    self._sorted = pairs, offsets
-            if self._sorted is None:
+                pairs, offsets, self._tiles[rows] = launch_group_tokens(self.ids, self.num_experts, rows)
+                self._sorted = pairs, offsets
+            else:
                 self._sorted = sort_pairs(self.ids, self.num_experts)
         return self._sorted
 

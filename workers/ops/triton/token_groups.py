@@ -1,8 +1,8 @@
 """Kernels that sort pairs of token and expert by expert, and that cut the sorted pairs into tiles of one expert each.
 
-A counting sort with one program for each expert: it counts all ids and finds its own, and knows from the counts where
-its tiles are, too. That is a single launch where `torch.sort` and what comes behind it take ten, and made for the few
-pairs of a decode step.
+Of few pairs, as in a decode step, a counting sort with one program for each expert: it counts all ids and finds its
+own, and knows from the counts where its tiles are, too. That is a single launch where `torch.sort` and what comes
+behind it take ten. Many pairs are sorted by `counting_sort` in two.
 """
 # ruff: noqa: N803  # compile-time constants are upper case, as is usual in Triton
 
@@ -15,35 +15,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import on_device
+from workers.ops.triton.counting_sort import launch_counting_sort
+from workers.ops.triton.tile_entries import store_tiles
 
-MAX_SORTED_PAIRS = 8192
-"""Above this every program would read too long."""
+MAX_READ_PAIRS = 2048
+"""Above this every program would read too long, and `counting_sort` has the pairs shared out among programs."""
 
 _BLOCK, _NUM_WARPS = 1024, 4
 _TILE_BLOCK = 64
 _FEWEST_BINS = 32
-
-
-@triton.jit
-def _store_tiles(
-    tiles_ptr: tl.tensor,
-    before: tl.tensor,
-    count: tl.tensor,
-    expert: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    max_tiles: tl.tensor,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Enter `count` tiles of an expert behind the `before` first: its number, their first rows, one past its last."""
-    for first in tl.range(0, count, BLOCK):
-        tile = first + tl.arange(0, BLOCK)
-        mask = tile < count
-        places = tiles_ptr + before + tile
-        tl.store(places, tl.zeros([BLOCK], tl.int32) + expert, mask=mask)
-        tl.store(places + max_tiles, begin + tile * ROWS, mask=mask)
-        tl.store(places + 2 * max_tiles, tl.zeros([BLOCK], tl.int32) + end, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "max_tiles"])
@@ -78,11 +58,11 @@ def group_tokens_kernel(
     before = tl.sum(tl.where(bins < expert, (counts + ROWS - 1) // ROWS, 0), axis=0)
     tl.store(offsets_ptr + expert, first)
     if expert == NUM_EXPERTS:
-        _store_tiles(tiles_ptr, before, max_tiles - before, expert, 0, 0, max_tiles, ROWS, TILE_BLOCK)
+        store_tiles(tiles_ptr, before, max_tiles - before, expert, 0, 0, max_tiles, ROWS, TILE_BLOCK)
     else:
         own_tiles = (own_pairs + ROWS - 1) // ROWS
         end = first + own_pairs
-        _store_tiles(tiles_ptr, before, own_tiles, expert, first, end, max_tiles, ROWS, TILE_BLOCK)
+        store_tiles(tiles_ptr, before, own_tiles, expert, first, end, max_tiles, ROWS, TILE_BLOCK)
         if own_pairs > 0:
             for begin in tl.range(0, num_pairs, BLOCK):
                 ids = tl.load(ids_ptr + begin + lane, mask=begin + lane < num_pairs, other=NUM_EXPERTS)
@@ -119,7 +99,7 @@ def tile_map_kernel(
     end = tl.sum(tl.where(index == expert, ends, 0), axis=0)
     if expert == NUM_EXPERTS:
         own = max_tiles - before
-    _store_tiles(tiles_ptr, before, own, expert, begin, end, max_tiles, ROWS, BLOCK)
+    store_tiles(tiles_ptr, before, own, expert, begin, end, max_tiles, ROWS, BLOCK)
 
 
 def most_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
@@ -140,6 +120,9 @@ def launch_group_tokens(
     pairs = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
     tiles = torch.empty(3, max_tiles, dtype=torch.int32, device=ids.device)
+    if num_pairs > MAX_READ_PAIRS:
+        launch_counting_sort(pairs, offsets, tiles, flat, rows)
+        return pairs, offsets, tiles
     with on_device(ids):
         group_tokens_kernel[(num_experts + 1,)](
             pairs,

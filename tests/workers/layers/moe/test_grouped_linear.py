@@ -38,7 +38,13 @@ def kernels() -> SimpleNamespace:
     """The launch functions, of kernels that the interpreter runs where there is no GPU."""
     with mock.patch.dict(os.environ, {} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"}):
         language = pytest.importorskip("triton.language")
-        from workers.ops.triton import chosen_experts_sum, grouped_linear, token_groups, weighted_sum
+        from workers.ops.triton import (
+            chosen_experts_sum,
+            counting_sort,
+            grouped_linear,
+            token_groups,
+            weighted_sum,
+        )
     for function in (language.sum, grouped_linear.grouped_few_rows_kernel, token_groups.tile_map_kernel):
         if DEVICE.type == "cpu" and type(function).__name__ != "InterpretedFunction":
             pytest.skip("Triton was imported to compile: needs TRITON_INTERPRET=1 or a CUDA device")
@@ -50,6 +56,7 @@ def kernels() -> SimpleNamespace:
             GroupedTile(16, 32, 16, 2, num_stages=2, num_warps=2, kernel="few_rows", prefetched=32),
         ],
         groups=token_groups.launch_group_tokens,
+        counting_sort=counting_sort.launch_counting_sort,
         tile_map=token_groups.launch_tile_map,
         most_tiles=token_groups.most_tiles,
         sum=weighted_sum.launch_weighted_sum,
@@ -122,6 +129,25 @@ def test_pairs_are_sorted_by_expert(
         assert pairs.tolist() == in_order
         assert offsets.tolist() == ends
         assert (pairs.dtype, offsets.dtype) == (torch.int32, torch.int32)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "most_runs"), [(37, 9, 256), (37, 40, 2)])
+def test_many_pairs_are_sorted_in_runs(
+    kernels: SimpleNamespace, num_tokens: int, num_experts: int, most_runs: int
+) -> None:
+    """Runs of one block and of several, the last of them not full."""
+    ids = some_ids(num_tokens, num_experts, 3)
+    pairs, offsets = (torch.full((n,), -1, dtype=torch.int32, device=DEVICE) for n in (ids.numel(), num_experts + 1))
+    max_tiles = kernels.most_tiles(ids.numel(), num_experts, 16)
+    tiles = torch.full((3, max_tiles), -1, dtype=torch.int32, device=DEVICE)
+    kernels.counting_sort(pairs, offsets, tiles, ids.reshape(-1), 16, block=32, most_runs=most_runs)
+    expected = sort_pairs(ids, num_experts)
+    assert torch.equal(pairs, expected[0])
+    assert torch.equal(offsets, expected[1])
+    wanted = kernels.tile_map(offsets, ids.numel(), 16)
+    there = wanted[0] < num_experts
+    assert torch.equal(tiles[0], wanted[0])
+    assert torch.equal(tiles[:, there], wanted[:, there])
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (40, 3, 2), (90, 40, 4)])
