@@ -50,7 +50,7 @@ Run = Callable[[MoEBlock, torch.Tensor], torch.Tensor]
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 32768)
 BANDWIDTH, RATE = 4.26e12, 780e12
 _ENOUGH_S = 0.02
-_MOST_CHECKED = 1024
+_MOST_CHECKED = 8192
 _WRONG = 0.02
 
 
@@ -237,20 +237,21 @@ def _without_dependent_launches(device: torch.device) -> Iterator[None]:
         launches_dependents.cache_clear()
 
 
-def compile_share(names: Sequence[str], index: int, num_shares: int) -> None:
+def compile_share(names: Sequence[str], tokens: Sequence[int], index: int, num_shares: int) -> None:
     """Compile every so manieth candidate, so that Triton's cache has it."""
     device = torch.device("cuda")
     shared_memory = device_traits(device).shared_memory
     for name in names:
         shape, runs = LAYERS[name], []
-        for first, second in all_tiles():
+        for first, second in all_tiles(shape, tokens):
             if fitting(first, True, shared_memory) and fitting(second, False, shared_memory):
                 runs.append(partial(run_block, first=first, second=second))
         block = make_block(shape, device, filled=False)
         several, one = (torch.zeros(n, shape.hidden_size, dtype=torch.bfloat16, device=device) for n in (2, 1))
         calls = [partial(run, block, several) for run in runs]
-        calls += [partial(run, block, one) for run in runs if run.keywords["first"].rows == 16]
-        calls += [partial(run_block, block, one, second=tile) for tile in SUMS]
+        if 1 in tokens:
+            calls += [partial(run, block, one) for run in runs if run.keywords["first"].rows == 16]
+            calls += [partial(run_block, block, one, second=tile) for tile in SUMS]
         for call in calls[index::num_shares]:
             try:
                 call()
@@ -260,9 +261,9 @@ def compile_share(names: Sequence[str], index: int, num_shares: int) -> None:
     synchronize(device)
 
 
-def compile_all(names: Sequence[str], jobs: int) -> None:
+def compile_all(names: Sequence[str], tokens: Sequence[int], jobs: int) -> None:
     """Compile all candidates in processes side by side."""
-    command = [sys.executable, "-m", "benchmarks.moe", "--layers", *names]
+    command = [sys.executable, "-m", "benchmarks.moe", "--layers", *names, "--tokens", *map(str, tokens)]
     processes = [subprocess.Popen([*command, "--compile-share", str(i), str(jobs)]) for i in range(jobs)]
     for process in processes:
         process.wait()
@@ -286,14 +287,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     with torch.inference_mode():
         if args.compile_share is not None:
-            compile_share(args.layers, *args.compile_share)
+            compile_share(args.layers, args.tokens, *args.compile_share)
             return 0
         if args.kernels:
             for name in args.layers:
                 for num_tokens in (1, 16, 64):
                     list_kernels(name, num_tokens)
             return 0
-        compile_all(args.layers, args.jobs)
+        compile_all(args.layers, args.tokens, args.jobs)
         print(f"compiled in {time.monotonic() - begun:.0f} s", file=sys.stderr)
         layers = measure_layers(args.layers, args.tokens, begun + args.budget_s, not args.no_flashinfer)
     environment = Environment.capture(threads=None)

@@ -16,7 +16,7 @@ from workers.layers.moe.grouped_linear import grouped_linear
 from workers.layers.moe.token_groups import group_tokens
 from workers.layers.moe.ways import Way
 from workers.layers.moe.weighted_sum import weighted_sum
-from workers.ops.grouped_tiles import GroupedTile
+from workers.ops.grouped_tiles import GroupedTile, staged_bytes
 from workers.ops.router_config import RouterConfig
 from workers.ops.sum_tiles import SumTile
 
@@ -134,6 +134,10 @@ def _many(rows: int, outputs: int, inputs: int, stages: int, warps: int) -> Grou
     return GroupedTile(rows, outputs, inputs, 8, stages, warps)
 
 
+def _tma(rows: int, outputs: int, stages: int, warps: int = 8, copied: bool = False) -> GroupedTile:
+    return GroupedTile(rows, outputs, 64, 8, stages, warps, "tma_rows", copied=copied)
+
+
 _FIRST: Mapping[int, Sequence[GroupedTile]] = {
     16: (
         _few(16, 64, 128, 3),
@@ -144,8 +148,22 @@ _FIRST: Mapping[int, Sequence[GroupedTile]] = {
         _few(16, 32, 256, 4),
     ),
     32: (_few(32, 64, 128, 3), _few(32, 64, 64, 4), _few(32, 128, 64, 3, 8)),
-    64: (_few(64, 64, 64, 4), _few(64, 128, 64, 3, 8), _many(64, 128, 64, 3, 8)),
-    128: (_few(128, 64, 64, 4, 8), _few(128, 128, 64, 3, 8), _many(128, 128, 64, 3, 8), _many(128, 64, 64, 4, 8)),
+    64: (
+        _few(64, 64, 64, 4),
+        _few(64, 128, 64, 3, 8),
+        _many(64, 128, 64, 3, 8),
+        _tma(64, 128, 2, 4),
+        _tma(64, 128, 2, 4, copied=True),
+        _tma(64, 128, 4, 4),
+    ),
+    128: (
+        _few(128, 128, 64, 3, 8),
+        _many(128, 128, 64, 3, 8),
+        _tma(128, 128, 3),
+        _tma(128, 128, 4),
+        _tma(128, 128, 3, copied=True),
+        _tma(128, 128, 4, copied=True),
+    ),
 }
 _SECOND: Mapping[int, Sequence[GroupedTile]] = {
     16: (
@@ -157,8 +175,21 @@ _SECOND: Mapping[int, Sequence[GroupedTile]] = {
         _few(16, 64, 128, 4, prefetched=0),
     ),
     32: (_few(32, 64, 128, 4), _few(32, 128, 64, 4), _few(32, 64, 64, 6)),
-    64: (_few(64, 128, 64, 4), _few(64, 64, 64, 5), _many(64, 128, 64, 4, 4)),
-    128: (_few(128, 128, 64, 4, 8), _many(128, 128, 64, 4, 8), _many(128, 256, 64, 3, 8), _many(128, 128, 64, 4, 4)),
+    64: (
+        _few(64, 128, 64, 4),
+        _few(64, 64, 64, 5),
+        _many(64, 128, 64, 4, 4),
+        _tma(64, 256, 2, 4),
+        _tma(64, 128, 3, 4),
+    ),
+    128: (
+        _many(128, 256, 64, 3, 8),
+        _many(128, 128, 64, 3, 8),
+        _many(128, 128, 64, 4, 8),
+        _tma(128, 256, 3),
+        _tma(128, 256, 4),
+        _tma(128, 128, 4),
+    ),
 }
 """By the rows of a tile: of the first product, and of the second."""
 
@@ -179,18 +210,18 @@ SUMS: Sequence[SumTile] = tuple(
 def candidates(shape: MoELayerShape, num_tokens: int) -> list[tuple[Sequence[GroupedTile], Sequence[GroupedTile]]]:
     """Tiles to try, of the first product and of the second, that have rows in common."""
     mean = num_tokens * shape.top_k / shape.num_experts
-    limits = {16: (0.0, 20.0), 32: (4.0, 48.0), 64: (16.0, 200.0), 128: (48.0, float("inf"))}
+    limits = {16: (0.0, 12.0), 32: (4.0, 48.0), 64: (16.0, 600.0), 128: (48.0, float("inf"))}
     return [(_FIRST[rows], _SECOND[rows]) for rows, (begin, end) in limits.items() if begin <= mean < end]
 
 
-def all_tiles() -> list[tuple[GroupedTile, GroupedTile]]:
-    """Pairs that have every tile in one of them at least."""
-    pairs = []
-    for rows, first in _FIRST.items():
-        second = _SECOND[rows]
-        for i in range(max(len(first), len(second))):
-            pairs.append((first[i % len(first)], second[i % len(second)]))
-    return pairs
+def all_tiles(shape: MoELayerShape, tokens: Sequence[int]) -> list[tuple[GroupedTile, GroupedTile]]:
+    """Pairs that have every tile that is tried for these numbers of tokens in one of them at least."""
+    pairs: dict[tuple[GroupedTile, GroupedTile], None] = {}
+    for num_tokens in tokens:
+        for first, second in candidates(shape, num_tokens):
+            for i in range(max(len(first), len(second))):
+                pairs[first[i % len(first)], second[i % len(second)]] = None
+    return list(pairs)
 
 
 def describe(tile: GroupedTile | SumTile | None) -> str:
@@ -199,12 +230,13 @@ def describe(tile: GroupedTile | SumTile | None) -> str:
         return "-"
     depth = f"s{tile.num_stages}w{tile.num_warps}"
     ahead = f"p{tile.prefetched}" if tile.prefetched else ""
+    copied = "c" if isinstance(tile, GroupedTile) and tile.copied else ""
     if isinstance(tile, SumTile):
         return f"sum-{tile.outputs}x{tile.inputs}{depth}{ahead}"
-    return f"{tile.kernel.removesuffix('_rows')}-{tile.rows}x{tile.outputs}x{tile.inputs}{depth}{ahead}"
+    return f"{tile.kernel.removesuffix('_rows')}-{tile.rows}x{tile.outputs}x{tile.inputs}{depth}{ahead}{copied}"
 
 
 def fitting(tile: GroupedTile, gated: bool, shared_memory: int) -> GroupedTile | None:
     """The tile, or None where its stages do not fit the shared memory."""
-    stage = (tile.rows + tile.outputs * (2 if gated else 1)) * tile.inputs * 2
-    return tile if stage * tile.num_stages <= shared_memory else None
+    needed = staged_bytes(tile, gated, torch.bfloat16, tile.num_stages)
+    return tile if needed <= shared_memory else None

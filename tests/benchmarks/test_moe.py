@@ -31,13 +31,13 @@ def test_every_point_has_candidates_that_fit(name: str, num_tokens: int) -> None
         assert any(fitting(tile, False, H200_SHARED_MEMORY) for tile in seconds)
 
 
-def test_every_candidate_is_compiled_before_and_has_a_name_of_its_own() -> None:
-    compiled = all_tiles()
+@pytest.mark.parametrize("tokens", [TOKENS, (256,)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_candidate_is_compiled_before_and_has_a_name_of_its_own(name: str, tokens: tuple[int, ...]) -> None:
+    compiled = all_tiles(LAYERS[name], tokens)
     for side in (0, 1):
-        wanted = {
-            tile for shape in LAYERS.values() for n in TOKENS for pair in candidates(shape, n) for tile in pair[side]
-        }
-        assert wanted <= {pair[side] for pair in compiled}
+        wanted = {tile for n in tokens for pair in candidates(LAYERS[name], n) for tile in pair[side]}
+        assert wanted == {pair[side] for pair in compiled}
         assert len({describe(tile) for tile in wanted}) == len(wanted)
 
 

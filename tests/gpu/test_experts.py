@@ -11,6 +11,7 @@ from workers.layers.moe.experts import Experts
 from workers.layers.moe.grouped_linear import grouped_linear, usable_ways
 from workers.layers.moe.token_groups import group_tokens, sort_pairs
 from workers.layers.moe.weighted_sum import weighted_sum
+from workers.ops.grouped_tiles import GroupedTile
 from workers.ops.router_config import RouterConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -125,6 +126,41 @@ def test_many_pairs_are_sorted_as_torch_does(num_experts: int, top_k: int, num_t
         wanted = launch_tile_map(offsets, ids.numel(), rows)
         assert torch.equal(tiles[0], wanted[0])
         assert torch.equal(tiles[:, tiles[0] < num_experts], wanted[:, tiles[0] < num_experts])
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="a kernel for Hopper"
+)
+@pytest.mark.parametrize("kind", ["deepseek-v2-lite", "gpt-oss"])
+@pytest.mark.parametrize("num_tokens", [1, 300, 3000, 9000])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (GroupedTile(128, 128, 64, 8, 4, 8, "tma_rows"), GroupedTile(128, 256, 64, 8, 4, 8, "tma_rows")),
+        (GroupedTile(64, 128, 64, 8, 2, 4, "tma_rows", copied=True), GroupedTile(64, 256, 64, 8, 2, 4, "tma_rows")),
+    ],
+)
+def test_tiles_that_tma_reads(kind: str, num_tokens: int, first: GroupedTile, second: GroupedTile) -> None:
+    """Replayed as a graph with other tokens, too: many more tiles than programs, and fewer."""
+    block = make(kind)
+    experts, x = block.experts, randn(num_tokens, H, seed=3)
+    gate_up, down = experts.gate_up_proj.all_experts(), experts.down_proj.all_experts()
+
+    def run() -> torch.Tensor:
+        ids, weights = block.router(x)
+        groups = group_tokens(ids, experts.num_experts)
+        inner = grouped_linear(x, gate_up, groups, rows="tokens", activation=experts.activation, tile=first)
+        outer = grouped_linear(inner, down, groups, out_rows="pairs", tile=second)
+        return weighted_sum(outer, ids.shape[1], weights)
+
+    assert deviation(run(), exact(block, x)) < 0.01
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    x.copy_(randn(num_tokens, H, seed=4))
+    graph.replay()
+    assert deviation(out, exact(block, x)) < 0.01
 
 
 @pytest.mark.parametrize("kind", ["deepseek-v2-lite", "gpt-oss"])

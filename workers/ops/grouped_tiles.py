@@ -25,9 +25,11 @@ class GroupedTile:
         num_stages: depth of the software pipeline of loads.
         num_warps: warps of a program.
         kernel: `few_rows`: weights are the first operand of the matrix instruction, and launches are dependent ones;
-            `many_rows`: pairs are.
+            `many_rows`: pairs are; `tma_rows`: those as well, and Hopper's tensor memory accelerator reads.
         prefetched: bytes of weights that each thread of `few_rows` brings to the L2 cache before it waits, where its
             expert is known by then.
+        copied: whether rows that `tma_rows` would gather are copied into the order of the pairs before, by a kernel of
+            their own, so that the accelerator reads them, too.
     """
 
     rows: int
@@ -36,9 +38,13 @@ class GroupedTile:
     bundle: int
     num_stages: int
     num_warps: int
-    kernel: Literal["few_rows", "many_rows"] = "many_rows"
+    kernel: Literal["few_rows", "many_rows", "tma_rows"] = "many_rows"
     prefetched: int = 0
+    copied: bool = False
 
+
+STORED_OUTPUTS = 128
+"""Of a tile of `tma_rows`, that are on their way to memory at a time."""
 
 Ranges = Sequence[tuple[float, GroupedTile]]
 """From how many pairs of an expert on, on average, which tile is used."""
@@ -116,5 +122,13 @@ def choose_tile(num_pairs: int, shape: Shape, dtype: torch.dtype, arch: str, sha
 
 def fitted(tile: GroupedTile, gated: bool, dtype: torch.dtype, shared_memory: int) -> GroupedTile:
     """The tile with no more stages than fit so many bytes of shared memory."""
+    num_stages = (shared_memory - staged_bytes(tile, gated, dtype, 0)) // staged_bytes(tile, gated, dtype, 1, 0)
+    return replace(tile, num_stages=max(1, min(tile.num_stages, num_stages)))
+
+
+def staged_bytes(tile: GroupedTile, gated: bool, dtype: torch.dtype, num_stages: int, result: int = 1) -> int:
+    """Shared memory of so many stages, with that of a result on its way to memory where it has a place of its own."""
     stage = (tile.rows + tile.outputs * (2 if gated else 1)) * tile.inputs * dtype.itemsize
-    return replace(tile, num_stages=max(1, min(tile.num_stages, shared_memory // stage)))
+    if tile.kernel == "tma_rows":
+        return num_stages * stage + result * (tile.rows * min(tile.outputs, STORED_OUTPUTS) * dtype.itemsize + 1024)
+    return num_stages * stage

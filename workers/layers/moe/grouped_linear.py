@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -124,10 +125,16 @@ def _triton(
     tile: GroupedTile | None,
 ) -> torch.Tensor:
     from workers.ops.triton.grouped_linear import grouped_tile, launch_grouped_linear
+    from workers.ops.triton.grouped_tma_rows import has_tma
 
     assert isinstance(weight, PlainWeight)
     out = x.new_empty(groups.num_pairs, weight.shape[1] // (1 if activation is None else 2))
     tile = tile or grouped_tile(groups.num_pairs, weight.weight, activation is not None)
+    if tile.kernel == "tma_rows":
+        if tile.copied and rows != "sorted":
+            x, rows = _gathered(x, groups, rows), "sorted"
+        if not has_tma(x, weight.weight):
+            tile = replace(tile, kernel="many_rows")
     alone = tile.kernel == "few_rows" and groups.num_tokens == 1 and "sorted" not in (rows, out_rows)
     launch_grouped_linear(
         out,
@@ -136,6 +143,7 @@ def _triton(
         tile,
         groups.ids.reshape(-1) if alone else groups.tiles(tile.rows),
         None if alone else groups.pairs,
+        offsets=groups.offsets if tile.kernel == "tma_rows" else None,
         bias=weight.bias,
         pairs_per_row={"sorted": 0, "pairs": 1, "tokens": groups.top_k}[rows],
         spread=out_rows == "pairs",

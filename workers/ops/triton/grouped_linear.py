@@ -16,6 +16,7 @@ from attention.ops.triton.launch import device_traits, dot_dtype, on_device
 from workers.ops.grouped_tiles import GroupedTile, choose_tile
 from workers.ops.triton.grouped_few_rows import grouped_few_rows_kernel
 from workers.ops.triton.grouped_many_rows import grouped_many_rows_kernel
+from workers.ops.triton.grouped_tma_rows import launch_grouped_tma_rows
 from workers.ops.triton.prefetch_rows import prefetched_bytes
 
 _SHARED_BYTES = 4096
@@ -38,6 +39,7 @@ def launch_grouped_linear(
     tiles: torch.Tensor,
     pairs: torch.Tensor | None,
     *,
+    offsets: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     pairs_per_row: int = 0,
     spread: bool = False,
@@ -57,6 +59,7 @@ def launch_grouped_linear(
             expert.
         pairs: (N,) int32 of the groups. None: each pair is a tile, which `few_rows` alone takes; neither x nor `out` is
             sorted.
+        offsets: (E + 1,) int32 of the groups, which `tma_rows` alone needs.
         bias: as the weight, without K.
         pairs_per_row: pair n reads row n // pairs_per_row of x; 0: x is sorted as `pairs`.
         spread: write the result of pair n to row n; else sorted as `pairs`.
@@ -64,12 +67,15 @@ def launch_grouped_linear(
         num_tokens: T.
         num_shared: the first experts, which all tokens go to.
         routed_before: whether the tiles were made before the kernel that made x was launched.
+
+    Raises:
+        ValueError: no groups for a kernel that needs them.
     """
     num_pairs, num_outputs = out.shape
     num_experts, _, num_inputs = weight.shape
     if num_pairs == 0 or num_outputs == 0:
         return
-    gated, few = activation is not None, tile.kernel == "few_rows"
+    gated = activation is not None
     num_tiles = tiles.shape[-1]
     kind, alpha, limit = activation or (None, 0.0, 0.0)
     common = {
@@ -85,13 +91,18 @@ def launch_grouped_linear(
         "OUTPUTS": tile.outputs,
         "INPUTS": tile.inputs,
         "BUNDLE": tile.bundle,
-        "STAGES": tile.num_stages,
         "DOT_DTYPE": dot_dtype(x.dtype, weight.dtype),
         "num_warps": tile.num_warps,
     }
     grid = (num_tiles * triton.cdiv(num_outputs, tile.outputs),)
     with on_device(x):
-        if not few:
+        if tile.kernel == "tma_rows":
+            if pairs is None or offsets is None:
+                raise ValueError("tma_rows needs the groups' pairs and offsets")
+            launch_grouped_tma_rows(out, x, weight, bias, pairs, tiles, offsets, tile, common)
+            return
+        common["STAGES"] = tile.num_stages
+        if tile.kernel == "many_rows":
             grouped_many_rows_kernel[grid](out, x, weight, bias, pairs, tiles, num_tiles, x.stride(0), **common)
             return
         dependent = launches_dependents(x.device)

@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -54,6 +55,7 @@ def kernels() -> SimpleNamespace:
         tiles=[
             GroupedTile(16, 32, 16, bundle=2, num_stages=2, num_warps=2),
             GroupedTile(16, 32, 16, 2, num_stages=2, num_warps=2, kernel="few_rows", prefetched=32),
+            GroupedTile(16, 32, 16, 2, num_stages=2, num_warps=4, kernel="tma_rows"),
         ],
         groups=token_groups.launch_group_tokens,
         counting_sort=counting_sort.launch_counting_sort,
@@ -228,6 +230,52 @@ def test_kernel_applies_the_activation_before_rounding(
         activation=(activation.kind, activation.alpha, activation.limit),
     )
     assert_close(out, exact(x, weight, ids, activation))
+
+
+@pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.get_device_capability() != (9, 0), reason="a kernel for Hopper"
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("activation", [None, ACTIVATIONS[0]], ids=["plain", "gated"])
+@pytest.mark.parametrize(("num_inputs", "num_outputs", "outputs"), [(40, 24, 32), (32, 300, 256)])
+def test_kernel_whose_tiles_follow_each_other(
+    kernels: SimpleNamespace,
+    num_inputs: int,
+    num_outputs: int,
+    outputs: int,
+    activation: GatedActivation | None,
+    dtype: torch.dtype,
+) -> None:
+    """Of rows that are gathered and of sorted ones; more tiles than programs; results stored in one and in halves."""
+    ids, x = some_ids(37, 5, 2), randn(37, num_inputs, dtype=dtype)
+    parts = 1 if activation is None else 2
+    weight = randn(5, parts * num_outputs, num_inputs, dtype=dtype, seed=1) / 4
+    weight = PlainWeight(weight, randn(5, parts * num_outputs, dtype=dtype, seed=2))
+    groups, expected = group_tokens(ids, 5), exact(x, weight, ids, activation)
+    in_order = groups.pairs.long()
+    tile = replace(tile_of(kernels, "tma_rows"), outputs=outputs)
+    for source, pairs_per_row, spread in ((x, 2, False), (x.repeat_interleave(2, dim=0)[in_order], 0, True)):
+        out = torch.full((74, num_outputs), NAN, dtype=dtype, device=DEVICE)
+        kernels.product(
+            out,
+            source,
+            weight.weight,
+            tile,
+            groups.tiles(16),
+            groups.pairs,
+            offsets=groups.offsets,
+            bias=weight.bias,
+            pairs_per_row=pairs_per_row,
+            spread=spread,
+            activation=None if activation is None else (activation.kind, activation.alpha, activation.limit),
+        )
+        assert_close(out, expected if spread else expected[in_order])
+
+
+def test_a_kernel_that_needs_groups_is_refused_without(kernels: SimpleNamespace) -> None:
+    x, weight, groups = randn(4, 16).half(), randn(2, 32, 16).half(), group_tokens(some_ids(4, 2, 1), 2)
+    with pytest.raises(ValueError, match="tma_rows needs the groups' pairs and offsets"):
+        kernels.product(x.new_empty(4, 32), x, weight, tile_of(kernels, "tma_rows"), groups.tiles(16), groups.pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
