@@ -1,7 +1,8 @@
 """Mixtures of experts in the shapes of published models: which tiles and which way are fastest for so many tokens.
 
     python -m benchmarks.moe
-    python -m benchmarks.moe --kernels
+    python -m benchmarks.moe --tokens 256 8192 32768
+    python -m benchmarks.moe --kernels 256
 
 A measured block is router, experts and their sum, with random weights and inputs, replayed as a CUDA graph; what is
 read next is in no cache. Of the limit: the time that the weights of the chosen experts take at 4.26 TB/s, or their
@@ -43,7 +44,8 @@ from benchmarks.moe_layers import (
 )
 from benchmarks.report import to_json, write_json
 from workers.layers.moe.block import MoEBlock
-from workers.layers.moe.token_groups import group_tokens
+from workers.layers.moe.token_groups import group_tokens, sort_pairs
+from workers.ops.triton.token_groups import launch_tile_map
 
 Run = Callable[[MoEBlock, torch.Tensor], torch.Tensor]
 
@@ -105,12 +107,15 @@ class Point:
         self.us[name] = round(seconds * 1e6, 2)
         return seconds * 1e6
 
-    def routing_us(self) -> float:
-        """Of the router and the groups alone."""
+    def routing_us(self, by_torch: bool = False) -> float:
+        """Of the router and the groups alone, sorted by the kernels or by `torch.sort`."""
+        num_experts, rows = self.shape.num_experts, 16 if self.num_tokens <= 64 else 128
 
         def route(block: MoEBlock, x: torch.Tensor) -> torch.Tensor:
             ids, _ = block.router(x)
-            return ids if x.shape[0] == 1 else group_tokens(ids, self.shape.num_experts).tiles(16)
+            if by_torch:
+                return launch_tile_map(sort_pairs(ids, num_experts)[1], ids.numel(), rows)
+            return ids if x.shape[0] == 1 else group_tokens(ids, num_experts).tiles(rows)
 
         calls = [partial(route, block, x) for block, x in self._calls]
         return round(time_calls(calls, self.device, graph=True, enough_s=_ENOUGH_S).seconds * 1e6, 2)
@@ -147,6 +152,7 @@ class Point:
             "experts": round(self.experts, 2),
             "limit_us": round(self.limit_us, 2),
             "routing_us": self.routing_us(),
+            "routing_torch_us": self.routing_us(by_torch=True),
             "us": dict(sorted(self.us.items(), key=lambda item: item[1])),
             "deviations": self.deviations,
             "errors": self.errors,
@@ -178,7 +184,7 @@ def print_point(name: str, point: dict[str, Any]) -> None:
     us, limit = point["us"], point["limit_us"]
     shown = [*list(us.items())[:4], *((each, us[each]) for each in ("table", "torch") if each in us)]
     shown += [(each, took) for each, took in us.items() if each.startswith("flashinfer")][:1]
-    routing = point["routing_us"]
+    routing = f"{point['routing_us']} us, with torch.sort {point['routing_torch_us']}"
     print(f"{name} {point['tokens']} tokens, {point['experts']} experts, limit {limit} us, routing {routing} us")
     for each, took in dict(shown).items():
         print(f"    {took:10.2f} us  {100 * limit / took:5.1f}%  {each}")
@@ -274,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.moe", description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), metavar="NAME")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N")
-    parser.add_argument("--kernels", action="store_true", help="list the kernels of blocks of 1, 16 and 64 tokens")
+    listed = "list the kernels of blocks of 1, 16 and 64 tokens, or of so many"
+    parser.add_argument("--kernels", type=int, nargs="*", metavar="N", help=listed)
     parser.add_argument("--no-flashinfer", action="store_true", help="leave FlashInfer's fused kernels out")
     parser.add_argument("--budget-s", type=float, default=110.0, help="no point is begun after so many seconds")
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
@@ -289,9 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.compile_share is not None:
             compile_share(args.layers, args.tokens, *args.compile_share)
             return 0
-        if args.kernels:
+        if args.kernels is not None:
             for name in args.layers:
-                for num_tokens in (1, 16, 64):
+                for num_tokens in args.kernels or (1, 16, 64):
                     list_kernels(name, num_tokens)
             return 0
         compile_all(args.layers, args.tokens, args.jobs)

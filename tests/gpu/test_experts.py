@@ -128,6 +128,28 @@ def test_many_pairs_are_sorted_as_torch_does(num_experts: int, top_k: int, num_t
         assert torch.equal(tiles[:, tiles[0] < num_experts], wanted[:, tiles[0] < num_experts])
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_experts", [66, 128])
+@pytest.mark.parametrize("num_tokens", [64, 65, 256, 1024, 1025])
+def test_logits_are_float32_sums_of_exact_products(
+    num_tokens: int, num_experts: int, weight_dtype: torch.dtype
+) -> None:
+    """By the kernels for few tokens, for more and for many."""
+    router = Router(
+        RouterConfig(num_experts, 2),
+        2048,
+        torch.bfloat16,
+        torch.device("cuda"),
+        in_float32=weight_dtype == torch.float32,
+    )
+    router.weight.copy_(torch.randn(num_experts, 2048, generator=torch.Generator().manual_seed(2)))
+    x, weight = randn(num_tokens, 2048), router.weight.double()
+    found = router.logits(x)
+    assert found.dtype == torch.float32
+    allowed = 4e-6 * (x.double().abs() @ weight.abs().t())
+    assert ((found.double() - x.double() @ weight.t()).abs() <= allowed).all()
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="a kernel for Hopper"
 )

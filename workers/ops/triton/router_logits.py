@@ -1,8 +1,10 @@
 """The kernels of a router's map, whose logits are float32 whatever the dtypes.
 
 For few tokens: a program has its rows of the weight in registers before the tokens are there, and multiplies without
-tensor cores. For many: products in bfloat16 with float32 sums, of a float32 weight as three bfloat16 summands (the
-first, the rest, and its rest), which together are the weight. Of either a token's logits do not depend on the batch.
+tensor cores. For more: products in bfloat16 with float32 sums, of a float32 weight as three bfloat16 summands (the
+first, the rest, and its rest), which together are the weight. Where even so there are few programs, each warp of one
+sums over a part of H, because a program takes as long as its steps follow each other. Of each of the three a token's
+logits do not depend on the batch.
 """
 # ruff: noqa: N803  # compile-time constants are upper case, as is usual in Triton
 
@@ -18,6 +20,9 @@ from attention.ops.triton.launch import INTERPRETED, on_device
 
 FEW_TOKENS = 64
 """Up to which the first kernel is used: above it reads the weight too often."""
+
+PARTED_TOKENS = 1024
+"""Up to which the kernel with parts is used: above it there are enough programs."""
 
 MAX_SIZE = 8192
 """Numbers of the weight that a program has in its registers: the largest H."""
@@ -107,6 +112,56 @@ def many_tokens_kernel(
     tl.store(places, logits, mask=there[:, None] & inside[None, :])
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def parted_kernel(
+    logits_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor | None,
+    num_tokens: tl.tensor,
+    stride_x: tl.tensor,
+    NUM_EXPERTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program: the logits of `EXPERTS` experts for `TOKENS` tokens, as sums of `PARTS` parts of the `SIZE` columns.
+
+    The parts take turns at `INPUTS` columns each, and are summed up in a fixed order.
+    """
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    inside = expert < NUM_EXPERTS
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there = token < num_tokens
+    column = tl.arange(0, PARTS)[:, None] * INPUTS + tl.arange(0, INPUTS)[None, :]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x_ptrs = x_ptr + token[None, :, None].to(tl.int64) * stride_x + column[:, None, :]
+    weight_ptrs = weight_ptr + expert[None, None, :] * SIZE + column[:, :, None]
+    sums = tl.zeros([PARTS, TOKENS, EXPERTS], tl.float32)
+    for begin in tl.range(0, SIZE, PARTS * INPUTS):
+        within = begin + column < SIZE
+        x = tl.load(x_ptrs + begin, mask=there[None, :, None] & within[:, None, :], other=0.0).to(DOT_DTYPE)
+        weight = tl.load(weight_ptrs + begin, mask=inside[None, None, :] & within[:, :, None], other=0.0)
+        part = weight.to(DOT_DTYPE)
+        sums = tl.dot(x, part, sums, input_precision="ieee")
+        if weight_ptr.dtype.element_ty == tl.float32 and tl.float32 != DOT_DTYPE:
+            rest = weight - part.to(tl.float32)
+            part = rest.to(DOT_DTYPE)
+            sums = tl.dot(x, part, sums)
+            sums = tl.dot(x, (rest - part.to(tl.float32)).to(DOT_DTYPE), sums)
+    logits = tl.sum(sums, axis=0)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
+    places = logits_ptr + token[:, None].to(tl.int64) * NUM_EXPERTS + expert[None, :]
+    tl.store(places, logits, mask=there[:, None] & inside[None, :])
+
+
 def computes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether these kernels are made for such a map: rows of bfloat16, a weight of bfloat16 or float32."""
     exact = x.dtype == torch.bfloat16 and weight.dtype in (torch.bfloat16, torch.float32)
@@ -149,22 +204,23 @@ def launch_router_logits(
                 **dependent_launch(x.device, grid[0] * grid[1]),
             )
             return
-        tokens, experts = (16, 16) if num_tokens <= 1024 else (64, 64)
+        common = {
+            "NUM_EXPERTS": num_experts,
+            "SIZE": size,
+            "INPUTS": 64,
+            "DOT_DTYPE": tl.float32 if INTERPRETED else tl.bfloat16,
+        }
+        parted = num_tokens <= PARTED_TOKENS
+        tokens, experts = (16, 16) if parted else (64, 64)
         grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(num_experts, experts))
+        dependent = dependent_launch(x.device, grid[0] * grid[1])
+        arguments = (logits, x, weight, bias, num_tokens, x.stride(0))
+        if parted:
+            parts = 8 if weight.dtype == torch.float32 else 4
+            parted_kernel[grid](
+                *arguments, EXPERTS=experts, TOKENS=tokens, PARTS=parts, num_warps=parts, **common, **dependent
+            )
+            return
         many_tokens_kernel[grid](
-            logits,
-            x,
-            weight,
-            bias,
-            num_tokens,
-            x.stride(0),
-            NUM_EXPERTS=num_experts,
-            SIZE=size,
-            EXPERTS=experts,
-            TOKENS=tokens,
-            INPUTS=128 if tokens == 16 else 64,
-            STAGES=4,
-            DOT_DTYPE=tl.float32 if INTERPRETED else tl.bfloat16,
-            num_warps=4,
-            **dependent_launch(x.device, grid[0] * grid[1]),
+            *arguments, EXPERTS=experts, TOKENS=tokens, STAGES=4, num_warps=4, **common, **dependent
         )

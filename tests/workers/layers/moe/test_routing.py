@@ -278,6 +278,10 @@ def test_a_single_logit_that_is_not_a_number_leaves_the_others_in_order(kernels:
     assert ids.tolist() == [[1, 2, 3]], "as torch.topk has it"
 
 
+LIMITS = [{"FEW_TOKENS": few, "PARTED_TOKENS": parted} for few, parted in ((1 << 20, 0), (0, 1 << 20), (0, 0))]
+"""With which each of the kernels computes whatever is asked for."""
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "size", "with_bias"),
@@ -298,20 +302,22 @@ def test_router_logits(
     assert kernels.logits.computes(x, weight)
     exact = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
     scale = x.double().abs() @ weight.double().abs().t()
-    for limit in (0, 1 << 20):  # by either kernel
+    for limits in LIMITS:
         logits = torch.full((num_tokens, num_experts), float("nan"), device=DEVICE)
-        with mock.patch.object(kernels.logits, "FEW_TOKENS", limit):
+        with mock.patch.multiple(kernels.logits, **limits):
             kernels.logits.launch_router_logits(logits, x, weight, bias)
         assert ((logits.double() - exact).abs() <= 2e-6 * scale + 1e-6).all()
 
 
-def test_a_tokens_logits_do_not_depend_on_the_batch(kernels: SimpleNamespace) -> None:
+@pytest.mark.parametrize("limits", LIMITS, ids=["few", "parted", "many"])
+def test_a_tokens_logits_do_not_depend_on_the_batch(kernels: SimpleNamespace, limits: dict[str, int]) -> None:
     x, weight = randn(5, 64).bfloat16().to(DEVICE), randn(6, 64, seed=1).to(DEVICE)
     together, alone = (torch.empty(n, 6, device=DEVICE) for n in (5, 1))
-    kernels.logits.launch_router_logits(together, x, weight, None)
-    for i in range(5):
-        kernels.logits.launch_router_logits(alone, x[i : i + 1], weight, None)
-        assert torch.equal(alone[0], together[i])
+    with mock.patch.multiple(kernels.logits, **limits):
+        kernels.logits.launch_router_logits(together, x, weight, None)
+        for i in range(5):
+            kernels.logits.launch_router_logits(alone, x[i : i + 1], weight, None)
+            assert torch.equal(alone[0], together[i])
 
 
 def test_shared_experts_come_first() -> None:
