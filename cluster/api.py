@@ -85,7 +85,7 @@ class RequestReport:
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """One worker as `baton status` shows it. `state` is starting, ready, draining or lost.
+    """One worker as `baton status` shows it. `state` is starting, ready, stalled, draining or lost.
 
     `group` is empty in a pool that names none; `max_num_seqs` and `step_times`, what it has measured of itself, are
     there once it has loaded.

@@ -41,6 +41,10 @@ class WorkerSilentError(WorkerLostError):
     """Nothing was heard of a worker for too long; what it held is taken for lost."""
 
 
+class WorkerStuckError(WorkerLostError):
+    """A worker lives and does not get on: its step, or its start, takes far longer than it should."""
+
+
 class LostToAnotherError(WorkerLostError):
     """A worker was lost while it held the request, through another request: this attempt does not count."""
 

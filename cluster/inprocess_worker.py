@@ -13,10 +13,12 @@ from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.base import EngineInfo
 from kv_transfer.transports.local import LocalFabric
 from workers.config import WorkerConfig
+from workers.heartbeat import Heartbeat
 from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerHost, WorkerInfo
 
 _TIMEOUT_S = 10.0
+_PROGRESS_INTERVAL_S = 0.25
 
 
 class InProcessWorker:
@@ -54,7 +56,11 @@ class InProcessWorker:
             )
 
         self._building = asyncio.ensure_future(asyncio.to_thread(build))
-        self._host = await asyncio.shield(self._building)  # a thread cannot be cancelled: `stop` ends what it built
+        while not self._building.done():
+            progress(self.name, StartProgress("process", 1, 1))
+            # A thread cannot be cancelled: `stop` ends what it built.
+            await asyncio.wait({self._building}, timeout=_PROGRESS_INTERVAL_S)
+        self._host = self._building.result()
         return self._host.info
 
     async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
@@ -85,14 +91,14 @@ class InProcessWorker:
         """See `WorkerHandle.disconnect`."""
         self._host.disconnect(engine_id, confirmed_dead)
 
-    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+    async def outputs(self) -> AsyncIterator[list[StepOutput | Heartbeat]]:
         """See `WorkerHandle.outputs`."""
         while True:
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
                     item = await self._queue.get()
             except TimeoutError:
-                yield []
+                yield [self._host.heartbeat()]
                 continue
             if isinstance(item, BaseException):
                 raise WorkerLostError(f"{self.name} is gone: {item}") from item
@@ -104,6 +110,10 @@ class InProcessWorker:
             with contextlib.suppress(Exception):
                 host = await self._building
                 await asyncio.to_thread(host.close)
+        return True
+
+    async def has_ended(self) -> bool:
+        """See `WorkerHandle.has_ended`."""
         return True
 
     def crash(self, reason: str) -> None:

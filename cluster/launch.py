@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from cluster.launch_report import context_line, group_size, in_words, progress_l
 from cluster.live.observed import Observed
 from cluster.observation import observe, request_observers
 from cluster.pools.gpu_budget import GpuBudget
+from cluster.pools.patience import Patience
 from cluster.ray.control_service import missing_of_ray, until_lost
 from cluster.ray.job import OwnModulesOnly
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 _SHUTDOWN_TIMEOUT_S = 20.0
 _REACH_TIMEOUT_S = 5.0
-_SILENCE_S = 4.0  # workers say something every second
 _COUNT_INTERVAL_S = 10.0
 _SYSTEM_CONFIG = {"worker_niceness": 0}
 """Ray runs its workers at 15, so that any other program of the machine goes before tokens."""
@@ -97,7 +97,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             max_queue=config.server.max_queue,
             max_queue_wait_s=config.server.max_queue_wait_s,
             limits={group.key: limits_of(group.settings) for group in groups},
-            silence_s=_SILENCE_S,
+            patience=Patience(**asdict(config.liveness)),
             progress=progress_lines(report),
             gpus=stock,
             disaggregation=config.router.disaggregation,

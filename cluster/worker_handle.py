@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import EngineInfo
+from workers.heartbeat import Heartbeat
 from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerInfo
 
@@ -17,12 +18,13 @@ class StartProgress:
     """How far a worker's start is.
 
     Attributes:
-        stage: what it does: reads weights, counted in bytes, or captures CUDA graphs.
+        stage: what it does: reads weights, counted in bytes, or captures CUDA graphs; "process" only says that its
+            processes, counted by ranks, run and answer.
         done: so much.
         total: of so much.
     """
 
-    stage: Literal["weights", "graphs"]
+    stage: Literal["process", "weights", "graphs"]
     done: int
     total: int
 
@@ -42,6 +44,9 @@ class WorkerHandle(Protocol):
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """Load the model and get ready.
+
+        From when all of its processes run, `progress` is told several times a second how far that is, also where it
+        has come no further, as long as all of them answer.
 
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
@@ -92,9 +97,9 @@ class WorkerHandle(Protocol):
         """Tell it that a peer is lost, and whether its processes are known to have ended; see `KVConnector`."""
         ...
 
-    def outputs(self) -> AsyncIterator[list[StepOutput]]:
-        """Each step's output, one stream for the whole worker: something every `HEARTBEAT_S` at least, if only an
-        empty list, also while a step takes long.
+    def outputs(self) -> AsyncIterator[list[StepOutput | Heartbeat]]:
+        """Each step's output, one stream for the whole worker, and a heartbeat every `HEARTBEAT_S`, also while a step
+        takes long.
 
         Raises:
             WorkerLostError: the worker died or crashed.
@@ -107,4 +112,8 @@ class WorkerHandle(Protocol):
         Returns:
             Whether its processes are known to have ended, so that nothing of it can write to its peers.
         """
+        ...
+
+    async def has_ended(self) -> bool:
+        """The same, found out once more: where `stop` could not say so, its machine may answer again."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kv_transfer.connector import KVConnector
 from kv_transfer.link_cost import LinkCost
@@ -13,6 +13,7 @@ from workers.builder import BuiltWorker, Progress, WorkerMemory, build_worker
 from workers.commands import Abort, Alone, Disconnect, Submit
 from workers.config import WorkerConfig
 from workers.grammars.intake import GrammarIntake
+from workers.heartbeat import Heartbeat
 from workers.lockstep.channel import LeadChannel
 from workers.lockstep.connector import AgreedConnector
 from workers.lockstep.lead import Lead
@@ -161,6 +162,13 @@ class WorkerHost:
     def disconnect(self, engine_id: str, confirmed_dead: bool = False) -> None:
         """A peer is lost; see `KVConnector.disconnect`."""
         self._loop.post(lambda worker: worker.take(Disconnect(engine_id, confirmed_dead)))
+
+    def heartbeat(self) -> Heartbeat:
+        """How the worker gets on; asked about once a second, from any one thread."""
+        heartbeat = self._loop.heartbeat()
+        if isinstance(self._worker, Lead):
+            return replace(heartbeat, silent_ranks=self._worker.silent_ranks())
+        return heartbeat
 
     def close(self) -> None:
         """Stop the loop, then the followers, then the connector."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
+from workers.heartbeat import Heartbeat
 from workers.messages import (
     CacheUpdate,
     DecodeReport,
@@ -84,6 +85,8 @@ class WorkerLoop(Generic[W]):
         self._on_crash = on_crash
         self._commands: queue.SimpleQueue[Callable[[W], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._num_steps = 0
+        self._began: float | None = None  # the step under way
         self._last_load: Load | None = None
         self._last_report = 0.0
         self._thread = threading.Thread(target=self._run, name=f"worker-{engine_id}", daemon=True)
@@ -100,6 +103,11 @@ class WorkerLoop(Generic[W]):
         """Have the worker look at once. From any thread."""
         self._commands.put(_nothing)
 
+    def heartbeat(self) -> Heartbeat:
+        """How the steps get on. From any thread; it waits for nothing that a step may hold."""
+        began = self._began
+        return Heartbeat(self._num_steps, 0.0 if began is None else time.monotonic() - began)
+
     def stop(self) -> None:
         """End the thread after the current step and wait for it."""
         self._stopping = True
@@ -110,9 +118,11 @@ class WorkerLoop(Generic[W]):
     def _run(self) -> None:
         try:
             while not self._stopping:
+                self._began = time.monotonic()
                 self._take_commands()
                 events = self._worker.step()
                 self._report(events)
+                self._num_steps += 1
         except BaseException as error:
             logger.exception("worker %s stops after an unexpected error", self._engine_id)
             self._on_crash(error)
@@ -120,10 +130,14 @@ class WorkerLoop(Generic[W]):
     def _take_commands(self) -> None:
         """Run what is queued; if there is nothing else to do, wait for more, but not past the next housekeeping."""
         if not self._worker.has_work:
+            self._began = None
             try:
-                self._commands.get(timeout=_HOUSEKEEPING_S)(self._worker)
+                command = self._commands.get(timeout=_HOUSEKEEPING_S)
             except queue.Empty:
                 return
+            finally:
+                self._began = time.monotonic()
+            command(self._worker)
         for _ in range(self._commands.qsize()):
             self._commands.get_nowait()(self._worker)
 

@@ -26,6 +26,7 @@ from cluster.worker_handle import LoadProgress
 from kv_transfer.link_cost import LinkCost
 from kv_transfer.transports.base import EngineInfo
 from workers.errors import HandoffError
+from workers.heartbeat import Heartbeat
 from workers.messages import (
     FinishReason,
     HandoffReport,
@@ -130,11 +131,15 @@ class SimulatedWorker:
                 self._news.set()
                 self._say(_failed(sequence.request, HandoffError(f"{engine_id} is gone")))
 
-    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+    async def outputs(self) -> AsyncIterator[list[StepOutput | Heartbeat]]:
         """See `WorkerHandle.outputs`."""
         while (output := await self._out.get()) is not None:
             yield [output]
         raise WorkerLostError(f"{self.name} is gone")
+
+    async def has_ended(self) -> bool:
+        """See `WorkerHandle.has_ended`."""
+        return True
 
     async def stop(self) -> bool:
         """See `WorkerHandle.stop`."""

@@ -16,7 +16,7 @@ run, wait, swapped: sequences in the batch, waiting for blocks or their KV cache
 free, reserved and quarantined are KV blocks: what can be allocated, what is set aside for handoffs under way, and what
 a lost worker might still write to. --json has every field, with the workers' full names.
 """
-_COLORS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
+_COLORS = {"ready": "green", "starting": "yellow", "stalled": "red", "draining": "yellow", "lost": "red"}
 _TIMEOUT_S = 10.0
 
 

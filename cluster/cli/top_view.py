@@ -12,7 +12,7 @@ from rich.text import Text
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _STATES = {
-    "ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red", "prefill": "yellow",
+    "ready": "green", "starting": "yellow", "stalled": "red", "draining": "yellow", "lost": "red", "prefill": "yellow",
     "handoff": "magenta", "decode": "cyan", "stop": "green", "length": "green", "error": "red", "abort": "dim",
     "queued": "dim",
 }  # fmt: skip

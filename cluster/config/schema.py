@@ -216,6 +216,27 @@ class HandoffConfig:
 
 
 @dataclass(frozen=True)
+class LivenessConfig:
+    """When a worker counts as lost although its process may run. Workers say something every second."""
+
+    silence_s: float = _setting(4.0, "a worker that says nothing for so long is lost", low=2)
+    step_timeout_s: float = _setting(
+        120.0,
+        "a step that takes longer, and longer than margin times what was measured, hangs: its worker is lost",
+        above=0,
+    )
+    start_timeout_s: float = _setting(
+        1800.0,
+        "a worker's start may take so long, from when its processes run; later ones margin times the longest",
+        above=0,
+    )
+    start_silence_s: float = _setting(
+        60.0, "a process that does not answer for so long while it starts is lost", above=0
+    )
+    margin: float = _setting(10.0, "steps and starts may take so many times what is predicted of them", low=1)
+
+
+@dataclass(frozen=True)
 class AutoscalerConfig:
     """When pools grow and shrink by themselves, between their min_replicas and max_replicas."""
 
@@ -296,6 +317,7 @@ class ServiceConfig:
     decode: DecodePoolConfig = DecodePoolConfig()
     router: RouterConfig = RouterConfig()
     handoff: HandoffConfig = HandoffConfig()
+    liveness: LivenessConfig = LivenessConfig()
     autoscaler: AutoscalerConfig = AutoscalerConfig()
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -21,6 +21,7 @@ from cluster.gateway.request_log import RequestLog
 from cluster.gateway.sampled_request import SampledRequest
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits
+from cluster.pools.patience import Patience
 from cluster.pools.pools import WorkerPools
 from cluster.pools.replica import Loss
 from cluster.pools.router_view import incompatibilities_of, links_of, traits_of
@@ -47,7 +48,7 @@ class ServingEngine:
         limits: of the groups' sizes, by key; one that is not named has all its places held.
         load_tracker: of the two pools, empty; None: books that choose by predicted time.
         progress: told how far loading is.
-        silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
+        patience: with workers that are silent or do not get on; None: only one whose output ends is lost, or hangs.
         gpus: what bounds the groups besides their limits; None: nothing.
         disaggregation: where prompts may be computed, see `RoutingRequest`; books that are given have their own.
         observers: told what happens, besides the engine's own.
@@ -63,7 +64,7 @@ class ServingEngine:
         limits: Mapping[str, PoolLimits] | None = None,
         load_tracker: LoadTracker | None = None,
         progress: LoadProgress = lambda name, progress: None,
-        silence_s: float | None = None,
+        patience: Patience | None = None,
         gpus: GpuBudget | None = None,
         disaggregation: str = "always",
         observers: Sequence[EngineObserver] = (),
@@ -89,7 +90,7 @@ class ServingEngine:
                 lambda: self._load_tracker.needed_roles,
             ),
             progress=progress,
-            silence_s=silence_s,
+            patience=patience,
             gpus=gpus,
         )
         self._attempts = Attempts(self._pools, self._load_tracker, self._queue, self._observers)

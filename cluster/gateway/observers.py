@@ -71,7 +71,7 @@ class EngineObserver:
         """It ends in an error; without an attempt: none was placed then."""
 
     def worker_state_changed(self, engine_id: str, role: str, state: str) -> None:
-        """A worker is starting (and goes by its name yet), ready, draining or lost."""
+        """A worker is starting (and goes by its name yet), ready, stalled, draining or lost."""
 
 
 EVENTS = tuple(name for name, member in vars(EngineObserver).items() if callable(member) and not name.startswith("_"))

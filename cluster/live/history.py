@@ -174,6 +174,7 @@ class LiveHistory(EngineObserver):
         texts = {
             "starting": ("is starting", "info"),
             "ready": ("is ready", "good"),
+            "stalled": ("gets no requests: its step takes far too long", "bad"),
             "draining": ("drains: it finishes what it has", "info"),
             "lost": ("is gone", "bad"),
         }

@@ -15,7 +15,7 @@ from cluster.metrics.reasons import worker_name
 from cluster.metrics.registry import MetricsRegistry
 from cluster.pools.replica import Replica
 
-_STATES = ("starting", "ready", "draining", "lost")
+_STATES = ("starting", "ready", "stalled", "draining", "lost")
 
 
 class WorkerMetrics(Collector):

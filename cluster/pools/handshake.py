@@ -68,8 +68,16 @@ class Handshakes:
             peer.unreachable_peers.pop(gone, None)
             peer.links.pop(gone, None)
             peer.peer_endpoints.pop(gone, None)
-        for peer in self._roster.pool("decode" if replica.handle.role == "prefill" else "prefill"):
-            if peer.info is not None and peer.state != "lost":  # one that starts may be about to meet it, in vain
+        self._tell(gone, replica.handle.role, confirmed_dead)
+
+    def confirm_end(self, gone: str, role: str) -> None:
+        """It is known by now that a worker has ended whose peers were told that it is lost."""
+        self._tell(gone, role, True)
+
+    def _tell(self, gone: str, role: str, confirmed_dead: bool) -> None:
+        for peer in self._roster:
+            # One that starts may be about to meet it, in vain.
+            if peer.handle.role != role and peer.info is not None and peer.state != "lost":
                 peer.handle.disconnect(gone, confirmed_dead)
 
     def connections_broke(self, replica: Replica, peers: Mapping[str, str]) -> None:

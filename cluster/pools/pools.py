@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from cluster.api import PoolTarget, WorkerStatus
+from cluster.pools.burials import Burials
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits, groups_of_pools
 from cluster.pools.handshake import Handshakes
+from cluster.pools.patience import Patience
 from cluster.pools.replica import Loss, OnState, Replica, Roster
 from cluster.pools.scaling import Obligations, Scaling
 from cluster.pools.streams import OutputStreams
@@ -31,7 +33,7 @@ class WorkerPools:
         limits: of the groups' sizes, by key; one that is not named has all its places held.
         obligations: what the requests under way need of the workers.
         progress: told how far loading is.
-        silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
+        patience: with workers that are silent or do not get on.
         gpus: what bounds the groups besides; None: nothing.
     """
 
@@ -46,20 +48,28 @@ class WorkerPools:
         limits: Mapping[str, PoolLimits] | None = None,
         obligations: Obligations | None = None,
         progress: LoadProgress = lambda name, progress: None,
-        silence_s: float | None = None,
+        patience: Patience | None = None,
         gpus: GpuBudget | None = None,
     ) -> None:
         self._roster = Roster(on_state)
         self._tasks = BackgroundTasks()
         self._handshakes = Handshakes(self._roster, self._tasks, lambda: on_change(None))
+        burials = Burials(self._roster, self._handshakes, self._tasks)
         self._supervisor = Supervisor(
-            self._roster, self._handshakes, OutputStreams(on_output), on_change, progress, silence_s
+            self._roster,
+            self._handshakes,
+            burials,
+            self._tasks,
+            OutputStreams(on_output),
+            on_change,
+            progress,
+            patience or Patience(),
         )
         self._scaling = Scaling(
             groups_of_pools({"prefill": prefill, "decode": decode}, limits or {}),
             self._roster,
             self._supervisor,
-            self._handshakes,
+            burials,
             self._tasks,
             obligations or Obligations(),
             lambda: on_change(None),

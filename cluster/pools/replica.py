@@ -10,6 +10,7 @@ from cluster.api import WorkerStatus
 from cluster.config.group_key import group_key
 from cluster.worker_handle import WorkerHandle
 from kv_transfer.link_cost import LinkCost
+from workers.heartbeat import Heartbeat
 from workers.messages import Load
 from workers.runner.step_times import StepTimes
 from workers.worker_host import WorkerInfo
@@ -23,7 +24,8 @@ class Loss:
 
     Attributes:
         engine_id: its own.
-        crashed: whether its process ended; one that fell silent may be frozen or cut off, which no request does.
+        crashed: whether its process ended or its step hangs, which a request can do; one that fell silent may be frozen
+            or cut off, which no request does.
     """
 
     engine_id: str
@@ -48,6 +50,8 @@ class Replica:
         info: what it said of itself; None until it has loaded.
         predecessor: what the last one that held this place said of itself; the next will be its like.
         load: last reported.
+        heartbeat: the last one; None: there was none.
+        listening: the task that hears what its worker says, from when that has loaded until it is lost.
         unsupported_reasons: engine ids of the other pool whose KV cache is laid out differently, and how.
         unreachable_peers: engine ids of the other pool that it cannot reach at present, and why.
         peer_endpoints: where it reaches each peer of the other pool, by engine id, since they met last.
@@ -66,6 +70,8 @@ class Replica:
     info: WorkerInfo | None = None
     predecessor: WorkerInfo | None = None
     load: Load = field(default_factory=lambda: Load(0, 0))
+    heartbeat: Heartbeat | None = None
+    listening: asyncio.Task[None] | None = None
     unsupported_reasons: dict[str, str] = field(default_factory=dict)
     unreachable_peers: dict[str, str] = field(default_factory=dict)
     peer_endpoints: dict[str, str] = field(default_factory=dict)
@@ -80,7 +86,8 @@ class Replica:
 
     @property
     def state(self) -> str:
-        """Starting, ready, draining (it finishes what it has and gets nothing new) or lost."""
+        """Starting, ready, stalled (nothing new while a step takes far too long), draining (it finishes what it has and
+        gets nothing new) or lost."""
         return self._state
 
     @state.setter
@@ -97,12 +104,14 @@ class Replica:
     @property
     def serves(self) -> bool:
         """Whether requests may be on it."""
-        return self.state in ("ready", "draining")
+        return self.state in ("ready", "stalled", "draining")
 
     @property
     def may_return(self) -> bool:
         """Whether it is ready, or likely to be soon."""
-        return self.state == "ready" or (self.state != "draining" and self.restarts < _HOPELESS_AFTER_RESTARTS)
+        return self.state in ("ready", "stalled") or (
+            self.state != "draining" and self.restarts < _HOPELESS_AFTER_RESTARTS
+        )
 
     @property
     def engine_id(self) -> str:
@@ -118,7 +127,7 @@ class Replica:
         """Have a new worker for this place, which has yet to start."""
         self.handle = self.spawn()
         self.predecessor = self.info or self.predecessor
-        self.info, self.state, self.num_heard, self.heard_at = None, "starting", 0, 0.0
+        self.info, self.state, self.num_heard, self.heard_at, self.heartbeat = None, "starting", 0, 0.0, None
 
     @property
     def foreseeable(self) -> WorkerInfo | None:

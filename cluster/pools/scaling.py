@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from cluster.api import PoolTarget
+from cluster.pools.burials import Burials
 from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Group
-from cluster.pools.handshake import Handshakes
 from cluster.pools.replica import Replica, Roster, Spawn
 from cluster.pools.supervisor import Supervisor
 from cluster.pools.tasks import BackgroundTasks
@@ -49,7 +49,7 @@ class Scaling:
         groups: by key.
         roster: all members; those to begin with are added here.
         supervisor: looks after them.
-        handshakes: to part from those that leave.
+        burials: of those that leave.
         tasks: for what goes on in the background.
         obligations: of the members.
         on_change: called when a member drains, serves again, or has left.
@@ -61,7 +61,7 @@ class Scaling:
         groups: Mapping[str, Group],
         roster: Roster,
         supervisor: Supervisor,
-        handshakes: Handshakes,
+        burials: Burials,
         tasks: BackgroundTasks,
         obligations: Obligations,
         on_change: Callable[[], None],
@@ -70,7 +70,7 @@ class Scaling:
         self._groups = groups
         self._roster = roster
         self._supervisor = supervisor
-        self._handshakes = handshakes
+        self._burials = burials
         self._tasks = tasks
         self._obligations = obligations
         self._on_change = on_change
@@ -177,7 +177,7 @@ class Scaling:
         replica.life = self._tasks.spawn(self._supervisor.look_after(replica, started=False))
 
     def _let_go(self, replica: Replica) -> None:
-        if replica.state == "ready":
+        if replica.serves:
             replica.state = "draining"
         self._leaving[replica] = self._tasks.spawn(self._finish(replica))
 
@@ -189,7 +189,7 @@ class Scaling:
         if replica.life is not None:
             replica.life.cancel()
             await asyncio.wait({replica.life})
-        self._handshakes.disconnect(replica, await replica.handle.stop())  # as when it is lost
+        await self._burials.bury(replica)  # as when it is lost
         del self._leaving[replica]
         self._roster.remove(replica)
         logger.info("%s has left", replica.engine_id)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from cluster.pools.replica import Replica
+from workers.heartbeat import Heartbeat
 from workers.messages import StepOutput
 
 
@@ -19,7 +20,7 @@ class OutputStream:
         num_heard: times that something was heard, heartbeats too.
 
     Args:
-        replica: whose worker has started; what it says of its load is noted there.
+        replica: whose worker has started; what it says of its load and how it gets on is noted there.
         on_output: takes every step's output.
     """
 
@@ -32,6 +33,9 @@ class OutputStream:
             self.num_heard += 1
             replica.num_heard, replica.heard_at = self.num_heard, time.monotonic()
             for output in batch:
+                if isinstance(output, Heartbeat):
+                    replica.heartbeat = output
+                    continue
                 replica.load = output.load
                 on_output(output)
 

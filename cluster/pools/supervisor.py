@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable
 
 from cluster.errors import WorkerLostError, WorkerSilentError
+from cluster.pools.burials import Burials
 from cluster.pools.handshake import Handshakes
-from cluster.pools.heartbeat import listen_for
+from cluster.pools.heartbeat import listen_for, look_at_progress
+from cluster.pools.patience import Patience
 from cluster.pools.pinned_identity import PinnedIdentity
 from cluster.pools.replica import Loss, Replica, Roster
+from cluster.pools.start_watch import StartWatch
 from cluster.pools.streams import OutputStreams
+from cluster.pools.tasks import BackgroundTasks
 from cluster.worker_handle import LoadProgress
 from workers.messages import Load
 
@@ -30,27 +34,34 @@ class Supervisor:
     Args:
         roster: all members.
         handshakes: of those that have started.
-        streams: what the workers say; the end of a stream, or silence on it, is the loss of its worker.
-        on_change: called when a worker became ready or was lost; for a lost one with its loss.
+        burials: of those that are lost.
+        tasks: for what goes on in the background.
+        streams: what the workers say; the end of a stream, silence on it, or heartbeats that tell of a step which does
+            not end, are the loss of its worker.
+        on_change: called when a worker became ready, stalled, or was lost; for a lost one with its loss.
         progress: told how far loading is.
-        silence_s: a worker that says nothing for so long is lost; None: only one whose output ends.
+        patience: with all of them.
     """
 
     def __init__(
         self,
         roster: Roster,
         handshakes: Handshakes,
+        burials: Burials,
+        tasks: BackgroundTasks,
         streams: OutputStreams,
         on_change: Callable[[Loss | None], None],
         progress: LoadProgress,
-        silence_s: float | None,
+        patience: Patience,
     ) -> None:
         self._roster = roster
         self._handshakes = handshakes
+        self._burials = burials
+        self._tasks = tasks
         self._streams = streams
         self._on_change = on_change
-        self._progress = progress
-        self._silence_s = silence_s
+        self._patience = patience
+        self._starts = StartWatch(patience, progress)
         self._said: dict[str, str] = {}
         self._pinned_identity = PinnedIdentity()
 
@@ -58,18 +69,44 @@ class Supervisor:
         """Have a member's worker load, measure itself and meet its peers: then it takes requests.
 
         Raises:
-            BatonError: it could not start, or is not of the model that the others are of.
+            BatonError: it could not start, or is not of the model that the others are of, or was lost meanwhile.
         """
-        info = await replica.handle.start(self._progress)
+        info = await self._starts.start(replica)
         self._pinned_identity.check(info)
         replica.info = info
         replica.load = Load(replica.info.num_blocks, replica.info.num_blocks)
         self._roster.know(replica)
+        listening = replica.listening = self._tasks.spawn(self._listen(replica))
+        meeting = asyncio.ensure_future(self._meet(replica))
+        try:
+            await asyncio.wait({meeting, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if listening.done():  # a worker that freezes now would hold up everybody who is to meet it
+                listening.result()
+            meeting.result()
+        except BaseException:
+            for task in (meeting, listening):
+                task.cancel()
+            await asyncio.wait({meeting, listening})
+            raise
+        self._on_change(None)
+
+    async def _meet(self, replica: Replica) -> None:
         async with self._handshakes.one_at_a_time:
             await self._handshakes.handshake(replica)
             replica.state = "ready"
             replica.ready_since = time.monotonic()
-        self._on_change(None)
+
+    async def _listen(self, replica: Replica) -> None:
+        """Until a worker's stream ends, or it is silent, or does not get on."""
+
+        def look() -> None:
+            if look_at_progress(replica, self._patience):
+                if replica.state == "stalled":
+                    logger.warning("%s gets no requests while its step takes so long", replica.engine_id)
+                self._on_change(None)
+
+        stream = self._streams.open(replica)
+        await listen_for(stream.ended, lambda: stream.num_heard, self._patience.silence_s, look)
 
     async def look_after(self, replica: Replica, *, started: bool) -> None:
         """Have what a member's worker says read, and replace it whenever it is lost, unless it was to leave anyway."""
@@ -82,10 +119,10 @@ class Supervisor:
             await self._replace(replica)
 
     async def _until_lost(self, replica: Replica) -> bool:
-        """Until the worker's stream ends or falls silent; whether it ended."""
-        stream = self._streams.open(replica)
+        """Until the worker is lost; whether a request may be the cause, which makes no process fall silent."""
+        assert replica.listening is not None
         try:
-            await listen_for(stream.ended, lambda: stream.num_heard, self._silence_s)
+            await replica.listening
         except WorkerLostError as error:
             logger.warning("lost %s: %s", replica.engine_id, error)
             return not isinstance(error, WorkerSilentError)
@@ -101,9 +138,7 @@ class Supervisor:
             replica.restarts = 0
         self._roster.forget(lost)
         self._on_change(Loss(lost, crashed))  # at once: its requests need not wait until it is buried
-        self._handshakes.disconnect(
-            replica, await replica.handle.stop()
-        )  # its peers are told when it has ended, if it can
+        await self._burials.bury(replica)  # its peers are told when it has ended, if it can
         return wanted
 
     def _say_once(self, name: str, reason: str) -> None:
@@ -134,8 +169,11 @@ class Supervisor:
             self._say_once(replica.handle.name, f"{type(error).__name__}: {error}")
             self._roster.forget(replica.engine_id)
             replica.state = "lost"
-            replica.info = None
             with contextlib.suppress(Exception):
-                await replica.handle.stop()
+                if replica.info is None:
+                    await replica.handle.stop()
+                else:  # some peers may have met it
+                    await self._burials.bury(replica)
+            replica.info = None
             return False
         return True

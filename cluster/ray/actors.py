@@ -18,6 +18,7 @@ from kv_transfer.link_cost import LinkCost
 from kv_transfer.nixl_connector import NixlConnector
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
+from workers.heartbeat import Heartbeat
 from workers.lockstep.channel import LeadChannel, Seat
 from workers.lockstep.follower_host import FollowerHost
 from workers.messages import StepOutput, WorkerRequest
@@ -49,7 +50,7 @@ class WorkerActor:
         self._make_host = make_host
         self._loop = asyncio.get_event_loop()
         self._host: WorkerHost | None = None
-        self._outputs: list[StepOutput] = []
+        self._outputs: list[StepOutput | Heartbeat] = []
         self._news = asyncio.Event()
         self._crash: BaseException | None = None
         self._progress: dict[str, StartProgress] = {}
@@ -128,11 +129,11 @@ class WorkerActor:
             self._lease.renew(said_at)
         return said_at
 
-    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+    async def outputs(self) -> AsyncIterator[list[StepOutput | Heartbeat]]:
         """Everything the worker says, in lists of what has gathered since the last one.
 
-        An empty list is a heartbeat. It comes from this event loop, and not from the thread that steps, which may be
-        compiling or computing something long.
+        Heartbeats come from this event loop, and not from the thread that steps, which may be compiling or computing
+        something long, or hang.
         """
         self._loop.call_later(HEARTBEAT_S, self._beat)
         self._lease.renew(lease_clock())
@@ -167,6 +168,8 @@ class WorkerActor:
         if not self._lease.holds():
             logger.error("%s ends: nobody has heard of it for long, and it has been replaced", self._config.name)
             os._exit(1)
+        if self._host is not None:
+            self._outputs.append(self._host.heartbeat())
         self._news.set()
         self._loop.call_later(HEARTBEAT_S, self._beat)
 
@@ -224,6 +227,10 @@ class FollowerActor:
     async def link_to(self, engine_id: str) -> LinkCost | None:
         """See `FollowerHost.link_to`."""
         return self._started.link_to(engine_id)
+
+    async def progress(self) -> list[StartProgress]:
+        """That this process answers; the lead says how far they are."""
+        return []
 
     async def pid(self) -> int:
         """Of its process."""

@@ -16,10 +16,11 @@ from cluster.ray.actors import FollowerActor, WorkerActor
 from cluster.ray.placement_group import RankPlacement, RankResources
 from cluster.ray.process_end import Whereabouts, all_ended
 from cluster.ray.waiting import awaited, tell_if_it_takes_long
-from cluster.worker_handle import HEARTBEAT_S, LoadProgress
+from cluster.worker_handle import HEARTBEAT_S, LoadProgress, StartProgress
 from kv_transfer.link_cost import LinkCost, together
 from kv_transfer.transports.base import EngineInfo
 from workers.config import WorkerConfig
+from workers.heartbeat import Heartbeat
 from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerInfo
 
@@ -56,15 +57,16 @@ class RayWorker:
 
     async def start(self, progress: LoadProgress) -> WorkerInfo:
         """See `WorkerHandle.start`."""
-        ranks = 1 + len(self._followers)
+        ranks = (self._lead, *self._followers)
         waiting = asyncio.create_task(
-            tell_if_it_takes_long(self.name, lambda: awaited(self._resources, ranks, ray.available_resources()))
+            tell_if_it_takes_long(self.name, lambda: awaited(self._resources, len(ranks), ray.available_resources()))
         )
         try:
             await self._placement.wait()
-            await self._call(self._lead.progress.remote())
+            await self._tell_progress(progress)
         finally:
             waiting.cancel()
+        self._ranks_at = await asyncio.gather(*(self._call(rank.whereabouts.remote()) for rank in ranks))
         seats = (await self._call(self._lead.seats.remote()))[1:] if self._followers else ()
         starts = [asyncio.ensure_future(self._call(self._lead.start.remote()))]
         for follower, seat in zip(self._followers, seats, strict=True):
@@ -72,19 +74,21 @@ class RayWorker:
         try:
             while not await _all_done(starts, _PROGRESS_INTERVAL_S):
                 with contextlib.suppress(WorkerLostError):
-                    for stage in await self._call(self._lead.progress.remote()):
-                        progress(self.name, stage)
+                    await self._tell_progress(progress)
         finally:
             for start in starts:
                 start.cancel()  # one has failed: the others wait for it in vain, and `stop` ends them
         with contextlib.suppress(WorkerLostError):
-            for stage in await self._call(self._lead.progress.remote()):
-                progress(self.name, stage)
+            await self._tell_progress(progress)
         info: WorkerInfo = starts[0].result()
-        self._ranks_at = await asyncio.gather(
-            *(self._call(rank.whereabouts.remote()) for rank in (self._lead, *self._followers))
-        )
         return info
+
+    async def _tell_progress(self, progress: LoadProgress) -> None:
+        """How far the start is, once all ranks have answered: it is told nothing if one of them is frozen."""
+        ranks = (self._lead, *self._followers)
+        stages, *_ = await asyncio.gather(*(self._call(rank.progress.remote()) for rank in ranks))
+        for stage in (StartProgress("process", len(ranks), len(ranks)), *stages):
+            progress(self.name, stage)
 
     async def new_endpoint(self, peer: Sequence[EngineInfo]) -> tuple[EngineInfo, ...]:
         """See `WorkerHandle.new_endpoint`."""
@@ -122,7 +126,7 @@ class RayWorker:
         """The followers' processes, in order of rank; the lead's is in its `WorkerInfo`."""
         return [int(await self._call(follower.pid.remote())) for follower in self._followers]
 
-    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
+    async def outputs(self) -> AsyncIterator[list[StepOutput | Heartbeat]]:
         """See `WorkerHandle.outputs`."""
         stream = self._lead.outputs.options(num_returns="streaming").remote()
         try:
@@ -150,7 +154,11 @@ class RayWorker:
             with contextlib.suppress(Exception):
                 ray.kill(rank)
         self._placement.remove()
-        return stopped or await all_ended(self._ranks_at)  # nobody has met one that never said where it is
+        return stopped or await self.has_ended()
+
+    async def has_ended(self) -> bool:
+        """See `WorkerHandle.has_ended`; nobody has met one that never said where it is."""
+        return await all_ended(self._ranks_at)
 
     def _hear(self) -> None:
         """Something was heard of it, so its lease may be renewed."""

@@ -17,6 +17,7 @@ from cluster.generation.text_generation import Generation
 from cluster.inprocess_worker import InProcessWorker
 from cluster.pools import supervisor
 from cluster.pools.groups import PoolLimits
+from cluster.pools.patience import Patience
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.router import Choose, place
 from cluster.routing.types import CandidateReport
@@ -200,6 +201,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
         worker_class: type[InProcessWorker] = InProcessWorker,
         limits: dict[str, PoolLimits] | None = None,
         silence_s: float | None = None,
+        patience: dict | None = None,
         disaggregation: str = "always",
         choose: Choose = place,
         **settings,
@@ -227,7 +229,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
             **pools,
             max_queue=max_queue,
             limits=limits,
-            silence_s=silence_s,
+            patience=Patience(silence_s, **patience or {}),
             load_tracker=LoadTracker(choose, disaggregation=disaggregation),
         )
         started.append(engine)

@@ -25,6 +25,8 @@ class CountingWorker:
         self.steps = 0
         self.threads: set[int] = set()
         self.blocked = False
+        self.hangs = threading.Event()
+        self.hangs.set()
         self.error: Exception | None = None
         self.failing: RequestFailed | None = None
 
@@ -42,6 +44,7 @@ class CountingWorker:
 
     def step(self) -> list[WorkerEvent]:
         self.steps += 1
+        self.hangs.wait(PATIENCE_S)
         self.threads.add(threading.get_ident())
         if self.error is not None:
             raise self.error
@@ -107,6 +110,26 @@ def test_the_load_is_told_when_it_changes_although_nothing_else_happened(running
     while (output := running.outputs.get(timeout=PATIENCE_S)).load == Load(8, 8):
         assert output.events == ()
     assert (output.events, output.load) == ((), Load(8, 7, waiting=1))
+
+
+def test_a_step_that_hangs_is_told_by_the_heartbeat_and_an_idle_worker_takes_steps(running):
+    def until(condition: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < give_up, running.loop.heartbeat()
+            time.sleep(0.005)
+
+    before = running.loop.heartbeat().num_steps
+    until(lambda: running.loop.heartbeat().num_steps > before + 1)
+    until(lambda: running.loop.heartbeat().step_s == 0.0)
+    running.worker.hangs.clear()
+    until(lambda: running.loop.heartbeat().step_s > 0.2)  # an idle worker waits for 0.05 s at most
+    hanging = running.loop.heartbeat()
+    until(lambda: running.loop.heartbeat().step_s > hanging.step_s + 0.1)
+    assert running.loop.heartbeat().num_steps == hanging.num_steps
+    running.worker.hangs.set()
+    until(lambda: running.loop.heartbeat().num_steps > hanging.num_steps)
+    until(lambda: running.loop.heartbeat().step_s == 0.0)
 
 
 def test_an_idle_worker_is_still_looked_after(running):

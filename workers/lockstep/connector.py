@@ -41,7 +41,7 @@ class AgreedConnector(KVConnector):
         self._own = own
         self._rank = rank
         self._incarnation = 0
-        self._peers: dict[str, str] = {}
+        self._peers: dict[str, tuple[EngineInfo, EngineInfo]] = {}  # this rank's and its lead, by the lead's engine id
         self._due: list[ConnectorEvent] = []
 
     def take_own(self) -> list[ConnectorEvent]:
@@ -72,7 +72,7 @@ class AgreedConnector(KVConnector):
         """
         peer = peers[self._rank % len(peers)]  # with another number of ranks the layouts differ, which says so
         self._own.connect(peer, timeout_s)
-        self._peers[peers[0].engine_id] = peer.engine_id
+        self._peers[peers[0].engine_id] = peer, peers[0]
 
     def register_kv_caches(self, name: str, kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> EngineInfo:
         """See `KVConnector.register_kv_caches`; ranks after the lead have their number in their name."""
@@ -90,9 +90,17 @@ class AgreedConnector(KVConnector):
 
     @property
     def broken_peers(self) -> Mapping[str, str]:
-        """See `KVConnector.broken_peers`: those of this rank, by their leads' engine ids."""
+        """See `KVConnector.broken_peers`: those of this rank, as if the connections of their leads were broken.
+
+        All ranks of two workers meet together, so the lead's endpoint stands for that meeting. What broke at an
+        endpoint of an earlier one is of no matter any more.
+        """
         broken = self._own.broken_peers
-        return {lead: broken[own] for lead, own in list(self._peers.items()) if own in broken}
+        return {
+            lead.engine_id: lead.endpoint
+            for own, lead in list(self._peers.values())
+            if broken.get(own.engine_id) == own.endpoint
+        }
 
     def connect(self, peer: EngineInfo, timeout_s: float) -> None:
         """Meet a peer of one rank; see `handshake`."""
@@ -169,4 +177,5 @@ class AgreedConnector(KVConnector):
         self._own.close()
 
     def _peer(self, engine_id: str) -> str:
-        return self._peers.get(engine_id, engine_id)
+        met = self._peers.get(engine_id)
+        return engine_id if met is None else met[0].engine_id

@@ -20,6 +20,7 @@ from workers.commands import Command
 from workers.lockstep.agreement import Agreement, GroupEvent
 from workers.lockstep.channel import FollowerChannel, LeadChannel
 from workers.lockstep.connector import AgreedConnector
+from workers.lockstep.pulse import PULSE_S, Pulse, Pulses
 from workers.lockstep.replica import Crashed, Replica, StepInput
 from workers.messages import CacheUpdate, DecodeReport, Load, PrefillReport, WorkerEvent
 from workers.parallel.errors import TensorParallelError
@@ -54,6 +55,7 @@ class Lead:
         self._commands: list[Command] = []
         self._lock = threading.Lock()
         self._agreement = Agreement(size)
+        self._pulses = Pulses(size)
         self._agreed: list[GroupEvent] = []
         self._crash: TensorParallelError | None = None
 
@@ -74,8 +76,8 @@ class Lead:
 
     @property
     def broken_peers(self) -> Mapping[str, str]:
-        """Engine ids to which this rank's connection is broken."""
-        return self._replica.worker.broken_peers
+        """Engine ids to which the connection of some rank is broken."""
+        return {**self._pulses.broken_peers, **self._replica.worker.broken_peers}
 
     @property
     def load(self) -> Load:
@@ -86,6 +88,10 @@ class Lead:
     def num_to_agree(self) -> int:
         """What some ranks have reported, and not all."""
         return self._agreement.num_open
+
+    def silent_ranks(self) -> tuple[int, ...]:
+        """Followers of which nothing has been heard for long. To be asked every `PULSE_S`, which it counts."""
+        return self._pulses.next_round()
 
     def step(self) -> list[WorkerEvent]:
         """Take a step on every rank.
@@ -108,7 +114,10 @@ class Lead:
         """How the prefix cache has changed with the last step, on every rank; None: not at all."""
         return self._replica.cache_update
 
-    def _on_report(self, rank: int, report: Sequence[ConnectorEvent] | Crashed) -> None:
+    def _on_report(self, rank: int, report: Sequence[ConnectorEvent] | Pulse | Crashed) -> None:
+        if isinstance(report, Pulse):
+            self._pulses.hear(rank, report)
+            return
         if isinstance(report, Crashed):
             self._on_lost(f"rank {rank} crashed: {report.reason}")
             return
@@ -132,7 +141,7 @@ class Lead:
 
 
 class Follower:
-    """Runs a follower's steps on a thread of its own, as the lead says.
+    """Runs a follower's steps on a thread of its own, as the lead says, and is heard by another one.
 
     Args:
         replica: the follower's own.
@@ -149,15 +158,19 @@ class Follower:
         on_end: Callable[[BaseException | None], None],
     ) -> None:
         self._replica = replica
+        self._connector = connector
         self._channel = channel
         self._on_end = on_end
         self._reporting = threading.Lock()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
-        connector.set_listener(lambda: self._report(connector.take_own()))
+        self._pulse = threading.Thread(target=self._beat, name="follower-pulse", daemon=True)
+        connector.set_listener(self._on_events)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
         self._thread.start()
+        self._pulse.start()
 
     def join(self, timeout_s: float) -> None:
         """Wait for the end."""
@@ -174,10 +187,21 @@ class Follower:
             logger.exception("a rank stops after an unexpected error")
             self._report(Crashed(f"{type(error).__name__}: {error}"))
             ended_by = error
+        self._ended.set()
         self._channel.close()
         self._on_end(ended_by)
 
-    def _report(self, report: Sequence[ConnectorEvent] | Crashed) -> None:
+    def _beat(self) -> None:
+        """Be heard until the end, also while a step waits in a collective."""
+        while not self._ended.wait(PULSE_S):
+            self._report(Pulse(self._connector.broken_peers))
+
+    def _on_events(self) -> None:
+        if broken := self._connector.broken_peers:  # the lead is to know before what failed for it is tried again
+            self._report(Pulse(broken))
+        self._report(self._connector.take_own())
+
+    def _report(self, report: Sequence[ConnectorEvent] | Pulse | Crashed) -> None:
         with self._reporting:
             self._channel.report(report)
 

@@ -9,6 +9,7 @@ import pytest
 from cluster.errors import WorkerLostError
 from cluster.pools.replica import Replica
 from cluster.pools.streams import OutputStreams
+from workers.heartbeat import Heartbeat
 from workers.messages import Load, StepOutput
 
 
@@ -39,7 +40,7 @@ async def test_outputs_are_handed_on_in_order_and_heartbeats_are_heard(replica):
     taken: list[StepOutput] = []
     stream = OutputStreams(taken.append).open(replica)
     outputs = [output(free) for free in (9, 8, 7)]
-    for item in (outputs[:2], [], outputs[2:]):
+    for item in (outputs[:2], [Heartbeat(5, 0.25)], outputs[2:]):
         replica.handle.said.put_nowait(item)
     replica.handle.said.put_nowait(WorkerLostError("gone"))
     with pytest.raises(WorkerLostError, match="gone"):
@@ -47,6 +48,7 @@ async def test_outputs_are_handed_on_in_order_and_heartbeats_are_heard(replica):
     assert taken == outputs
     assert stream.num_heard == 3
     assert replica.load == outputs[-1].load
+    assert replica.heartbeat == Heartbeat(5, 0.25)
 
 
 async def test_a_stream_that_is_closed_is_not_listened_to_any_more(replica):
