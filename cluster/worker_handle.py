@@ -18,8 +18,8 @@ class StartProgress:
     """How far a worker's start is.
 
     Attributes:
-        stage: what it does: reads weights, counted in bytes, or captures CUDA graphs; "process" only says that its
-            processes, counted by ranks, run and answer.
+        stage: what it does: reads weights, counted in bytes, or captures CUDA graphs; "process" says how many of its
+            processes, one a rank, run and answer.
         done: so much.
         total: of so much.
     """

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
+from itertools import chain
 
 from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError, NoTokenLeftError, SamplingError
@@ -39,6 +40,7 @@ from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason, sample_states
 from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import FirstToken, LocalPrefill
+from workers.scheduling.lost_room import LostRoom, no_room
 from workers.scheduling.samples import Parting, RequestSequences
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
@@ -135,6 +137,7 @@ class DecodeWorker:
         self._computes_prompts = max_num_batched_tokens is not None
         self._max_model_len = max_model_len
         self._sequences = RequestSequences()
+        self._lost_room: LostRoom[Sequence] = LostRoom(self.cache, clock)
         self._events: list[WorkerEvent] = []
 
     def add(self, request: WorkerRequest) -> None:
@@ -265,6 +268,7 @@ class DecodeWorker:
         for arrival in self._remote.poll():
             self._join(arrival)
         self._enforce_deadlines()
+        self._send_away()
         self._batch.resume_preempted()
         self._queue.admit()
         self._run()
@@ -409,6 +413,18 @@ class DecodeWorker:
             self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
             for sequence in sequences:
                 self._stop(sequence, str(error))
+
+    def _send_away(self) -> None:
+        """Fail those for whom there will be no room here: they may go on elsewhere, and hold nobody up."""
+        quarantined = self._remote.quarantined
+        for sequence in self._lost_room.find(quarantined, lambda: chain(self._batch.needs(), self._queue.needs())):
+            request = sequence.request
+            error = no_room(quarantined[self.cache.primary], self.cache.num_blocks)
+            stopped = self._sequences.pop(request.attempt_id)
+            if stopped:  # its other samples are not told of
+                self._events.append(RequestFailed(request.request_id, error, attempt_id=request.attempt_id))
+            for each in stopped:
+                self._stop(each, str(error))
 
     def _stop(self, sequence: Sequence, reason: str) -> None:
         """End a sequence that is no longer in `_sequences`; its blocks follow when they are safe."""

@@ -42,6 +42,10 @@ class HandoffError(BatonError):
     """The KV cache did not arrive whole; the request cannot go on."""
 
 
+class RoomLostError(BatonError):
+    """The worker has no room for the request any more: blocks that it would need may still be written to by others."""
+
+
 class DeadlineExceededError(BatonError):
     """The request's deadline passed."""
 

@@ -35,6 +35,7 @@ from workers.runner.step_pace import StepPace
 from workers.runner.step_times import StepTimes
 from workers.sampling.results import SampledToken
 from workers.sampling.state import finish_reason
+from workers.scheduling.lost_room import LostRoom, no_room
 from workers.scheduling.prefill_scheduler import Chunk, PrefillScheduler
 from workers.scheduling.prefill_step import Launch, launch_chunks
 from workers.validation import check_capacity, check_prompt, check_sampling, check_sampling_tokens, check_token_ids
@@ -103,6 +104,7 @@ class PrefillWorker:
         self._pace = StepPace(clock)
         self._prompts: dict[str, Prompt] = {}
         self._handoffs: dict[bytes, Prompt] = {}
+        self._lost_room: LostRoom[str] = LostRoom(self.cache, clock)
         self._events: list[WorkerEvent] = []
 
     def add(self, request: WorkerRequest) -> None:
@@ -203,6 +205,7 @@ class PrefillWorker:
         for event in self._connector.poll():
             self._on_connector_event(event)
         self._enforce_deadlines()
+        self._send_away()
         if chunks := self._scheduler.schedule():
             self._launches.append(self._launch(chunks))
         self._collect(self._steps_ahead if chunks and self._scheduler.can_schedule else 0)
@@ -319,6 +322,21 @@ class PrefillWorker:
         for attempt_id, prompt in [(a, p) for a, p in self._prompts.items() if p.deadline <= now]:
             del self._prompts[attempt_id]
             error = prompt.overdue(now, self._handoff_timeout_s)
+            self._events.append(RequestFailed(prompt.request.request_id, error, attempt_id=attempt_id))
+            self._stop(prompt, str(error))
+
+    def _send_away(self) -> None:
+        """Fail those for whom there will be no room here: they may go elsewhere, and hold nobody up."""
+        unwanted = [p for p in self._handoffs.values() if p.request.attempt_id not in self._prompts]
+        if not unwanted:
+            return
+        quarantined = self.cache.blocks_of(prompt.progress.tables for prompt in unwanted)
+        waiting = self._scheduler.waiting
+        for attempt_id in self._lost_room.find(
+            quarantined, lambda: [self._scheduler.need(progress, progress.attempt_id) for progress in waiting]
+        ):
+            prompt = self._prompts.pop(attempt_id)
+            error = no_room(quarantined[self.cache.primary], self.cache.num_blocks)
             self._events.append(RequestFailed(prompt.request.request_id, error, attempt_id=attempt_id))
             self._stop(prompt, str(error))
 

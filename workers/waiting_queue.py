@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 from workers.handoff.receiving import RemotePrefill
 from workers.scheduling.decode_scheduler import DecodeBatch
 from workers.scheduling.local_prefill import LocalPrefill
+from workers.scheduling.lost_room import Need
 from workers.scheduling.sequence import Sequence
 
 
@@ -51,6 +53,11 @@ class DecodeQueue:
         taken = self._batch.size + self._remote.num_places + self._local.num_places
         first = self._waiting[0]
         return taken + first.num_samples <= self._batch.max_num_seqs and self._side_of(first).fits(first)
+
+    def needs(self) -> Iterator[Need[Sequence]]:
+        """What those wait for who have not been admitted, in order."""
+        for sequence in self._waiting:
+            yield self._side_of(sequence).need(sequence)
 
     def add(self, sequence: Sequence) -> None:
         """Put it at the end."""

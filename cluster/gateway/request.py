@@ -12,7 +12,7 @@ from cluster.clock import now
 from cluster.errors import LostToAnotherError, WorkerLeavesError, WorkerLostError
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
-from workers.errors import DeadlineExceededError, HandoffError
+from workers.errors import DeadlineExceededError, HandoffError, RoomLostError
 from workers.messages import FinishReason
 from workers.token_ids import TokenIds, as_token_ids
 
@@ -213,7 +213,7 @@ class RunningRequest:
                 self._observers.attempt_failed(self.attempt, error)
                 self._observers.request_migrated(self.attempt, error)
                 self.num_attempts -= 1  # it has failed nothing itself
-            except (WorkerLostError, HandoffError) as error:
+            except (WorkerLostError, HandoffError, RoomLostError) as error:
                 self._observers.attempt_failed(self.attempt, error)
                 if isinstance(error, HandoffError):
                     self.avoid |= {(self.attempt.prefill, self.attempt.decode)}

@@ -14,14 +14,16 @@ from cluster.worker_handle import LoadProgress, StartProgress
 from workers.worker_host import WorkerInfo
 
 ROUND_S = 1.0
+_TO_BE_BORN = 5
+"""So many times as long as a process that has answered may be silent may it take to come to its first answer."""
 
 
 class StartWatch:
     """Watches starts, and learns how long they take.
 
-    Until a worker's processes run nothing is counted: room may have to be waited for. From then on the handle tells how
-    far it is several times a second, as long as all of its processes answer. Time is counted in rounds, so that a
-    moment in which this process is held up costs no start.
+    Until a worker's processes run, or are known to be on their way, nothing is counted: room may have to be waited for.
+    From then on the handle tells how far it is several times a second, as long as all of its processes answer. Time is
+    counted in rounds, so that a moment in which this process is held up costs no start.
 
     Args:
         patience: with them.
@@ -63,7 +65,7 @@ class StartWatch:
                 continue
             rounds += 1
             silent, last = (0, told.times) if told.times != last else (silent + 1, last)
-            if silent * ROUND_S >= self._patience.start_silence_s:
+            if silent * ROUND_S >= self._patience.start_silence_s * (1 if told.answers else _TO_BE_BORN):
                 raise WorkerSilentError(f"its process does not answer any more while it starts ({told.at})")
             if rounds * ROUND_S >= limit_s:
                 raise WorkerStuckError(f"its start has taken {limit_s:.0f} s ({told.at}), as many as are allowed")
@@ -76,13 +78,15 @@ class _Told:
         self._progress = progress
         self.times = 0
         self.began_at: float | None = None
-        self.at = "its process runs"
+        self.answers = False
+        self.at = "nothing is loaded yet"
 
     def __call__(self, name: str, progress: StartProgress) -> None:
         self.began_at = time.monotonic() if self.began_at is None else self.began_at
         self.times += 1
         share = 100 * progress.done / progress.total if progress.total else math.nan
         if progress.stage == "process":
+            self.answers = progress.done == progress.total
             return
         self.at = f"{progress.stage}: {share:.0f} %"
         self._progress(name, progress)

@@ -35,9 +35,9 @@ class Whereabouts:
 
 
 async def ended(rank: Whereabouts) -> bool:
-    """What the machine of a rank says of it."""
+    """Have the machine of a rank end its process, and say whether it is gone."""
     there = NodeAffinitySchedulingStrategy(rank.node_id, soft=False)
-    look = ray.remote(num_cpus=0, max_retries=0)(has_ended).options(scheduling_strategy=there)
+    look = ray.remote(num_cpus=0, max_retries=0)(end).options(scheduling_strategy=there)
     return bool(await look.remote(rank.process))
 
 
@@ -57,6 +57,15 @@ async def all_ended(
     with contextlib.suppress(Exception):
         return all(await asyncio.wait_for(answers, patience_s))
     return False
+
+
+def end(process: ProcessId) -> bool:
+    """End a process that nobody wants any more, and say whether it is gone; runs on the process's machine.
+
+    Ray asks a process to end itself before it ends it, for which one that is frozen has no ear.
+    """
+    process.kill(ProcessId.own())
+    return has_ended(process)
 
 
 def has_ended(process: ProcessId) -> bool:

@@ -62,7 +62,8 @@ class RayWorker:
             tell_if_it_takes_long(self.name, lambda: awaited(self._resources, len(ranks), ray.available_resources()))
         )
         try:
-            await self._placement.wait()
+            if await self._placement.wait():  # so its processes are on their way, and nothing else is waited for
+                progress(self.name, StartProgress("process", 0, len(ranks)))
             await self._tell_progress(progress)
         finally:
             waiting.cancel()

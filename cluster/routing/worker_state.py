@@ -114,9 +114,11 @@ class WorkerState:
     def growth_tokens(self) -> float:
         """What a newcomer may hold at its peak. If there is nothing to do, anything: waiting would not make it less.
 
-        Where there is room for the most that any sequence holds at once, anything, too.
+        Unless blocks are in quarantine: then it would have to go elsewhere in the end, or wait here for these. Where
+        there is room for the most that any sequence holds at once, anything, too.
         """
-        room = self.capacity_tokens - self.peak_tokens if self.running else math.inf
+        whole = not self.running and self.usable_blocks == self.traits.total_blocks
+        room = math.inf if whole else self.capacity_tokens - self.peak_tokens
         return room if room < self.traits.tokens_per_sequence else math.inf
 
     @property

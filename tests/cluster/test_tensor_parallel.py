@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -29,8 +30,10 @@ PATIENCE_S = 120.0
 class Running:
     """A service of one pair, a client, and what was said at the start."""
 
-    def __init__(self, service: Service, client: AsyncBatonClient, checkpoint: Path, lines: list[str]) -> None:
-        self.service, self.client, self.checkpoint, self.lines = service, client, checkpoint, lines
+    def __init__(
+        self, service: Service, client: AsyncBatonClient, checkpoint: Path, lines: list[str], logs: Path
+    ) -> None:
+        self.service, self.client, self.checkpoint, self.lines, self.logs = service, client, checkpoint, lines, logs
 
     async def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
@@ -53,7 +56,7 @@ class Running:
 
 
 @asynccontextmanager
-async def serving(checkpoint: Path, max_model_len: int = 1024) -> AsyncIterator[Running]:
+async def serving(checkpoint: Path, logs: Path, max_model_len: int = 1024) -> AsyncIterator[Running]:
     """A pair of workers of two ranks each."""
     overrides = {
         "model.path": str(checkpoint),
@@ -66,19 +69,21 @@ async def serving(checkpoint: Path, max_model_len: int = 1024) -> AsyncIterator[
         "decode.num_blocks": 256,
         "prefill.max_num_batched_tokens": 48,
         "model.max_model_len": max_model_len,
+        "liveness.start_silence_s": 20,
+        "logging.folder": str(logs),
     }
     lines: list[str] = []
     async with launch(load_config(environ={}, overrides=overrides), lines.append) as service:
         config = load_config(environ={}, overrides=overrides).server
         server = await start_server(config, service.generation, service.engine, service.model_info)
         async with AsyncBatonClient(Connection(server.address)) as client:
-            yield Running(service, client, checkpoint, lines)
+            yield Running(service, client, checkpoint, lines, logs)
         await server.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def running(tiny_checkpoint) -> AsyncIterator[Running]:
-    async with serving(tiny_checkpoint("llama")) as service:
+async def running(tiny_checkpoint, tmp_path_factory) -> AsyncIterator[Running]:
+    async with serving(tiny_checkpoint("llama"), tmp_path_factory.mktemp("logs")) as service:
         yield service
 
 
@@ -113,7 +118,8 @@ async def test_cancelled_requests_give_their_blocks_back(running):
     await running.until_idle()
 
 
-async def test_a_killed_rank_ends_its_group_which_is_replaced(running, reference_greedy):
+@pytest.mark.parametrize("harm", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+async def test_a_killed_or_frozen_rank_ends_its_group_which_is_replaced(harm, running, reference_greedy):
     replica = running.service.engine.pools.pool("decode")[0]
     handle, before = replica.handle, replica.engine_id
     assert isinstance(handle, RayWorker)
@@ -122,7 +128,7 @@ async def test_a_killed_rank_ends_its_group_which_is_replaced(running, reference
     assert len({lead, follower, os.getpid()}) == 3
     under_way = [asyncio.ensure_future(running.generate(prompt, 400)) for prompt in prompts(3, seed=7)]
     await running.until(lambda workers: any(worker.load.running for worker in workers))
-    os.kill(follower, signal.SIGKILL)
+    os.kill(follower, harm)
     await asyncio.gather(*under_way, return_exceptions=True)
     await running.until(lambda workers: before not in {worker.engine_id for worker in workers})
     await running.until_idle()
@@ -133,6 +139,29 @@ async def test_a_killed_rank_ends_its_group_which_is_replaced(running, reference
             os.kill(pid, 0)
     prompt = prompts(1, seed=8)[0]
     assert await running.generate(prompt, 10) == reference_greedy(running.checkpoint, prompt, 10)
+
+
+@pytest.mark.slow
+async def test_a_rank_that_freezes_while_it_starts_ends_its_start_which_is_tried_again(running):
+    before, log = worker_processes(), running.logs / "prefill-1-rank1.log"
+    running.service.engine.scale({"prefill": 2})
+    await running.until(lambda workers: log.exists())  # it has answered, and loads
+    frozen = (worker_processes() - before).pop()
+    os.kill(frozen, signal.SIGSTOP)
+    await running.until(lambda workers: [w.state for w in workers if w.role == "prefill"] == ["ready", "ready"])
+    assert frozen not in worker_processes()
+    running.service.engine.scale({"prefill": 1})
+    await running.until_idle()
+
+
+def worker_processes() -> set[int]:
+    """Of this machine's actors, by what Ray calls them."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith((b"ray::WorkerActor", b"ray::FollowerActor")):
+                found.add(int(folder.name))
+    return found
 
 
 async def test_a_model_that_cannot_be_shared_so_is_refused_before_anything_starts(tiny_checkpoint):
@@ -146,10 +175,10 @@ async def test_a_model_that_cannot_be_shared_so_is_refused_before_anything_start
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v2", "gemma2", "gpt_oss", "qwen3_moe"])
-async def test_other_families_on_two_ranks(family: str, tiny_checkpoint, reference_greedy) -> None:
+async def test_other_families_on_two_ranks(family: str, tiny_checkpoint, reference_greedy, tmp_path) -> None:
     """Latents, which every rank has whole; windows in a cache group of their own; sinks; experts shared out."""
     checkpoint = tiny_checkpoint(family)
-    async with serving(checkpoint, 256) as service:
+    async with serving(checkpoint, tmp_path, 256) as service:
         asked = prompts(6, seed=5)
         answers = await asyncio.gather(*(service.generate(prompt, 12) for prompt in asked))
         for prompt, answer in zip(asked, answers, strict=True):

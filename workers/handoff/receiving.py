@@ -10,6 +10,7 @@ from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 from workers.errors import HandoffError
 from workers.kv_cache.manager import KVCacheManager
+from workers.scheduling.lost_room import Need
 from workers.scheduling.sequence import Sequence
 from workers.scheduling.sequence_blocks import SequenceBlocks
 
@@ -78,9 +79,17 @@ class RemotePrefill:
 
     @property
     def num_quarantined_blocks(self) -> int:
-        """Blocks that nobody waits for any more, and somebody may still write to."""
-        lost = [sequence for sequence in self._expected.values() if sequence not in self._wanted]
-        return sum(self._cache.num_held(sequence.tables) for sequence in lost)
+        """Blocks of the primary group that nobody waits for any more, and somebody may still write to."""
+        return sum(self._cache.num_held(sequence.tables) for sequence in self._unwanted)
+
+    @property
+    def quarantined(self) -> list[set[int]]:
+        """These blocks, of each group."""
+        return self._cache.blocks_of(sequence.tables for sequence in self._unwanted)
+
+    @property
+    def _unwanted(self) -> list[Sequence]:
+        return [sequence for sequence in self._expected.values() if sequence not in self._wanted]
 
     @property
     def in_flight(self) -> bool:
@@ -90,6 +99,12 @@ class RemotePrefill:
     def fits(self, sequence: Sequence) -> bool:
         """Whether there are blocks for its prompt and its first tokens now."""
         return self._kept.fits(sequence)
+
+    def need(self, sequence: Sequence) -> Need[Sequence]:
+        """What `fits` asks for."""
+        num_tokens = len(sequence.request.prompt_token_ids)
+        blocks = self._cache.blocks_behind(num_tokens, num_tokens + 1, sequence.num_samples)
+        return Need(sequence, blocks, sequence.hashes)
 
     def admit(self, sequence: Sequence) -> None:
         """Take the blocks of a prompt that `fits`, and grant its prefill worker those whose content is not here."""

@@ -108,6 +108,10 @@ class CacheGroup:
 
     # what comes from elsewhere
 
+    def blocks_behind(self, num_computed: int, num_tokens: int) -> int:
+        """Blocks that `admit` takes, those that are found included."""
+        return blocks_for(num_tokens, self.block_size) - self.first_needed(num_computed)
+
     def fits(self, hashes: Hashes, num_computed: int, num_tokens: int, more: int = 0) -> bool:
         """Whether `admit` would succeed, and leave so many `more` blocks free."""
         start = self.first_needed(num_computed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 from attention.kv_cache import KVCacheSpec
 from kv_transfer.layout import primary_group
@@ -116,7 +117,35 @@ class KVCacheManager:
                 return needed, group.pool.num_blocks
         return None
 
+    # what is in quarantine
+
+    def blocks_of(self, tables: Iterable[SequenceTables]) -> list[set[int]]:
+        """In each group the blocks that some of these sequences hold."""
+        blocks: list[set[int]] = [set() for _ in self.groups]
+        for each in tables:
+            for own, table in zip(blocks, each.groups, strict=False):
+                own.update(table.held)
+        return blocks
+
+    def has_enough(self, needed: Sequence[int], hashes: Hashes, quarantined: Sequence[AbstractSet[int]]) -> bool:
+        """Whether a sequence could have so many blocks of each group at some time, with these in quarantine until then.
+
+        Args:
+            needed: blocks of each group.
+            hashes: of those that it would take from the cache, where one in quarantine is as good as another.
+            quarantined: blocks of each group.
+        """
+        for group, count, out in zip(self.groups, needed, quarantined, strict=True):
+            here = group.pool.find_each(group.hashes(hashes)) if out else ()
+            if count > group.pool.num_blocks - len(out - set(here)):
+                return False
+        return True
+
     # prompts that are computed here
+
+    def prompt_blocks(self, num_tokens: int, samples: int = 1) -> list[int]:
+        """What `admit_prompt` takes at most of each group, with a block for each sample but the first besides."""
+        return [group.most_blocks(num_tokens, self._prompt_tokens_in_flight) + samples - 1 for group in self.groups]
 
     def fits_prompt(self, hashes: Hashes, num_tokens: int, samples: int = 1) -> bool:
         """Whether `admit_prompt` would succeed, with a block for each sample but the first besides."""
@@ -151,6 +180,10 @@ class KVCacheManager:
             group.settle(table)
 
     # what comes from elsewhere: a handoff, or host memory
+
+    def blocks_behind(self, num_computed: int, num_tokens: int, samples: int = 1) -> list[int]:
+        """What `admit` takes of each group, with a block for each sample but the first besides."""
+        return [group.blocks_behind(num_computed, num_tokens) + samples - 1 for group in self.groups]
 
     def fits(self, hashes: Hashes, num_computed: int, num_tokens: int, samples: int = 1) -> bool:
         """Whether `admit` would succeed, with a block for each sample but the first besides."""

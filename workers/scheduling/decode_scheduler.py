@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
 
 from workers.kv_cache.manager import KVCacheManager
 from workers.kv_cache.tables import SequenceTables
+from workers.scheduling.lost_room import Need
 from workers.scheduling.sequence import Sequence
 
 
@@ -144,6 +145,12 @@ class DecodeBatch:
             return False
         oldest = self._preempted[0]
         return self._cache.fits(oldest.hashes, oldest.num_tokens - 1, oldest.num_tokens)
+
+    def needs(self) -> Iterator[Need[Sequence]]:
+        """What those wait for who have made room, oldest first."""
+        for sequence in self._preempted:
+            num_tokens = sequence.num_tokens
+            yield Need(sequence, self._cache.blocks_behind(num_tokens - 1, num_tokens), sequence.hashes)
 
     def resume_preempted(self) -> None:
         """Bring sequences back, oldest first, while there is room: from host memory what is not here any more."""

@@ -20,6 +20,7 @@ from workers.runner.model_runner import ModelRunner, Row
 from workers.sampling.prompt_logprobs import PromptScores
 from workers.sampling.results import SampledToken
 from workers.sampling.state import SamplingState
+from workers.scheduling.lost_room import Need
 from workers.scheduling.prefill_scheduler import PrefillScheduler, PromptProgress
 from workers.scheduling.prefill_step import Launch, launch_chunks
 from workers.scheduling.sequence import Sequence
@@ -145,6 +146,10 @@ class LocalPrefill:
     def fits(self, sequence: Sequence) -> bool:
         """Whether there are blocks for its prompt and its first tokens now."""
         return self._scheduler.fits(_progress_of(sequence), more_tokens=1)
+
+    def need(self, sequence: Sequence) -> Need[Sequence]:
+        """What `fits` asks for."""
+        return self._scheduler.need(_progress_of(sequence), sequence, more_tokens=1)
 
     def admit(self, sequence: Sequence) -> None:
         """Take the blocks of a prompt that `fits`: it begins with those that are kept under its `hashes`.

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from workers.kv_cache.manager import KVCacheManager
 from workers.kv_cache.tables import SequenceTables
+from workers.scheduling.lost_room import Need
+
+W = TypeVar("W")
 
 
 @dataclass(eq=False)
@@ -79,8 +83,13 @@ class PrefillScheduler:
         self._running: list[PromptProgress] = []
 
     @property
+    def waiting(self) -> Sequence[PromptProgress]:
+        """Prompts not admitted yet, in order."""
+        return self._waiting
+
+    @property
     def num_waiting(self) -> int:
-        """Prompts not admitted yet."""
+        """How many these are."""
         return len(self._waiting)
 
     @property
@@ -133,6 +142,11 @@ class PrefillScheduler:
         """Whether there are blocks for all of a prompt, and for so many tokens behind it, of each sample."""
         samples = prompt.num_samples if more_tokens else 1
         return self._cache.fits_prompt(self._reusable(prompt), prompt.num_tokens + more_tokens, samples)
+
+    def need(self, prompt: PromptProgress, whose: W, more_tokens: int = 0) -> Need[W]:
+        """What `fits` asks for, for somebody."""
+        samples = prompt.num_samples if more_tokens else 1
+        return Need(whose, self._cache.prompt_blocks(prompt.num_tokens + more_tokens, samples), self._reusable(prompt))
 
     def admit(self, prompt: PromptProgress) -> None:
         """Take the blocks of a prompt that `fits` and is not queued here (any more); it is under way from now on."""

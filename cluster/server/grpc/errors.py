@@ -26,6 +26,7 @@ from workers.errors import (
     InvalidRequestError,
     NoTokenLeftError,
     RequestCancelledError,
+    RoomLostError,
 )
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     StartingError: grpc.StatusCode.UNAVAILABLE,
     NoWorkersError: grpc.StatusCode.UNAVAILABLE,
     HandoffError: grpc.StatusCode.UNAVAILABLE,
+    RoomLostError: grpc.StatusCode.UNAVAILABLE,
     AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
     ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
 }

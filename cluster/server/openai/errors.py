@@ -31,6 +31,7 @@ from workers.errors import (
     InvalidRequestError,
     NoTokenLeftError,
     RequestCancelledError,
+    RoomLostError,
 )
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ KIND_BY_ERROR: dict[type[BaseException], Kind] = {
     StartingError: _UNAVAILABLE,
     NoWorkersError: _UNAVAILABLE,
     HandoffError: _UNAVAILABLE,
+    RoomLostError: _UNAVAILABLE,
 }
 """A subclass is as its nearest base in this table; what is not in it is 500."""
 INTERNAL = Kind(500, "server_error", "internal_error")

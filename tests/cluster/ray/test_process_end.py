@@ -45,6 +45,15 @@ def test_a_process_has_ended_when_it_is_gone_or_a_zombie(child, monkeypatch):
     assert not has_ended(replace(process, host="another")), "nobody can look there from here"
 
 
+def test_a_frozen_process_is_ended_and_never_a_later_one_of_its_number(child):
+    process = id_of(child)
+    child.send_signal(signal.SIGSTOP)
+    assert process_end.end(replace(process, started=process.started - 1)), "that one is gone"
+    assert child.poll() is None
+    assert process_end.end(process)
+    assert child.wait(10) == -signal.SIGKILL
+
+
 class FakeRank:
     """An actor's handle: every call answers what the test says, or never."""
 
@@ -92,8 +101,8 @@ async def started(monkeypatch):
             def create(self, *args: object) -> FakeRank:
                 return FakeRank(stop)
 
-            async def wait(self) -> None:
-                pass
+            async def wait(self) -> bool:
+                return False
 
             def remove(self) -> None:
                 pass
