@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from cluster.api import PoolTarget
@@ -48,6 +48,7 @@ def policies_of(config: AutoscalerConfig, clock: Callable[[], float]) -> dict[st
                 cooldown_s=config.cooldown_s,
                 grow_step=config.grow_step,
                 shrink_step=config.shrink_step,
+                start_patience_s=config.start_patience_s,
                 local_ttft_s=config.ttft_s,
             ),
             clock,
@@ -98,12 +99,12 @@ class Autoscaler:
         for role, signals in self._engine.signals().items():
             decision = decisions[role] = self._policies[role].decide(signals)
             if decision.target != signals.target:
-                self._change(role, decision)
+                self._change(role, decision, self._policies[role].stuck(signals))
         return decisions
 
-    def _change(self, role: str, decision: Decision) -> None:
+    def _change(self, role: str, decision: Decision, stuck: Collection[str]) -> None:
         groups = [group for group in self._engine.scale({}) if group.role == role]
-        now_held, changes = sum(group.target for group in groups), share_change(groups, decision.target)
+        now_held, changes = sum(group.target for group in groups), share_change(groups, decision.target, stuck)
         if not self._dry_run:
             self._engine.scale(changes)
         line = f"{now_held} to {decision.target} workers{_by_group(groups, changes)}"
@@ -114,19 +115,21 @@ class Autoscaler:
         self._report(f"the {role} pool {verb} from {line}: {decision.why}")
 
 
-def share_change(groups: Sequence[PoolTarget], target: int) -> dict[str, int]:
+def share_change(groups: Sequence[PoolTarget], target: int, stuck: Collection[str] = ()) -> dict[str, int]:
     """What the groups of a pool are to have so that it has `target` workers, or as near to it as their bounds allow.
 
     Args:
         groups: of the pool, in the order of preference.
         target: of the pool.
+        stuck: groups of which some worker does not start: the pool grows there last.
 
     Returns:
         By key, the targets that change.
     """
     change = target - sum(group.target for group in groups)
     changes: dict[str, int] = {}
-    for group in groups if change > 0 else reversed(groups):
+    growing = sorted(groups, key=lambda group: group.group in stuck)
+    for group in growing if change > 0 else reversed(groups):
         wanted = min(max(group.target + change, group.min_replicas), group.max_replicas)
         if change * (wanted - group.target) > 0:
             changes[group.key] = wanted

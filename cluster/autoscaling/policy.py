@@ -28,6 +28,7 @@ class PoolSignals:
         occupancy: the share of its KV blocks, or of its batch, that is taken; the larger one.
         busy: the share of the time that its workers compute prompts; 1 is no reason to grow, if nobody waits.
         local_ttft_s: of a decode pool: time to the first token of the prompts that it computed. None: there were none.
+        absent: of each place of the target without a worker that serves, its group, and for how many seconds.
     """
 
     target: int
@@ -39,6 +40,7 @@ class PoolSignals:
     occupancy: float
     busy: float = 0.0
     local_ttft_s: float | None = None
+    absent: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ScalingRules:
         cooldown_s: from one change to the next.
         grow_step: workers added at once, at most.
         shrink_step: workers taken away at once, at most.
+        start_patience_s: a place that has had no worker for so long is not waited for any more.
         local_ttft_s: time to the first token that is pressure 1, of prompts that a decode pool computes.
     """
 
@@ -71,6 +74,7 @@ class ScalingRules:
     cooldown_s: float = 30.0
     grow_step: int = 2
     shrink_step: int = 1
+    start_patience_s: float = 300.0
     local_ttft_s: float = math.inf
 
 
@@ -108,6 +112,10 @@ class PoolPolicy:
             self._changed = now
         return Decision(target, why)
 
+    def stuck(self, signals: PoolSignals) -> list[str]:
+        """The group of each place whose worker does not start; it counts for nothing, and holds up nothing."""
+        return [group for group, seconds in signals.absent if seconds >= self._rules.start_patience_s]
+
     def _pressure(self, signals: PoolSignals) -> tuple[float, str]:
         """The highest of all pressures, and what it comes from."""
         rules, latency_s, ttft_s = self._rules, signals.latency_s or 0.0, signals.local_ttft_s or 0.0
@@ -123,19 +131,20 @@ class PoolPolicy:
 
     def _want(self, signals: PoolSignals, pressure: float) -> int:
         """Workers for this pressure, with hysteresis, and within the bounds."""
-        target, rules = signals.target, self._rules
+        rules, stuck = self._rules, len(self.stuck(signals))
+        target = signals.target - stuck
         latency = max(
             (signals.latency_s or 0.0) / rules.objective_s, (signals.local_ttft_s or 0.0) / rules.local_ttft_s
         )
         work = max(signals.occupancy / rules.occupancy, signals.busy, self._queue_pressure(signals))
         if pressure > rules.grow_above:
-            wanted = min(math.ceil(target * pressure / rules.grow_above), target + rules.grow_step)
+            wanted = min(math.ceil(max(1, target) * pressure / rules.grow_above), target + rules.grow_step)
         elif work < rules.shrink_below and latency < rules.calm_latency and target > 1:
             needed = math.floor(target * work / rules.grow_above) + 1  # so many stay below the upper threshold
             wanted = max(min(needed, target), target - rules.shrink_step)
         else:
             wanted = target
-        return min(max(wanted, signals.minimum), signals.maximum)
+        return min(max(wanted + stuck, signals.minimum), signals.maximum)
 
     def _remember(self, now: float, wanted: int) -> None:
         self._wanted.append((now, wanted))
@@ -151,8 +160,11 @@ class PoolPolicy:
         wanted = self._wanted[-1][1]
         if wanted == target:
             return target, why
-        if signals.ready != target:
+        stuck = len(self.stuck(signals))
+        if signals.ready + stuck < target:
             return target, f"{why}; {signals.ready} of {target} workers are ready"
+        if wanted > target and stuck > signals.ready + rules.grow_step:
+            return target, f"{why}; {stuck} of {target} workers do not start"
         after_s = rules.grow_after_s if wanted > target else rules.shrink_after_s
         within = [w for at, w in self._wanted if at > now - after_s] or [wanted]
         steady = min(within) if wanted > target else max(within)

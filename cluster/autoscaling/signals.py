@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from cluster.api import PoolTarget
@@ -30,9 +31,13 @@ def pool_signals(
         local_ttft_s: time to the first token of prompts that decode workers have lately computed.
     """
     ready: dict[str, list[Replica]] = {"prefill": [], "decode": []}
+    absent: dict[str, list[Replica]] = {"prefill": [], "decode": []}
+    now = time.monotonic()
     for replica in replicas:
         if replica.state == "ready":
             ready[replica.handle.role].append(replica)
+        elif not replica.serves:
+            absent[replica.handle.role].append(replica)
     occupancy = {role: _occupancy(role, pool) for role, pool in ready.items()}
     prefill_is_busy = any(replica.load.waiting_tokens for replica in ready["prefill"])
     waits_for = "prefill" if prefill_is_busy and occupancy["decode"] < _FULL else "decode"
@@ -50,6 +55,7 @@ def pool_signals(
             occupancy=occupancy[role],
             busy=min(1.0, prompt_work[role] / max(1, len(ready[role]))),
             local_ttft_s=local_ttft_s if role == "decode" else None,
+            absent=tuple((each.group, now - each.absent_since) for each in absent[role]),
         )
         for role, own in groups.items()
     }

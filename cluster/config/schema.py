@@ -256,6 +256,9 @@ class AutoscalerConfig:
     cooldown_s: float = _setting(30.0, "from one change of a pool to its next", low=0)
     grow_step: int = _setting(2, "workers added at once, at most", low=1)
     shrink_step: int = _setting(1, "workers taken away at once, at most", low=1)
+    start_patience_s: float = _setting(
+        300.0, "a worker that has not started by then is not waited for: the pool grows and shrinks without it", above=0
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -60,6 +61,7 @@ class Replica:
         ready_since: monotonic time.
         num_heard: times that something was heard of its worker, heartbeats too, since it started.
         heard_at: when the last of them was, monotonic time; 0: never.
+        absent_since: when it had its last worker that served, monotonic time, or was made.
         life: the task that looks after it: notices that its worker is lost, and replaces it.
         on_state: told when its state changes.
     """
@@ -80,6 +82,7 @@ class Replica:
     ready_since: float = 0.0
     num_heard: int = 0
     heard_at: float = 0.0
+    absent_since: float = field(default_factory=time.monotonic)
     life: asyncio.Task[None] | None = None
     on_state: OnState = lambda engine_id, role, state: None
     _state: str = "starting"
@@ -93,6 +96,8 @@ class Replica:
     @state.setter
     def state(self, state: str) -> None:
         if state != self._state:
+            if self.serves:
+                self.absent_since = time.monotonic()
             self._state = state
             self.on_state(self.engine_id, self.handle.role, state)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from cluster.errors import WorkerLostError, WorkerSilentError
 from cluster.pools.burials import Burials
 from cluster.pools.handshake import Handshakes
-from cluster.pools.heartbeat import listen_for, look_at_progress
+from cluster.pools.listening import listen_for, look_at_progress
 from cluster.pools.patience import Patience
 from cluster.pools.pinned_identity import PinnedIdentity
 from cluster.pools.replica import Loss, Replica, Roster

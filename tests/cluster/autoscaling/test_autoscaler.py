@@ -133,6 +133,12 @@ def test_a_pool_grows_in_its_first_group_with_room_and_shrinks_in_its_last(targe
     assert share_change(GROUPS, target) == changes
 
 
+def test_a_pool_grows_last_where_a_worker_does_not_start():
+    assert share_change(GROUPS, 6, ["spot"]) == {"decode.far": 3}
+    assert share_change(GROUPS, 99, ["spot", "far"]) == {"decode.spot": 3, "decode.far": 9}
+    assert share_change(GROUPS, 3, ["spot"]) == {"decode.far": 0}, "it shrinks as ever"
+
+
 def test_a_group_out_of_its_bounds_moves_towards_them_only():
     too_many = [PoolTarget("decode", 5, 1, 3, "a"), PoolTarget("decode", 1, 1, 3, "b")]
     assert share_change(too_many, 7) == {"decode.b": 2}

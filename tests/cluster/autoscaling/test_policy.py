@@ -28,13 +28,15 @@ class Simulated:
         occupancy: float = 0.0,
         busy: float = 0.0,
         ready: int | None = None,
+        stuck: int = 0,
     ) -> list[tuple[float, int]]:
         """The changes, each with the seconds since the beginning of this run."""
         changes, began = [], self.now
         while self.now < began + seconds:
-            signals = PoolSignals(
-                self.target, self.target if ready is None else ready, *self.bounds, latency_s, queued, occupancy, busy
-            )
+            serving = self.target - stuck if ready is None else ready
+            absent = (("", RULES.start_patience_s),) * stuck
+            loads = (latency_s, queued, occupancy, busy)
+            signals = PoolSignals(self.target, serving, *self.bounds, *loads, absent=absent)
             decision = self.policy.decide(signals)
             self.whys.append(decision.why)
             if decision.target != self.target:
@@ -112,6 +114,30 @@ def test_while_workers_start_no_more_are_asked_for():
     pool = Simulated()
     assert pool.run(600, 100.0, ready=1) == []
     assert "1 of 2 workers are ready" in pool.whys[-1]
+
+
+def test_a_place_that_never_starts_holds_up_nothing():
+    pool = Simulated(target=3)
+    assert pool.run(120, 20.0, stuck=1) == [(15.0, 5), (45.0, 7), (75.0, 8)]
+    pool = Simulated(target=3)
+    assert pool.run(1200, stuck=1) == [(300.0, 2)], "whoever does not serve goes first"
+    pool = Simulated(target=1)
+    assert pool.run(30, 20.0, stuck=1) == [(15.0, 3)], "another place may do better"
+    assert Simulated(target=1).run(3600, 0.9, stuck=1) == [], "but nobody needs it"
+
+
+def test_where_more_do_not_start_than_serve_no_more_are_asked_for():
+    pool = Simulated(target=4)
+    assert pool.run(600, 20.0, ready=1, stuck=3) == [(15.0, 6)], "and then those are waited for"
+    pool = Simulated(target=5)
+    assert pool.run(600, 20.0, ready=1, stuck=4) == []
+    assert "4 of 5 workers do not start" in pool.whys[-1]
+
+
+def test_who_starts_is_waited_for_beside_one_that_never_does():
+    pool = Simulated(target=4)
+    assert pool.run(600, 20.0, ready=2, stuck=1) == []
+    assert "2 of 4 workers are ready" in pool.whys[-1]
 
 
 def test_a_low_hour_with_a_peak_in_every_window_keeps_its_workers():
