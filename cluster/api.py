@@ -22,8 +22,8 @@ class EngineRequest(RequestOptions):
 
     Attributes:
         prompt_token_ids: (n,) int32, the prompt.
-        prefix: the prompt's blocks, hashed with `cache_salt` for `Engine.block_sizes` before the engine sees the
-            request; None: they are hashed when workers are chosen.
+        prefix: the prompt's blocks, hashed with `Engine.cache_identity` and `cache_salt` for `Engine.block_sizes`
+            before the engine sees the request; None: they are hashed when workers are chosen.
         received: when the door had it, by the monotonic clock, before it was tokenised; 0: it is not known.
         copies: answers that its one sample is: greedy ones to one prompt are all the same.
     """
@@ -212,6 +212,11 @@ class Engine(Protocol):
     @property
     def block_sizes(self) -> frozenset[int]:
         """Tokens in a block of the workers' prefix caches: all sizes that there are."""
+        ...
+
+    @property
+    def cache_identity(self) -> bytes:
+        """The digest of the model whose keys and values the workers keep: what all salts of their blocks begin with."""
         ...
 
     def workers(self) -> list[WorkerStatus]:

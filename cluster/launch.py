@@ -100,6 +100,7 @@ async def launch(config: ServiceConfig, report: Callable[[str], None]) -> AsyncI
             patience=Patience(**asdict(config.liveness)),
             progress=progress_lines(report),
             gpus=stock,
+            tokenizer=served.tokenizer_digest,
             disaggregation=config.router.disaggregation,
         )
         for observer in request_observers(config, served.tokenizer, stack):

@@ -19,12 +19,13 @@ from cluster.conversation.registry import Formats, choose_formats
 from cluster.recall import SHIPPED_MODEL
 from cluster.text.sampling_defaults import read_sampling_defaults
 from cluster.text.tokenizer import Tokenizer
-from workers.errors import ConfigError
+from workers.errors import CheckpointError, ConfigError
 from workers.loading.checkpoint import resolve_checkpoint, stored_tensors
 from workers.loading.gguf.header import is_gguf
 from workers.loading.stored_tensor import StoredTensor
 from workers.models.causal_lm import CausalLM
 from workers.models.config.model_config import ModelConfig
+from workers.models.identity import tokenizer_digest
 from workers.models.loader import model_bytes, resolve_dtype
 from workers.models.registry import read_model
 
@@ -41,6 +42,7 @@ class ServedModel:
         dtype: that it is computed in.
         stored: its tensors; empty where the weights are random.
         tokenizer: its own.
+        tokenizer_digest: of the files that this was loaded from, as workers digest them.
         formats: how it writes tool calls and reasoning.
         sampling_defaults: of what a request's sampling leaves open, by name.
     """
@@ -52,6 +54,7 @@ class ServedModel:
     dtype: torch.dtype
     stored: Sequence[StoredTensor]
     tokenizer: Tokenizer
+    tokenizer_digest: str
     formats: Formats
     sampling_defaults: Mapping[str, Any]
 
@@ -88,7 +91,10 @@ async def read_served_model(config: ServiceConfig) -> ServedModel:
         if group.settings.attention_backend is not None:
             _check_backend_name(group.section, group.settings.attention_backend)
     stored = await asyncio.to_thread(stored_tensors, folder) if config.model.load_format == "auto" else []
+    digest = await asyncio.to_thread(tokenizer_digest, folder)
     tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    if digest != await asyncio.to_thread(tokenizer_digest, folder):
+        raise CheckpointError(f"the tokenizer's files in {folder} changed while they were read")
     wanted = config.model.tool_format, config.model.reasoning_format
     return ServedModel(
         name=config.model.served_name or (folder.stem if is_gguf(folder) else Path(path).name),
@@ -98,6 +104,7 @@ async def read_served_model(config: ServiceConfig) -> ServedModel:
         dtype=resolve_dtype(config.model.dtype, model.dtype),
         stored=stored,
         tokenizer=tokenizer,
+        tokenizer_digest=digest,
         formats=choose_formats(*wanted, tokenizer.chat_template.text, model.family),
         sampling_defaults=read_sampling_defaults(folder) if config.model.generation_config == "auto" else {},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from cluster.api import EngineRequest, PoolTarget, WorkerStatus
 from cluster.autoscaling.policy import PoolSignals
@@ -50,6 +51,8 @@ class ServingEngine:
         progress: told how far loading is.
         patience: with workers that are silent or do not get on; None: only one whose output ends is lost, or hangs.
         gpus: what bounds the groups besides their limits; None: nothing.
+        tokenizer: the digest of the one that prompts are made with, which the workers must have been loaded beside;
+            None: nobody compares them.
         disaggregation: where prompts may be computed, see `RoutingRequest`; books that are given have their own.
         observers: told what happens, besides the engine's own.
     """
@@ -66,6 +69,7 @@ class ServingEngine:
         progress: LoadProgress = lambda name, progress: None,
         patience: Patience | None = None,
         gpus: GpuBudget | None = None,
+        tokenizer: str | None = None,
         disaggregation: str = "always",
         observers: Sequence[EngineObserver] = (),
     ) -> None:
@@ -91,6 +95,7 @@ class ServingEngine:
             ),
             progress=progress,
             patience=patience,
+            tokenizer=tokenizer,
             gpus=gpus,
         )
         self._attempts = Attempts(self._pools, self._load_tracker, self._queue, self._observers)
@@ -118,6 +123,11 @@ class ServingEngine:
     def block_sizes(self) -> frozenset[int]:
         """See `Engine.block_sizes`."""
         return self._load_tracker.block_sizes
+
+    @property
+    def cache_identity(self) -> bytes:
+        """See `Engine.cache_identity`."""
+        return self._pools.identity_digest
 
     @property
     def needed_roles(self) -> tuple[str, ...]:
@@ -149,7 +159,7 @@ class ServingEngine:
 
     def explain(self, request: EngineRequest) -> list[CandidateReport]:
         """See `Engine.explain`."""
-        return self._load_tracker.explain(routing_request_of(request))
+        return self._load_tracker.explain(routing_request_of(self._salted(request)))
 
     def scale(self, targets: Mapping[str, int]) -> list[PoolTarget]:
         """See `Engine.scale`."""
@@ -168,9 +178,14 @@ class ServingEngine:
 
     def generate(self, request: EngineRequest) -> RunningRequest | SampledRequest:
         """See `Engine.generate`."""
+        request = self._salted(request)
         self._observers.request_arrived(request)
         kind = RunningRequest if request.sampling.n == 1 else SampledRequest
         return kind(self._attempts, request, self._observers)
+
+    def _salted(self, request: EngineRequest) -> EngineRequest:
+        """A request whose blocks are known by what they hold and by whose they are."""
+        return replace(request, cache_salt=self.cache_identity + request.cache_salt)
 
     def _on_output(self, output: StepOutput) -> None:
         self._load_tracker.quarantine(output.engine_id, output.load.quarantined_blocks)

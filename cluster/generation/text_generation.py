@@ -241,7 +241,7 @@ class Generation:
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""
         token_ids = self._encoder.token_ids(request.prompt, request.add_special_tokens)
-        prefix = PromptPrefix(token_ids, request.cache_salt)
+        prefix = PromptPrefix(token_ids, self._engine.cache_identity + request.cache_salt)
         prefix.prepare(self._engine.block_sizes)
         return token_ids, prefix
 

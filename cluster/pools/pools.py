@@ -11,6 +11,7 @@ from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.groups import Places, PoolLimits, groups_of_pools
 from cluster.pools.handshake import Handshakes
 from cluster.pools.patience import Patience
+from cluster.pools.pinned_identity import PinnedIdentity
 from cluster.pools.replica import Loss, OnState, Replica, Roster
 from cluster.pools.scaling import Obligations, Scaling
 from cluster.pools.streams import OutputStreams
@@ -34,6 +35,7 @@ class WorkerPools:
         obligations: what the requests under way need of the workers.
         progress: told how far loading is.
         patience: with workers that are silent or do not get on.
+        tokenizer: see `PinnedIdentity`.
         gpus: what bounds the groups besides; None: nothing.
     """
 
@@ -49,11 +51,13 @@ class WorkerPools:
         obligations: Obligations | None = None,
         progress: LoadProgress = lambda name, progress: None,
         patience: Patience | None = None,
+        tokenizer: str | None = None,
         gpus: GpuBudget | None = None,
     ) -> None:
         self._roster = Roster(on_state)
         self._tasks = BackgroundTasks()
         self._handshakes = Handshakes(self._roster, self._tasks, lambda: on_change(None))
+        self._pinned_identity = PinnedIdentity(tokenizer)
         burials = Burials(self._roster, self._handshakes, self._tasks)
         self._supervisor = Supervisor(
             self._roster,
@@ -64,6 +68,7 @@ class WorkerPools:
             on_change,
             progress,
             patience or Patience(),
+            self._pinned_identity,
         )
         self._scaling = Scaling(
             groups_of_pools({"prefill": prefill, "decode": decode}, limits or {}),
@@ -80,6 +85,11 @@ class WorkerPools:
     def replicas(self) -> list[Replica]:
         """Everybody, prefill first."""
         return list(self._roster)
+
+    @property
+    def identity_digest(self) -> bytes:
+        """See `PinnedIdentity.digest`."""
+        return self._pinned_identity.digest
 
     def pool(self, role: str) -> list[Replica]:
         """The members of one pool."""

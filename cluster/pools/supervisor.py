@@ -41,6 +41,7 @@ class Supervisor:
         on_change: called when a worker became ready, stalled, or was lost; for a lost one with its loss.
         progress: told how far loading is.
         patience: with all of them.
+        pinned: whose KV cache they are to keep.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Supervisor:
         on_change: Callable[[Loss | None], None],
         progress: LoadProgress,
         patience: Patience,
+        pinned: PinnedIdentity,
     ) -> None:
         self._roster = roster
         self._handshakes = handshakes
@@ -63,7 +65,7 @@ class Supervisor:
         self._patience = patience
         self._starts = StartWatch(patience, progress)
         self._said: dict[str, str] = {}
-        self._pinned_identity = PinnedIdentity()
+        self._pinned_identity = pinned
 
     async def start(self, replica: Replica) -> None:
         """Have a member's worker load, measure itself and meet its peers: then it takes requests.

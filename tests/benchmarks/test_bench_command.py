@@ -60,6 +60,7 @@ class _Engine:
     """Fails the requests whose numbers, counted from 0 and the warm-up included, are in `failing`."""
 
     block_sizes: frozenset[int] = frozenset()
+    cache_identity: bytes = b""
 
     def __init__(self, failing: range) -> None:
         self.requests: list[EngineRequest] = []

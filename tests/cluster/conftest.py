@@ -50,6 +50,7 @@ class ScriptedEngine:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     targets: dict[str, int] = field(default_factory=lambda: {"prefill": 1, "decode": 1})
     block_sizes: frozenset[int] = frozenset()
+    cache_identity: bytes = b""
 
     def generate(self, request: EngineRequest) -> ScriptedStream:
         self.requests.append(request)
@@ -202,6 +203,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
         limits: dict[str, PoolLimits] | None = None,
         silence_s: float | None = None,
         patience: dict | None = None,
+        tokenizer: str | None = None,
         disaggregation: str = "always",
         choose: Choose = place,
         **settings,
@@ -230,6 +232,7 @@ async def make_fleet(tiny_checkpoint, monkeypatch):
             max_queue=max_queue,
             limits=limits,
             patience=Patience(silence_s, **patience or {}),
+            tokenizer=tokenizer,
             load_tracker=LoadTracker(choose, disaggregation=disaggregation),
         )
         started.append(engine)

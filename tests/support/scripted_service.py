@@ -56,6 +56,7 @@ class TextEngine:
     token_ids: tuple[int, ...] = ()
     requests: list[EngineRequest] = field(default_factory=list)
     block_sizes: frozenset[int] = frozenset()
+    cache_identity: bytes = b""
 
     @property
     def prompt(self) -> str:

@@ -62,6 +62,7 @@ class Ready:
 
 class Engine:
     block_sizes = frozenset()
+    cache_identity = b""
     def generate(self, request):
         return Stream(int(request.prompt_token_ids[0]), request.sampling.max_tokens)
     def workers(self):

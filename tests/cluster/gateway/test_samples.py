@@ -199,6 +199,7 @@ class TwoSamples:
     """An engine whose answer has two samples, by turns."""
 
     block_sizes: frozenset[int] = frozenset()
+    cache_identity: bytes = b""
 
     def __init__(self, texts: list[list[int]]) -> None:
         self.texts = texts

@@ -27,6 +27,7 @@ class QueueEngine:
     """One stream, that gives all tokens which have come since it was last asked, as the engine's own does."""
 
     block_sizes: frozenset[int] = frozenset()
+    cache_identity: bytes = b""
 
     def __init__(self) -> None:
         self._tokens: list[TokenOutput] = []
