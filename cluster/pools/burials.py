@@ -10,15 +10,15 @@ from cluster.pools.tasks import BackgroundTasks
 from cluster.worker_handle import WorkerHandle
 
 ASK_AGAIN_S = 2.0
-"""From the first question that was not answered to the next; each later one takes twice as long, a minute at most."""
-_LONGEST_S = 60.0
+"""From the first question that was not answered to the next; each later one takes twice as long."""
+_LONGEST_S, _LONGEST_IDLY_S = 60.0, 600.0
 
 
 class Burials:
     """Stops members' workers, and goes on asking after those whose end nobody could confirm.
 
-    Their machine may be out of reach or frozen and come back; until it says that they have ended, peers keep the blocks
-    out that these might write to.
+    Their machine may be out of reach or frozen and come back, with them on it: it is asked to end them. Until it says
+    that it has, peers keep the blocks out that these might write to.
 
     Args:
         roster: all members.
@@ -43,9 +43,8 @@ class Burials:
         delay_s = ASK_AGAIN_S
         while True:
             await asyncio.sleep(delay_s)
-            delay_s = min(2.0 * delay_s, _LONGEST_S)
             if await handle.has_ended():
                 self._handshakes.confirm_end(gone, handle.role)
                 return
-            if not any(peer.load.quarantined_blocks for peer in self._roster if peer.handle.role != handle.role):
-                return  # nobody waits for it
+            awaited = any(peer.load.quarantined_blocks for peer in self._roster if peer.handle.role != handle.role)
+            delay_s = min(2.0 * delay_s, _LONGEST_S if awaited else _LONGEST_IDLY_S)

@@ -37,6 +37,12 @@ class _GuardedAgent:
         self._guard()
         return getattr(self._agent, name)
 
+    def release(self, handle: Any) -> None:
+        """Give a handle of the agent's back; where a peer is lost it may have gone with it."""
+        self._guard()
+        with contextlib.suppress(Exception):
+            handle.release()
+
 
 @dataclass(frozen=True)
 class _Side:
@@ -52,10 +58,9 @@ class _Side:
     groups: tuple[nixl_prepped_dlist_handle, ...]
     pieces: nixl_prepped_dlist_handle
 
-    def release(self) -> None:
+    def release(self, agent: _GuardedAgent) -> None:
         for handle in (*self.groups, self.pieces):
-            with contextlib.suppress(Exception):  # a lost peer may have taken its half with it
-                handle.release()
+            agent.release(handle)
 
 
 class NixlEndpoint:
@@ -76,6 +81,7 @@ class NixlEndpoint:
         self, info: EngineInfo, memory: Sequence[torch.Tensor], guard: Callable[[], None], *, count_descriptors: bool
     ) -> None:
         self._count_descriptors = count_descriptors
+        self._guard = guard
         guard()
         config = nixl_agent_config(enable_prog_thread=False, capture_telemetry=count_descriptors)
         self._agent: Any = _GuardedAgent(nixl_agent(info.endpoint, config), guard)
@@ -124,7 +130,7 @@ class NixlEndpoint:
         self.broken.discard(engine_id)
         side = self._peers.pop(engine_id, None)
         if side is not None:
-            side.release()
+            side.release(self._agent)
             with contextlib.suppress(Exception):
                 self._agent.remove_remote_agent(side.info.endpoint)
 
@@ -206,14 +212,15 @@ class NixlEndpoint:
         for transfer in list(self._transfers):
             transfer.abandon()
         for side in self._peers.values():
-            side.release()
+            side.release(self._agent)
             with contextlib.suppress(Exception):
                 self._agent.remove_remote_agent(side.info.endpoint)
-        self._own.release()
+        self._own.release(self._agent)
         for registration in self._registrations:
             with contextlib.suppress(Exception):
                 self._agent.deregister_memory(registration)
         # The agent ends with the last reference to it, and its sockets with the agent.
+        self._guard()
         del self._agent, self._own, self._peers, self._registrations
 
 

@@ -63,6 +63,5 @@ class NixlTransfer(Transfer):
         if self._count:
             with contextlib.suppress(Exception):
                 self.num_descriptors = int(self._agent.get_xfer_telemetry(self._handle).descCount)
-        with contextlib.suppress(Exception):
-            self._handle.release()
+        self._agent.release(self._handle)
         self._agent = self._handle = None
