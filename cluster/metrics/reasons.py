@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.errors import WorkerLeavesError, WorkerLostError
-from workers.errors import BatonError, HandoffError
+from workers.errors import BatonError, HandoffError, RoomLostError
 
 _HANDOFF_REASONS = (
     ("was not handed over within", "timeout"),
@@ -27,6 +27,8 @@ def failure_reason(error: BaseException) -> str:
         return "worker_lost"
     if isinstance(error, WorkerLeavesError):
         return "worker_left"
+    if isinstance(error, RoomLostError):
+        return "no_room"
     if isinstance(error, HandoffError):
         return next((reason for part, reason in _HANDOFF_REASONS if part in str(error)), "peer_error")
     return error_name(error)

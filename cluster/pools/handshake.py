@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 RECONCILE_INTERVAL_S = 2.0
 """From one attempt of two that cannot reach each other to the next."""
+MEETING_PATIENCE_S = 60.0
+"""How long a new member meets the others one by one while nobody else may; those that are left it meets by and by."""
 START_PATIENCE_S = 60.0
 """How long a start waits until some pair has met; a meeting that fails takes up to 30 s."""
 _LOOK_INTERVAL_S = 0.05
@@ -47,8 +49,14 @@ class Handshakes:
         """Make a new worker and every serving one of the other pool known to each other."""
         replica.unsupported_reasons, replica.unreachable_peers, replica.links = {}, {}, {}
         replica.peer_endpoints = {}
+        clock = asyncio.get_running_loop().time
+        patience_ends = clock() + MEETING_PATIENCE_S
         for peer in self._roster.peers(replica):
             if not peer.serves:  # it has left while others were met
+                continue
+            if clock() >= patience_ends:  # those before it did not answer: others are not to wait for this one
+                replica.unreachable_peers[peer.engine_id] = "they have not met yet"
+                self._tasks.spawn(self._reconcile(replica, peer, delay_s=0.0))
                 continue
             try:
                 await _handshake(replica, peer)
@@ -124,7 +132,11 @@ class Handshakes:
         while True:
             await asyncio.sleep(delay_s)
             delay_s = RECONCILE_INTERVAL_S
-            if any(self._roster.find(name) is None for name in names) or not (one.serves and other.serves):
+            if any(self._roster.find(name) is None for name in names):
+                return
+            if "starting" in (one.state, other.state):  # it is still meeting others
+                continue
+            if not (one.serves and other.serves):
                 return
             with contextlib.suppress(KVTransferError, WorkerLostError):
                 await _handshake(one, other)

@@ -8,7 +8,7 @@ from workers.worker_host import WorkerInfo
 
 _STALLED_AFTER_S, _STALLED_MARGIN = 3.0, 4.0
 LEAST_START_S = 120.0
-_MOST_DOUBLINGS = 6
+_MOST_DOUBLINGS = 4
 
 
 @dataclass(frozen=True)

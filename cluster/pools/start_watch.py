@@ -14,7 +14,7 @@ from cluster.worker_handle import LoadProgress, StartProgress
 from workers.worker_host import WorkerInfo
 
 ROUND_S = 1.0
-_TO_BE_BORN = 5
+_TO_BE_BORN = 3
 """So many times as long as a process that has answered may be silent may it take to come to its first answer."""
 
 

@@ -82,13 +82,14 @@ class Supervisor:
         meeting = asyncio.ensure_future(self._meet(replica))
         try:
             await asyncio.wait({meeting, listening}, return_when=asyncio.FIRST_COMPLETED)
-            if listening.done():  # a worker that freezes now would hold up everybody who is to meet it
+            if not meeting.done():  # a worker that freezes now would hold up everybody who is to meet it
                 listening.result()
+                raise WorkerLostError(f"{replica.engine_id} ended its output")
             meeting.result()
         except BaseException:
             for task in (meeting, listening):
                 task.cancel()
-            await asyncio.wait({meeting, listening})
+            await asyncio.gather(meeting, listening, return_exceptions=True)
             raise
         self._on_change(None)
 

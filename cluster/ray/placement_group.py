@@ -86,8 +86,8 @@ class RankPlacement:
             options["label_selector"] = dict(self._resources.labels)
         return ray.remote(actor_class).options(**options).remote(*args)
 
-    async def wait(self) -> bool:
-        """Until there is room for all ranks of a group. Returns whether it is known that there is.
+    async def wait(self) -> None:
+        """Until there is room for all ranks of a group.
 
         Raises:
             ConfigError: no node has it.
@@ -99,7 +99,6 @@ class RankPlacement:
                 f"{self._name}: no node of the Ray cluster has {wanted} for each of its {self._size} ranks; "
                 f"{patience_s:g} s were waited for it"
             )
-        return self._group is not None
 
     def remove(self) -> None:
         """Give the room back; the actors must have been ended."""

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cluster.errors import WorkerLostError
+from cluster.ray.actor_process import have_processes
 from cluster.ray.actors import FollowerActor, WorkerActor
 from cluster.ray.placement_group import RankPlacement, RankResources
 from cluster.ray.process_end import Whereabouts, all_ended
@@ -25,6 +26,7 @@ from workers.messages import StepOutput, WorkerRequest
 from workers.worker_host import WorkerInfo
 
 _PROGRESS_INTERVAL_S = 0.25
+LOOK_INTERVAL_S = 1.0
 STOP_TIMEOUT_S = 5.0
 _SILENT_AFTER_S = 2.5 * HEARTBEAT_S
 
@@ -62,9 +64,8 @@ class RayWorker:
             tell_if_it_takes_long(self.name, lambda: awaited(self._resources, len(ranks), ray.available_resources()))
         )
         try:
-            if await self._placement.wait():  # so its processes are on their way, and nothing else is waited for
-                progress(self.name, StartProgress("process", 0, len(ranks)))
-            await self._tell_progress(progress)
+            await self._placement.wait()
+            await self._first_answer(progress)
         finally:
             waiting.cancel()
         self._ranks_at = await asyncio.gather(*(self._call(rank.whereabouts.remote()) for rank in ranks))
@@ -83,6 +84,20 @@ class RayWorker:
             await self._tell_progress(progress)
         info: WorkerInfo = starts[0].result()
         return info
+
+    async def _first_answer(self, progress: LoadProgress) -> None:
+        """Until all ranks answer; tells when they have processes, from which on they should."""
+        ranks = (self._lead, *self._followers)
+        answer = asyncio.ensure_future(self._tell_progress(progress))
+        try:
+            while not await _all_done([answer], LOOK_INTERVAL_S):
+                with contextlib.suppress(Exception):  # Ray may be out of reach for a while
+                    if await asyncio.to_thread(have_processes, ranks):
+                        progress(self.name, StartProgress("process", 0, len(ranks)))
+                        break
+            await answer
+        finally:
+            answer.cancel()
 
     async def _tell_progress(self, progress: LoadProgress) -> None:
         """How far the start is, once all ranks have answered: it is told nothing if one of them is frozen."""

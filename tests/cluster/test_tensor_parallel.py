@@ -142,14 +142,16 @@ async def test_a_killed_or_frozen_rank_ends_its_group_which_is_replaced(harm, ru
 
 
 @pytest.mark.slow
-async def test_a_rank_that_freezes_while_it_starts_ends_its_start_which_is_tried_again(running):
+@pytest.mark.parametrize("loads", [False, True])
+async def test_a_rank_that_freezes_while_it_starts_ends_its_start_which_is_tried_again(loads, running):
     before, log = worker_processes(), running.logs / "prefill-1-rank1.log"
     running.service.engine.scale({"prefill": 2})
-    await running.until(lambda workers: log.exists())  # it has answered, and loads
+    await running.until(lambda workers: log.exists() if loads else worker_processes() - before != set())
     frozen = (worker_processes() - before).pop()
     os.kill(frozen, signal.SIGSTOP)
     await running.until(lambda workers: [w.state for w in workers if w.role == "prefill"] == ["ready", "ready"])
     assert frozen not in worker_processes()
+    log.unlink()
     running.service.engine.scale({"prefill": 1})
     await running.until_idle()
 

@@ -42,6 +42,9 @@ class Living(FakeWorker):
             await asyncio.sleep(0.02)
 
     async def start(self, progress: Callable) -> WorkerInfo:
+        if self.freezes_at == "birth":
+            progress(self.name, StartProgress("process", 0, 1))
+            await self._freeze()
         for _ in range(3):
             progress(self.name, StartProgress("process", 1, 1))
             await asyncio.sleep(0.01)
@@ -139,7 +142,7 @@ async def test_a_frozen_rank_costs_its_worker_and_is_no_requests_doing(stage):
     assert stage.losses == [Loss("decode-0.0", crashed=False)]
 
 
-@pytest.mark.parametrize("where", ["start", "step of the start", "meeting"])
+@pytest.mark.parametrize("where", ["birth", "start", "step of the start", "meeting"])
 async def test_a_worker_that_freezes_before_it_serves_is_replaced(where, stage):
     """And holds nobody else up: another place's worker starts and meets everybody meanwhile."""
     stage.next = {"freezes_at": where}

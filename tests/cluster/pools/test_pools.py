@@ -203,6 +203,18 @@ async def test_a_start_waits_for_those_that_cannot_reach_each_other_yet(monkeypa
     await stage.pools.stop()
 
 
+async def test_who_is_slow_to_meet_does_not_keep_others_from_starting(monkeypatch):
+    monkeypatch.setattr(handshake, "MEETING_PATIENCE_S", 0.0)
+    monkeypatch.setattr(handshake, "RECONCILE_INTERVAL_S", 0.01)
+    stage = Stage(1, 2)
+    await stage.pools.start()
+    prefill = stage.replica("prefill-0")
+    assert {replica.state for replica in stage.pools.replicas} == {"ready"}
+    await until(lambda: not any(replica.unreachable_peers for replica in stage.pools.replicas))
+    assert set(prefill.links) == {"decode-0.0", "decode-1.0"}, "they have met by and by"
+    await stage.pools.stop()
+
+
 async def test_a_start_does_not_wait_for_ever(monkeypatch):
     monkeypatch.setattr(handshake, "START_PATIENCE_S", 0.01)
     deaf = {"prefill-0": [{"unreachable": "decode-0.0"}], "decode-0": [{"unreachable": "prefill-0.0"}]}

@@ -57,11 +57,11 @@ def test_a_frozen_process_is_ended_and_never_a_later_one_of_its_number(child):
 class FakeRank:
     """An actor's handle: every call answers what the test says, or never."""
 
-    def __init__(self, stop: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, stop: Callable[[], Awaitable[None]], *, answers: bool = True) -> None:
         self.stop = SimpleNamespace(remote=lambda: asyncio.ensure_future(stop()))
         place = Whereabouts("node", ProcessId.own())
         self.start = SimpleNamespace(remote=lambda: answer(None))
-        self.progress = SimpleNamespace(remote=lambda: answer([]))
+        self.progress = SimpleNamespace(remote=lambda: answer([]) if answers else asyncio.ensure_future(freezes()))
         self.whereabouts = SimpleNamespace(remote=lambda: answer(place))
 
 
@@ -85,7 +85,33 @@ async def dies() -> None:
 
 
 @pytest.fixture
-async def started(monkeypatch):
+def placed(monkeypatch) -> Callable[[FakeRank], worker.RayWorker]:
+    """A worker whose only rank is this one."""
+
+    def make(rank: FakeRank) -> worker.RayWorker:
+        class Placement:
+            def __init__(self, *args: object) -> None:
+                pass
+
+            def create(self, *args: object) -> FakeRank:
+                return rank
+
+            async def wait(self) -> None:
+                pass
+
+            def remove(self) -> None:
+                pass
+
+        monkeypatch.setattr(worker, "RankPlacement", Placement)
+        monkeypatch.setattr(worker.ray, "kill", lambda rank: None)
+        monkeypatch.setattr(worker.ray, "available_resources", dict)
+        return worker.RayWorker(WorkerConfig("prefill-0", "prefill", "nowhere"), RankResources(num_cpus=1, num_gpus=0))
+
+    return make
+
+
+@pytest.fixture
+async def started(monkeypatch, placed):
     """A worker that has started, whose rank answers `stop` as the test says, and whose machine answers likewise."""
 
     async def make(stop: Callable[[], Awaitable[None]], machine: bool | None):
@@ -94,29 +120,32 @@ async def started(monkeypatch):
                 await asyncio.sleep(3600)
             return bool(machine)
 
-        class Placement:
-            def __init__(self, *args: object) -> None:
-                pass
-
-            def create(self, *args: object) -> FakeRank:
-                return FakeRank(stop)
-
-            async def wait(self) -> bool:
-                return False
-
-            def remove(self) -> None:
-                pass
-
-        monkeypatch.setattr(worker, "RankPlacement", Placement)
-        monkeypatch.setattr(worker.ray, "kill", lambda rank: None)
-        monkeypatch.setattr(worker.ray, "available_resources", dict)
         monkeypatch.setattr(worker, "STOP_TIMEOUT_S", 0.05)
         monkeypatch.setattr(worker, "all_ended", lambda ranks: all_ended(ranks, 0.05, look))
-        made = worker.RayWorker(WorkerConfig("prefill-0", "prefill", "nowhere"), RankResources(num_cpus=1, num_gpus=0))
+        made = placed(FakeRank(stop))
         await made.start(lambda name, progress: None)
         return made
 
     return make
+
+
+async def test_a_process_that_does_not_answer_is_told_from_one_that_is_not_there(monkeypatch, placed):
+    """Room may be waited for as long as it takes; a process may not."""
+    monkeypatch.setattr(worker, "LOOK_INTERVAL_S", 0.01)
+    there, told = [False], []
+    monkeypatch.setattr(worker, "have_processes", lambda ranks: there[0])
+    made = placed(FakeRank(says_so, answers=False))
+    start = asyncio.ensure_future(made.start(lambda name, progress: told.append((progress.stage, progress.done))))
+    await asyncio.sleep(0.1)
+    assert told == []
+    there[0] = True
+    for _ in range(1000):
+        await asyncio.sleep(0.005)
+        if told:
+            break
+    assert told == [("process", 0)]
+    start.cancel()
+    await asyncio.wait({start})
 
 
 @pytest.mark.parametrize(
