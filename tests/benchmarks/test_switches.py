@@ -40,5 +40,6 @@ def test_a_test_that_notices_is_told_from_one_that_does_not(tmp_path):
     switch = Switch("it", "mechanism.py", "return True", "return False", "test_it.py::test_it")
     assert fails_without(switch, tmp_path)
     assert not fails_without(replace(switch, test="test_it.py::test_nothing"), tmp_path)
-    assert not fails_without(replace(switch, test="test_it.py::test_not_there"), tmp_path)
+    (tmp_path / "mechanism.py").write_text("def works():\n    return False  # or return True\n")
+    assert not fails_without(switch, tmp_path), "it fails as it is"
     assert "return True" in (tmp_path / "mechanism.py").read_text()
