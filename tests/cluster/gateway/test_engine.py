@@ -210,8 +210,8 @@ async def test_a_prefill_worker_lost_after_the_first_token_is_made_up_for(make_f
     stream = fleet.start(prompt(40), 20)
     first = (await anext(aiter(stream))).tokens
     assert len(first) == 1, "the rest of its cache never arrives"
-    fleet.fabric.faults = Faults()
     fleet.handle("prefill-0").crash("killed by the test")
+    fleet.fabric.faults = Faults()  # not before: it may have parts to post yet
     assert [first[0].token_id] + [token async for token in tokens_of(stream)] == expected(prompt(40), 20)
     assert (await stream.report()).attempts == 2
     await fleet.until_idle()
