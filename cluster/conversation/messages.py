@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_MESSAGES = 8192
+"""Of a conversation, empty ones too: each is an object here and a turn of the template's loop."""
+
 
 @dataclass(frozen=True)
 class ToolCall:

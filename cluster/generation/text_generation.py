@@ -39,6 +39,7 @@ from workers.validation import check_token_ids
 
 DEFAULT_MAX_N = 64
 _TOKENIZER_THREADS = 2
+_LONGEST_SHOWN = 128
 _HASHED_AT_ONCE = 1024
 """Tokens: that many are hashed in less time than another thread takes to hear of it."""
 
@@ -51,12 +52,14 @@ class GenerationRequest(RequestOptions):
     """What a client asks for. An empty `model` accepts the served one.
 
     `add_special_tokens`: begin (or end) the prompt with what the checkpoint's tokenizer adds; None: a text, and not a
-    conversation, whose template writes it.
+    conversation, whose template writes it. `gathered`: answers that are sent in one piece together with this one, its
+    own samples included; 0: each part is sent when it is there.
     """
 
     prompt: Prompt
     model: str = ""
     add_special_tokens: bool | None = None
+    gathered: int = 0
 
 
 class Generation:
@@ -231,7 +234,7 @@ class Generation:
             options["traceparent"], options["tracestate"] = trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
         options["sampling"] = complete_sampling(
-            sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n
+            sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n, request.gathered
         )
         copies = 1
         if options["sampling"].greedy:
@@ -267,4 +270,6 @@ class Generation:
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
-            raise ModelNotFoundError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
+            raise ModelNotFoundError(
+                f"model {model[:_LONGEST_SHOWN]!r} is not served here; this server serves {self._model.name!r}"
+            )

@@ -25,7 +25,7 @@ from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
 from cluster.server.pacing import Pacer
 from cluster.version import commit, version
 
-MAX_REQUEST_BYTES = 64 * 2**20
+MAX_REQUEST_BYTES = 32 * 2**20
 """Larger than any prompt, so that one that is too long is refused with its length and the limit, not by gRPC."""
 
 _LAST_WORDS_S = 1.0

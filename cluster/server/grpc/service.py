@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_fr
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.server.pacing import Pacer
 from cluster.wire import convert
+from cluster.wire.bounds import check_bounds
 from cluster.wire.sampling import sampling_from_proto
 from protos import baton_pb2
 from workers.errors import DeadlineExceededError, InvalidRequestError
@@ -71,6 +72,7 @@ class BatonService:
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
         asked = self._request(request, request_id, timeout_s)
+        asked = replace(asked, gathered=asked.sampling.n)
         async with aclosing(self._generation.generate(asked)) as chunks:
             return writer.whole([chunk async for chunk in chunks])
 
@@ -190,6 +192,7 @@ def _passed(deadline: asyncio.Timeout, timeout_s: float, gate: CallGate) -> Exce
 
 
 def _parse(request_type: Any, raw: bytes) -> Any:
+    check_bounds(raw, request_type.DESCRIPTOR)
     try:
         return request_type.FromString(raw)
     except (DecodeError, UnicodeDecodeError) as error:

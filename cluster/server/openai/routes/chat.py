@@ -13,6 +13,7 @@ from cluster.api import EngineRequest
 from cluster.generation.text_generation import GenerationRequest
 from cluster.server.openai.answers.chat import ChatWriter
 from cluster.server.openai.answers.parts import Head
+from cluster.server.openai.bounded_route import BoundedRoute
 from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import door_of
 from cluster.server.openai.request_id import request_id_of
@@ -21,7 +22,7 @@ from cluster.server.openai.requests.sampling import check_stream_options
 from cluster.server.openai.requests.unsupported import check_best_of, check_fields
 from cluster.server.openai.routes.answering import answer, stream
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/chat/completions")
@@ -45,6 +46,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
                 prompt=conversation,
                 sampling=sampling,
                 timeout_s=timeout_s,
+                gathered=0 if body.stream else n,
                 **shared,
             )
         )

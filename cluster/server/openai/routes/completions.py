@@ -13,6 +13,7 @@ from cluster.api import EngineRequest
 from cluster.generation.text_generation import GenerationRequest
 from cluster.server.openai.answers.completion import CompletionWriter
 from cluster.server.openai.answers.parts import Head
+from cluster.server.openai.bounded_route import BoundedRoute
 from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import Served, door_of
 from cluster.server.openai.request_id import request_id_of
@@ -23,7 +24,7 @@ from cluster.server.openai.routes.answering import answer, stream
 from workers.errors import InvalidRequestError
 from workers.token_ids import as_token_ids
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 MAX_CHOICES = 1024
 """Answers of one request, to all its prompts together."""
 
@@ -78,6 +79,7 @@ async def _prepare(body: CompletionRequest, served: Served, request_id: str, tim
                 prompt=prompt if isinstance(prompt, str) else as_token_ids(prompt),
                 sampling=sampling,
                 timeout_s=timeout_s,
+                gathered=0 if body.stream else len(body.prompts) * (body.n or 1),
                 **body.options(),
             )
         )

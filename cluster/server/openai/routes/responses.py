@@ -15,6 +15,7 @@ from cluster.generation.text_generation import GenerationRequest
 from cluster.server.openai import sse
 from cluster.server.openai.answers.parts import Head
 from cluster.server.openai.answers.response import ResponseWriter
+from cluster.server.openai.bounded_route import BoundedRoute
 from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import door_of
 from cluster.server.openai.request_id import request_id_of
@@ -22,7 +23,7 @@ from cluster.server.openai.requests.response import ResponseRequest
 from cluster.server.openai.requests.unsupported import check_fields
 from cluster.server.openai.routes.answering import usage_of
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/responses")
@@ -46,6 +47,7 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
                 prompt=conversation,
                 sampling=sampling,
                 timeout_s=timeout_s,
+                gathered=1,  # a stream's last event has all of it, too
                 **shared,
             )
         )

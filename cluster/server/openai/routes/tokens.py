@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cluster.server.openai.bounded_route import BoundedRoute
 from cluster.server.openai.call import WholeCall
 from cluster.server.openai.door import door_of
 from cluster.server.openai.request_id import request_id_of
@@ -15,7 +16,7 @@ from cluster.server.openai.requests.tokens import DetokenizeRequest, TokenizeCha
 from cluster.server.openai.requests.unsupported import check_fields
 from workers.token_ids import as_token_ids
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/tokenize")
