@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.ray import process_end, worker
+from cluster.ray.lease_keeper import LeaseKeeper
 from cluster.ray.placement_group import RankResources
 from cluster.ray.process_end import Whereabouts, all_ended, has_ended
 from kv_transfer.process import ProcessId
@@ -103,7 +104,9 @@ async def started(monkeypatch):
         monkeypatch.setattr(worker.ray, "available_resources", dict)
         monkeypatch.setattr(worker, "STOP_TIMEOUT_S", 0.05)
         monkeypatch.setattr(worker, "all_ended", lambda ranks: all_ended(ranks, 0.05, look))
-        made = worker.RayWorker(WorkerConfig("prefill-0", "prefill", "nowhere"), RankResources(num_cpus=1, num_gpus=0))
+        made = worker.RayWorker(
+            WorkerConfig("prefill-0", "prefill", "nowhere"), RankResources(num_cpus=1, num_gpus=0), LeaseKeeper()
+        )
         await made.start(lambda name, progress: None)
         return made
 
