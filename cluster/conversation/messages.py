@@ -93,11 +93,13 @@ class ToolUse:
         tools: at least one, of unlike names.
         choice: whether they are called.
         parallel: whether an answer may have several calls.
+        num_bytes: of descriptions and schemas together, if it is known.
     """
 
     tools: tuple[Tool, ...]
     choice: ToolChoice = ToolChoice(ToolChoiceMode.AUTO)
     parallel: bool = True
+    num_bytes: int = field(default=0, compare=False)
 
     @property
     def names(self) -> frozenset[str]:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from cluster.generation.text_chunk import TextChunk
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams
 
 MAX_ANSWER_LOGPROBS = 2**18
 """Log-probabilities of generated tokens in one answer: some 80 MB while it is built."""
+
+
+_TOKEN_BYTES = 8
+_LOGPROB_BYTES = 16
+
+
+def held_bytes(chunks: Sequence[TextChunk]) -> int:
+    """How much work an answer is to build, as `Intake.run` counts it."""
+    tokens = [token for chunk in chunks for token in chunk.tokens]
+    scored = sum(len(token.top_logprobs) + 1 for token in tokens if token.logprob is not None)
+    prompts = sum(1 + len(position.top) for chunk in chunks for position in chunk.prompt_logprobs or ())
+    return _TOKEN_BYTES * len(tokens) + _LOGPROB_BYTES * (scored + prompts)
 
 
 def bounded_answer(sampling: SamplingParams, room: int, answers: int) -> SamplingParams:

@@ -58,6 +58,11 @@ class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
+def host_of(peer: str) -> str:
+    """Where a call comes from, of gRPC's name for it, such as `ipv4:10.0.0.7:41234` or `unix:`."""
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+
+
 def _role(method: str) -> Role | None:
     return ROLE_OF_METHOD.get(method, Role.OPERATE if method.startswith(f"/{_SERVICE}/") else None)
 

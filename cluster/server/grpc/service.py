@@ -8,17 +8,20 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from cluster import trace_context
+from cluster import caller, trace_context
 from cluster.api import Engine, ModelInfo, ServerInfo
+from cluster.caller import Caller
 from cluster.errors import ShuttingDownError
 from cluster.generation.text_generation import Generation, GenerationRequest
+from cluster.generation.whole_answer import held_bytes
 from cluster.request_id import check_name
 from cluster.server.call_gate import CallGate
+from cluster.server.grpc.access import host_of
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
 from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
@@ -39,6 +42,8 @@ _OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name in
 """What a request says on the wire as it does inside; strings have at most `request_id.MAX_NAME_BYTES`."""
 ServerInfoSource = Callable[[], ServerInfo]
 _Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[float]]
+_ParseRequest = Callable[[bytes], Awaitable[Any]]
+_T = TypeVar("_T")
 
 
 class BatonService:
@@ -59,7 +64,7 @@ class BatonService:
         """Stream a text as it is generated."""
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
-        asked = self._request(request, request_id, timeout_s)
+        asked = await self._request(request, request_id, timeout_s)
         async with aclosing(self._generation.generate(asked)) as chunks:
             async for chunk in chunks:
                 yield writer.response([chunk])
@@ -71,18 +76,18 @@ class BatonService:
         """Generate a text and return it whole."""
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
-        asked = self._request(request, request_id, timeout_s)
+        asked = await self._request(request, request_id, timeout_s)
         asked = replace(asked, gathered=asked.sampling.n)
         async with aclosing(self._generation.generate(asked)) as chunks:
-            return writer.whole([chunk async for chunk in chunks])
+            gathered = [chunk async for chunk in chunks]
+        return await self._generation.intake.call(held_bytes(gathered), writer.whole, gathered)
 
     async def Tokenize(  # noqa: N802
         self, request: baton_pb2.TokenizeRequest, timeout_s: float
     ) -> baton_pb2.TokenizeResponse:
         """Turn a prompt into token ids."""
-        token_ids = await self._generation.tokenize(
-            prompt_from_proto(request), request.model, add_special_tokens_from_proto(request)
-        )
+        prompt = await self.read(request.ByteSize(), partial(prompt_from_proto, request))
+        token_ids = await self._generation.tokenize(prompt, request.model, add_special_tokens_from_proto(request))
         return baton_pb2.TokenizeResponse(token_ids=token_ids.tolist(), max_model_len=self._model_info.max_model_len)
 
     async def GetModelInfo(  # noqa: N802
@@ -108,7 +113,7 @@ class BatonService:
     ) -> baton_pb2.ExplainResponse:
         """Say where a request would go."""
         request_id = _request_id(request.request_id)
-        asked = self._request(request, request_id, timeout_s)
+        asked = await self._request(request, request_id, timeout_s)
         return convert.explanation_to_proto(await self._generation.explain(asked))
 
     async def Scale(  # noqa: N802
@@ -117,8 +122,15 @@ class BatonService:
         """Have pools grow or shrink."""
         return convert.targets_to_proto(self._engine.scale(dict(request.targets)))
 
-    def _request(self, request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
-        return _generation_request(request, request_id, timeout_s, self._generation.sampling_defaults)
+    async def read(self, num_bytes: int, work: Callable[[], _T]) -> _T:
+        """Do a part of the work on a request of so many bytes, off the event loop if it is large; see `Intake.run`."""
+        return await self._generation.intake.run(num_bytes, work)
+
+    async def _request(
+        self, request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float
+    ) -> GenerationRequest:
+        work = partial(_generation_request, request, request_id, timeout_s, self._generation.sampling_defaults)
+        return await self.read(request.ByteSize(), work)
 
 
 def method_handlers(service: BatonService, default_timeout_s: float, gate: CallGate) -> grpc.GenericRpcHandler:
@@ -135,27 +147,28 @@ def method_handlers(service: BatonService, default_timeout_s: float, gate: CallG
     for method in SERVICE.methods:
         make = _stream_handler if method.server_streaming else _unary_handler
         govern = partial(_governed, method=method.name, default_timeout_s=default_timeout_s, gate=gate)
-        handlers[method.name] = make(getattr(baton_pb2, method.input_type.name), getattr(service, method.name), govern)
+        parse = partial(_parse, service.read, getattr(baton_pb2, method.input_type.name))
+        handlers[method.name] = make(parse, getattr(service, method.name), govern)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
 def _unary_handler(
-    request_type: Any, method: Callable[[Any, float], Awaitable[Any]], govern: _Govern
+    parse: _ParseRequest, method: Callable[[Any, float], Awaitable[Any]], govern: _Govern
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
         async with govern(context) as timeout_s:
-            return await method(_parse(request_type, raw), timeout_s)
+            return await method(await parse(raw), timeout_s)
 
     return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
 
 
 def _stream_handler(
-    request_type: Any, method: Callable[[Any, float], AsyncGenerator[Any, None]], govern: _Govern
+    parse: _ParseRequest, method: Callable[[Any, float], AsyncGenerator[Any, None]], govern: _Govern
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> None:
         async with (
             govern(context) as timeout_s,
-            aclosing(method(_parse(request_type, raw), timeout_s)) as responses,
+            aclosing(method(await parse(raw), timeout_s)) as responses,
         ):
             async for response in responses:
                 await context.write(response)
@@ -172,6 +185,7 @@ async def _governed(
     gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
     """
     trace_context.accept(context.invocation_metadata() or ())
+    caller.accept(Caller(host_of(context.peer())))
     remaining = context.time_remaining()
     timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
     try:
@@ -191,7 +205,11 @@ def _passed(deadline: asyncio.Timeout, timeout_s: float, gate: CallGate) -> Exce
     return DeadlineExceededError(f"not finished within the deadline of {timeout_s:.3g} s")
 
 
-def _parse(request_type: Any, raw: bytes) -> Any:
+async def _parse(read: Callable[[int, Callable[[], Any]], Awaitable[Any]], request_type: Any, raw: bytes) -> Any:
+    return await read(len(raw), partial(_parsed, request_type, raw))
+
+
+def _parsed(request_type: Any, raw: bytes) -> Any:
     check_bounds(raw, request_type.DESCRIPTOR)
     try:
         return request_type.FromString(raw)
