@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster import trace_context
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
+from cluster.caller import current_caller
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
 from cluster.generation.complete_sampling import complete_sampling, obliged
@@ -215,6 +216,9 @@ class Generation:
             InvalidRequestError: the request is wrong.
         """
         self._check_model(request.model)
+        caller = current_caller()
+        caller.tenant.check_priority(request.priority)
+        request = replace(request, cache_salt=caller.tenant.salt(request.cache_salt))
         sampling = await self._restrictions.resolve(request.sampling)
         num_bytes = prompt_bytes(request.prompt)
         prompt, prefix = await self.intake.call(num_bytes, self._hashed, request)
@@ -234,7 +238,7 @@ class Generation:
         copies = 1
         if options["sampling"].greedy:
             copies, options["sampling"] = options["sampling"].n, replace(options["sampling"], n=1)
-        return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix, copies=copies)
+        return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix, copies=copies, caller=caller)
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""

@@ -15,7 +15,6 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cluster import caller, trace_context
 from cluster.api import Engine, ModelInfo, ServerInfo
-from cluster.caller import Caller
 from cluster.errors import ShuttingDownError
 from cluster.generation.text_generation import Generation, GenerationRequest
 from cluster.generation.whole_answer import held_bytes
@@ -185,7 +184,7 @@ async def _governed(
     gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
     """
     trace_context.accept(context.invocation_metadata() or ())
-    caller.accept(Caller(host_of(context.peer())))
+    caller.accept(replace(caller.current_caller(), host=host_of(context.peer())))
     remaining = context.time_remaining()
     timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
     try:
