@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -9,13 +10,14 @@ from typing import Any, TypeVar
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from cluster.generation.intake import AT_ONCE_BYTES
+from cluster.server.connections import BODY_LIMIT_S
 from cluster.server.openai.door import served_of
 from cluster.server.openai.json_bounds import check_json_bounds
-from workers.errors import BatonError
+from workers.errors import BatonError, DeadlineExceededError, RequestCancelledError
 
 _T = TypeVar("_T")
 
@@ -30,7 +32,13 @@ class BoundedRoute(APIRoute):
             return handle
 
         async def handle_bounded(request: Request) -> Response:
-            body = await request.body()
+            try:
+                async with asyncio.timeout(BODY_LIMIT_S):
+                    body = await request.body()
+            except TimeoutError:
+                raise DeadlineExceededError(f"the body was not here within {BODY_LIMIT_S:g} s") from None
+            except ClientDisconnect:
+                raise RequestCancelledError("the client is gone") from None
             large = len(body) > AT_ONCE_BYTES
             try:
                 return await handle(_LargeRequest(request, body, field) if large else request)
