@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.caller import NOBODY, Caller
 from cluster.config.group_key import group_key
 from cluster.routing.types import CandidateReport
 from workers.messages import Load, PromptLogprobs, RequestOptions, TokenOutput
@@ -24,12 +25,14 @@ class EngineRequest(RequestOptions):
         prompt_token_ids: (n,) int32, the prompt.
         prefix: the prompt's blocks, hashed with `Engine.cache_identity` and `cache_salt` for `Engine.block_sizes`
             before the engine sees the request; None: they are hashed when workers are chosen.
+        caller: who made the call.
         received: when the door had it, by the monotonic clock, before it was tokenised; 0: it is not known.
         copies: answers that its one sample is: greedy ones to one prompt are all the same.
     """
 
     prompt_token_ids: TokenIds
     prefix: PromptPrefix | None = field(default=None, repr=False)
+    caller: Caller = NOBODY
     received: float = 0.0
     copies: int = 1
 

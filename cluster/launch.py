@@ -35,6 +35,7 @@ from cluster.pools.gpu_budget import GpuBudget
 from cluster.pools.patience import Patience
 from cluster.ray.control_service import missing_of_ray, until_lost
 from cluster.ray.job import OwnModulesOnly
+from cluster.ray.lease_keeper import LeaseKeeper
 from cluster.ray.local_folders import check_temporary_folder, make_auth_token
 from cluster.ray.node_demands import awaited_nodes, check_cpus, gpus_in_sight
 from cluster.served_model import read_served_model
@@ -144,7 +145,7 @@ async def _prepare(
     present: Mapping[str, float] = ray.cluster_resources()
     for line in awaited_nodes(config, present):
         report(line)
-    return partial(start_actor, env=_worker_environment(local)), present
+    return partial(start_actor, env=_worker_environment(local), leases=LeaseKeeper()), present
 
 
 def _autoscale(

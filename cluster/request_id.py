@@ -1,10 +1,12 @@
-"""The client's name for a request, as it may stand in a log."""
+"""The client's name for a request, and other words of a client, as they may stand in a log."""
 
 from __future__ import annotations
 
 from workers.errors import InvalidRequestError
 
 MAX_LENGTH = 128
+MAX_LOGGED_ERROR = 2000
+"""Characters of an error, which may repeat what a client has sent."""
 MAX_NAME_BYTES = 128
 
 
@@ -26,7 +28,12 @@ def clean_request_id(given: str) -> str:
     What is not printable (control characters, line and paragraph separators, lone surrogates) is written as an escape,
     so that no client can write lines of its own into a log; what is too long is cut.
     """
-    cut = given[:MAX_LENGTH]
+    return one_line(given, MAX_LENGTH)
+
+
+def one_line(text: str, longest: int) -> str:
+    """A text on one line, as `clean_request_id` has a name."""
+    cut = text[:longest]
     if cut.isprintable():
         return cut
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)[:MAX_LENGTH]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)[:longest]

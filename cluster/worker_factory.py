@@ -15,6 +15,7 @@ from cluster.device_placement import Placement
 from cluster.inprocess_worker import InProcessWorker
 from cluster.pools.gpu_budget import GpuBudget, Share
 from cluster.pools.groups import PoolLimits
+from cluster.ray.lease_keeper import LeaseKeeper
 from cluster.ray.placement_group import RankResources
 from cluster.ray.worker import RayWorker
 from cluster.worker_handle import WorkerHandle
@@ -65,8 +66,10 @@ def start_in_process(
     return InProcessWorker(worker, fabric)
 
 
-def start_actor(worker: WorkerConfig, pool: PoolConfig, placement: Placement, *, env: dict[str, str]) -> RayWorker:
-    """Start a worker as Ray actors, each with `env` in its environment."""
+def start_actor(
+    worker: WorkerConfig, pool: PoolConfig, placement: Placement, *, env: dict[str, str], leases: LeaseKeeper
+) -> RayWorker:
+    """Start a worker as Ray actors, each with `env` in its environment; `leases` are renewed while it is heard of."""
     threads = {"OMP_NUM_THREADS": str(worker.threads)} if worker.threads else {}
     resources = RankResources(
         pool.num_cpus,
@@ -76,7 +79,7 @@ def start_actor(worker: WorkerConfig, pool: PoolConfig, placement: Placement, *,
         custom=pool.resources or {},
         labels=pool.labels or {},
     )
-    return RayWorker(worker, resources)
+    return RayWorker(worker, resources, leases)
 
 
 def host_memory_share(config: ServiceConfig, ranks: int) -> float:

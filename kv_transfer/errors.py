@@ -17,9 +17,5 @@ class NotConnectedError(PeerError):
     """A peer that was never added, or has been removed: nothing was sent to it."""
 
 
-class LeaseExpiredError(KVTransferError):
-    """This worker's right to use the network is over."""
-
-
 class ProtocolError(KVTransferError):
     """A message that this version does not understand."""

@@ -1,24 +1,23 @@
 """The right to write to others' memory, which runs out unless it is renewed.
 
 A worker that is cut off or frozen cannot be stopped by anybody. So what it may do must end by itself (leases: Gray and
-Cheriton, SOSP 1989): whoever has not been heard for a lease's length writes nothing any more, and the blocks that were
-granted to it can be used again.
+Cheriton, SOSP 1989): whoever has not been heard for a lease's length writes nothing. That is a fence and not the end:
+the one whose silence it was may have been whoever renews, and then the worker goes on, with all that it has loaded.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
+import threading
 import time
 from collections.abc import Callable
-
-from kv_transfer.errors import LeaseExpiredError
 
 logger = logging.getLogger(__name__)
 
 LEASE_S = 30.0
-"""Much longer than a busy gateway is ever held up, because who has lost its lease ends."""
+"""Longer than the network between a gateway and its workers is ever held up as a rule."""
+_LOOK_INTERVAL_S = 0.5
 
 
 def lease_clock() -> float:
@@ -27,10 +26,13 @@ def lease_clock() -> float:
 
 
 class Lease:
-    """Begins with the first renewal; once it has run out, no renewal brings it back: it may be a late one.
+    """Begins with the first renewal, and holds for a while from the last word that was heard. Threads may share one.
+
+    It may be renewed after it has run out: what counts is when the word was said that was heard, so that a renewal that
+    was long under way brings nothing back.
 
     Args:
-        duration_s: of a renewal.
+        duration_s: from a word that was heard.
         clock: see `lease_clock`.
     """
 
@@ -38,44 +40,44 @@ class Lease:
         self._duration_s = duration_s
         self._clock = clock
         self._ends_at = math.inf
-        self._ran_out = False
+        self._renewed = threading.Condition()
 
     def renew(self, as_of: float) -> None:
         """Somebody heard of this worker what it said at `as_of`, by its own clock."""
-        if self.holds():
-            ends_at = as_of + self._duration_s
+        ends_at = as_of + self._duration_s
+        with self._renewed:
             self._ends_at = ends_at if math.isinf(self._ends_at) else max(self._ends_at, ends_at)
+            self._renewed.notify_all()
 
     def holds(self) -> bool:
         """Whether it has not run out."""
-        if self._clock() >= self._ends_at:
-            self._ran_out = True
-        return not self._ran_out
+        return self._clock() < self._ends_at
+
+    def wait(self, timeout_s: float = math.inf) -> bool:
+        """Wait until it holds, or so long; returns whether it does."""
+        give_up_at = time.monotonic() + timeout_s
+        while not self.holds() and (left := give_up_at - time.monotonic()) > 0:
+            with self._renewed:
+                self._renewed.wait(min(left, _LOOK_INTERVAL_S))
+        return self.holds()
 
 
-def end_process() -> None:
-    """End this process at once, without a look at anything: what is closed in good order still uses the network."""
-    logger.critical("the lease is over: nobody has heard of this worker for long, and it may have been replaced")
-    os._exit(1)
-
-
-def lease_guard(lease: Lease, on_lapse: Callable[[], None] = end_process) -> Callable[[], None]:
-    """What a transport asks before every call into the network.
+def lease_guard(lease: Lease) -> Callable[[], None]:
+    """What a transport asks before every call into the network: it returns when the lease holds, and not before.
 
     Not only WRITEs are asked for: whatever makes the network progress also goes on with a WRITE that was posted before
-    this process was frozen.
+    this process was frozen. The thread that asks stands still, so that what it was about to do is late and not lost.
 
     Args:
         lease: of this worker.
-        on_lapse: called when the lease is over.
-
-    Returns:
-        A function that raises `LeaseExpiredError` if `on_lapse` returns.
     """
 
     def guard() -> None:
-        if not lease.holds():
-            on_lapse()
-            raise LeaseExpiredError("this worker's lease is over: others may use the memory that it was granted")
+        if lease.holds():
+            return
+        began = lease_clock()
+        logger.warning("the lease is over: this worker writes nothing until it is heard again; its model stays loaded")
+        lease.wait()
+        logger.warning("the lease holds again, after %.1f s", lease_clock() - began)
 
     return guard

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from kv_transfer.lease import Lease, end_process, lease_guard
+from kv_transfer.lease import Lease, lease_guard
 from kv_transfer.process import ProcessId
 from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.nixl import NixlTransport
@@ -16,7 +14,6 @@ class NixlConnector(PushConnector):
     Args:
         drain_s: see `PushConnector`.
         lease: asked before every use of NIXL; None: nobody else decides about this worker's memory.
-        on_lapse: called when it is over.
         process: see `NixlTransport`.
     """
 
@@ -25,10 +22,9 @@ class NixlConnector(PushConnector):
         *,
         drain_s: float = 1.0,
         lease: Lease | None = None,
-        on_lapse: Callable[[], None] = end_process,
         process: ProcessId | None = None,
     ) -> None:
-        guard = lease_guard(lease, on_lapse) if lease is not None else _nothing
+        guard = lease_guard(lease) if lease is not None else _nothing
         super().__init__(NixlTransport(guard=guard, process=process), drain_s=drain_s)
 
 

@@ -18,6 +18,8 @@ T = TypeVar("T")
 _ACTIVE_POLL_S = 0.0002
 _IDLE_POLL_S = 0.005
 _IDLE_AFTER_S = 0.02
+_STOP_PATIENCE_S = 4.0
+"""One whose lease is over stands still; it ends with its process."""
 
 
 def _nothing() -> None:
@@ -53,11 +55,17 @@ class OwnerThread:
             self._thread.start()
 
     def stop(self) -> None:
-        """End it, and close the transport."""
-        if self._thread is not None:
-            self._commands.put(_end)
-            self._thread.join(timeout=5)
+        """End it, and close the transport.
+
+        Raises:
+            KVTransferError: it did not end in time: the transport may still be used.
+        """
+        if (thread := self._thread) is not None:
             self._thread = None
+            self._commands.put(_end)
+            thread.join(timeout=_STOP_PATIENCE_S)
+            if thread.is_alive():
+                raise KVTransferError(f"the KV connector did not end within {_STOP_PATIENCE_S:g} s")
         elif not self._threaded:
             self._close()
 

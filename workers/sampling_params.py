@@ -14,11 +14,16 @@ _Item = TypeVar("_Item", str, int)
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 4096
+"""Of all stop strings together, as UTF-8: each is prepared for each sample."""
+MAX_STOP_TOKEN_IDS = 1024
 _SEEDS = 2**64
 MAX_LOGIT_BIAS = 100.0
 MAX_LISTED_TOKENS = 131_072
 """Of `allowed_token_ids`, and of `logit_bias`."""
 MAX_BAD_WORDS = 1024
+MAX_BAD_WORDS_BYTES = 64 * 1024
+"""Of all of them together, as UTF-8."""
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing by the temperature leaves one token anyway, so sampling is greedy."""
 
@@ -113,17 +118,21 @@ class SamplingParams:
             raise InvalidRequestError(f"{len(stop)} stop strings given, at most {MAX_STOP_STRINGS} are allowed")
         if not all(stop):
             raise InvalidRequestError("a stop string is empty")
+        _require_bytes("stop", stop, MAX_STOP_BYTES)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, int))
+        ids = _items("stop_token_ids", self.stop_token_ids, int)
+        _require_at_most("stop_token_ids", len(ids), MAX_STOP_TOKEN_IDS)
+        object.__setattr__(self, "stop_token_ids", ids)
 
     def _check_restrictions(self) -> None:
         object.__setattr__(self, "allowed_token_ids", _items("allowed_token_ids", self.allowed_token_ids, int))
         object.__setattr__(self, "bad_words", _items("bad_words", self.bad_words, str))
+        _require_at_most("logit_bias", len(self.logit_bias), MAX_LISTED_TOKENS)
         for _, bias in self.logit_bias:
             _require("a logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
-        _require_at_most("logit_bias", len(self.logit_bias), MAX_LISTED_TOKENS)
         _require_at_most("allowed_token_ids", len(self.allowed_token_ids), MAX_LISTED_TOKENS)
         _require_at_most("bad_words", len(self.bad_words), MAX_BAD_WORDS)
+        _require_bytes("bad_words", self.bad_words, MAX_BAD_WORDS_BYTES)
         if any(not text.strip() for text in self.bad_words):
             raise InvalidRequestError("a text in bad_words is empty")
 
@@ -175,3 +184,9 @@ def _items(name: str, given: object, kind: type[_Item]) -> tuple[_Item, ...]:
 def _require_at_most(name: str, count: int, most: int) -> None:
     if count > most:
         raise InvalidRequestError(f"{name} has {count} entries, at most {most} are allowed")
+
+
+def _require_bytes(name: str, texts: Iterable[str], most: int) -> None:
+    size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    if size > most:
+        raise InvalidRequestError(f"{name} has {size} bytes in all, at most {most} are allowed")

@@ -96,6 +96,7 @@ class ServerConfig:
         not_blank=True,
     )
     default_timeout_s: float = _setting(600.0, "deadline of a call that brings none", above=0)
+    max_timeout_s: float = _setting(3600.0, "the latest deadline of a call, whatever it brings", above=0)
     max_queue: int = _setting(256, "requests that may wait; more are refused at once", low=0)
     max_queue_wait_s: float = _setting(
         30.0, "the longest wait before a prompt is computed; who would wait longer is refused at once", above=0

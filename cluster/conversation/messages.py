@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_MESSAGES = 8192
+"""Of a conversation, empty ones too: each is an object here and a turn of the template's loop."""
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -90,11 +93,13 @@ class ToolUse:
         tools: at least one, of unlike names.
         choice: whether they are called.
         parallel: whether an answer may have several calls.
+        num_bytes: of descriptions and schemas together, if it is known.
     """
 
     tools: tuple[Tool, ...]
     choice: ToolChoice = ToolChoice(ToolChoiceMode.AUTO)
     parallel: bool = True
+    num_bytes: int = field(default=0, compare=False)
 
     @property
     def names(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from cluster.conversation.json_reader import is_json
 from cluster.conversation.json_values import as_list, as_object, kind, text_of
-from cluster.conversation.messages import ChatMessage, ToolCall
+from cluster.conversation.messages import MAX_MESSAGES, ChatMessage, ToolCall
 from workers.errors import InvalidRequestError
 
 MAX_CALLS = 128
@@ -21,7 +21,7 @@ def read_messages(value: object, where: str = "messages") -> tuple[ChatMessage, 
     Raises:
         InvalidRequestError: one is wrong; the text names where it stands.
     """
-    messages = as_list(value, where, "messages")
+    messages = as_list(value, where, "messages", MAX_MESSAGES)
     return tuple(read_message(message, f"{where}[{i}]") for i, message in enumerate(messages))
 
 

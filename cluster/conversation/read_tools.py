@@ -56,7 +56,7 @@ def tool_use(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> ToolU
     size = sum(len(json.dumps(tool.parameters)) + len(tool.description) for tool in tools)
     if size > MAX_TOOL_BYTES:
         raise InvalidRequestError(f"the tools take {size} bytes, at most {MAX_TOOL_BYTES} are allowed")
-    return ToolUse(tuple(tools), choice, parallel)
+    return ToolUse(tuple(tools), choice, parallel, size)
 
 
 def read_tool(value: object, where: str = "tool") -> Tool:

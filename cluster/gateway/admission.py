@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -31,15 +31,19 @@ class Ticket:
 
     Attributes:
         priority: lower ones go first, whatever the others have waited.
-        user: those of one priority take turns by the tokens that each was served.
+        user: those of one priority and tenant take turns by the tokens that each was served.
         prompt_tokens: of the request.
         readmitted: it has been let in before and starts again: it goes before all others, and is never turned away.
+        tenant: those of one priority take turns by the tokens that each was served, divided by its share.
+        share: the tenant's.
     """
 
     priority: int = 0
     user: str = ""
     prompt_tokens: int = 0
     readmitted: bool = False
+    tenant: str = ""
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.readmitted:
@@ -47,6 +51,8 @@ class Ticket:
 
 
 _ANYBODY = Ticket()
+_Key = tuple[int, str, str]
+"""Priority, tenant and user."""
 
 
 @dataclass(eq=False)
@@ -56,13 +62,29 @@ class _Waiter:
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     turned_away: QueueFullError | None = None
 
+    @property
+    def key(self) -> _Key:
+        return self.ticket.priority, self.ticket.tenant, self.ticket.user
+
+
+@dataclass
+class _TenantsPart:
+    """What a tenant has of the queue."""
+
+    waiting: int = 0
+    share: float = 1.0
+
+    @property
+    def load(self) -> float:
+        return self.waiting / self.share
+
 
 class AdmissionQueue(Generic[T]):
     """A bounded queue in front of something that may or may not have room.
 
-    The next one is of the most urgent priority; among those, of the user with the fewest tokens served; among those,
-    the first to come. What is taken is taken by the one who waited for it, in one go with its return: nobody can be
-    cancelled between getting room and knowing of it, so that no room is lost.
+    The next one is of the most urgent priority; among those, of the tenant with the fewest tokens served for its share,
+    and of its user with the fewest; among those, the first to come. What is taken is taken by who waited for it, in one
+    go with its return: nobody can be cancelled between getting room and knowing of it, so that no room is lost.
 
     Past saturation somebody has to be refused. Without `max_wait_s` the queue grows until everybody waits just short of
     the deadline, all of them late, and the service computes answers that come too late to be of use. With it, who would
@@ -72,7 +94,8 @@ class AdmissionQueue(Generic[T]):
     when it is crowded.
 
     Args:
-        max_waiting: requests that may wait. When all do, a more urgent one takes the place of the least urgent.
+        max_waiting: requests that may wait. When all do, one of a tenant that has fewer than others for its share takes
+            the place of the last one of who has most; else a more urgent one that of the least urgent of its tenant.
         clock: monotonic seconds.
         max_wait_s: the longest that a request may wait here. One that would wait longer, by the pace of the last
             admissions, is refused at once; one that has waited so long is refused then.
@@ -85,9 +108,12 @@ class AdmissionQueue(Generic[T]):
         self._max_wait_s = max_wait_s
         self._clock = clock
         self._counters = TokenCounters()
-        self._lines: dict[tuple[int, str], OrderedDict[_Waiter, None]] = {}
-        self._order: list[tuple[int, int, int, str]] = []  # (priority, counter then, number of the first, user)
-        self._in_order: set[tuple[int, str]] = set()
+        self._lines: dict[_Key, OrderedDict[_Waiter, None]] = {}
+        self._order: list[
+            tuple[int, tuple[float, float], int, _Key]
+        ] = []  # with the counters then, and the first's number
+        self._in_order: set[_Key] = set()
+        self._by_tenant: dict[str, _TenantsPart] = {}
         self._num_joined = 0
         self._num_waiting = 0
         self._admissions: deque[float] = deque(maxlen=_REMEMBERED_ADMISSIONS)
@@ -117,7 +143,7 @@ class AdmissionQueue(Generic[T]):
             QueueFullError: there is no room, and every place in the queue is taken or the wait would be too long.
         """
         if not self._num_waiting and (result := attempt()) is not None:
-            self._counters.begin(ticket.user, ticket.prompt_tokens)
+            self._begin(ticket)
             return result
         if not ticket.readmitted:
             self._make_place(ticket, patience_s)
@@ -131,7 +157,7 @@ class AdmissionQueue(Generic[T]):
                 if waiter.turned_away is not None:
                     raise waiter.turned_away
                 if (result := attempt()) is not None:
-                    self._counters.begin(ticket.user, ticket.prompt_tokens)
+                    self._begin(ticket)
                     self._admissions.append(self._crowded_time())
                     return result
         finally:
@@ -145,9 +171,12 @@ class AdmissionQueue(Generic[T]):
         if (head := self._head()) is not None:
             head.turn.set()
 
-    def charge(self, user: str, output_tokens: int) -> None:
-        """So many tokens were generated for a user."""
-        self._counters.charge(user, output_tokens)
+    def charge(self, user: str, output_tokens: int, tenant: str = "", share: float = 1.0) -> None:
+        """So many tokens were generated for a user of a tenant with this share."""
+        self._counters.charge(tenant, share, user, output_tokens)
+
+    def _begin(self, ticket: Ticket) -> None:
+        self._counters.begin(ticket.tenant, ticket.share, ticket.user, ticket.prompt_tokens)
 
     def expected_wait_s(self, ticket: Ticket) -> float:
         """About how long a newcomer would wait, at the pace of the last admissions; 0 where there is none yet.
@@ -164,11 +193,16 @@ class AdmissionQueue(Generic[T]):
         return self._crowded_s + (self._clock() - self._crowded_since if self._num_waiting else 0.0)
 
     def _num_ahead(self, ticket: Ticket) -> int:
-        """Waiters that would go first, if users of its priority take turns."""
-        ahead = sum(len(line) for (priority, _), line in self._lines.items() if priority < ticket.priority)
-        own = len(self._lines.get((ticket.priority, ticket.user), ()))
-        peers = (line for (priority, _), line in self._lines.items() if priority == ticket.priority)
-        return ahead + sum(min(len(line), own + 1) for line in peers)
+        """Waiters that would go first, if tenants and users of its priority take turns."""
+        ahead = sum(len(line) for (priority, _, _), line in self._lines.items() if priority < ticket.priority)
+        own = len(self._lines.get((ticket.priority, ticket.tenant, ticket.user), ()))
+        of_own_tenant, of_others = 0, Counter[str]()
+        for (priority, tenant, _), line in self._lines.items():
+            if priority == ticket.priority and tenant == ticket.tenant:
+                of_own_tenant += min(len(line), own + 1)
+            elif priority == ticket.priority:
+                of_others[tenant] += len(line)
+        return ahead + of_own_tenant + sum(min(waiting, of_own_tenant + 1) for waiting in of_others.values())
 
     def _make_place(self, ticket: Ticket, patience_s: float) -> None:
         """See that a newcomer may wait.
@@ -193,14 +227,25 @@ class AdmissionQueue(Generic[T]):
             f"the service is at capacity and {self._max_waiting} requests are waiting already",
             retry_after_s=self._retry_after_s(wait_s),
         )
-        least_urgent = max((priority for priority, _ in self._lines), default=ticket.priority)
-        if least_urgent <= ticket.priority:
+        if (waiter := self._least(ticket)) is None:
             raise full
-        longest = max((line for (p, _), line in self._lines.items() if p == least_urgent), key=len)
-        waiter = next(reversed(longest))
         waiter.turned_away = full
         waiter.turn.set()
         self._leave(waiter)
+
+    def _least(self, ticket: Ticket) -> _Waiter | None:
+        """Whose place a newcomer takes where there is none: the last one of a longest line; None: nobody's."""
+        tenant, most = max(self._by_tenant.items(), key=lambda item: item[1].load, default=(ticket.tenant, None))
+        own = self._by_tenant.get(ticket.tenant)
+        load = ((0 if own is None else own.waiting) + 1) / ticket.share
+        crowded = most is not None and tenant != ticket.tenant and most.load > load
+        of_tenant = tenant if crowded else ticket.tenant
+        lines = {key: line for key, line in self._lines.items() if key[1] == of_tenant and key[0] != _BEFORE_ALL}
+        least_urgent = max((priority for priority, _, _ in lines), default=ticket.priority)
+        if not lines or (least_urgent <= ticket.priority and not crowded):
+            return None
+        longest = max((len(line), key) for key, line in lines.items() if key[0] == least_urgent)
+        return next(reversed(lines[longest[1]]))
 
     def _set_alarm(self, waiter: _Waiter) -> asyncio.TimerHandle | None:
         """See that nobody waits longer than is allowed."""
@@ -224,14 +269,17 @@ class AdmissionQueue(Generic[T]):
             self._crowded_since = self._clock()
         self._num_joined += 1
         self._num_waiting += 1
-        waiter, key = _Waiter(ticket, self._num_joined), (ticket.priority, ticket.user)
+        waiter = _Waiter(ticket, self._num_joined)
+        key = waiter.key
         self._lines.setdefault(key, OrderedDict())[waiter] = None
+        part = self._by_tenant.setdefault(ticket.tenant, _TenantsPart())
+        part.waiting, part.share = part.waiting + 1, ticket.share
         if key not in self._in_order:
             self._push(key)
         return waiter
 
     def _leave(self, waiter: _Waiter) -> None:
-        key = (waiter.ticket.priority, waiter.ticket.user)
+        key = waiter.key
         line = self._lines.get(key)
         if line is None or waiter not in line:
             return
@@ -239,22 +287,26 @@ class AdmissionQueue(Generic[T]):
         self._crowded_s = self._crowded_time()
         self._crowded_since = self._clock()
         self._num_waiting -= 1
+        part = self._by_tenant[waiter.ticket.tenant]
+        part.waiting -= 1
+        if not part.waiting:
+            del self._by_tenant[waiter.ticket.tenant]
         if not line:
             del self._lines[key]
 
-    def _push(self, key: tuple[int, str]) -> None:
-        priority, user = key
+    def _push(self, key: _Key) -> None:
+        priority, tenant, user = key
         self._in_order.add(key)
         first = next(iter(self._lines[key]))
-        heapq.heappush(self._order, (priority, self._counters[user], first.number, user))
+        heapq.heappush(self._order, (priority, self._counters.of(tenant, user), first.number, key))
 
     def _head(self) -> _Waiter | None:
         """The next one. Counters only grow, so that an entry whose counter is out of date is never too far back."""
         while self._order:
-            priority, counter, _, user = self._order[0]
-            key = (priority, user)
+            _, counters, _, key = self._order[0]
+            _, tenant, user = key
             line = self._lines.get(key)
-            if line is not None and self._counters[user] == counter:
+            if line is not None and self._counters.of(tenant, user) == counters:
                 return next(iter(line))
             heapq.heappop(self._order)
             self._in_order.remove(key)

@@ -7,6 +7,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 
 from cluster.api import RequestReport, TokenChunk
+from cluster.caller import NOBODY, Caller
 from cluster.clock import now
 from workers.errors import HandoffError
 from workers.messages import (
@@ -39,6 +40,7 @@ class Attempt:
         arrived: when the request came, monotonic time.
         attempts: this one included.
         user: whose request it is.
+        caller: who made the call.
         request_id: the client's name for the request.
         num_samples: answers to the prompt.
         dispatched: when its workers were sent the request.
@@ -65,6 +67,7 @@ class Attempt:
     user: str = ""
     request_id: str = ""
     num_samples: int = 1
+    caller: Caller = NOBODY
     dispatched: float = field(default_factory=now)
     first_token_at: float = 0.0
     last_token_at: float = 0.0

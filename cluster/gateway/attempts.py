@@ -112,7 +112,14 @@ class Attempts:
             self._suspects.check(request)  # another like it may have had its turn meanwhile
             attempt = await self._queue.admit(
                 lambda: self._try_to_place(request, routing_request, arrived, attempts, turn),
-                Ticket(request.priority, request.user, len(request.prompt_token_ids), readmitted=again),
+                Ticket(
+                    request.priority,
+                    request.user,
+                    len(request.prompt_token_ids),
+                    readmitted=again,
+                    tenant=request.caller.client,
+                    share=request.caller.share,
+                ),
                 patience_s=deadline - now(),
                 on_wait=lambda: self._observers.request_queued(request),
             )
@@ -221,6 +228,7 @@ class Attempts:
             request.user,
             request.request_id,
             routing_request.num_samples,
+            caller=request.caller,
             output_before=routing_request.prompt_tokens - len(request.prompt_token_ids),
         )
         if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over

@@ -11,6 +11,7 @@ from cluster.api import EngineRequest
 from cluster.clock import now
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
+from cluster.request_id import MAX_LOGGED_ERROR, one_line
 from workers.token_ids import TokenIds
 
 _REPORT_PATIENCE_S = 0.3
@@ -94,7 +95,7 @@ def _fields(
             "first_decode_s": round(report.first_decode_s, 6),
         }
     if error is not None:
-        fields["error"] = f"{type(error).__name__}: {error}"
+        fields["error"] = one_line(f"{type(error).__name__}: {error}", MAX_LOGGED_ERROR)
     return fields
 
 

@@ -7,6 +7,7 @@ import logging
 from cluster.api import EngineRequest
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
+from cluster.request_id import MAX_LOGGED_ERROR, one_line
 from workers.errors import BatonError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,9 @@ class RequestLog(EngineObserver):
 
     def request_migrated(self, attempt: Attempt, error: Exception) -> None:
         """See `EngineObserver.request_migrated`."""
-        logger.info("request %s (attempt %s) goes on elsewhere: %s", attempt.request_id, attempt.attempt_id, error)
+        logger.info(
+            "request %s (attempt %s) goes on elsewhere: %s", attempt.request_id, attempt.attempt_id, _said(error)
+        )
 
     def request_finished(self, request: EngineRequest, attempt: Attempt) -> None:
         """See `EngineObserver.request_finished`."""
@@ -36,7 +39,11 @@ class RequestLog(EngineObserver):
         """See `EngineObserver.request_failed`; what is no `BatonError` is a defect."""
         level = logging.INFO if isinstance(error, BatonError) else logging.ERROR
         names = (request.request_id, _name(attempt))
-        logger.log(level, "request %s (attempt %s) failed: %s: %s", *names, type(error).__name__, error)
+        logger.log(level, "request %s (attempt %s) failed: %s: %s", *names, type(error).__name__, _said(error))
+
+
+def _said(error: Exception) -> str:
+    return one_line(str(error), MAX_LOGGED_ERROR)
 
 
 def _name(attempt: Attempt | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from cluster.api import ModelInfo
 from cluster.generation.prompt_positions import check_prompt_logprobs
+from cluster.generation.whole_answer import bounded_answer
 from cluster.text.stop_tokens import stop_token_ids
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams
@@ -16,7 +17,12 @@ from workers.validation import check_sampling
 
 
 def complete_sampling(
-    sampling: SamplingParams, prompt_len: int, model: ModelInfo, special_token_ids: Mapping[str, int], max_n: int
+    sampling: SamplingParams,
+    prompt_len: int,
+    model: ModelInfo,
+    special_token_ids: Mapping[str, int],
+    max_n: int,
+    gathered: int = 0,
 ) -> SamplingParams:
     """Turn stop strings that are tokens into these, keep `max_tokens` within the window, draw a missing seed.
 
@@ -26,6 +32,7 @@ def complete_sampling(
         model: the served one, for its limits.
         special_token_ids: of its tokenizer, by text.
         max_n: samples of one request at most.
+        gathered: answers that are held until all are whole; 0: what there is is sent at once.
 
     Raises:
         InvalidRequestError: the request cannot be served; names the value and the limit.
@@ -39,6 +46,8 @@ def complete_sampling(
             f"min_tokens is {sampling.min_tokens}, but after a prompt of {prompt_len} tokens the context window "
             f"of {model.max_model_len} has room for {room}"
         )
+    if gathered:
+        sampling = bounded_answer(sampling, room, gathered)
     max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
     # Where special tokens are shown, a stop string is found in the text, whatever it has.

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 import workers
+from cluster.caller import current_caller
+from cluster.generation.turns import Turns
 from workers.errors import InvalidRequestError
 from workers.grammars.check import MEMORY_LIMIT_BYTES, to_line
 from workers.structured_output import MAX_BYTES, StructuredOutput
@@ -19,6 +21,7 @@ COMPILE_LIMIT_S = 10.0
 """For one grammar, as long as it takes; who waits for others is not blamed for it."""
 _START_LIMIT_S = 120.0
 _KEPT = 1024
+_MAX_WAIT_S = 60.0
 
 
 class GrammarCheck:
@@ -38,7 +41,7 @@ class GrammarCheck:
     ) -> None:
         self._arguments = [str(folder), str(vocab_size), *map(str, eos_token_ids)]
         self._limit_s = limit_s
-        self._turn = asyncio.Lock()
+        self._turns = Turns(1, "for a grammar to be checked", max_wait_s=_MAX_WAIT_S)
         self._process: asyncio.subprocess.Process | None = None
         self._known: OrderedDict[StructuredOutput, str | None] = OrderedDict()
 
@@ -47,9 +50,10 @@ class GrammarCheck:
 
         Raises:
             InvalidRequestError: they cannot, or it takes too long or too much memory.
+            QueueFullError: too many wait for theirs, or it would wait too long.
         """
         if wanted not in self._known:
-            async with self._turn:
+            async with self._turns.turn(current_caller().client, wanted.num_bytes):
                 if wanted not in self._known:
                     self._known[wanted] = await self._ask(wanted)
                     if len(self._known) > _KEPT:

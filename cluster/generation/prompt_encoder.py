@@ -6,6 +6,7 @@ import numpy as np
 
 from cluster.api import ModelInfo
 from cluster.generation.conversations import Conversation, Conversations
+from cluster.generation.intake import AT_ONCE_BYTES
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import InvalidRequestError
 from workers.token_ids import TokenIds, as_token_ids
@@ -13,6 +14,22 @@ from workers.validation import check_token_ids
 
 Prompt = str | TokenIds | Conversation
 """A text, token ids, or a conversation for the checkpoint's chat template."""
+
+
+_MESSAGE_BYTES = 64
+"""What a message costs besides its texts, in bytes of text."""
+
+
+def prompt_bytes(prompt: Prompt) -> int:
+    """How much work a prompt is, as bytes of text: about as many as it has."""
+    if isinstance(prompt, np.ndarray):
+        return prompt.nbytes
+    if isinstance(prompt, str):
+        return max(AT_ONCE_BYTES + 1, len(prompt))  # tokenising takes longer than the way to a thread
+    said = sum(len(each.content) + len(each.reasoning_content) + _MESSAGE_BYTES for each in prompt.messages)
+    calls = sum(len(call.arguments) + _MESSAGE_BYTES for each in prompt.messages for call in each.tool_calls)
+    tools = 0 if prompt.tool_use is None else prompt.tool_use.num_bytes
+    return max(AT_ONCE_BYTES + 1, said + calls + tools)
 
 
 class PromptEncoder:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from cluster.generation.grammar_check import GrammarCheck
+from cluster.generation.intake import Intake
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import InvalidRequestError
 from workers.sampling_params import SamplingParams
@@ -21,13 +20,16 @@ class Restrictions:
         grammars: says which grammars the workers can compile; None: they are sent none.
         tokenizer: of the served checkpoint.
         vocab_size: of the model.
+        intake: where long work is done; None: one of its own.
     """
 
-    def __init__(self, grammars: GrammarCheck | None, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(
+        self, grammars: GrammarCheck | None, tokenizer: Tokenizer, vocab_size: int, intake: Intake | None = None
+    ) -> None:
         self._grammars = grammars
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="bad-words")
+        self._intake = intake or Intake()
 
     async def resolve(self, sampling: SamplingParams) -> SamplingParams:
         """The same with its bad words as tokens; long work is done elsewhere than on the event loop.
@@ -39,9 +41,11 @@ class Restrictions:
             if self._grammars is None:
                 raise InvalidRequestError("this server takes no structured_output")
             await self._grammars.check(sampling.structured_output)
+        return await self._intake.call(_listed_bytes(sampling), self._resolved, sampling)
+
+    def _resolved(self, sampling: SamplingParams) -> SamplingParams:
         if sampling.bad_words:
-            loop = asyncio.get_running_loop()
-            words = await loop.run_in_executor(self._executor, bad_words_token_ids, self._tokenizer, sampling.bad_words)
+            words = bad_words_token_ids(self._tokenizer, sampling.bad_words)
             sampling = replace(sampling, bad_words_token_ids=words)
         check_sampling_tokens(sampling, self._vocab_size)
         _require_a_token(sampling)
@@ -62,6 +66,12 @@ def bad_words_token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tup
         if spaced[0] != bare[0] and len(spaced) == len(bare):
             kept_out[spaced] = None
     return tuple(word for word in kept_out if word)
+
+
+def _listed_bytes(sampling: SamplingParams) -> int:
+    """How much a request lists, reckoning a token as 4 bytes and a text as its length and what each costs."""
+    numbers = len(sampling.logit_bias) + len(sampling.allowed_token_ids) + len(sampling.stop_token_ids)
+    return 4 * numbers + sum(16 + len(text) for text in sampling.bad_words)
 
 
 def _require_a_token(sampling: SamplingParams) -> None:

@@ -5,25 +5,23 @@ Validate, tokenise, run the engine, detokenise, look for stop strings, count.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
-
-import numpy as np
+from typing import Any
 
 from cluster import trace_context
 from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
+from cluster.caller import current_caller
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
 from cluster.generation.complete_sampling import complete_sampling, obliged
 from cluster.generation.conversations import Conversation, Conversations
 from cluster.generation.grammar_check import GrammarCheck
-from cluster.generation.prompt_encoder import Prompt, PromptEncoder
+from cluster.generation.intake import Intake
+from cluster.generation.prompt_encoder import Prompt, PromptEncoder, prompt_bytes
 from cluster.generation.prompt_positions import prompt_positions
 from cluster.generation.restrictions import Restrictions
 from cluster.generation.sample_parts import by_sample, copied, taken_apart
@@ -38,12 +36,8 @@ from workers.token_ids import TokenIds
 from workers.validation import check_token_ids
 
 DEFAULT_MAX_N = 64
-_TOKENIZER_THREADS = 2
-_HASHED_AT_ONCE = 1024
-"""Tokens: that many are hashed in less time than another thread takes to hear of it."""
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+_LONGEST_SHOWN = 128
+_SCORED_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,12 +45,14 @@ class GenerationRequest(RequestOptions):
     """What a client asks for. An empty `model` accepts the served one.
 
     `add_special_tokens`: begin (or end) the prompt with what the checkpoint's tokenizer adds; None: a text, and not a
-    conversation, whose template writes it.
+    conversation, whose template writes it. `gathered`: answers that are sent in one piece together with this one, its
+    own samples included; 0: each part is sent when it is there.
     """
 
     prompt: Prompt
     model: str = ""
     add_special_tokens: bool | None = None
+    gathered: int = 0
 
 
 class Generation:
@@ -73,6 +69,7 @@ class Generation:
 
     Attributes:
         sampling_defaults: the same, for the doors.
+        intake: where long work on requests is done, that of the doors too.
     """
 
     def __init__(
@@ -92,9 +89,8 @@ class Generation:
         self._conversations = Conversations(tokenizer, formats)
         self._model = model_info
         self._encoder = PromptEncoder(tokenizer, self._conversations, model_info)
-        self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size)
-        # Its own threads: a few huge prompts must not hold up everything else that runs in the default executor.
-        self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self.intake = Intake()
+        self._restrictions = Restrictions(grammars, tokenizer, model_info.vocab_size, self.intake)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TextChunk, None]:
         """Run one request. Closing the generator cancels it.
@@ -149,7 +145,10 @@ class Generation:
         async with aclosing(self._engine.generate(engine_request)) as stream:
             async for chunk in stream:
                 if chunk.prompt_logprobs is not None:
-                    positions = await self._in_thread(prompt_positions, prompt, chunk.prompt_logprobs, self.token_text)
+                    size = _SCORED_BYTES * chunk.prompt_logprobs.top_token_ids.size
+                    positions = await self.intake.call(
+                        size, prompt_positions, prompt, chunk.prompt_logprobs, self.token_text
+                    )
                 for index, tokens in by_sample(chunk.tokens):
                     if (text := texts.get(index)) is None:
                         continue  # a stop string was found before
@@ -192,9 +191,7 @@ class Generation:
             InvalidRequestError: it is empty, too long, or has ids out of range; or `model` is not the served one.
         """
         self._check_model(model)
-        if isinstance(prompt, np.ndarray):
-            return self._encoder.token_ids(prompt, add_special_tokens)
-        return await self._in_thread(self._encoder.token_ids, prompt, add_special_tokens)
+        return await self.intake.call(prompt_bytes(prompt), self._encoder.token_ids, prompt, add_special_tokens)
 
     async def detokenize(self, token_ids: TokenIds, model: str = "") -> str:
         """The text of token ids, special tokens as they are spelled.
@@ -208,7 +205,9 @@ class Generation:
             raise InvalidRequestError(
                 f"{len(token_ids)} tokens are given; the context window has {self._model.max_model_len}"
             )
-        return await self._in_thread(self._tokenizer.with_special_tokens.text_of, token_ids.tolist())
+        return await self.intake.call(
+            token_ids.nbytes, lambda: self._tokenizer.with_special_tokens.text_of(token_ids.tolist())
+        )
 
     async def _engine_request(self, request: GenerationRequest) -> EngineRequest:
         """The one request that goes from here to the workers, checked and whole; long work is done on other threads.
@@ -217,26 +216,29 @@ class Generation:
             InvalidRequestError: the request is wrong.
         """
         self._check_model(request.model)
+        caller = current_caller()
+        caller.tenant.check_priority(request.priority)
+        request = replace(request, cache_salt=caller.tenant.salt(request.cache_salt))
         sampling = await self._restrictions.resolve(request.sampling)
-        if isinstance(request.prompt, np.ndarray) and len(request.prompt) <= _HASHED_AT_ONCE:
-            prompt, prefix = self._hashed(request)
-        else:
-            prompt, prefix = await self._in_thread(self._hashed, request)
-        if isinstance(request.prompt, Conversation):
-            grammar = self._conversations.call_grammar(request.prompt, prompt)
+        num_bytes = prompt_bytes(request.prompt)
+        prompt, prefix = await self.intake.call(num_bytes, self._hashed, request)
+        if isinstance(request.prompt, Conversation) and request.prompt.tool_use is not None:
+            grammar = await self.intake.call(num_bytes, self._conversations.call_grammar, request.prompt, prompt)
             if grammar is not None:
                 sampling = await self._restrictions.resolve(obliged(sampling, grammar))
         options = shared_options(request)
         if not request.traceparent:
             options["traceparent"], options["tracestate"] = trace_context.get()
         options["request_id"] = clean_request_id(request.request_id)
-        options["sampling"] = complete_sampling(
-            sampling, len(prompt), self._model, self._tokenizer.special_token_ids, self._max_n
+        special = self._tokenizer.special_token_ids
+        options["sampling"] = await self.intake.call(
+            sum(map(len, sampling.stop)) * len(special),  # each is looked for in each
+            partial(complete_sampling, sampling, len(prompt), self._model, special, self._max_n, request.gathered),
         )
         copies = 1
         if options["sampling"].greedy:
             copies, options["sampling"] = options["sampling"].n, replace(options["sampling"], n=1)
-        return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix, copies=copies)
+        return EngineRequest(**options, prompt_token_ids=prompt, prefix=prefix, copies=copies, caller=caller)
 
     def _hashed(self, request: GenerationRequest) -> tuple[TokenIds, PromptPrefix]:
         """A prompt's token ids, and its blocks as prefix caches are asked for them."""
@@ -244,10 +246,6 @@ class Generation:
         prefix = PromptPrefix(token_ids, self._engine.cache_identity + request.cache_salt)
         prefix.prepare(self._engine.block_sizes)
         return token_ids, prefix
-
-    async def _in_thread(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Do long work on another thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, partial(work, *args, **kwargs))
 
     def token_text(self, token_id: int) -> str:
         """What a token adds to a text, its first space included; special tokens add nothing."""
@@ -263,8 +261,10 @@ class Generation:
 
     async def text_of(self, token_ids: TokenIds) -> str:
         """The text of a prompt that was given as token ids; special tokens have none."""
-        return await self._in_thread(self._tokenizer.text_of, token_ids.tolist())
+        return await self.intake.call(token_ids.nbytes, lambda: self._tokenizer.text_of(token_ids.tolist()))
 
     def _check_model(self, model: str) -> None:
         if model and model != self._model.name:
-            raise ModelNotFoundError(f"model {model!r} is not served here; this server serves {self._model.name!r}")
+            raise ModelNotFoundError(
+                f"model {model[:_LONGEST_SHOWN]!r} is not served here; this server serves {self._model.name!r}"
+            )

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from cluster.logs.setup import log_to_file
-from cluster.ray.heartbeat_log import HeartbeatLog
 from cluster.ray.process_end import Whereabouts
 from cluster.worker_handle import HEARTBEAT_S, StartProgress
 from kv_transfer.lease import Lease, lease_clock
@@ -57,7 +56,6 @@ class WorkerActor:
         self._channel: LeadChannel | None = None
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._lease = lease or Lease()
-        self._heartbeat_log = HeartbeatLog(lease_clock)
 
     async def start(self) -> WorkerInfo:
         """Build the worker; takes as long as loading does."""
@@ -118,16 +116,9 @@ class WorkerActor:
         """See `WorkerHost.disconnect`."""
         self._started.disconnect(engine_id, confirmed_dead)
 
-    async def renew(self, num_heard: int) -> float | None:
-        """Whoever reads `outputs` has heard so many items: for a lease's length from then on this worker may write.
-
-        Returns:
-            When the last of them was said, by `lease_clock`, for the other ranks; None: it is not known any more.
-        """
-        said_at = self._heartbeat_log.when(num_heard)
-        if said_at is not None:
-            self._lease.renew(said_at)
-        return said_at
+    async def renew(self, said_at: float | None) -> float:
+        """What it said at `said_at` was heard: for a lease's length from then it may write. Returns its clock."""
+        return _renewed(self._lease, said_at)
 
     async def outputs(self) -> AsyncIterator[list[StepOutput | Heartbeat]]:
         """Everything the worker says, in lists of what has gathered since the last one.
@@ -142,7 +133,6 @@ class WorkerActor:
             self._news.clear()
             batch, self._outputs = self._outputs, []
             if batch or self._crash is None:
-                self._heartbeat_log.note()
                 yield batch
             if self._crash is not None:
                 raise self._crash
@@ -165,9 +155,6 @@ class WorkerActor:
         return self._host
 
     def _beat(self) -> None:
-        if not self._lease.holds():
-            logger.error("%s ends: nobody has heard of it for long, and it has been replaced", self._config.name)
-            os._exit(1)
         if self._host is not None:
             self._outputs.append(self._host.heartbeat())
         self._news.set()
@@ -208,9 +195,9 @@ class FollowerActor:
         connector = NixlConnector(lease=self._lease)
         self._host = await asyncio.to_thread(self._make_host, self._config, seat, connector, self._on_end)
 
-    async def renew(self, said_at: float) -> None:
-        """The lead was heard, see `WorkerActor.renew`."""
-        self._lease.renew(said_at)
+    async def renew(self, said_at: float | None) -> float:
+        """See `WorkerActor.renew`."""
+        return _renewed(self._lease, said_at)
 
     async def new_endpoint(self, peer: Sequence[EngineInfo]) -> EngineInfo:
         """See `FollowerHost.new_endpoint`."""
@@ -256,6 +243,12 @@ class FollowerActor:
         if error is not None:
             logger.error("a rank of %s ends: %s", self._config.name, error)
             os._exit(1)
+
+
+def _renewed(lease: Lease, said_at: float | None) -> float:
+    if said_at is not None:
+        lease.renew(said_at)
+    return lease_clock()
 
 
 def _log(config: WorkerConfig, rank: str = "") -> None:

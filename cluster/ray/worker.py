@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,6 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cluster.errors import WorkerLostError
 from cluster.ray.actor_process import have_processes
 from cluster.ray.actors import FollowerActor, WorkerActor
+from cluster.ray.lease_keeper import LeaseKeeper
 from cluster.ray.placement_group import RankPlacement, RankResources
 from cluster.ray.process_end import Whereabouts, all_ended
 from cluster.ray.waiting import awaited, tell_if_it_takes_long
@@ -40,16 +43,16 @@ class RayWorker:
     Args:
         config: the worker's.
         resources: what each rank gets.
+        leases: renews each rank's.
     """
 
-    def __init__(self, config: WorkerConfig, resources: RankResources) -> None:
+    def __init__(self, config: WorkerConfig, resources: RankResources, leases: LeaseKeeper) -> None:
         self.name = config.name
         self.role = config.role
         self._lost = False
         self._ranks_at: Sequence[Whereabouts] = ()
-        self._num_heard = 0
-        self._heard_at = self._renewed_at = 0.0
-        self._renewal: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
+        self._leases = leases
         self._resources = resources
         self._placement = RankPlacement(config.name, config.tensor_parallel_size, resources)
         self._lead: Any = self._placement.create(WorkerActor, 0, config)
@@ -145,10 +148,12 @@ class RayWorker:
     async def outputs(self) -> AsyncIterator[list[StepOutput | Heartbeat]]:
         """See `WorkerHandle.outputs`."""
         stream = self._lead.outputs.options(num_returns="streaming").remote()
+        for name, rank in self._ranks.items():
+            self._leases.keep(name, partial(_renew, rank))
         try:
             async for ref in stream:
                 batch = await ref
-                self._hear()
+                self._heard_at = time.monotonic()
                 yield batch
         except RayError as error:
             self._lost = True
@@ -157,7 +162,9 @@ class RayWorker:
 
     async def stop(self) -> bool:
         """See `WorkerHandle.stop`."""
-        ranks = (self._lead, *self._followers)
+        ranks = self._ranks.values()
+        for name in self._ranks:  # first of all: what may write to others' memory is not to go on
+            self._leases.release(name)
         if not self._lost and self._heard_at and time.monotonic() - self._heard_at > _SILENT_AFTER_S:
             self._lost = True
         stopped = False
@@ -176,19 +183,10 @@ class RayWorker:
         """See `WorkerHandle.has_ended`; nobody has met one that never said where it is."""
         return await all_ended(self._ranks_at)
 
-    def _hear(self) -> None:
-        """Something was heard of it, so its lease may be renewed."""
-        self._num_heard += 1
-        self._heard_at = time.monotonic()
-        if self._heard_at - self._renewed_at >= HEARTBEAT_S / 2 and (self._renewal is None or self._renewal.done()):
-            self._renewed_at = self._heard_at
-            self._renewal = asyncio.create_task(self._renew(self._num_heard))
-
-    async def _renew(self, num_heard: int) -> None:
-        with contextlib.suppress(WorkerLostError):
-            said_at = await self._call(self._lead.renew.remote(num_heard))
-            if said_at is not None:
-                await asyncio.gather(*(self._call(follower.renew.remote(said_at)) for follower in self._followers))
+    @property
+    def _ranks(self) -> dict[str, Any]:
+        """Each rank's actor, by a name that no other rank of the service has."""
+        return {f"{self.name} {id(self)} {rank}": actor for rank, actor in enumerate((self._lead, *self._followers))}
 
     async def _call(self, ref: Any) -> Any:
         """Await a call; what the worker raised is raised here, a dead worker is a `WorkerLostError`."""
@@ -207,6 +205,11 @@ async def _all_done(tasks: Sequence[asyncio.Future[Any]], timeout_s: float) -> b
         if task in done:
             task.result()
     return not pending
+
+
+def _renew(rank: Any, said_at: float | None) -> Future[float]:
+    future: Future[float] = rank.renew.remote(said_at).future()
+    return future
 
 
 def _first_line(error: BaseException) -> str:

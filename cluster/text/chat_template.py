@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.conversation.messages import ChatMessage, Tool
@@ -16,6 +17,32 @@ from cluster.conversation.template_view import (
     with_tools_described,
 )
 from cluster.conversation.tool_format import ToolFormat
+
+RENDER_LIMIT_S = 10.0
+"""For writing out one conversation: a template may go through the messages once for each of them."""
+
+
+class TimedMessages(list[Message]):
+    """Messages that can be gone through until it is too late.
+
+    Args:
+        messages: what they are.
+        deadline: monotonic time.
+    """
+
+    def __init__(self, messages: Iterable[Message], deadline: float) -> None:
+        super().__init__(messages)
+        self._deadline = deadline
+
+    def __iter__(self) -> Iterator[Message]:
+        for message in super().__iter__():
+            if time.monotonic() > self._deadline:
+                raise TimeoutError(f"it takes longer than the limit of {RENDER_LIMIT_S:g} s")
+            yield message
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return TimedMessages(found, self._deadline) if isinstance(place, slice) else found
 
 
 class ChatTemplate:
@@ -79,5 +106,6 @@ class ChatTemplate:
 
         template = self._hf.get_chat_template(None, tools)
         known = {**self._hf.special_tokens_map, **variables}
-        rendered, _ = render_jinja_template([messages], tools=tools, chat_template=template, **known)
+        timed = TimedMessages(messages, time.monotonic() + RENDER_LIMIT_S)
+        rendered, _ = render_jinja_template([timed], tools=tools, chat_template=template, **known)
         return str(rendered[0])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.caller import ANYBODY, HIGHEST_PRIORITY, LOWEST_PRIORITY, Tenant
 from cluster.errors import AuthenticationError, ForbiddenError
 from workers.errors import ConfigError
 
@@ -24,11 +25,12 @@ class Role(StrEnum):
 
 
 ALL_ROLES = frozenset(Role)
+MIN_SHARE, MAX_SHARE = 0.001, 1000.0
 
 
 @dataclass(frozen=True)
 class Credential:
-    """A token and its roles.
+    """A token, its roles, and on whose account it is.
 
     Raises:
         ConfigError: the token holds characters that a header cannot carry.
@@ -36,6 +38,7 @@ class Credential:
 
     token: str
     roles: frozenset[Role] = ALL_ROLES
+    tenant: Tenant = ANYBODY
 
     def __post_init__(self) -> None:
         bearer(self.token)
@@ -57,19 +60,22 @@ def parse_credentials(text: str) -> tuple[Credential, ...]:
 
     For example `generate 8f3a…`, `operate 51bc…`, `generate,operate 77d0…`. Empty lines and those that begin with #
     count for nothing. Two tokens of the same roles are both good, for the time in which one replaces the other.
+    Between roles and token may stand `tenant=NAME`, `share=NUMBER` and `priority=FIRST:LAST`, see `Tenant`. A token
+    that may only generate and says nothing of priorities may use those from 0 on.
 
     Raises:
-        ConfigError: there is no token, an unknown role, or a token that a header cannot carry.
+        ConfigError: there is no token, an unknown role or setting, or a token that a header cannot carry.
     """
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        if len(words) > 2:
+        *before, token = words
+        roles = _roles(before.pop(0), number) if before and "=" not in before[0] else ALL_ROLES
+        if any("=" not in word for word in before):
             raise ConfigError(f"line {number} has {len(words)} words; a token comes alone or behind its roles")
-        roles = ALL_ROLES if len(words) == 1 else _roles(words[0], number)
-        found.append(Credential(words[-1], roles))
+        found.append(Credential(token, roles, _tenant(before, roles, number)))
     if not found:
         raise ConfigError("there is no token in it")
     return tuple(found)
@@ -83,8 +89,33 @@ def _roles(text: str, number: int) -> frozenset[Role]:
     return frozenset(map(Role, names))
 
 
-def authorize(given: Sequence[str], role: Role | None, credentials: Sequence[Credential]) -> None:
-    """Refuse a call that none of the credentials allows.
+def _tenant(settings: Sequence[str], roles: frozenset[Role], number: int) -> Tenant:
+    values = dict[str, str](setting.partition("=")[::2] for setting in settings)
+    if unknown := [name for name in values if name not in ("tenant", "share", "priority")]:
+        raise ConfigError(f"line {number} has the setting {unknown[0]!r}; there are tenant, share and priority")
+    first = LOWEST_PRIORITY if Role.OPERATE in roles else 0
+    try:
+        priorities = (first, HIGHEST_PRIORITY)
+        if "priority" in values:
+            low, _, high = values["priority"].partition(":")
+            priorities = (int(low), int(high or low))
+        share = float(values.get("share", "1"))
+    except ValueError as error:
+        raise ConfigError(
+            f"line {number}: share is a number, and priority the first and the last, as 0:10: {error}"
+        ) from error
+    if not LOWEST_PRIORITY <= priorities[0] <= priorities[1] <= HIGHEST_PRIORITY:
+        raise ConfigError(
+            f"line {number} has the priorities {priorities[0]} to {priorities[1]}; they are in "
+            f"[{LOWEST_PRIORITY}, {HIGHEST_PRIORITY}], the first one first"
+        )
+    if not MIN_SHARE <= share <= MAX_SHARE:
+        raise ConfigError(f"line {number} has the share {share:g}, it must be in [{MIN_SHARE:g}, {MAX_SHARE:g}]")
+    return Tenant(values.get("tenant", ""), share, priorities)
+
+
+def authorize(given: Sequence[str], role: Role | None, credentials: Sequence[Credential]) -> Tenant:
+    """Whose call it is; one that none of the credentials allows is refused.
 
     Args:
         given: the values of the call's `authorization` headers.
@@ -101,5 +132,7 @@ def authorize(given: Sequence[str], role: Role | None, credentials: Sequence[Cre
     matches = [c for c in credentials if hmac.compare_digest(given[0].encode(), (_SCHEME + c.token).encode())]
     if len(given) > 1 or not matches:
         raise AuthenticationError("wrong bearer token")
-    if role is not None and not any(role in credential.roles for credential in matches):
+    allowed = [credential for credential in matches if role is None or role in credential.roles]
+    if not allowed:
         raise ForbiddenError(f"the token is not good for this: it needs the role {role}")
+    return allowed[0].tenant

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.conversation.deltas import ArgumentsDelta, ContentDelta, Delta, ReasoningDelta, ToolCallStarted
-from cluster.conversation.messages import ChatMessage, Tool, ToolCall, ToolChoice, ToolChoiceMode, ToolUse
+from cluster.conversation.messages import (
+    MAX_MESSAGES,
+    ChatMessage,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolChoiceMode,
+    ToolUse,
+)
 from cluster.conversation.read_messages import MAX_CALLS, check_arguments
 from cluster.conversation.read_tools import MAX_TOOLS, check_name, check_schema, tool_use
 from protos import baton_pb2
@@ -38,12 +46,14 @@ def messages_to_proto(messages: Iterable[ChatMessage]) -> list[baton_pb2.ChatMes
     ]
 
 
-def messages_from_proto(messages: Iterable[baton_pb2.ChatMessage]) -> tuple[ChatMessage, ...]:
+def messages_from_proto(messages: Sequence[baton_pb2.ChatMessage]) -> tuple[ChatMessage, ...]:
     """Messages of a conversation.
 
     Raises:
-        InvalidRequestError: a call is wrong, or there are too many.
+        InvalidRequestError: a call is wrong, or there are too many calls or messages.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(f"messages has {len(messages)} entries, at most {MAX_MESSAGES} are allowed")
     return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
 
 

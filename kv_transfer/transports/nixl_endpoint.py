@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kv_transfer.errors import LeaseExpiredError, NotConnectedError, PeerError
+from kv_transfer.errors import NotConnectedError, PeerError
 from kv_transfer.transports.base import PROBE_PIECE_BYTES, PROBE_PIECES, EngineInfo
 from kv_transfer.transports.nixl_transfer import STATES, NixlTransfer
 
@@ -120,8 +120,6 @@ class NixlEndpoint:
         try:
             self._agent.add_remote_agent(peer.metadata)
             self._peers[peer.engine_id] = self._prepare(peer.endpoint, peer)
-        except LeaseExpiredError:
-            raise
         except Exception as error:  # NIXL's exception types share no base
             raise PeerError(f"NIXL cannot reach {peer.engine_id}: {error}") from error
 
@@ -180,8 +178,6 @@ class NixlEndpoint:
         try:
             handle = agent.make_prepped_xfer(operation, own, own_indices, other, other_indices, message)
             state = STATES[agent.transfer(handle)]
-        except LeaseExpiredError:
-            raise
         except Exception as error:
             self.broken.add(peer)
             raise PeerError(f"{operation} with {peer} failed: {error}") from error
@@ -196,8 +192,6 @@ class NixlEndpoint:
         endpoint = self._side(peer).info.endpoint
         try:
             self._agent.send_notif(endpoint, message)
-        except LeaseExpiredError:
-            raise
         except Exception as error:
             self.broken.add(peer)
             raise PeerError(f"sending to {peer} failed: {error}") from error

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from kv_transfer.errors import LeaseExpiredError
 from kv_transfer.transports.base import Transfer, TransferState
 
 STATES = {"DONE": TransferState.DONE, "PROC": TransferState.IN_FLIGHT, "ERR": TransferState.FAILED}
@@ -43,8 +42,6 @@ class NixlTransfer(Transfer):
         if self._state is TransferState.IN_FLIGHT:
             try:
                 self._state = STATES[self._agent.check_xfer_state(self._handle)]
-            except LeaseExpiredError:
-                raise
             except Exception:  # nixlRemoteDisconnectError and its like: the peer is gone, so the transfer has ended
                 self._state = TransferState.FAILED
             if self._state is TransferState.FAILED:

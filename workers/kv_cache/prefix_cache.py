@@ -3,6 +3,9 @@
 A full block is known by the hash of all tokens up to its end, which is all that its keys and values depend on within
 one worker. Blocks that nobody uses any more stay until their memory is needed, the least recently used first (the
 automatic prefix caching of vLLM, arXiv:2309.06180, with a flat table instead of the radix tree of arXiv:2312.07104).
+Those that a later prompt has begun with go after all that none has (a segmented LRU: Karedla, Love and Wherry, "Caching
+Strategies to Improve Disk System Performance", Computer 27(3), 1994), so that prompts which nobody repeats, however
+long and many, take none of what others share.
 Plain integers and bytes; knows neither tensors nor requests.
 """
 
@@ -18,6 +21,9 @@ from workers.messages import CacheUpdate
 
 MAX_HASHES_TOLD = 4096
 """Of one `CacheUpdate`, stored and removed each: 64 KiB; what is left goes with the next one."""
+
+PROTECTED_SHARE = 0.75
+"""Of all blocks, those at most that go last; what was used longest ago of more is as if no prompt had repeated it."""
 
 
 class PrefixCache:
@@ -37,6 +43,9 @@ class PrefixCache:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # stored, without users; the least recently used first
+        self._protected: OrderedDict[int, None] = OrderedDict()  # the same, of what prompts have repeated
+        self._repeated: set[int] = set()  # blocks that a prompt has begun with since they were stored
+        self._most_protected = int(num_blocks * PROTECTED_SHARE)
         self._stored: dict[bytes, None] = {}  # since the last update, in order; `_removed` likewise
         self._removed: dict[bytes, None] = {}
 
@@ -48,7 +57,11 @@ class PrefixCache:
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out: free ones, and those that are only kept."""
-        return self._free.num_free + len(self._unused)
+        return self._num_available
+
+    @property
+    def _num_available(self) -> int:
+        return self._free.num_free + len(self._unused) + len(self._protected)
 
     @property
     def num_stored(self) -> int:
@@ -103,11 +116,12 @@ class PrefixCache:
             raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
         found = self.find(hashes)
         self.share(found)
+        self._repeated.update(found)
         return found + self.take(count - len(found)), len(found)
 
     def share_cost(self, block: int) -> int:
         """How many free blocks it takes to share this one, which was found: 1 if nobody uses it, else 0."""
-        return int(block in self._unused)
+        return int(block in self._unused or block in self._protected)
 
     def find_each(self, hashes: Sequence[bytes]) -> list[int | None]:
         """For each of these hashes the block that has it, if one is here."""
@@ -117,6 +131,7 @@ class PrefixCache:
         """Use blocks that were found, beside those who use them already."""
         for block in blocks:
             self._unused.pop(block, None)
+            self._protected.pop(block, None)
             self._users[block] += 1
 
     def take(self, count: int) -> list[int]:
@@ -125,8 +140,8 @@ class PrefixCache:
         Raises:
             ValueError: there are not enough.
         """
-        if count > self._free.num_free + len(self._unused):
-            raise ValueError(f"{count} blocks asked for, {self._free.num_free + len(self._unused)} are free")
+        if count > self._num_available:
+            raise ValueError(f"{count} blocks asked for, {self._num_available} are free")
         if evicted := [self._evict() for _ in range(count - self._free.num_free)]:
             self._free.free(evicted)
         blocks: list[int] = []
@@ -164,12 +179,15 @@ class PrefixCache:
                 self._users[block] -= 1
                 if self._users[block]:
                     continue
-                if block in self._hash_of:
+                if block in self._repeated:
+                    self._protected[block] = None
+                elif block in self._hash_of:
                     self._unused[block] = None
                 else:
                     free.append(block)
         finally:
             self._free.free(free)
+            self._bound_protected()
 
     def forget(self, blocks: Sequence[int]) -> None:
         """What is in these blocks, all in use, is not to be found any more; who uses them goes on."""
@@ -184,8 +202,9 @@ class PrefixCache:
             if block is None:
                 continue
             self._remove(block)
-            if block in self._unused:
-                del self._unused[block]
+            if block in self._unused or block in self._protected:
+                self._unused.pop(block, None)
+                self._protected.pop(block, None)
                 self._free.free((block,))
 
     def take_update(self) -> CacheUpdate | None:
@@ -201,11 +220,18 @@ class PrefixCache:
         return CacheUpdate(stored, removed)
 
     def _evict(self) -> int:
-        block, _ = self._unused.popitem(last=False)
+        block, _ = (self._unused or self._protected).popitem(last=False)
         self._remove(block)
         return block
 
+    def _bound_protected(self) -> None:
+        while len(self._protected) > self._most_protected:
+            block, _ = self._protected.popitem(last=False)
+            self._repeated.discard(block)
+            self._unused[block] = None
+
     def _remove(self, block: int) -> None:
+        self._repeated.discard(block)
         content = self._hash_of.pop(block)
         del self._block_of[content]
         if content in self._stored:

@@ -7,6 +7,8 @@ from typing import Any
 
 import grpc
 
+from cluster import caller
+from cluster.caller import Caller
 from cluster.errors import AuthenticationError
 from cluster.server.credentials import Credentials
 from cluster.server.grpc.errors import status_of
@@ -52,10 +54,16 @@ class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
             return await continuation(handler_call_details)
         given = [str(value) for key, value in handler_call_details.invocation_metadata if key == HEADER]
         try:
-            authorize(given, _role(method), self._credentials())
+            tenant = authorize(given, _role(method), self._credentials())
         except AuthenticationError as error:
             return _refusing(error)
+        caller.accept(Caller(tenant=tenant))  # where it comes from its handler knows
         return await continuation(handler_call_details)
+
+
+def host_of(peer: str) -> str:
+    """Where a call comes from, of gRPC's name for it, such as `ipv4:10.0.0.7:41234` or `unix:`."""
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
 
 
 def _role(method: str) -> Role | None:

@@ -18,6 +18,7 @@ from cluster.errors import (
     WorkerLeavesError,
     WorkerLostError,
 )
+from cluster.server.error_text import error_text
 from cluster.wire.retry_after import RETRY_AFTER_KEY
 from workers.errors import (
     CapacityError,
@@ -27,6 +28,7 @@ from workers.errors import (
     NoTokenLeftError,
     RequestCancelledError,
     RoomLostError,
+    SamplingError,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 STATUS_BY_ERROR: dict[type[BaseException], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     NoTokenLeftError: grpc.StatusCode.INVALID_ARGUMENT,
+    SamplingError: grpc.StatusCode.FAILED_PRECONDITION,
     CapacityError: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -61,7 +64,7 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """
     for base in type(error).__mro__:
         if base in STATUS_BY_ERROR:
-            return STATUS_BY_ERROR[base], str(error) or base.__name__
+            return STATUS_BY_ERROR[base], error_text(error)
     logger.error("unexpected %s", type(error).__name__, exc_info=error)
     return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
 

@@ -14,23 +14,26 @@ from cluster.errors import StartingError
 from cluster.gateway.readiness import WELL, Health
 from cluster.generation.text_generation import Generation
 from cluster.server.call_gate import CallGate
+from cluster.server.connections import IDLE_S, connections_of, raise_file_limit
 from cluster.server.credentials import credentials_of
 from cluster.server.grpc.access import BearerTokenInterceptor
 from cluster.server.grpc.closing import LastCalls
 from cluster.server.grpc.errors import status_of
-from cluster.server.grpc.health import HealthBoard
+from cluster.server.grpc.health import HealthBoard, watches_of
 from cluster.server.grpc.listen import listen
 from cluster.server.grpc.reflection import enable_reflection
-from cluster.server.grpc.service import SERVICE, BatonService, method_handlers
+from cluster.server.grpc.service import SERVICE, BatonService, Terms, method_handlers
 from cluster.server.pacing import Pacer
+from cluster.server.unread import UnreadStreams
 from cluster.version import commit, version
 
-MAX_REQUEST_BYTES = 64 * 2**20
+MAX_REQUEST_BYTES = 32 * 2**20
 """Larger than any prompt, so that one that is too long is refused with its length and the limit, not by gRPC."""
 
 _LAST_WORDS_S = 1.0
 """For what calls have already been answered to reach their clients."""
 
+_HANDSHAKE_LIMIT_MS = 20_000
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # A second server on the same port must fail, not take half of the calls.
@@ -39,6 +42,8 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_connection_idle_ms", 1000 * IDLE_S),
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_LIMIT_MS),
     # Bursts wait here until the event loop takes them, and the service's own queue decides; gRPC would cancel them.
     ("grpc.server.max_pending_requests", 32_768),
     ("grpc.server.max_pending_requests_hard_limit", 65_536),
@@ -63,16 +68,17 @@ class Server:
         self._config = config
         self._version, self._commit, self._began = version(), commit(), time.monotonic()
         self._gate = CallGate()
-        self._health = HealthBoard()
+        self._health = HealthBoard(watches_of(config.max_concurrent_rpcs))
+        self._unread = UnreadStreams()
         self._service = _Service()
         self._pacer = pacer or Pacer()
-        self._pacing: asyncio.Task[None] | None = None
+        self._looking: list[asyncio.Task[None]] = []
         credentials = credentials_of(config)
         self._last_calls = LastCalls()
         guards = [] if credentials is None else [BearerTokenInterceptor(credentials)]
         self._grpc = grpc.aio.server(
             interceptors=[self._last_calls, *guards],
-            options=_OPTIONS,
+            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_of(raise_file_limit()).most)),
             maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )
 
@@ -89,7 +95,7 @@ class Server:
         self.address, self.port = listen(self._grpc, self._config)
         await self.starting("it has just begun")
         await self._grpc.start()
-        self._pacing = asyncio.create_task(self._pacer.run())
+        self._looking = [asyncio.create_task(self._pacer.run()), asyncio.create_task(self._unread.run())]
 
     async def starting(self, step: str) -> None:
         """Tell who asks what the start is at; once it serves, that is no matter."""
@@ -101,7 +107,8 @@ class Server:
     async def serve(self, generation: Generation, engine: Engine, model_info: ModelInfo, found: Health = WELL) -> None:
         """Answer the service's calls from now on; `found` is how the service is, until the next `report`."""
         service = BatonService(generation, engine, model_info, self._pacer, self.info)
-        self._service.handlers = method_handlers(service, self._config.default_timeout_s, self._gate)
+        terms = Terms(self._config.default_timeout_s, self._config.max_timeout_s, self._gate, self._unread)
+        self._service.handlers = method_handlers(service, terms)
         await self._health.report(found)
 
     async def report(self, found: Health) -> None:
@@ -137,8 +144,8 @@ class Server:
         """Drain for `grace_s` seconds, end what is left with UNAVAILABLE, and close all connections."""
         if await self.drain(grace_s):
             self._gate.end_calls()
-        if self._pacing is not None:
-            self._pacing.cancel()
+        for task in self._looking:
+            task.cancel()
         await self._health.enter_graceful_shutdown()
         await self._last_calls.stop(self._grpc, _LAST_WORDS_S)
 

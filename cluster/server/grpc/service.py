@@ -6,24 +6,28 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from cluster import trace_context
+from cluster import caller, trace_context
 from cluster.api import Engine, ModelInfo, ServerInfo
 from cluster.errors import ShuttingDownError
 from cluster.generation.text_generation import Generation, GenerationRequest
+from cluster.generation.whole_answer import held_bytes
 from cluster.request_id import check_name
 from cluster.server.call_gate import CallGate
+from cluster.server.grpc.access import host_of
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
 from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.server.pacing import Pacer
+from cluster.server.unread import UnreadStreams, Writing
 from cluster.wire import convert
+from cluster.wire.bounds import check_bounds
 from cluster.wire.sampling import sampling_from_proto
 from protos import baton_pb2
 from workers.errors import DeadlineExceededError, InvalidRequestError
@@ -31,13 +35,16 @@ from workers.messages import RequestOptions
 
 SERVICE = baton_pb2.DESCRIPTOR.services_by_name["Baton"]
 _NO_DEADLINE_S = 1e9
+"""gRPC's word for none."""
 _NEW_WORK = frozenset({"Generate", "GenerateOnce", "Tokenize", "Scale"})
 """Methods that a server which drains refuses; the others say how it is, and are answered until it stops."""
 _ON_THE_WIRE = set(baton_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) - {"request_id", "sampling"}
 _OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name in _ON_THE_WIRE)
 """What a request says on the wire as it does inside; strings have at most `request_id.MAX_NAME_BYTES`."""
 ServerInfoSource = Callable[[], ServerInfo]
-_Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[float]]
+_Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager["_Governed"]]
+_ParseRequest = Callable[[bytes], Awaitable[Any]]
+_T = TypeVar("_T")
 
 
 class BatonService:
@@ -58,7 +65,7 @@ class BatonService:
         """Stream a text as it is generated."""
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
-        asked = self._request(request, request_id, timeout_s)
+        asked = await self._request(request, request_id, timeout_s)
         async with aclosing(self._generation.generate(asked)) as chunks:
             async for chunk in chunks:
                 yield writer.response([chunk])
@@ -70,17 +77,18 @@ class BatonService:
         """Generate a text and return it whole."""
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
-        asked = self._request(request, request_id, timeout_s)
+        asked = await self._request(request, request_id, timeout_s)
+        asked = replace(asked, gathered=asked.sampling.n)
         async with aclosing(self._generation.generate(asked)) as chunks:
-            return writer.whole([chunk async for chunk in chunks])
+            gathered = [chunk async for chunk in chunks]
+        return await self._generation.intake.call(held_bytes(gathered), writer.whole, gathered)
 
     async def Tokenize(  # noqa: N802
         self, request: baton_pb2.TokenizeRequest, timeout_s: float
     ) -> baton_pb2.TokenizeResponse:
         """Turn a prompt into token ids."""
-        token_ids = await self._generation.tokenize(
-            prompt_from_proto(request), request.model, add_special_tokens_from_proto(request)
-        )
+        prompt = await self.read(request.ByteSize(), partial(prompt_from_proto, request))
+        token_ids = await self._generation.tokenize(prompt, request.model, add_special_tokens_from_proto(request))
         return baton_pb2.TokenizeResponse(token_ids=token_ids.tolist(), max_model_len=self._model_info.max_model_len)
 
     async def GetModelInfo(  # noqa: N802
@@ -106,7 +114,7 @@ class BatonService:
     ) -> baton_pb2.ExplainResponse:
         """Say where a request would go."""
         request_id = _request_id(request.request_id)
-        asked = self._request(request, request_id, timeout_s)
+        asked = await self._request(request, request_id, timeout_s)
         return convert.explanation_to_proto(await self._generation.explain(asked))
 
     async def Scale(  # noqa: N802
@@ -115,81 +123,127 @@ class BatonService:
         """Have pools grow or shrink."""
         return convert.targets_to_proto(self._engine.scale(dict(request.targets)))
 
-    def _request(self, request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float) -> GenerationRequest:
-        return _generation_request(request, request_id, timeout_s, self._generation.sampling_defaults)
+    async def read(self, num_bytes: int, work: Callable[[], _T]) -> _T:
+        """Do a part of the work on a request of so many bytes, off the event loop if it is large; see `Intake.run`."""
+        return await self._generation.intake.run(num_bytes, work)
+
+    async def _request(
+        self, request: baton_pb2.GenerateRequest, request_id: str, timeout_s: float
+    ) -> GenerationRequest:
+        work = partial(_generation_request, request, request_id, timeout_s, self._generation.sampling_defaults)
+        return await self.read(request.ByteSize(), work)
 
 
-def method_handlers(service: BatonService, default_timeout_s: float, gate: CallGate) -> grpc.GenericRpcHandler:
+@dataclass(frozen=True)
+class Terms:
+    """On which all calls are answered.
+
+    Attributes:
+        default_timeout_s: the deadline of calls that bring none.
+        max_timeout_s: of calls that bring a later one.
+        gate: what they pass.
+        unread: ends streams that nobody reads.
+    """
+
+    default_timeout_s: float
+    max_timeout_s: float
+    gate: CallGate
+    unread: UnreadStreams
+
+
+@dataclass(frozen=True)
+class _Governed:
+    """A call under its deadline, and the seconds left to begin with."""
+
+    timeout_s: float
+    writing: Writing
+
+
+def method_handlers(service: BatonService, terms: Terms) -> grpc.GenericRpcHandler:
     """What a gRPC server needs to answer the service's calls.
 
     Requests are parsed here and not by gRPC, which would answer a malformed one (text that is not UTF-8) with INTERNAL.
 
     Args:
         service: the methods.
-        default_timeout_s: the deadline of calls that bring none.
-        gate: what they pass.
+        terms: of calls.
     """
     handlers = {}
     for method in SERVICE.methods:
         make = _stream_handler if method.server_streaming else _unary_handler
-        govern = partial(_governed, method=method.name, default_timeout_s=default_timeout_s, gate=gate)
-        handlers[method.name] = make(getattr(baton_pb2, method.input_type.name), getattr(service, method.name), govern)
+        govern = partial(_governed, method=method.name, terms=terms)
+        parse = partial(_parse, service.read, getattr(baton_pb2, method.input_type.name))
+        handlers[method.name] = make(parse, getattr(service, method.name), govern)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
 def _unary_handler(
-    request_type: Any, method: Callable[[Any, float], Awaitable[Any]], govern: _Govern
+    parse: _ParseRequest, method: Callable[[Any, float], Awaitable[Any]], govern: _Govern
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
-        async with govern(context) as timeout_s:
-            return await method(_parse(request_type, raw), timeout_s)
+        async with govern(context) as call:
+            return await method(await parse(raw), call.timeout_s)
 
     return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
 
 
 def _stream_handler(
-    request_type: Any, method: Callable[[Any, float], AsyncGenerator[Any, None]], govern: _Govern
+    parse: _ParseRequest, method: Callable[[Any, float], AsyncGenerator[Any, None]], govern: _Govern
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> None:
         async with (
-            govern(context) as timeout_s,
-            aclosing(method(_parse(request_type, raw), timeout_s)) as responses,
+            govern(context) as call,
+            aclosing(method(await parse(raw), call.timeout_s)) as responses,
         ):
+            now, writing = asyncio.get_running_loop().time, call.writing
             async for response in responses:
+                writing.since = now()
                 await context.write(response)
+                writing.since = 0.0
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
 
 
 @asynccontextmanager
-async def _governed(
-    context: grpc.aio.ServicerContext, *, method: str, default_timeout_s: float, gate: CallGate
-) -> AsyncIterator[float]:
-    """Run a call's body under its deadline, whose seconds left are yielded, and answer its errors by the table.
+async def _governed(context: grpc.aio.ServicerContext, *, method: str, terms: Terms) -> AsyncIterator[_Governed]:
+    """Run a call's body under its deadline, and answer its errors by the table.
 
     gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
     """
     trace_context.accept(context.invocation_metadata() or ())
+    caller.accept(replace(caller.current_caller(), host=host_of(context.peer())))
     remaining = context.time_remaining()
-    timeout_s = default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
+    timeout_s = terms.default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
+    timeout_s = min(timeout_s, terms.max_timeout_s)
     try:
         async with asyncio.timeout(timeout_s) as deadline:
-            with gate.passage(deadline) if method in _NEW_WORK else nullcontext():
-                yield timeout_s
+            with (
+                terms.gate.passage(deadline) if method in _NEW_WORK else nullcontext(),
+                terms.unread.stream(deadline) as writing,
+            ):
+                yield _Governed(timeout_s, writing)
     except TimeoutError as error:
-        await context.abort(*status_of(_passed(deadline, timeout_s, gate) if deadline.expired() else error))
+        late = deadline.expired()
+        await context.abort(*status_of(_passed(deadline, timeout_s, terms, writing) if late else error))
     except Exception as error:
         await context.abort(*status_of(error), trailing_metadata_of(error))
 
 
-def _passed(deadline: asyncio.Timeout, timeout_s: float, gate: CallGate) -> Exception:
+def _passed(deadline: asyncio.Timeout, timeout_s: float, terms: Terms, writing: Writing) -> Exception:
     """Why a call's time is over."""
-    if gate.was_ended(deadline):
+    if writing.late:
+        return DeadlineExceededError(f"the answer was not read for {terms.unread.limit_s:g} s")
+    if terms.gate.was_ended(deadline):
         return ShuttingDownError("the service is shutting down: the request was not finished in the time that was left")
     return DeadlineExceededError(f"not finished within the deadline of {timeout_s:.3g} s")
 
 
-def _parse(request_type: Any, raw: bytes) -> Any:
+async def _parse(read: Callable[[int, Callable[[], Any]], Awaitable[Any]], request_type: Any, raw: bytes) -> Any:
+    return await read(len(raw), partial(_parsed, request_type, raw))
+
+
+def _parsed(request_type: Any, raw: bytes) -> Any:
+    check_bounds(raw, request_type.DESCRIPTOR)
     try:
         return request_type.FromString(raw)
     except (DecodeError, UnicodeDecodeError) as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cluster import caller
 from cluster.errors import AuthenticationError, ForbiddenError
 from cluster.server.credentials import Credentials
 from cluster.server.openai.errors import answer_of
@@ -31,10 +34,11 @@ class BearerTokenMiddleware:
             return
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == HEADER.encode()]
         try:
-            authorize(given, Role.GENERATE, self._credentials())
+            tenant = authorize(given, Role.GENERATE, self._credentials())
         except AuthenticationError as error:
             await answer_of(_as_said_here(error, bool(given))).response()(scope, receive, send)
             return
+        caller.accept(replace(caller.current_caller(), tenant=tenant))
         await self._app(scope, receive, send)
 
 

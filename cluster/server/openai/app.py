@@ -13,6 +13,7 @@ from cluster.config.schema import HttpConfig
 from cluster.server.credentials import Credentials
 from cluster.server.openai.access import BearerTokenMiddleware
 from cluster.server.openai.body_limit import BodyLimitMiddleware
+from cluster.server.openai.callers import CallerMiddleware
 from cluster.server.openai.door import Door
 from cluster.server.openai.errors import Answer, Kind, answer_of
 from cluster.server.openai.request_id import HEADER
@@ -37,6 +38,7 @@ def build_app(config: HttpConfig, door: Door, credentials: Credentials | None = 
     app.add_middleware(BodyLimitMiddleware, max_bytes=int(config.max_body_mb * 1e6))
     if credentials is not None:
         app.add_middleware(BearerTokenMiddleware, credentials=credentials)
+    app.add_middleware(CallerMiddleware)
     if config.cors_origins is not None:
         app.add_middleware(
             CORSMiddleware,

@@ -17,9 +17,11 @@ from cluster.server.openai import sse
 from cluster.server.openai.door import Door
 from cluster.server.openai.errors import answer_of
 from cluster.server.openai.json_bytes import json_bytes
+from cluster.server.unread import Writing
 from workers.errors import DeadlineExceededError, RequestCancelledError
 
 Headers = list[tuple[bytes, bytes]]
+_LAST_WORDS_S = 5.0
 _EVENT_STREAM: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -40,6 +42,7 @@ class Call(Response):
         self._door = door
         self._own_headers: Headers = [(b"x-request-id", request_id.encode("ascii", "backslashreplace"))]
         self._begun = self._ended = False
+        self._writing: Writing | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Find the answer, and send it or what went wrong."""
@@ -51,7 +54,9 @@ class Call(Response):
         except Exception as error:
             answer = answer_of(error)
             if self._begun:
-                await self._end(send, self._last_event(answer.body()))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_WORDS_S):  # who has not read will not read this either
+                        await self._end(send, self._last_event(answer.body()))
                 return
             response = answer.response()
             response.raw_headers.extend(self._own_headers)
@@ -73,7 +78,8 @@ class Call(Response):
         watching: asyncio.Task[None] | None = None
         try:
             async with deadline:
-                with self._door.gate.passage(deadline):
+                with self._door.gate.passage(deadline), self._door.unread.stream(deadline) as writing:
+                    self._writing = writing
                     watching = asyncio.create_task(watch())
                     await self._work(timeout_s, send)
         except TimeoutError as error:
@@ -81,6 +87,8 @@ class Call(Response):
                 raise
             if gone:
                 raise RequestCancelledError("the client is gone") from error
+            if self._writing is not None and self._writing.late:
+                raise DeadlineExceededError(f"the answer was not read for {self._door.unread.limit_s:g} s") from error
             if self._door.gate.was_ended(deadline):
                 raise ShuttingDownError(
                     "the service is shutting down: the request was not finished in the time that was left"
@@ -103,9 +111,17 @@ class Call(Response):
         self._begun = True
         await send({"type": "http.response.start", "status": status, "headers": [*headers, *self._own_headers]})
 
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        """Send a part; that takes as long as the client lets it."""
+        if self._writing is not None:
+            self._writing.since = asyncio.get_running_loop().time()
+        await send(message)
+        if self._writing is not None:
+            self._writing.since = 0.0
+
     async def _end(self, send: Send, content: bytes) -> None:
         self._ended = True
-        await send(_body(content))
+        await self._send(send, _body(content))
 
 
 class WholeCall(Call):
@@ -166,7 +182,7 @@ class StreamCall(Call):
             async for event in events:
                 if not self._begun:
                     await self._begin(send, 200, _EVENT_STREAM)
-                await send(_body(event, more=True))
+                await self._send(send, _body(event, more=True))
                 await turn()
         await self._end(send, b"")
 

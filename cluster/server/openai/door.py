@@ -13,6 +13,7 @@ from cluster.gateway.readiness import Health
 from cluster.generation.text_generation import Generation
 from cluster.server.call_gate import CallGate
 from cluster.server.pacing import Pacer
+from cluster.server.unread import UnreadStreams
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Door:
         default_timeout_s: a call's deadline.
         gate: what calls of new work pass.
         pacer: when streams send.
+        unread: ends those that nobody reads.
         health: as last reported; the reason is what a start is at.
         draining: no new work is taken any more.
     """
@@ -47,6 +49,7 @@ class Door:
         self.default_timeout_s = default_timeout_s
         self.gate = CallGate()
         self.pacer = Pacer()
+        self.unread = UnreadStreams()
         self.health = Health()
         self.draining = False
         self._served: Served | None = None

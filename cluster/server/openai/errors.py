@@ -23,6 +23,7 @@ from cluster.errors import (
     WorkerLeavesError,
     WorkerLostError,
 )
+from cluster.server.error_text import error_text
 from cluster.server.openai.json_bytes import json_bytes
 from workers.errors import (
     CapacityError,
@@ -32,6 +33,7 @@ from workers.errors import (
     NoTokenLeftError,
     RequestCancelledError,
     RoomLostError,
+    SamplingError,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ KIND_BY_ERROR: dict[type[BaseException], Kind] = {
     InvalidRequestError: Kind(400, _INVALID),
     UnsupportedFieldError: Kind(400, _INVALID, "unsupported_parameter"),
     NoTokenLeftError: Kind(400, _INVALID),
+    SamplingError: Kind(422, _INVALID, "no_valid_logits"),
     CapacityError: Kind(400, _INVALID),
     AuthenticationError: Kind(401, _INVALID, "invalid_api_key"),
     ForbiddenError: Kind(403, _INVALID, "insufficient_permissions"),
@@ -115,7 +118,7 @@ def answer_of(error: BaseException) -> Answer:
     for base in type(error).__mro__:
         if base in KIND_BY_ERROR:
             param = error.field if isinstance(error, UnsupportedFieldError) else None
-            return Answer(KIND_BY_ERROR[base], str(error) or base.__name__, param, _headers(error))
+            return Answer(KIND_BY_ERROR[base], error_text(error), param, _headers(error))
     logger.error("unexpected %s", type(error).__name__, exc_info=error)
     return Answer(INTERNAL, "internal error; the server's log has the details")
 

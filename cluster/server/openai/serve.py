@@ -11,7 +11,9 @@ from cluster.config.schema import ServerConfig
 from cluster.gateway.readiness import WELL, Health
 from cluster.generation.text_generation import Generation
 from cluster.server.address import join, reachable
+from cluster.server.connections import connections_of, raise_file_limit
 from cluster.server.credentials import http_credentials_of
+from cluster.server.http_protocol import bounded_http
 from cluster.server.openai.app import build_app
 from cluster.server.openai.door import Door, Served
 from cluster.server.openai.listen import open_socket, tls_of
@@ -35,7 +37,8 @@ class HttpServer:
     def __init__(self, config: ServerConfig) -> None:
         self.url, self.port = "", 0
         self._config = config.http
-        self._door = Door(config.default_timeout_s)
+        self._door = Door(min(config.default_timeout_s, config.max_timeout_s))
+        self._connections = connections_of(raise_file_limit())
         self._app = build_app(config.http, self._door, http_credentials_of(config))
         self._uvicorn: UvicornServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -53,7 +56,7 @@ class HttpServer:
         self._uvicorn = UvicornServer(
             uvicorn.Config(
                 self._app,
-                http="httptools",
+                http=bounded_http(self._connections),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -70,7 +73,7 @@ class HttpServer:
         await self._uvicorn.listening.wait()
         if not self._uvicorn.started:
             await serving
-        self._tasks = [serving, asyncio.create_task(self._door.pacer.run())]
+        self._tasks = [serving, *(asyncio.create_task(each.run()) for each in (self._door.pacer, self._door.unread))]
 
     async def starting(self, step: str) -> None:
         """Tell who asks what the start is at; once it serves, that is no matter."""
@@ -107,8 +110,9 @@ class HttpServer:
         if self._uvicorn is None:
             return
         self._uvicorn.should_exit = True
-        serving, pacing = self._tasks
-        pacing.cancel()
+        serving, *looking = self._tasks
+        for task in looking:
+            task.cancel()
         await serving
         self._uvicorn = None
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.ray import process_end, worker
+from cluster.ray.lease_keeper import LeaseKeeper
 from cluster.ray.placement_group import RankResources
 from cluster.ray.process_end import Whereabouts, all_ended, has_ended
 from kv_transfer.process import ProcessId
@@ -105,7 +106,9 @@ def placed(monkeypatch) -> Callable[[FakeRank], worker.RayWorker]:
         monkeypatch.setattr(worker, "RankPlacement", Placement)
         monkeypatch.setattr(worker.ray, "kill", lambda rank: None)
         monkeypatch.setattr(worker.ray, "available_resources", dict)
-        return worker.RayWorker(WorkerConfig("prefill-0", "prefill", "nowhere"), RankResources(num_cpus=1, num_gpus=0))
+        return worker.RayWorker(
+            WorkerConfig("prefill-0", "prefill", "nowhere"), RankResources(num_cpus=1, num_gpus=0), LeaseKeeper()
+        )
 
     return make
 

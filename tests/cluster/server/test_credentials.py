@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.caller import HIGHEST_PRIORITY, Tenant
 from cluster.errors import AuthenticationError, ForbiddenError
 from cluster.server.reloaded import LOOK_INTERVAL_S, Reloaded
 from cluster.wire.auth import ALL_ROLES, Credential, Role, authorize, parse_credentials
@@ -85,3 +86,32 @@ def test_files_are_read_when_they_change_and_once_in_a_while_at_most(
     replaced.rename(path)
     time_s += LOOK_INTERVAL_S
     assert content() == "good"
+
+
+def test_a_token_may_be_a_tenants() -> None:
+    text = "generate tenant=acme share=2.5 priority=-1:10 one\ntenant=ops two\ngenerate three\nfour\npriority=3 five\n"
+    tenants = [credential.tenant for credential in parse_credentials(text)]
+    assert tenants == [
+        Tenant("acme", 2.5, (-1, 10)),
+        Tenant("ops"),
+        Tenant(priorities=(0, HIGHEST_PRIORITY)),
+        Tenant(),
+        Tenant(priorities=(3, 3)),
+    ]
+    assert authorize(["Bearer one"], GENERATE, parse_credentials(text)).name == "acme"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate tenent=a t", "line 1 has the setting 'tenent'"),
+        ("share=0 t", r"share 0, it must be in \[0\.001, 1000\]"),
+        ("share=nan t", "share nan"),
+        ("share=much t", "line 1: share is a number"),
+        ("priority=5:1 t", "priorities 5 to 1"),
+        ("priority=a t", "line 1: share is a number, and priority the first and the last"),
+    ],
+)
+def test_what_is_wrong_with_a_tenant_is_said(line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_credentials(line)

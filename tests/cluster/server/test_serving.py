@@ -197,7 +197,7 @@ async def test_the_blocking_client_and_the_unary_methods(serve: Serve, answer: A
         ({"text": "x", "model": "huge"}, "model 'huge' is not served here; this server serves 'tiny'"),
         ({"text": "x", "request_id": "r" * 129}, "request_id has 129 bytes, at most 128"),
         ({"text": "x" * 10_000_000}, "10000000 .* 64 tokens"),
-        ({"token_ids": baton_pb2.TokenIds(ids=[1] * 10_000_000)}, "has 10000000 tokens; .* 64"),
+        ({"token_ids": baton_pb2.TokenIds(ids=[1] * 2_000_000)}, "has 2000000 tokens; .* 64"),
         ({"text": "x", "sampling": {"temperature": -1}}, r"temperature is -1.0, it must be in \[0.0, 100.0\]"),
         ({"text": "x", "sampling": {"temperature": float("nan")}}, "temperature is nan"),
         ({"text": "x", "sampling": {"max_tokens": 0}}, "max_tokens is 0"),

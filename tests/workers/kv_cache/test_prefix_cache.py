@@ -84,6 +84,39 @@ def test_the_least_recently_used_goes_first_and_a_beginning_last():
     assert cache.allocate(hashes("xxyyzz"), 3)[0][:2] == new[:2]
 
 
+def test_prompts_that_nobody_repeats_take_nothing_that_others_share():
+    cache = PrefixCache(8)
+    cache.release(computed(cache, "aabb"))
+    shared, found = cache.allocate(hashes("aabb"), 2)
+    assert found == 2
+    cache.release(shared)
+    for number in range(20):
+        cache.release(computed(cache, chr(200 + number) * 12))
+        assert cache.find(hashes("aabb")) == shared
+    assert cache.fits((), 8), "but what is needed is there"
+    cache.release(cache.allocate((), 8)[0])
+    assert cache.find(hashes("aabb")) == []
+
+
+def test_what_was_repeated_long_ago_is_as_anything_else():
+    cache = PrefixCache(8)  # six of them go last at most
+    for letter in "abcdefgh":
+        cache.release(computed(cache, letter * 2))
+        cache.release(cache.allocate(hashes(letter * 2), 1)[0])
+    cache.release(cache.allocate((), 2)[0])
+    assert [bool(cache.find(hashes(letter * 2))) for letter in "abcdefgh"] == [False] * 2 + [True] * 6
+
+
+def test_samples_of_one_prompt_do_not_repeat_it():
+    cache = PrefixCache(4)
+    blocks = computed(cache, "aabb")
+    cache.share(blocks)
+    for _ in range(2):
+        cache.release(blocks)
+    cache.release(computed(cache, "xxyyzz"))
+    assert len(cache.find(hashes("aabb"))) < 2
+
+
 def test_what_is_found_is_not_evicted_for_the_rest():
     cache = PrefixCache(4)
     cache.release(computed(cache, "aabb"))

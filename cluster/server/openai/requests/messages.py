@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.conversation.messages import ChatMessage
+from cluster.conversation.messages import MAX_MESSAGES, ChatMessage
 from cluster.conversation.read_messages import read_message
 from cluster.server.openai.errors import UnsupportedFieldError
 from cluster.server.openai.requests.model import FirstError, RequestModel
@@ -31,7 +31,7 @@ class Message(RequestModel):
     content: str | Annotated[list[ContentPart], FirstError()] | None = None
 
 
-Messages = Annotated[list[Message], FirstError()]
+Messages = Annotated[list[Message], FirstError(), Field(max_length=MAX_MESSAGES)]
 
 
 def chat_messages(messages: Sequence[Message], field: str = "messages", first: int = 0) -> tuple[ChatMessage, ...]:
@@ -47,6 +47,16 @@ def chat_messages(messages: Sequence[Message], field: str = "messages", first: i
         InvalidRequestError: a message has no content, or one of its other fields is wrong.
     """
     return tuple(_message(message, field, first + number) for number, message in enumerate(messages))
+
+
+def check_number(messages: Sequence[Message], field: str) -> None:
+    """Refuse more messages than a conversation may have.
+
+    Raises:
+        InvalidRequestError: with both numbers.
+    """
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(f"{field} has {len(messages)} entries, at most {MAX_MESSAGES} are allowed")
 
 
 def content_text(content: str | Sequence[ContentPart], where: str, field: str) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field
 from cluster.conversation.messages import ChatMessage
 from cluster.generation.conversations import Conversation
 from cluster.server.openai.errors import UnsupportedFieldError
+from cluster.server.openai.requests.messages import check_number
 from cluster.server.openai.requests.model import FirstError
 from cluster.server.openai.requests.response_input import InputItem, input_messages
 from cluster.server.openai.requests.response_tools import response_tools
@@ -48,6 +49,7 @@ class ResponseRequest(SamplingFields):
             UnsupportedFieldError: an item or a tool is of a kind that is not supported.
         """
         items = [InputItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        check_number(items, "input")
         messages = input_messages(items)
         if self.instructions:
             messages = (ChatMessage("system", self.instructions), *messages)

@@ -12,7 +12,7 @@ from cluster.server.openai.requests.model import RequestModel, StopTexts, Texts,
 from cluster.server.openai.requests.structured import FormFields
 from cluster.text.sampling_defaults import with_defaults
 from workers.errors import InvalidRequestError
-from workers.sampling_params import MAX_BAD_WORDS, MAX_LISTED_TOKENS, SamplingParams
+from workers.sampling_params import MAX_BAD_WORDS, MAX_LISTED_TOKENS, MAX_STOP_TOKEN_IDS, SamplingParams
 
 MAX_N = 128
 _INT32 = 2**31
@@ -52,7 +52,7 @@ class SamplingFields(FormFields):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     stop: StopTexts | None = None
-    stop_token_ids: Annotated[TokenIdList, Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[TokenIdList, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     logit_bias: dict[str, float] | None = None
     bad_words: Annotated[Texts, Field(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[TokenIdList, Field(min_length=1, max_length=MAX_LISTED_TOKENS)] | None = None

@@ -10,6 +10,7 @@ from cluster.api import EngineRequest
 from cluster.generation.conversations import Conversation
 from cluster.generation.text_chunk import TextChunk
 from cluster.generation.text_generation import Generation
+from cluster.generation.whole_answer import held_bytes
 from cluster.server.openai import sse
 from cluster.server.openai.answers.parts import joined
 from cluster.server.openai.answers.usage import UsageCount
@@ -47,7 +48,11 @@ async def answer(
         async for sample in samples:
             choices[sample.index].append(sample.chunk)
             usage.add(sample.chunk)
-    return writer.whole([joined(chunks) for chunks in choices], usage)
+
+    def whole() -> dict[str, Any]:
+        return writer.whole([joined(chunks) for chunks in choices], usage)
+
+    return await generation.intake.run(sum(map(held_bytes, choices)), whole)
 
 
 async def stream(

@@ -10,9 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.api import EngineRequest
+from cluster.generation.conversations import Conversation
 from cluster.generation.text_generation import GenerationRequest
 from cluster.server.openai.answers.chat import ChatWriter
 from cluster.server.openai.answers.parts import Head
+from cluster.server.openai.bounded_route import BoundedRoute, off_loop
 from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import door_of
 from cluster.server.openai.request_id import request_id_of
@@ -20,8 +22,9 @@ from cluster.server.openai.requests.chat import ChatCompletionRequest
 from cluster.server.openai.requests.sampling import check_stream_options
 from cluster.server.openai.requests.unsupported import check_best_of, check_fields
 from cluster.server.openai.routes.answering import answer, stream
+from workers.sampling_params import SamplingParams
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/chat/completions")
@@ -35,8 +38,11 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     options = check_stream_options(body.stream, body.stream_options)
     generation = served.generation
     own = {"max_tokens": body.longest, "logprobs": body.num_logprobs, "prompt_logprobs": body.prompt_logprobs, "n": n}
-    sampling = body.sampling(generation.sampling_defaults, **own)
-    conversation, shared = body.conversation(), body.options()
+
+    def read() -> tuple[SamplingParams, Conversation, dict[str, Any]]:
+        return body.sampling(generation.sampling_defaults, **own), body.conversation(), body.options()
+
+    sampling, conversation, shared = await off_loop(request, read)
 
     async def prepared(timeout_s: float) -> tuple[EngineRequest, ChatWriter]:
         engine_request = await generation.prepare(
@@ -45,6 +51,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
                 prompt=conversation,
                 sampling=sampling,
                 timeout_s=timeout_s,
+                gathered=0 if body.stream else n,
                 **shared,
             )
         )

@@ -11,18 +11,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.api import EngineRequest
+from cluster.generation.conversations import Conversation
 from cluster.generation.text_generation import GenerationRequest
+from cluster.generation.whole_answer import held_bytes
 from cluster.server.openai import sse
 from cluster.server.openai.answers.parts import Head
 from cluster.server.openai.answers.response import ResponseWriter
+from cluster.server.openai.bounded_route import BoundedRoute, off_loop
 from cluster.server.openai.call import StreamCall, WholeCall
 from cluster.server.openai.door import door_of
 from cluster.server.openai.request_id import request_id_of
 from cluster.server.openai.requests.response import ResponseRequest
 from cluster.server.openai.requests.unsupported import check_fields
 from cluster.server.openai.routes.answering import usage_of
+from workers.sampling_params import SamplingParams
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/responses")
@@ -32,10 +36,12 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
     served, request_id = door.served, request_id_of(request)
     check_fields(body)
     generation = served.generation
-    conversation, shared = body.conversation(), body.options()
-    sampling = body.sampling(
-        generation.sampling_defaults, max_tokens=body.max_output_tokens, logprobs=body.num_logprobs
-    )
+    own = {"max_tokens": body.max_output_tokens, "logprobs": body.num_logprobs}
+
+    def read() -> tuple[SamplingParams, Conversation, dict[str, Any]]:
+        return body.sampling(generation.sampling_defaults, **own), body.conversation(), body.options()
+
+    sampling, conversation, shared = await off_loop(request, read)
     head = Head(f"resp_{request_id}", served.model_info.name)
     writer = ResponseWriter(head, body, sampling, generation.token_bytes)
 
@@ -46,6 +52,7 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
                 prompt=conversation,
                 sampling=sampling,
                 timeout_s=timeout_s,
+                gathered=1,  # a stream's last event has all of it, too
                 **shared,
             )
         )
@@ -57,7 +64,7 @@ async def responses(body: ResponseRequest, request: Request) -> Response:
             async for chunk in parts:
                 usage.add(chunk)
                 chunks.append(chunk)
-        return writer.whole(chunks, usage)
+        return await generation.intake.call(held_bytes(chunks), writer.whole, chunks, usage)
 
     async def events(timeout_s: float) -> AsyncGenerator[bytes, None]:
         engine_request = await prepared(timeout_s)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cluster.server.openai.bounded_route import BoundedRoute, off_loop
 from cluster.server.openai.call import WholeCall
 from cluster.server.openai.door import door_of
 from cluster.server.openai.request_id import request_id_of
@@ -15,7 +17,7 @@ from cluster.server.openai.requests.tokens import DetokenizeRequest, TokenizeCha
 from cluster.server.openai.requests.unsupported import check_fields
 from workers.token_ids import as_token_ids
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/tokenize")
@@ -24,7 +26,7 @@ async def tokenize(body: TokenizeChatRequest | TokenizeRequest, request: Request
     door = door_of(request)
     served = door.served
     check_fields(body)
-    prompt = body.prompt if isinstance(body, TokenizeRequest) else body.conversation()
+    prompt = body.prompt if isinstance(body, TokenizeRequest) else await off_loop(request, body.conversation)
 
     async def work(timeout_s: float) -> dict[str, Any]:
         token_ids = await served.generation.tokenize(prompt, body.model or "", body.add_special_tokens)
@@ -42,7 +44,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     door = door_of(request)
     served = door.served
     check_fields(body)
-    token_ids = as_token_ids(body.tokens)
+    token_ids = await off_loop(request, partial(as_token_ids, body.tokens))
 
     async def work(timeout_s: float) -> dict[str, Any]:
         return {"prompt": await served.generation.detokenize(token_ids, body.model or "")}

@@ -1,0 +1,74 @@
+"""HTTP connections that are bounded in number, and closed when nothing comes through them."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cluster.server.connections import HEAD_LIMIT_S
+from cluster.server.host_counts import HostCounts
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's own closes what is idle after an answer; this one what has not asked anything yet, too.
+
+    Args:
+        counts: of connections.
+        head_limit_s: for the head of a request to be there.
+    """
+
+    def __init__(self, *args: Any, counts: HostCounts, head_limit_s: float = HEAD_LIMIT_S, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._counts = counts
+        self._head_limit_s = head_limit_s
+        self._host: str | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """One more, if there is room for it."""
+        super().connection_made(transport)
+        host = self.client[0] if self.client else ""
+        if not self._counts.take(host):
+            transport.abort()
+            return
+        self._host = host
+        self._set_alarm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """One less."""
+        self._stop_alarm()
+        if self._host is not None:
+            self._counts.give_back(self._host)
+            self._host = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request: its head is to be whole soon."""
+        super().data_received(data)
+        if self._alarm is None and (self.cycle is None or self.cycle.response_complete):
+            self._set_alarm()
+
+    def on_headers_complete(self) -> None:
+        """The head is here."""
+        self._stop_alarm()
+        super().on_headers_complete()
+
+    def _set_alarm(self) -> None:
+        self._alarm = self.loop.call_later(self._head_limit_s, self._close)
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def _close(self) -> None:
+        self._alarm = None
+        self.transport.abort()
+
+
+def bounded_http(counts: HostCounts) -> Any:
+    """What `uvicorn.Config` takes as `http`: a class, as far as it looks."""
+    return partial(BoundedProtocol, counts=counts)
