@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from benchmarks.markdown import provenance, read_result, table
 from workers.errors import ConfigError
 
 ENGINE = {engine: f"gpu_engine_{engine}.json" for engine in ("baton", "vllm")}
+LATENT = {"baton": "gpu_engine_deepseek-v2-lite.json", "vllm": "gpu_engine_vllm_deepseek-v2-lite.json"}
+FROM_PIP = {"baton": "gpu_engine_pip_llama-3.1-8b.json", "vllm": "gpu_engine_vllm_llama-3.1-8b.json"}
 SERVICE = {(engine, gpus): f"gpu_service_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
 START = {(engine, gpus): f"gpu_start_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
 PUSH = ("push", 2)
@@ -25,9 +28,15 @@ _NONE = "No result is kept yet."
 _DASH = "—"
 
 
-def engine(results: Path) -> str:
-    """Prefill rates and decode steps, with the limit of the same GPU, beside vLLM's of the same run."""
-    loaded = _load(results, ENGINE)
+def engine(results: Path, files: Mapping[str, str] = ENGINE, goals: bool = True) -> str:
+    """Prefill rates and decode steps, with the limit of the same GPU, beside vLLM's of the same run.
+
+    Args:
+        results: the folder.
+        files: of Baton and of vLLM.
+        goals: whether the goals of Llama-3.1-8B's shape are theirs.
+    """
+    loaded = _load(results, files)
     ours = loaded.get("baton")
     if ours is None:
         return _NONE
@@ -35,6 +44,8 @@ def engine(results: Path) -> str:
     rows = [_prefill_row(row, theirs.get(("prefill", row["point"], False))) for row in ours["prefill"]]
     rows += [_decode_row(row, theirs.get(("decode", row["point"], row["sampled"]))) for row in ours["decode"]]
     header = ("batch × tokens", "measured", "Baton", "vLLM", "Baton / vLLM", "limit", "of the limit", "goal", "met")
+    if not goals:
+        header, rows = header[:7], [row[:7] for row in rows]
     limits = ours["limits"]
     text = (
         f"Limits of the same GPU in the same run: copies at {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
@@ -210,6 +221,8 @@ def group_sizes(results: Path) -> str:
 
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_engine": engine,
+    "gpu_engine_latent": partial(engine, files=LATENT, goals=False),
+    "gpu_engine_from_pip": partial(engine, files=FROM_PIP, goals=False),
     "gpu_handoff": handoff,
     "gpu_second_token": second_token,
     "gpu_first_request": first_request,
