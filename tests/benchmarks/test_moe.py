@@ -13,7 +13,7 @@ from benchmarks.environment import RESULTS
 from benchmarks.moe import TOKENS
 from benchmarks.moe_layers import LAYERS, MoELayerShape, all_tiles, candidates, describe, fitting, make_block, run_block
 from workers.ops.flashinfer_experts import interleave
-from workers.ops.grouped_tiles import SM90, TILES, choose_tile
+from workers.ops.grouped_tiles import SM90, SM90_SHAPES, TILES, choose_tile
 from workers.ops.router_config import RouterConfig
 from workers.ops.sum_tiles import USUAL, sums_faster
 
@@ -67,13 +67,32 @@ def expected_us(measured: Mapping[tuple[str, str], float], first: str, second: s
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_table_has_what_was_fastest_when_measured(name: str) -> None:
-    layers = json.loads((RESULTS / "moe_h200.json").read_text())["layers"]
-    for point in layers[name]:
+    """The first run tried no tile of `tma_rows`: where the table has one, another point has to have been won by it."""
+    content = json.loads((RESULTS / "moe_h200.json").read_text())
+    second_run = content["config"]["second_run"]["tokens"]
+    compared, of_other_points = set(), set()
+    for point in content["layers"][name]:
         assert not point["errors"]
-        pairs = {tuple(tiles.split()): us for tiles, us in point["us"].items() if tiles.count(" ") == 1}
-        found = expected_us(pairs, *tabled(LAYERS[name], point["tokens"]))
-        assert found <= 1.03 * min(pairs.values()), point["tokens"]
+        num_tokens, tiles = point["tokens"], tabled(LAYERS[name], point["tokens"])
+        assert any("tma-" in tried for tried in point["us"]) == (num_tokens in second_run)
+        if num_tokens not in second_run and any(tile.startswith("tma-") for tile in tiles):
+            of_other_points.add(tiles)
+            continue
+        pairs = {tuple(tried.split()): us for tried, us in point["us"].items() if tried.count(" ") == 1}
+        found = expected_us(pairs, *tiles)
+        assert found <= 1.03 * min(pairs.values()), num_tokens
         assert found <= point["us"].get("torch", found)
+        compared.add(tiles)
+    assert of_other_points <= compared
+
+
+def test_both_products_of_a_layer_have_the_same_rows() -> None:
+    """At every boundary of any range, in every shape: pairs are cut into tiles once."""
+    ranges = [*SM90.values(), *SM90_SHAPES.values()]
+    for layer in (*LAYERS.values(), MoELayerShape(RouterConfig(160, 1), 1000, 1000)):
+        for begin in {begin for each in ranges for begin, _ in each}:
+            for mean in (begin, begin * 0.99):
+                tabled(layer, max(1, round(mean * layer.num_experts / layer.top_k)))
 
 
 def test_shapes_that_were_not_measured_have_the_usual_tiles() -> None:

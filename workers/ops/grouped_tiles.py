@@ -68,6 +68,7 @@ _FEW_128 = replace(_FEW_32, rows=128, outputs=128, num_stages=3, num_warps=8)
 _MANY_64 = GroupedTile(rows=64, outputs=128, inputs=64, bundle=8, num_stages=4, num_warps=4)
 _MANY_128 = replace(_MANY_64, rows=128, num_stages=3, num_warps=8)
 _MANY_WIDE = replace(_MANY_128, outputs=256)
+_TMA_128 = replace(_MANY_128, num_stages=4, kernel="tma_rows")
 
 SM90: Mapping[bool, Ranges] = MappingProxyType(
     {
@@ -77,6 +78,7 @@ SM90: Mapping[bool, Ranges] = MappingProxyType(
             (12, _FEW_32),
             (24, _FEW_64),
             (96, _FEW_128),
+            (512, _TMA_128),
         ),
         False: (
             (0, _FEW),
@@ -84,21 +86,28 @@ SM90: Mapping[bool, Ranges] = MappingProxyType(
             (12, replace(_FEW_32, outputs=128)),
             (24, _MANY_64),
             (96, _MANY_WIDE),
+            (512, replace(_TMA_128, outputs=256)),
         ),
     }
 )
 """On an H200, of gate and up together and of single products: what was fastest in most of the shapes that `python -m
-benchmarks.moe` has (benchmarks/results/moe_h200.json). Both have the same rows everywhere: pairs are cut once."""
+benchmarks.moe` has (benchmarks/results/moe_h200.json). Both have the same rows everywhere: pairs are cut once. Tiles of
+`tma_rows` begin where the fewest pairs were that they were measured with and won."""
 
 SM90_SHAPES: Mapping[Shape, Ranges] = MappingProxyType(
     {
-        # DeepSeek-V2-Lite's second product
-        (66, 2048, 1408, False): (*SM90[False], (3000, replace(_MANY_128, num_stages=4))),
-        # gpt-oss-20b's first
-        (32, 5760, 2880, True): ((0, replace(_FEW_DEEP, num_stages=4)), *SM90[True][1:], (1024, _MANY_128)),
+        # gpt-oss-20b's first product
+        (32, 5760, 2880, True): (
+            (0, replace(_FEW_DEEP, num_stages=4)),
+            *SM90[True][1:],
+            (3000, replace(_TMA_128, copied=True)),
+        ),
     }
 )
-"""Shapes that were faster by more than 2 % with something else."""
+"""Shapes that were faster by more than 2 % with something else, and not slower with it elsewhere in the range."""
+
+_TMA_FALLBACK_STAGES = 3
+"""Of `many_rows` in place of `tma_rows`; the fastest depth of such tiles."""
 
 _FLOAT32 = GroupedTile(rows=16, outputs=64, inputs=32, bundle=4, num_stages=2, num_warps=4)
 """Exact float32 is computed without tensor cores: large tiles would not fit the registers."""
@@ -118,6 +127,12 @@ def choose_tile(num_pairs: int, shape: Shape, dtype: torch.dtype, arch: str, sha
     ranges = SM90_SHAPES.get(shape, SM90[shape[3]]) if arch == "sm90" else TILES
     tile = _FLOAT32 if dtype == torch.float32 else [tile for begin, tile in ranges if mean >= begin][-1]
     return fitted(tile, shape[3], dtype, shared_memory)
+
+
+def without_tma(tile: GroupedTile) -> GroupedTile:
+    """What to use in place of a tile of `tma_rows` where the accelerator cannot read: the same pairs and outputs."""
+    num_stages = min(tile.num_stages, _TMA_FALLBACK_STAGES)
+    return replace(tile, kernel="many_rows", num_stages=num_stages, copied=False)
 
 
 def fitted(tile: GroupedTile, gated: bool, dtype: torch.dtype, shared_memory: int) -> GroupedTile:

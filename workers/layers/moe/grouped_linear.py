@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from workers.layers.activation import GatedActivation
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import TokenGroups
 from workers.layers.moe.ways import Way, way_for
-from workers.ops.grouped_tiles import GroupedTile
+from workers.ops.grouped_tiles import GroupedTile, without_tma
 
 Rows = Literal["tokens", "pairs", "sorted"]
 """What row n of an operand belongs to: token n, pair number n, or the n-th pair in the order of the experts."""
@@ -130,11 +129,10 @@ def _triton(
     assert isinstance(weight, PlainWeight)
     out = x.new_empty(groups.num_pairs, weight.shape[1] // (1 if activation is None else 2))
     tile = tile or grouped_tile(groups.num_pairs, weight.weight, activation is not None)
-    if tile.kernel == "tma_rows":
-        if tile.copied and rows != "sorted":
-            x, rows = _gathered(x, groups, rows), "sorted"
-        if not has_tma(x, weight.weight):
-            tile = replace(tile, kernel="many_rows")
+    if tile.kernel == "tma_rows" and not has_tma(weight.weight, x if rows == "sorted" else None):
+        tile = without_tma(tile)
+    if tile.copied and rows != "sorted":
+        x, rows = _gathered(x, groups, rows), "sorted"
     alone = tile.kernel == "few_rows" and groups.num_tokens == 1 and "sorted" not in (rows, out_rows)
     launch_grouped_linear(
         out,

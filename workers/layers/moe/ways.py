@@ -18,7 +18,7 @@ WAYS: Mapping[str, Sequence[tuple[int, Sequence[Way]]]] = MappingProxyType(
     }
 )
 """By type of device: from how many tokens on which ways are preferred, the best first. The kernel takes
-55 % to 100 % of the time of PyTorch's product for 64 tokens and more on an H200 (benchmarks/results/moe_h200.json), and
+49 % to 86 % of the time of PyTorch's product for 64 tokens and more on an H200 (benchmarks/results/moe_h200.json), and
 reads and writes rows where they are."""
 
 

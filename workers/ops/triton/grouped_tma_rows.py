@@ -17,10 +17,8 @@ import triton.language as tl
 from attention.ops.triton.dependent_launch import num_sms
 from attention.ops.triton.launch import device_traits
 from workers.ops.grouped_tiles import STORED_OUTPUTS, GroupedTile, staged_bytes
+from workers.ops.tensor_map import has_tensor_map
 from workers.ops.triton.gated_activation import gated_activation
-
-_ALIGNMENT = 16
-"""Bytes that addresses and strides of a tensor map are multiples of."""
 
 _HALF_OF_WARPS = 4
 """Warps of a program that leave registers for a second one on a multiprocessor."""
@@ -158,11 +156,15 @@ def grouped_tma_rows_kernel(
             _store(out_ptr, result, destination, there, first, M, OUTPUTS)
 
 
-def has_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the device has the accelerator, and it can read these."""
-    aligned = weight.shape[2] * weight.element_size() % _ALIGNMENT == 0 and weight.data_ptr() % _ALIGNMENT == 0
-    aligned = aligned and x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * x.element_size() % _ALIGNMENT == 0
-    return aligned and x.element_size() == 2 and device_traits(x.device).arch == "sm90"
+def has_tma(weight: torch.Tensor, x: torch.Tensor | None) -> bool:
+    """Whether the device has the accelerator, and it can read the weight.
+
+    Args:
+        weight: (E, M, K).
+        x: (N, K) that the accelerator reads as well; None where its rows are gathered, or copied before.
+    """
+    readable = has_tensor_map(weight) and (x is None or has_tensor_map(x))
+    return readable and device_traits(weight.device).arch == "sm90"
 
 
 def launch_grouped_tma_rows(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,8 +21,9 @@ from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import group_tokens, sort_pairs
 from workers.layers.moe.ways import WAYS, way_for
 from workers.layers.moe.weighted_sum import weighted_sum, weighted_sum_torch
-from workers.ops.grouped_tiles import GroupedTile
+from workers.ops.grouped_tiles import GroupedTile, without_tma
 from workers.ops.sum_tiles import SumTile
+from workers.ops.tensor_map import has_tensor_map
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,6 +41,7 @@ def kernels() -> SimpleNamespace:
     """The launch functions, of kernels that the interpreter runs where there is no GPU."""
     with mock.patch.dict(os.environ, {} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"}):
         language = pytest.importorskip("triton.language")
+        from attention.ops.triton import launch
         from workers.ops.triton import (
             chosen_experts_sum,
             counting_sort,
@@ -50,6 +53,7 @@ def kernels() -> SimpleNamespace:
         if DEVICE.type == "cpu" and type(function).__name__ != "InterpretedFunction":
             pytest.skip("Triton was imported to compile: needs TRITON_INTERPRET=1 or a CUDA device")
     return SimpleNamespace(
+        traits=launch.device_traits(DEVICE),
         product=grouped_linear.launch_grouped_linear,
         tile_for=grouped_linear.grouped_tile,
         tiles=[
@@ -276,6 +280,74 @@ def test_a_kernel_that_needs_groups_is_refused_without(kernels: SimpleNamespace)
     x, weight, groups = randn(4, 16).half(), randn(2, 32, 16).half(), group_tokens(some_ids(4, 2, 1), 2)
     with pytest.raises(ValueError, match="tma_rows needs the groups' pairs and offsets"):
         kernels.product(x.new_empty(4, 32), x, weight, tile_of(kernels, "tma_rows"), groups.tiles(16), groups.pairs)
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same, contiguous, from one element after an aligned address on."""
+    return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+
+
+def in_wider_rows(tensor: torch.Tensor, more: int) -> torch.Tensor:
+    """The same, as a slice of a tensor with so many more columns."""
+    return torch.cat([tensor, tensor.new_zeros(*tensor.shape[:-1], more)], dim=-1)[..., : tensor.shape[-1]]
+
+
+def test_what_a_tensor_map_describes() -> None:
+    for dtype in DTYPES[1:]:
+        weight, x = randn(3, 5, 40, dtype=dtype), randn(7, 40, dtype=dtype)
+        for fits in (weight, x, x[2:], in_wider_rows(x, 8), x[:, 8:], randn(1, 24, dtype=dtype)):
+            assert has_tensor_map(fits)
+        odd, share = randn(3, 5, 44, dtype=dtype), weight[..., :20].contiguous()
+        for other in (odd, share, shifted(weight), in_wider_rows(x, 1), x[:, 1:], x.mT, x[:0]):
+            assert not has_tensor_map(other)
+    assert not has_tensor_map(randn(3, 8)), "exact float32 needs another product"
+    assert not has_tensor_map(torch.zeros(3, 16, dtype=torch.int16)), "16 bits, but no floats"
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="as if the interpreter's device were another")
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    ("num_inputs", "arch", "change_x", "change_weight", "taken"),
+    [
+        (40, "sm90", None, None, (True, True)),
+        (40, "sm100", None, None, (False, False)),
+        (40, "sm80", None, None, (False, False)),
+        (44, "sm90", None, None, (False, False)),
+        (40, "sm90", None, shifted, (False, False)),
+        (40, "sm90", shifted, None, (True, False)),
+        (40, "sm90", partial(in_wider_rows, more=1), None, (True, False)),
+        (40, "sm90", partial(in_wider_rows, more=8), None, (True, True)),
+    ],
+    ids=["fits", "sm100", "sm80", "odd K", "weight's address", "x's address", "x's stride", "x's aligned stride"],
+)
+def test_tma_reads_what_it_can_and_pointers_the_rest(
+    kernels: SimpleNamespace,
+    num_inputs: int,
+    arch: str,
+    change_x: Any,
+    change_weight: Any,
+    taken: tuple[bool, bool],
+    copied: bool,
+) -> None:
+    """Of rows that are gathered or copied, which may lie anyhow, and of sorted ones; the product is the same."""
+    ids, x = some_ids(9, 4, 2), randn(9, num_inputs, dtype=torch.float16)
+    matrices = randn(4, 24, num_inputs, dtype=torch.float16, seed=1)
+    weight = PlainWeight(matrices if change_weight is None else change_weight(matrices))
+    groups, expected = group_tokens(ids, 4), exact(x, weight, ids)
+    tile = replace(tile_of(kernels, "tma_rows"), copied=copied, num_stages=4)
+    module, moe = "workers.ops.triton.grouped_tma_rows", "workers.layers.moe.grouped_linear"
+    traits = replace(kernels.traits, arch=arch)
+    for rows, source, by_tma in (("tokens", x, taken[0]), ("sorted", x[groups.tokens.long()], taken[1])):
+        with (
+            mock.patch(f"{module}.device_traits", return_value=traits),
+            mock.patch(f"{moe}.usable_ways", return_value=("triton",)),
+            mock.patch("workers.ops.triton.grouped_linear.launch_grouped_linear", wraps=kernels.product) as launch,
+        ):
+            source = source if change_x is None else change_x(source)
+            out = grouped_linear(source, weight, groups, rows=rows, out_rows="pairs", way="triton", tile=tile)
+        assert launch.call_args.args[3] == (tile if by_tma else without_tma(tile))
+        assert_close(out, expected)
+    assert without_tma(tile) == replace(tile, kernel="many_rows", num_stages=3, copied=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
