@@ -43,7 +43,17 @@ def engine(results: Path, files: Mapping[str, str] = ENGINE, goals: bool = True)
     theirs = _by_point(loaded.get("vllm"))
     rows = [_prefill_row(row, theirs.get(("prefill", row["point"], False))) for row in ours["prefill"]]
     rows += [_decode_row(row, theirs.get(("decode", row["point"], row["sampled"]))) for row in ours["decode"]]
-    header = ("batch × tokens", "measured", "Baton", "vLLM", "Baton / vLLM", "limit", "of the limit", "goal", "met")
+    header: tuple[str, ...] = (
+        "batch × tokens",
+        "measured",
+        "Baton",
+        "vLLM",
+        "Baton / vLLM",
+        "limit",
+        "of the limit",
+        "goal",
+        "met",
+    )
     if not goals:
         header, rows = header[:7], [row[:7] for row in rows]
     limits = ours["limits"]
