@@ -171,7 +171,7 @@ def test_the_size_of_a_cache_of_latents() -> None:
         CpuMLABackend.get_kv_cache_shape(2, 64, 2, 576)
 
 
-@pytest.mark.parametrize("budget", [1, 7, 20, 1000])
+@pytest.mark.parametrize("budget", [pytest.param(1, marks=pytest.mark.slow), 7, 20, 1000])
 def test_context_beyond_the_workspace_is_merged_piece_by_piece(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from attention.backends.mla import expanding
 
