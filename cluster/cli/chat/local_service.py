@@ -29,7 +29,9 @@ def local_service(arguments: Sequence[str]) -> Iterator[str]:
     Raises:
         ConfigError: it did not start; it has said why.
     """
-    command = [sys.executable, "-m", "cluster.cli.main", "up", *arguments, "--set", "server.port=0"]
+    # A line for each request would stand in the middle of the conversation; who wants them sets it.
+    quiet = ("--set", "logging.requests=false")
+    command = [sys.executable, "-m", "cluster.cli.main", "up", *quiet, *arguments, "--set", "server.port=0"]
     service = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
