@@ -25,7 +25,7 @@ from attention.backends.mla.expanding import (
     ExpandingImpl,
     Packed,
 )
-from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
+from attention.capability import HALVES, HOPPER, Capabilities, DeviceSupport, Sizes
 from attention.platform import DeviceKind, Platform
 from attention.spec import AttentionNeeds, AttentionSpec, Feature
 
@@ -177,7 +177,7 @@ class FlashInferMLABackend(ExpandingBackend):
     impl_class = FlashInferMLAImpl
     builder_class = FlashInferMLABuilder
     capabilities = Capabilities(
-        devices=(DeviceSupport(DeviceKind.CUDA, low=(8, 0), high=(11, 0), packages=("flashinfer",)),),
+        devices=(DeviceSupport(DeviceKind.CUDA, low=(8, 0), high=(11, 0), packages=("flashinfer",), ran_on=(HOPPER,)),),
         dtypes=HALVES,
         head_sizes=Sizes(only=(576,)),
         block_sizes=Sizes(),
