@@ -78,6 +78,13 @@ class CommonAttentionMetadata:
         return frozenset(feature for feature, needed in asked.items() if needed)
 
 
+def cumulative_lens(lens: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(n + 1,) int32: where each of so many lengths begins, and the end of the last."""
+    found = np.zeros(len(lens) + 1, dtype=np.int32)
+    np.cumsum(lens, out=found[1:])
+    return torch.from_numpy(found).to(device)
+
+
 def build_metadata(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
@@ -125,7 +132,7 @@ def build_metadata(
     _check_common_prefix(common_prefix_len, query_lens, context_lens, tables, block_size)
     slot_mapping = np.concatenate(slots) if slots else np.empty(0, dtype=np.int64)
     return CommonAttentionMetadata(
-        cu_seqlens_q=_offsets(query_lens, device),
+        cu_seqlens_q=cumulative_lens(query_lens, device),
         seq_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
         block_tables=torch.from_numpy(tables).to(device),
         slot_mapping=torch.from_numpy(slot_mapping).to(device),
@@ -146,19 +153,13 @@ def build_encoder_metadata(query_lens: Sequence[int], device: torch.device | str
     if min(query_lens, default=1) < 1:
         raise AttentionInputError(f"a sequence brings at least 1 token, not {min(query_lens)}")
     return CommonAttentionMetadata(
-        cu_seqlens_q=_offsets(query_lens, device),
+        cu_seqlens_q=cumulative_lens(query_lens, device),
         seq_lens=torch.tensor(query_lens, dtype=torch.int32, device=device),
         block_tables=torch.zeros((len(query_lens), 0), dtype=torch.int32, device=device),
         slot_mapping=torch.empty(0, dtype=torch.int64, device=device),
         query_lens=tuple(query_lens),
         context_lens=tuple(query_lens),
     )
-
-
-def _offsets(lens: Sequence[int], device: torch.device | str) -> torch.Tensor:
-    offsets = np.zeros(len(lens) + 1, dtype=np.int32)
-    np.cumsum(lens, out=offsets[1:])
-    return torch.from_numpy(offsets).to(device)
 
 
 def _check_masks(

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from attention.backends.mla.expanding import DecodeBatch, Expanded, ExpandingBackend, ExpandingImpl, Packed
-from attention.backends.mla.prefill_plan import offsets
 from attention.errors import AttentionBackendError
+from attention.metadata import cumulative_lens
 from attention.ops.triton.tuning import Tile
 from attention.platform import Platform
 from attention.selection.registry import get_backend
@@ -123,7 +123,7 @@ def prefill_call(case: Case, backend: type[ExpandingBackend], block_size: int) -
     """A call of a prefill, without the products that expand."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     lens = (case.new,) * case.batch
-    cu_seqlens = offsets(lens, device)
+    cu_seqlens = cumulative_lens(lens, device)
     packed = Packed(cu_seqlens, cu_seqlens, lens, lens, True)
     tokens = sum(lens)
     impl = backend.impl_class(case.spec, torch.empty(case.heads * 256, 512, device=device, dtype=dtype))

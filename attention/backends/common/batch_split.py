@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from attention.kv_cache import key_rows, take_rows, token_rows
-from attention.metadata import CommonAttentionMetadata
+from attention.metadata import CommonAttentionMetadata, cumulative_lens
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def _prefill(common: CommonAttentionMetadata, sequences: np.ndarray, first: np.n
         query_lens=queries,
         context_lens=contexts,
         tokens=tokens,
-        cu_seqlens_q=_offsets(queries, device),
-        cu_seqlens_k=_offsets(contexts, device),
+        cu_seqlens_q=cumulative_lens(queries, device),
+        cu_seqlens_k=cumulative_lens(contexts, device),
         slots=blocks * block_size + positions % block_size,
         whole=queries == contexts,
     )
@@ -138,9 +138,3 @@ def _decode(common: CommonAttentionMetadata, sequences: np.ndarray, first: np.nd
     chosen = torch.from_numpy(sequences).to(device)
     tokens = torch.from_numpy(first[sequences]).to(device)
     return DecodePart(contexts, tokens, common.seq_lens[chosen], common.block_tables[chosen])
-
-
-def _offsets(lens: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    offsets = np.zeros(len(lens) + 1, dtype=np.int32)
-    np.cumsum(lens, out=offsets[1:])
-    return torch.from_numpy(offsets).to(device)

@@ -11,15 +11,22 @@ import torch
 from attention.backend import AttentionMetadata, AttentionMetadataBuilder
 from attention.backends.common.libraries import load_library
 from attention.backends.flashinfer import choice
-from attention.backends.flashinfer.paging import Pages, common_pages, host_offsets, list_pages, written_out
-from attention.backends.flashinfer.plans import Cascade, Paged, Plan, Planned, PlannedWrapper, RaggedPrefill, XqaDecode
+from attention.backends.flashinfer.paging import Pages, common_pages, list_pages, written_out
+from attention.backends.flashinfer.plans import (
+    Cascade,
+    Paged,
+    Plan,
+    Planned,
+    PlannedWrapper,
+    RaggedPrefill,
+    XqaDecode,
+    give_room_for_plan,
+)
 from attention.backends.flashinfer.workspace import device_workspace
-from attention.metadata import CommonAttentionMetadata
+from attention.metadata import CommonAttentionMetadata, cumulative_lens
 from attention.spec import AttentionSpec, AttentionType
 
 _LAYOUT = "NHD"
-_LASTING_PLAN_BYTES = 2 << 20
-"""Of a plan that is kept: FlashInfer's own buffers have room for the largest batches, 8 MiB of pinned memory each."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,20 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
             return self._xqa(common) if self._xqa_fits else self._decode(list_pages(common, self.block_size))
         pages = list_pages(common, self.block_size)
         mask = written_out(common, self.spec.sliding_window)
-        return self._paged("prefill", host_offsets(common.query_lens), pages, self.spec.causal, mask)
+        return self._paged("prefill", cumulative_lens(common.query_lens), pages, self.spec.causal, mask)
 
     def _ragged(self, common: CommonAttentionMetadata) -> RaggedPrefill:
         if not common.lasting:
             kernel = choice.prefill_kernel(self._capability, self.spec, masked=False)
             return RaggedPrefill(self._plan_ragged(self._wrapper("ragged", kernel), common), common)
         if common.query_lens not in self._lasting:
-            wrapper = PlannedWrapper(self._make_lasting())
+            kernel = choice.prefill_kernel(self._capability, self.spec, masked=False)
+            wrapper = give_room_for_plan(self._make("ragged", kernel), self._workspace.scratch)
             self._lasting[common.query_lens] = self._plan_ragged(wrapper, common)
         return RaggedPrefill(self._lasting[common.query_lens], common)
 
     def _plan_ragged(self, wrapper: PlannedWrapper, common: CommonAttentionMetadata) -> Planned:
-        offsets = host_offsets(common.query_lens)
+        offsets = cumulative_lens(common.query_lens)
         spec = self.spec
         return wrapper.plan(
             offsets,
@@ -123,7 +131,7 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
         return Paged(planned, self.spec.fp8_cache)
 
     def _cascade(self, common: CommonAttentionMetadata) -> Cascade:
-        offsets = host_offsets(common.query_lens)
+        offsets = cumulative_lens(common.query_lens)
         everyone = torch.tensor([0, int(offsets[-1])], dtype=torch.int32)
         rest = list_pages(common, self.block_size, common.common_prefix_len // self.block_size)
         return Cascade(
@@ -183,10 +191,3 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder):
         if sort == "ragged":
             return prefill.BatchPrefillWithRaggedKVCacheWrapper(scratch, _LAYOUT, backend=kernel)
         return prefill.BatchPrefillWithPagedKVCacheWrapper(scratch, _LAYOUT, backend=kernel)
-
-    def _make_lasting(self) -> Any:
-        """A ragged wrapper with a place of its own for its plan, no larger than one needs."""
-        wrapper = self._make("ragged", choice.prefill_kernel(self._capability, self.spec, masked=False))
-        plan = torch.empty(_LASTING_PLAN_BYTES, dtype=torch.uint8, device=self.device)
-        wrapper.reset_workspace_buffer(self._workspace.scratch, plan)
-        return wrapper

@@ -5,14 +5,13 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from attention.metadata import CommonAttentionMetadata
+from attention.metadata import CommonAttentionMetadata, cumulative_lens
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,6 @@ class Pages:
     indptr: torch.Tensor
     indices: torch.Tensor
     last_page_len: torch.Tensor
-
-
-def host_offsets(lens: Sequence[int] | np.ndarray) -> torch.Tensor:
-    """(B + 1,) int32 on the host: where each of these lengths begins."""
-    offsets = np.zeros(len(lens) + 1, dtype=np.int32)
-    np.cumsum(lens, out=offsets[1:])
-    return torch.from_numpy(offsets)
 
 
 class PagedSequences(Protocol):
@@ -71,7 +63,7 @@ def list_pages(common: PagedSequences, block_size: int, skipped: int = 0) -> Pag
     """
     lens = np.asarray(common.context_lens, dtype=np.int64) - skipped * block_size
     counts = -(-lens // block_size)
-    indptr = host_offsets(counts)
+    indptr = cumulative_lens(counts)
     total = int(indptr[-1])
     device = common.block_tables.device
     begins = torch.zeros(common.num_seqs + 1, dtype=torch.int64, device=device)

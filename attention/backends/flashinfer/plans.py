@@ -13,6 +13,9 @@ from attention.backends.common.batch_split import gather_kv, token_slots
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 
+_LASTING_PLAN_BYTES = 2 << 20
+"""Of a plan that is kept: FlashInfer's own buffers have room for the largest batches, 8 MiB of pinned memory each."""
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -84,6 +87,18 @@ class PlannedWrapper:
         if number != self._plans:
             raise AttentionInputError("this batch's plan is gone: the builder has planned another batch since")
         return self.wrapper
+
+
+def give_room_for_plan(wrapper: Any, scratch: torch.Tensor) -> PlannedWrapper:
+    """A wrapper whose plan is kept, with a place of its own for it, no larger than one needs.
+
+    Args:
+        wrapper: of FlashInfer.
+        scratch: uint8, which it shares with others.
+    """
+    plan = torch.empty(_LASTING_PLAN_BYTES, dtype=torch.uint8, device=scratch.device)
+    wrapper.reset_workspace_buffer(scratch, plan)
+    return PlannedWrapper(wrapper)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from attention.backends.common.libraries import load_library
-from attention.backends.flashinfer.paging import host_offsets, list_pages
-from attention.backends.flashinfer.plans import Planned, PlannedWrapper
+from attention.backends.flashinfer.paging import list_pages
+from attention.backends.flashinfer.plans import Planned, PlannedWrapper, give_room_for_plan
 from attention.backends.flashinfer.workspace import device_workspace
 from attention.backends.mla.expanding import (
     DecodeBatch,
@@ -26,6 +26,7 @@ from attention.backends.mla.expanding import (
     Packed,
 )
 from attention.capability import HALVES, HOPPER, Capabilities, DeviceSupport, Sizes
+from attention.metadata import cumulative_lens
 from attention.platform import DeviceKind, Platform
 from attention.spec import AttentionNeeds, AttentionSpec, Feature
 
@@ -33,7 +34,6 @@ NAME = "FLASHINFER_MLA"
 _HOPPER = (9, 0)
 _BLACKWELL = (10, 0)
 _BLACKWELL_BLOCKS = (32, 64)
-_LASTING_PLAN_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,8 @@ class FlashInferMLABuilder(ExpandingBuilder):
         """See `ExpandingBuilder.plan_attention`."""
         if packed.lasting:
             if packed.query_lens not in self._lasting:
-                wrapper = self._make_ragged()
-                plan = torch.empty(_LASTING_PLAN_BYTES, dtype=torch.uint8, device=self.device)
-                wrapper.reset_workspace_buffer(self._scratch, plan)
-                self._lasting[packed.query_lens] = self._plan_ragged(PlannedWrapper(wrapper), packed)
+                wrapper = give_room_for_plan(self._make_ragged(), self._scratch)
+                self._lasting[packed.query_lens] = self._plan_ragged(wrapper, packed)
             return self._lasting[packed.query_lens]
         while len(self._ragged) <= index:
             self._ragged.append(PlannedWrapper(self._make_ragged()))
@@ -114,8 +112,8 @@ class FlashInferMLABuilder(ExpandingBuilder):
         mla = self.spec.mla
         assert mla is not None
         return wrapper.plan(
-            host_offsets(packed.query_lens),
-            host_offsets(packed.key_lens),
+            cumulative_lens(packed.query_lens),
+            cumulative_lens(packed.key_lens),
             self.spec.num_heads,
             self.spec.num_heads,
             mla.qk_nope_head_dim + mla.qk_rope_head_dim,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from attention.kv_cache import context_slots
-from attention.metadata import CommonAttentionMetadata
+from attention.metadata import CommonAttentionMetadata, cumulative_lens
 from attention.spec import AttentionSpec, MLASpec
 
 WORKSPACE_BYTES = 256 << 20
@@ -97,7 +97,7 @@ def plan_prefill(
     prefixes = [common.context_lens[i] - n for i, n in zip(sequences, lens, strict=True)]
     tokens = None if rows is None else torch.from_numpy(rows).to(device)
     slots = common.slot_mapping if tokens is None else common.slot_mapping[tokens]
-    cu_seqlens = common.cu_seqlens_q if tokens is None else offsets(lens, device)
+    cu_seqlens = common.cu_seqlens_q if tokens is None else cumulative_lens(lens, device)
     pieces = [list(chunk) for chunk in cut_context(prefixes, most_tokens)]
     begins = np.concatenate(([0], np.cumsum(lens)))
     chunks = tuple(_chunk(common, sequences, lens, begins, chunk, block_size) for chunk in pieces)
@@ -143,13 +143,6 @@ def expanded_size(mla: MLASpec) -> int:
     return 2 * mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
 
 
-def offsets(lens: Sequence[int], device: torch.device) -> torch.Tensor:
-    """(n + 1,) int32: where each begins, and the end."""
-    found = np.zeros(len(lens) + 1, dtype=np.int32)
-    np.cumsum(lens, out=found[1:])
-    return torch.from_numpy(found).to(device)
-
-
 def _chunk(
     common: CommonAttentionMetadata,
     sequences: Sequence[int],
@@ -165,8 +158,8 @@ def _chunk(
     slots = context_slots(common.block_tables, rows, [piece.begin for piece in pieces], key_lens, block_size)
     return ContextChunk(
         slice(int(begins[first]), int(begins[last + 1])),
-        offsets(query_lens, device),
-        offsets(key_lens, device),
+        cumulative_lens(query_lens, device),
+        cumulative_lens(key_lens, device),
         query_lens,
         key_lens,
         slots,

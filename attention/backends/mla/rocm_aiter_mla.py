@@ -10,9 +10,9 @@ import torch
 from attention.backends.common.libraries import load_library
 from attention.backends.mla.decoding import DecodingImpl
 from attention.backends.mla.expanding import DecodeBatch, ExpandingBackend, ExpandingBuilder
-from attention.backends.mla.prefill_plan import offsets
 from attention.capability import Capabilities, DeviceSupport, Sizes
 from attention.kv_cache import context_slots
+from attention.metadata import cumulative_lens
 from attention.platform import DeviceKind
 from attention.spec import Feature, Phase
 
@@ -47,7 +47,7 @@ class RocmAiterMLABuilder(ExpandingBuilder):
         slots = context_slots(batch.block_tables, range(count), [0] * count, batch.context_lens, self.block_size)
         return TokenPages(
             torch.arange(count + 1, dtype=torch.int32, device=device),
-            offsets(batch.context_lens, device),
+            cumulative_lens(batch.context_lens, device),
             slots.int(),
             torch.ones(count, dtype=torch.int32, device=device),
         )

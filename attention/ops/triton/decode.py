@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 
-from attention.errors import AttentionInputError
 from attention.ops.triton.decode_kernel import decode_kernel, reduce_kernel
 from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.launch import (
@@ -18,7 +17,7 @@ from attention.ops.triton.launch import (
     kernel_view,
     on_device,
 )
-from attention.ops.triton.tuning import MAX_SPLITS, MIN_TILES, Splits, choose_splits, decode_tile
+from attention.ops.triton.tuning import MIN_TILES, Splits, check_splits, choose_splits, decode_tile
 
 
 def paged_decode(
@@ -70,8 +69,7 @@ def paged_decode(
     check_heads(query, output, num_kv_heads, head_size)
     check_logits(scale, soft_cap, sliding_window)
     check_indices(block_tables=block_tables, seq_lens=seq_lens)
-    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
-        raise AttentionInputError(f"num_splits {num_splits} is not between 1 and {MAX_SPLITS}")
+    check_splits(num_splits)
     batch, num_heads, _ = query.shape
     if batch == 0:
         return

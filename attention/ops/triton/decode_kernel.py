@@ -46,6 +46,48 @@ def split_range(
     return begin, end, tl.cdiv(tiles, tiles_per_split)
 
 
+@triton.jit
+def store_split(
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor | None,
+    partial_ptr: tl.tensor | None,
+    partial_lse_ptr: tl.tensor | None,
+    acc: tl.tensor,
+    largest: tl.tensor,
+    total: tl.tensor,
+    scale: tl.tensor,
+    seq: tl.tensor,
+    head: tl.tensor,
+    valid: tl.tensor,
+    split: tl.tensor,
+    num_splits: tl.tensor,
+    stride_ot: tl.tensor,
+    stride_oh: tl.tensor,
+    stride_lt: tl.tensor,
+    stride_lh: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
+    """Write what the online softmax has of one split: where there is no other the output, else partial results.
+
+    `acc` is (M, D padded), of the heads `head` (M,) that are `valid`, and becomes `scale` times itself over `total`.
+    """
+    divisor = tl.where(total == 0.0, 1.0, total)
+    lse = largest + tl.log2(divisor)
+    acc = acc * (scale / divisor)[:, None]
+    columns = tl.arange(0, acc.shape[1])
+    stored = valid[:, None] & (columns < D)[None, :]
+    if partial_ptr is None:
+        out_ptrs = out_ptr + (seq * stride_ot + head * stride_oh)[:, None] + columns[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + seq * stride_lt + head * stride_lh, lse * LN_2, mask=valid)
+    else:
+        slot = (seq * NUM_HEADS + head) * num_splits + split
+        tl.store(partial_ptr + slot[:, None] * D + columns[None, :], acc, mask=stored)
+        tl.store(partial_lse_ptr + slot, lse, mask=valid)
+
+
 @triton.jit(do_not_specialize=["window", "stride_table", "num_splits", "wanted_splits", "most_tiles"])
 def decode_kernel(
     out_ptr: tl.tensor,
@@ -138,20 +180,10 @@ def decode_kernel(
         blocks = look_up_blocks(start + BLOCK_N, end, table_ptr, BLOCK_SIZE, BLOCK_N)
         acc = tl.dot(weights.to(DOT_DTYPE), v, acc, input_precision="ieee")
 
-    divisor = tl.where(total == 0.0, 1.0, total)
-    lse = largest + tl.log2(divisor)
-    acc = acc * (v_scale / divisor)[:, None]
-    columns = tl.arange(0, D_PAD)
-    stored = valid[:, None] & (columns < D)[None, :]
-    if partial_ptr is None:
-        out_ptrs = out_ptr + (seq * stride_ot + head * stride_oh)[:, None] + columns[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + seq * stride_lt + head * stride_lh, lse * LN_2, mask=valid)
-    else:
-        slot = (seq * NUM_HEADS + head) * num_splits + split
-        tl.store(partial_ptr + slot[:, None] * D + columns[None, :], acc, mask=stored)
-        tl.store(partial_lse_ptr + slot, lse, mask=valid)
+    store_split(
+        out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, acc, largest, total, v_scale, seq, head, valid, split,
+        num_splits, stride_ot, stride_oh, stride_lt, stride_lh, NUM_HEADS, D,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["window", "num_splits", "wanted_splits", "most_tiles"])

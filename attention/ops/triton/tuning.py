@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from attention.errors import AttentionInputError
 from attention.ops.triton.launch import DeviceTraits
 
 MAX_SPLITS = 64
@@ -165,6 +166,16 @@ class Splits:
     count: int
     wanted: int
     most_tiles: int
+
+
+def check_splits(num_splits: int | None) -> None:
+    """Refuse a number of splits that is asked for and cannot be had.
+
+    Raises:
+        AttentionInputError: with the value and the limits.
+    """
+    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
+        raise AttentionInputError(f"num_splits {num_splits} is not between 1 and {MAX_SPLITS}")
 
 
 def choose_splits(num_programs: int, max_seq_len: int, tile: Tile, traits: DeviceTraits) -> Splits:

@@ -20,9 +20,9 @@ from attention.backends.flash_attn import calls, fa4, key_slots, page_tables, pa
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.versions import FlashAttnVersion, choose_provider, force_flash_attn_version
 from attention.backends.flashinfer import choice
-from attention.backends.flashinfer.paging import common_pages, host_offsets, list_pages, written_out
+from attention.backends.flashinfer.paging import common_pages, list_pages, written_out
 from attention.errors import AttentionBackendError, AttentionInputError
-from attention.metadata import CommonAttentionMetadata, build_metadata
+from attention.metadata import CommonAttentionMetadata, build_metadata, cumulative_lens
 from attention.platform import Platform
 from attention.selection.registry import get_backend
 from attention.spec import FP8, AttentionNeeds, AttentionSpec, AttentionType, Feature
@@ -212,7 +212,7 @@ def test_key_slots_name_every_key_in_order() -> None:
         for i, length in enumerate(common.context_lens)
         for position in range(length)
     ]
-    assert key_slots(common, host_offsets(common.context_lens), 16).tolist() == wanted
+    assert key_slots(common, cumulative_lens(common.context_lens), 16).tolist() == wanted
 
 
 class TestFlashInferPaging:
@@ -331,7 +331,7 @@ def test_packages_are_called_as_they_are_written(
     torch.manual_seed(0)
     query = torch.randn(sum(q for q, _ in lens), 8, 16)
     keys, values = torch.randn(2, sum(k for _, k in lens), 2, 16).unbind(0)
-    offsets = host_offsets(common.context_lens)
+    offsets = cumulative_lens(common.context_lens)
     pool = torch.full((int(common.block_tables.max()) + 1, 2, 16, 2, 16), float("nan"))
     slots = key_slots(common, offsets, 16)
     pool[slots // 16, 0, slots % 16], pool[slots // 16, 1, slots % 16] = keys, values

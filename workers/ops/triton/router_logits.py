@@ -66,6 +66,37 @@ def few_tokens_kernel(
         tl.store(logits_ptr + token * NUM_EXPERTS + expert, logits, mask=inside & (token < num_tokens))
 
 
+@triton.jit
+def _add_product(sums: tl.tensor, x: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """`sums + x @ weight`, with a float32 weight as three summands of x's dtype where that is another."""
+    part = weight.to(x.dtype)
+    sums = tl.dot(x, part, sums, input_precision="ieee")
+    if weight.dtype == tl.float32 and x.dtype != tl.float32:
+        rest = weight - part.to(tl.float32)
+        part = rest.to(x.dtype)
+        sums = tl.dot(x, part, sums)
+        sums = tl.dot(x, (rest - part.to(tl.float32)).to(x.dtype), sums)
+    return sums
+
+
+@triton.jit
+def _store(
+    logits_ptr: tl.tensor,
+    logits: tl.tensor,
+    bias_ptr: tl.tensor | None,
+    token: tl.tensor,
+    there: tl.tensor,
+    expert: tl.tensor,
+    inside: tl.tensor,
+    NUM_EXPERTS: tl.constexpr,
+) -> None:
+    """Add the bias, and write the logits of tokens that are `there` for experts that are `inside`."""
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
+    places = logits_ptr + token[:, None].to(tl.int64) * NUM_EXPERTS + expert[None, :]
+    tl.store(places, logits, mask=there[:, None] & inside[None, :])
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def many_tokens_kernel(
     logits_ptr: tl.tensor,
@@ -99,17 +130,8 @@ def many_tokens_kernel(
         within = begin + column < SIZE
         x = tl.load(x_ptrs + begin, mask=there[:, None] & within[None, :], other=0.0).to(DOT_DTYPE)
         weight = tl.load(weight_ptrs + begin, mask=inside[None, :] & within[:, None], other=0.0)
-        part = weight.to(DOT_DTYPE)
-        logits = tl.dot(x, part, logits, input_precision="ieee")
-        if weight_ptr.dtype.element_ty == tl.float32 and tl.float32 != DOT_DTYPE:
-            rest = weight - part.to(tl.float32)
-            part = rest.to(DOT_DTYPE)
-            logits = tl.dot(x, part, logits)
-            logits = tl.dot(x, (rest - part.to(tl.float32)).to(DOT_DTYPE), logits)
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
-    places = logits_ptr + token[:, None].to(tl.int64) * NUM_EXPERTS + expert[None, :]
-    tl.store(places, logits, mask=there[:, None] & inside[None, :])
+        logits = _add_product(logits, x, weight)
+    _store(logits_ptr, logits, bias_ptr, token, there, expert, inside, NUM_EXPERTS)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -148,18 +170,9 @@ def parted_kernel(
         within = begin + column < SIZE
         x = tl.load(x_ptrs + begin, mask=there[None, :, None] & within[:, None, :], other=0.0).to(DOT_DTYPE)
         weight = tl.load(weight_ptrs + begin, mask=inside[None, None, :] & within[:, :, None], other=0.0)
-        part = weight.to(DOT_DTYPE)
-        sums = tl.dot(x, part, sums, input_precision="ieee")
-        if weight_ptr.dtype.element_ty == tl.float32 and tl.float32 != DOT_DTYPE:
-            rest = weight - part.to(tl.float32)
-            part = rest.to(DOT_DTYPE)
-            sums = tl.dot(x, part, sums)
-            sums = tl.dot(x, (rest - part.to(tl.float32)).to(DOT_DTYPE), sums)
+        sums = _add_product(sums, x, weight)
     logits = tl.sum(sums, axis=0)
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + expert, mask=inside, other=0.0).to(tl.float32)[None, :]
-    places = logits_ptr + token[:, None].to(tl.int64) * NUM_EXPERTS + expert[None, :]
-    tl.store(places, logits, mask=there[:, None] & inside[None, :])
+    _store(logits_ptr, logits, bias_ptr, token, there, expert, inside, NUM_EXPERTS)
 
 
 def computes(x: torch.Tensor, weight: torch.Tensor) -> bool:

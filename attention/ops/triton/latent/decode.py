@@ -20,7 +20,7 @@ from attention.ops.triton.launch import (
     kernel_view,
     on_device,
 )
-from attention.ops.triton.tuning import MAX_SPLITS, MIN_TILES, Splits, Tile
+from attention.ops.triton.tuning import MIN_TILES, Splits, Tile, check_splits
 
 
 def latent_decode(
@@ -66,8 +66,7 @@ def latent_decode(
     _check(query, rotary_query, kv_cache, output)
     check_logits(scale, None, None)
     check_indices(block_tables=block_tables, seq_lens=seq_lens)
-    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
-        raise AttentionInputError(f"num_splits {num_splits} is not between 1 and {MAX_SPLITS}")
+    check_splits(num_splits)
     batch, num_heads, rank = query.shape
     rotary = rotary_query.shape[2]
     if batch == 0:

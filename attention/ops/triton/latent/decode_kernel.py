@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from attention.ops.triton.decode_kernel import split_range
-from attention.ops.triton.tiles import LN_2, LOG2_E, load_tile, look_up_blocks, paged_rows, softmax_step
+from attention.ops.triton.decode_kernel import split_range, store_split
+from attention.ops.triton.tiles import LOG2_E, load_tile, look_up_blocks, paged_rows, softmax_step
 
 
 @triton.jit
@@ -120,17 +120,7 @@ def latent_decode_kernel(
         blocks = look_up_blocks(start + BLOCK_N, end, table_ptr, BLOCK_SIZE, BLOCK_N)
         acc = tl.dot(weights.to(DOT_DTYPE), latent, acc, input_precision="ieee")
 
-    divisor = tl.where(total == 0.0, 1.0, total)
-    lse = largest + tl.log2(divisor)
-    acc = acc * (cache_scale / divisor)[:, None]
-    columns = tl.arange(0, R_PAD)
-    stored = valid[:, None] & (columns < R)[None, :]
-    if partial_ptr is None:
-        out_ptrs = out_ptr + (seq * stride_ot + head * stride_oh)[:, None] + columns[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + seq * stride_lt + head * stride_lh, lse * LN_2, mask=valid)
-    else:
-        slot = (seq * NUM_HEADS + head) * num_splits + split
-        tl.store(partial_ptr + slot[:, None] * R + columns[None, :], acc, mask=stored)
-        tl.store(partial_lse_ptr + slot, lse, mask=valid)
+    store_split(
+        out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, acc, largest, total, cache_scale, seq, head, valid, split,
+        num_splits, stride_ot, stride_oh, stride_lt, stride_lh, NUM_HEADS, R,
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -46,16 +46,7 @@ def decode_tile(
         return _INTERPRETED
     tiles = _DECODE.get((query_itemsize, cache_itemsize), _DECODE_FP32)
     tile = tiles[max(rows for rows in tiles if rows <= max(num_heads, min(tiles)))]
-    while _decode_bytes(tile, latent_size, query_itemsize) > traits.shared_memory:
-        if tile.num_stages > 1:
-            tile = replace(tile, num_stages=tile.num_stages - 1)
-        elif tile.keys > 16:
-            tile = replace(tile, keys=tile.keys // 2)
-        elif tile.rows > 16:
-            tile = replace(tile, rows=tile.rows // 2)
-        else:
-            break
-    return tile
+    return _shrunk(tile, lambda tile: _decode_bytes(tile, latent_size, query_itemsize), traits.shared_memory)
 
 
 def prefill_tile(
@@ -76,17 +67,11 @@ def prefill_tile(
     tile = _PREFILL if itemsize == 2 else _PREFILL_FP32
     if itemsize == 2 and (traits.arch != "sm90" or -(-num_queries // tile.rows) * num_groups < 2 * traits.num_sms):
         tile = _PREFILL_FEW
-    limit = traits.shared_memory
-    while (tile.rows * head_size + tile.num_stages * tile.keys * (head_size + value_size)) * itemsize > limit:
-        if tile.num_stages > 1:
-            tile = replace(tile, num_stages=tile.num_stages - 1)
-        elif tile.keys > 16:
-            tile = replace(tile, keys=tile.keys // 2)
-        elif tile.rows > 16:
-            tile = replace(tile, rows=tile.rows // 2)
-        else:
-            break
-    return tile
+
+    def num_bytes(tile: Tile) -> int:
+        return (tile.rows * head_size + tile.num_stages * tile.keys * (head_size + value_size)) * itemsize
+
+    return _shrunk(tile, num_bytes, traits.shared_memory)
 
 
 def choose_splits(
@@ -119,6 +104,20 @@ def _even(num_programs: int, places: int) -> int:
 
     every = range(1, _MOST_SPLITS_OF_MANY + 1)
     return next((splits for splits in every if used(splits) >= _FULL), max(every, key=used))
+
+
+def _shrunk(tile: Tile, num_bytes: Callable[[Tile], int], limit: int) -> Tile:
+    """The tile with fewer stages, then keys, then rows, until it takes no more than the limit or is the smallest."""
+    while num_bytes(tile) > limit:
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.keys > 16:
+            tile = replace(tile, keys=tile.keys // 2)
+        elif tile.rows > 16:
+            tile = replace(tile, rows=tile.rows // 2)
+        else:
+            break
+    return tile
 
 
 def _decode_bytes(tile: Tile, latent_size: int, itemsize: int) -> int:
