@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.conversation.json_reader import MAX_DEPTH
@@ -31,14 +31,30 @@ def read_tool_use(tools: object, tool_choice: object = None, parallel_tool_calls
     """
     if parallel_tool_calls is not None and not isinstance(parallel_tool_calls, bool):
         raise InvalidRequestError(f"parallel_tool_calls is {kind(parallel_tool_calls)}, it must be true or false")
-    choice = _choice(tool_choice)
+    return tools_by(read_tool, tools, _choice(tool_choice), tool_choice, parallel_tool_calls is not False)
+
+
+def tools_by(
+    read: Callable[[object, str], Tool], tools: object, choice: ToolChoice, asked: object, parallel: bool
+) -> ToolUse | None:
+    """The tools of a request, each read by `read`, and how they may be used; None where there are none.
+
+    Args:
+        read: a tool, and its place in the request, to what it is.
+        tools: a list.
+        choice: read already.
+        asked: what it was read from, for the message.
+        parallel: whether an answer may have several calls.
+
+    Raises:
+        InvalidRequestError: a value is wrong, or the choice needs tools that are not there.
+    """
     if tools is None or tools == []:
         if choice.mode in (ToolChoiceMode.REQUIRED, ToolChoiceMode.NAMED):
-            raise InvalidRequestError(f"tool_choice is {tool_choice!r:.200}, but the request has no tools")
+            raise InvalidRequestError(f"tool_choice is {asked!r:.200}, but the request has no tools")
         return None
     given = as_list(tools, "tools", "tools", MAX_TOOLS)
-    read = tuple(read_tool(tool, f"tools[{i}]") for i, tool in enumerate(given))
-    return tool_use(read, choice, parallel_tool_calls is not False)
+    return tool_use([read(tool, f"tools[{number}]") for number, tool in enumerate(given)], choice, parallel)
 
 
 def tool_use(tools: Sequence[Tool], choice: ToolChoice, parallel: bool) -> ToolUse:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import grpc
 import pytest
 
+from baton_up import address_of, start_up
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from workers.sampling_params import SamplingParams
 
@@ -22,27 +20,10 @@ ROOT = Path(__file__).parents[2]
 NUM_STREAMS, NUM_TOKENS = 24, 100
 
 
-def start_up(checkpoint: Path) -> subprocess.Popen:
-    settings = ("server.drain_timeout_s=120", "prefill.num_blocks=256", "decode.num_blocks=512", "server.port=0")
-    command = [sys.executable, "-m", "cluster.cli.main", "up", "--model", str(checkpoint)]
-    command += [word for setting in settings for word in ("--set", setting)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-
-def welcome_of(process: subprocess.Popen) -> str:
-    text = ""
-    for line in process.stdout:
-        text += line
-        if "Ctrl-C" in line:
-            return text
-    raise AssertionError(process.stderr.read())
-
-
 async def test_no_stream_fails_when_the_service_is_told_to_stop(tiny_checkpoint) -> None:
-    process = start_up(tiny_checkpoint("llama"))
+    process = start_up(tiny_checkpoint("llama"), "server.drain_timeout_s=120")
     try:
-        address = re.search(r"on (127\.0\.0\.1:\d+)", await asyncio.to_thread(welcome_of, process))[1]
+        address = await address_of(process)
         async with AsyncBatonClient(Connection(address)) as client:
             begun = asyncio.Semaphore(0)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from baton_up import address_of, start_up
 from cluster.client.client import AsyncBatonClient, Connection
 from kv_transfer.lease import LEASE_S
 from workers.sampling_params import SamplingParams
@@ -22,27 +20,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.slow, pytest.mark.t
 ROOT = Path(__file__).parents[2]
 
 
-def start_up(checkpoint: Path) -> subprocess.Popen:
-    settings = ("prefill.num_blocks=256", "decode.num_blocks=512", "server.port=0")
-    command = [sys.executable, "-m", "cluster.cli.main", "up", "--model", str(checkpoint)]
-    command += [word for setting in settings for word in ("--set", setting)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-
-def welcome_of(process: subprocess.Popen) -> str:
-    text = ""
-    for line in process.stdout:
-        text += line
-        if "Ctrl-C" in line:
-            return text
-    raise AssertionError(process.stderr.read())
-
-
 async def test_workers_outlive_a_gateway_that_is_silent(tiny_checkpoint) -> None:
     process = start_up(tiny_checkpoint("llama"))
     try:
-        address = re.search(r"on (127\.0\.0\.1:\d+)", await asyncio.to_thread(welcome_of, process))[1]
+        address = await address_of(process)
         async with AsyncBatonClient(Connection(address)) as client:
 
             async def answer() -> tuple[int, ...]:

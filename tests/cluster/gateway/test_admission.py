@@ -8,31 +8,9 @@ from collections import Counter
 
 import pytest
 
+from admission_rooms import Rooms, settle
 from cluster.errors import QueueFullError
 from cluster.gateway.admission import AdmissionQueue, Ticket
-
-
-class Rooms:
-    """Something with a number of places."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-        self.order: list[str] = []
-
-    def attempt(self, name: str, size: int = 1):
-        def take() -> str | None:
-            if self.free < size:
-                return None
-            self.free -= size
-            self.order.append(name)
-            return name
-
-        return take
-
-
-async def settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 async def test_room_is_given_at_once():

@@ -6,30 +6,10 @@ import asyncio
 
 import pytest
 
+from admission_rooms import Rooms, settle
 from cluster.errors import QueueFullError
 from cluster.gateway.admission import AdmissionQueue, Ticket
 from cluster.gateway.fairness import MAX_REMEMBERED, MAX_USERS, TokenCounters
-
-
-class Rooms:
-    def __init__(self) -> None:
-        self.free = 0
-        self.order: list[str] = []
-
-    def attempt(self, name: str):
-        def take() -> str | None:
-            if not self.free:
-                return None
-            self.free -= 1
-            self.order.append(name)
-            return name
-
-        return take
-
-
-async def settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 async def queue_up(queue: AdmissionQueue[str], rooms: Rooms, tickets: list[Ticket]) -> list[asyncio.Task[str]]:

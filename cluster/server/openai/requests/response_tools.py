@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.conversation.json_values import as_list, as_object, text_of
+from cluster.conversation.json_values import as_object, text_of
 from cluster.conversation.messages import Tool, ToolChoice, ToolChoiceMode, ToolUse
-from cluster.conversation.read_tools import MAX_TOOLS, check_name, check_schema, tool_use
+from cluster.conversation.read_tools import check_name, check_schema, tools_by
 from cluster.server.openai.errors import UnsupportedFieldError
 from workers.errors import InvalidRequestError
 
@@ -26,14 +26,7 @@ def response_tools(tools: object, tool_choice: object, parallel_tool_calls: bool
         InvalidRequestError: a value is wrong, or the choice needs tools that are not there.
         UnsupportedFieldError: a tool is no function, or the choice is of another kind.
     """
-    choice = _choice(tool_choice)
-    if tools is None or tools == []:
-        if choice.mode in (ToolChoiceMode.REQUIRED, ToolChoiceMode.NAMED):
-            raise InvalidRequestError(f"tool_choice is {tool_choice!r:.200}, but the request has no tools")
-        return None
-    given = as_list(tools, "tools", "tools", MAX_TOOLS)
-    read = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(given)]
-    return tool_use(read, choice, parallel_tool_calls is not False)
+    return tools_by(_tool, tools, _choice(tool_choice), tool_choice, parallel_tool_calls is not False)
 
 
 def _tool(value: object, where: str) -> Tool:
