@@ -58,7 +58,7 @@ class GptOssConfig(LlamaMoEConfig):
             expert_bias=True,
         )
         activation = GatedActivation(
-            "clamped_swiglu", read.positive_float("swiglu_alpha", 1.702), read.positive_float("swiglu_limit")
+            "clamped_swiglu", read.positive_float("swiglu_alpha", 1.702), read.positive_float("swiglu_limit", 7.0)
         )
         types = read_layer_types(read, (FULL, SLIDING), [FULL if i % 2 else SLIDING for i in range(num_layers)])
         layers = read_attention(read, windows_of(types, read.positive_int("sliding_window")), head_size=64, rope=_ROPE)

@@ -117,7 +117,8 @@ def test_two_processes_on_one_gpu():
     assert pair["transport"] == CUDA_IPC
     assert [end["cuda_context"] for end in pair["path"]["ends"]] == [True, True]
     assert all("cuda" in end["ucx_modules"] for end in pair["path"]["ends"])
-    assert code == 0, answer["findings"]
+    # How fast it goes depends on what else the GPU does meanwhile; any other finding is a fault.
+    assert all("should give" in finding["what"] for finding in answer["findings"]), answer["findings"]
 
 
 @pytest.mark.parametrize(
