@@ -32,6 +32,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "flash_attn": ("flash_attn", "flash-attn"),
         "flash_attn_3": ("flash_attn_interface", "flash-attn-3"),
         "flash_attn_4": ("flash_attn.cute", "flash-attn-4"),
+        "quack": ("quack", "quack-kernels"),
         "vllm_flash_attn": ("vllm_flash_attn", "vllm-flash-attn"),
         "flash_mla": ("flash_mla", "flash-mla"),
         "xformers": ("xformers", "xformers"),
@@ -41,7 +42,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "intel_extension_for_pytorch": ("intel_extension_for_pytorch", "intel-extension-for-pytorch"),
     }
 )
-"""Kernel libraries that backends ask for: name to (module, distribution)."""
+"""Kernel libraries that attention backends and layers ask for: name to (module, distribution)."""
 
 
 @dataclass(frozen=True)

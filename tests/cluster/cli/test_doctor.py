@@ -111,7 +111,7 @@ def test_an_impatient_doctor_ends_and_leaves_nobody_behind():
 @pytest.mark.nixl
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_two_processes_on_one_gpu():
-    code, answer = doctor("--gpus", "0")
+    _, answer = doctor("--gpus", "0")
     (pair,) = answer["pairs"]
     assert pair["path"]["data_arrived"]
     assert pair["transport"] == CUDA_IPC

@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from workers.layers.linear_methods.base import LinearMethod, Projection, empty_parameter
+from workers.ops.gated_linear import gated_linear
 from workers.ops.skinny_linear import skinny_gated_linear, skinny_linear
 from workers.ops.skinny_tiles import skinny_tile
 
@@ -45,8 +46,8 @@ class PlainLinear(LinearMethod):
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
     def apply_gated(self, module: Projection, x: torch.Tensor) -> torch.Tensor | None:
-        """See `LinearMethod.apply_gated`: for few rows."""
+        """See `LinearMethod.apply_gated`: for few rows and for many."""
         weight = module.weight
         assert weight is not None
         tile = skinny_tile(x.shape[0], *weight.shape, weight.dtype, weight.device, gated=True)
-        return None if tile is None else skinny_gated_linear(x, weight, tile)
+        return gated_linear(x, weight) if tile is None else skinny_gated_linear(x, weight, tile)
