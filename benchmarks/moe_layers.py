@@ -15,10 +15,10 @@ from workers.layers.moe.experts import Experts
 from workers.layers.moe.grouped_linear import grouped_linear
 from workers.layers.moe.token_groups import group_tokens
 from workers.layers.moe.ways import Way
-from workers.layers.moe.weighted_sum import weighted_sum
 from workers.ops.grouped_tiles import GroupedTile, staged_bytes
 from workers.ops.router_config import RouterConfig
 from workers.ops.sum_tiles import SumTile
+from workers.ops.weighted_sum import weighted_sum
 
 
 @dataclass(frozen=True)

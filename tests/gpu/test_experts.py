@@ -10,9 +10,9 @@ from workers.layers.moe.block import MoEBlock, Router
 from workers.layers.moe.experts import Experts
 from workers.layers.moe.grouped_linear import grouped_linear, usable_ways
 from workers.layers.moe.token_groups import group_tokens, sort_pairs
-from workers.layers.moe.weighted_sum import weighted_sum
 from workers.ops.grouped_tiles import GroupedTile
 from workers.ops.router_config import RouterConfig
+from workers.ops.weighted_sum import weighted_sum
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

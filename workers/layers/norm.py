@@ -9,6 +9,7 @@ from torch import nn
 from workers.layers.context import LayerContext
 from workers.layers.linear_methods.base import empty_parameter
 from workers.ops.rms_norm import add_rms_norm, rms_norm
+from workers.ops.weighted_sum import WeightedRows, add_weighted_rms_norm, summed
 from workers.parallel.group import TensorParallelGroup
 
 
@@ -39,8 +40,10 @@ class RMSNorm(nn.Module):
         """Normalise and scale; of the input's shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`residual += x`, in place, and that normalised; for a contiguous residual."""
+    def add(self, x: torch.Tensor | WeightedRows, residual: torch.Tensor) -> torch.Tensor:
+        """`residual += summed(x)`, in place, and that normalised; for a contiguous residual."""
+        if isinstance(x, WeightedRows):
+            return add_weighted_rms_norm(x, residual, self.weight, self.eps)
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
@@ -63,9 +66,9 @@ class LayerNorm(nn.Module):
         normed: torch.Tensor = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), None, self.eps)
         return normed.to(x.dtype)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`residual += x`, in place, and that normalised."""
-        return self.forward(residual.add_(x))
+    def add(self, x: torch.Tensor | WeightedRows, residual: torch.Tensor) -> torch.Tensor:
+        """`residual += summed(x)`, in place, and that normalised."""
+        return self.forward(residual.add_(summed(x)))
 
 
 class HeadNorm(nn.Module):

@@ -2,7 +2,7 @@
 
 A layer owns its residual structure: it normalises the stream and adds to it as its family does. Where an addition comes
 right before a norm the two are one kernel; where it comes right behind a product, of one rank, the product adds before
-it rounds.
+it rounds. What is added may be a sum over experts that the same kernel computes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from workers.layers.linear import RowParallelLinear
+from workers.ops.weighted_sum import WeightedRows, summed
 
 
 class Norm(Protocol):
@@ -21,8 +22,8 @@ class Norm(Protocol):
         """(T, H) to (T, H)."""
         ...
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`residual += x`, in place, and that normalised."""
+    def add(self, x: torch.Tensor | WeightedRows, residual: torch.Tensor) -> torch.Tensor:
+        """`residual += summed(x)`, in place, and that normalised."""
         ...
 
 
@@ -35,17 +36,17 @@ class ResidualStream:
 
     def __init__(self, value: torch.Tensor) -> None:
         self._value = value
-        self._summand: torch.Tensor | None = None
+        self._summand: torch.Tensor | WeightedRows | None = None
 
     @property
     def value(self) -> torch.Tensor:
         """(T, H), with all that was added."""
         if self._summand is not None:
-            self._value.add_(self._summand)
+            self._value.add_(summed(self._summand))
             self._summand = None
         return self._value
 
-    def add(self, summand: torch.Tensor) -> None:
+    def add(self, summand: torch.Tensor | WeightedRows) -> None:
         """Add (T, H), the same on all ranks."""
         self._value, self._summand = self.value, summand
 

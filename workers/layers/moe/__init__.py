@@ -5,7 +5,6 @@ routing.py         logits of the router -> ids and weights of each token's exper
 token_groups.py    pairs of token and expert, in the order of the experts
 grouped_weight.py  the experts' matrices, whatever they are stored as
 grouped_linear.py  one product for all experts, by the fastest way that the device has
-weighted_sum.py    the sum over the experts of a token
 chosen_experts_sum.py   the second product and that sum as one, of a single token
 ways.py            which way a device computes a grouped product by, as data
 experts.py         the module: two grouped products and the sum over a token's experts

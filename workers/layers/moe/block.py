@@ -12,6 +12,7 @@ from workers.errors import ConfigError
 from workers.layers.moe.experts import Experts
 from workers.layers.moe.routing import route
 from workers.ops.router_config import RouterConfig
+from workers.ops.weighted_sum import WeightedRows, summed
 
 
 class Router(nn.Module):
@@ -124,10 +125,13 @@ class MoEBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, H) to (T, H): on one of several ranks its partial sum, which the caller reduces."""
+        return summed(self.summands(x))
+
+    def summands(self, x: torch.Tensor) -> torch.Tensor | WeightedRows:
+        """`forward`'s result, or what sums up to it."""
         ids, weights = self.router(x)
         shared = None if self.shared_expert is None else self.shared_expert(x)
-        out: torch.Tensor = self.experts(x, ids, weights, weighs_input=self.router.config.weighs_input, added=shared)
-        return out
+        return self.experts.summands(x, ids, weights, weighs_input=self.router.config.weighs_input, added=shared)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -16,7 +16,7 @@ from workers.layers.moe.chosen_experts_sum import chosen_experts_sum, sums_chose
 from workers.layers.moe.grouped_linear import grouped_linear
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import group_tokens
-from workers.layers.moe.weighted_sum import weighted_sum
+from workers.ops.weighted_sum import WeightedRows, summed
 
 
 class GroupedLinearMethod(Protocol):
@@ -156,7 +156,19 @@ class Experts(nn.Module):
         weighs_input: bool = False,
         added: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Each token through its experts.
+        """(T, H) to (T, H): each token through its experts; see `summands`."""
+        return summed(self.summands(x, ids, weights, weighs_input=weighs_input, added=added))
+
+    def summands(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        weighs_input: bool = False,
+        added: torch.Tensor | None = None,
+    ) -> torch.Tensor | WeightedRows:
+        """Each token through its experts; what they made of it need not be summed up yet.
 
         Args:
             x: (T, H), the elements of a row contiguous.
@@ -166,7 +178,7 @@ class Experts(nn.Module):
             added: (T, H), added to the sum before it is rounded: this rank's share of what shared experts computed.
 
         Returns:
-            (T, H): on one of several ranks its partial sum, which the caller reduces.
+            (T, H), or what sums up to it: on one of several ranks its partial sum, which the caller reduces.
 
         Raises:
             ValueError: arguments that do not fit each other.
@@ -195,7 +207,7 @@ class Experts(nn.Module):
         if sums_chosen(down, x.shape[0], top_k):
             return chosen_experts_sum(inner, down, ids, out_weights, added)
         outer = grouped_linear(inner, down, groups, rows=order, out_rows="pairs", routed_before=True)
-        return weighted_sum(outer, top_k, out_weights, added)
+        return WeightedRows(outer, top_k, out_weights, added)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

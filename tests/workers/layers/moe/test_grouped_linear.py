@@ -20,10 +20,16 @@ from workers.layers.moe.grouped_linear import grouped_linear, usable_ways
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import group_tokens, sort_pairs
 from workers.layers.moe.ways import WAYS, way_for
-from workers.layers.moe.weighted_sum import weighted_sum, weighted_sum_torch
 from workers.ops.grouped_tiles import GroupedTile, without_tma
 from workers.ops.sum_tiles import SumTile
 from workers.ops.tensor_map import has_tensor_map
+from workers.ops.weighted_sum import (
+    WeightedRows,
+    add_weighted_rms_norm,
+    summed,
+    weighted_sum,
+    weighted_sum_torch,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,6 +72,7 @@ def kernels() -> SimpleNamespace:
         tile_map=token_groups.launch_tile_map,
         most_tiles=token_groups.most_tiles,
         sum=weighted_sum.launch_weighted_sum,
+        sum_and_norm=weighted_sum.launch_add_weighted_rms_norm,
         chosen=chosen_experts_sum.launch_chosen_experts_sum,
         sum_tile=SumTile(outputs=16, inputs=16, num_stages=2, num_warps=2, prefetched=16),
     )
@@ -461,6 +468,32 @@ def test_weighted_sum(kernels: SimpleNamespace, dtype: torch.dtype, weighted: bo
     kernels.sum(out, rows, 3, weights, added)
     for result in (out, weighted_sum(rows, 3, weights, added), weighted_sum_torch(rows, 3, weights, added)):
         assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_a_sum_that_a_norm_follows(kernels: SimpleNamespace, dtype: torch.dtype, with_weights: bool) -> None:
+    rows, residual, norm = randn(7 * 3, 50, dtype=dtype), randn(7, 50, dtype=dtype, seed=1), randn(50, seed=2)
+    weights, added = (randn(7, 3, seed=3), randn(7, 50, dtype=dtype, seed=4)) if with_weights else (None, None)
+    summand = WeightedRows(rows, 3, weights, added)
+    total = summed(summand).double() + residual.double()
+    expected = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6) * norm.double()
+    by_op, by_kernel, out = residual.clone(), residual.clone(), torch.full_like(residual, NAN)
+    normalized = add_weighted_rms_norm(summand, by_op, norm, 1e-6)
+    kernels.sum_and_norm(out, rows, 3, weights, added, by_kernel, norm, 1e-6)
+    # Rounded three times; the interpreter rounds to bfloat16 towards zero.
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2e-2, 4e-2)
+    for stream, found in ((by_op, normalized), (by_kernel, out)):
+        torch.testing.assert_close(stream.double(), total, rtol=rtol, atol=atol)
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+
+
+def test_a_sum_that_fits_neither_stream_nor_norm_is_refused() -> None:
+    summand = WeightedRows(randn(6, 8), 3)
+    with pytest.raises(ValueError, match=r"residual of torch.float32 \(3, 8\)"):
+        add_weighted_rms_norm(summand, randn(3, 8), torch.ones(8, device=DEVICE), 1e-6)
+    with pytest.raises(ValueError, match=r"weight of torch.float32 \(7,\)"):
+        add_weighted_rms_norm(summand, randn(2, 8), torch.ones(7, device=DEVICE), 1e-6)
 
 
 def test_the_table_names_ways_in_order_of_tokens() -> None:
