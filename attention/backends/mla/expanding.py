@@ -221,20 +221,6 @@ class ExpandingImpl(MLAImpl):
             output: (B, Hq, R), written.
         """
 
-    def attend_values(
-        self,
-        query: torch.Tensor,
-        rotary_query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        batch: DecodeBatch,
-        call: Any,
-        output: torch.Tensor,
-    ) -> None:
-        """`attend_latents`, and its sums taken to values: `output` is (B, Hq, V), written."""
-        attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        self.attend_latents(query, rotary_query, kv_cache, batch, call, attended)
-        unabsorb(attended, self.w_uv, output)
-
     def query_room(self, rotary_query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for absorbed queries, (B, Hq, R), and the rotary ones where the kernel wants them."""
         shape = (*rotary_query.shape[:2], self.mla.kv_lora_rank)
@@ -266,7 +252,9 @@ class ExpandingImpl(MLAImpl):
         nope, rotary = query.split((self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim), dim=-1)
         absorbed, rotary = self.query_room(rotary)
         absorb(nope, self.w_uk, absorbed)
-        self.attend_values(absorbed, rotary, cache, batch, call, output)
+        attended = torch.empty(absorbed.shape, dtype=query.dtype, device=query.device)
+        self.attend_latents(absorbed, rotary, cache, batch, call, attended)
+        unabsorb(attended, self.w_uv, output)
 
     def _own(
         self, key: torch.Tensor | None, value: torch.Tensor | None, cache: torch.Tensor, plan: PrefillPlan

@@ -68,34 +68,6 @@ class TritonMLAImpl(ExpandingImpl):
             cache_scale=self.kv_scales.k,
         )
 
-    def attend_values(
-        self,
-        query: torch.Tensor,
-        rotary_query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        batch: DecodeBatch,
-        call: Any,
-        output: torch.Tensor,
-    ) -> None:
-        """See `ExpandingImpl.attend_values`: of few sequences merging and the product are one kernel."""
-        from attention.ops.triton.latent.decode import FEW_SEQUENCES, latent_decode_values
-
-        if query.shape[0] > FEW_SEQUENCES:
-            super().attend_values(query, rotary_query, kv_cache, batch, call, output)
-            return
-        latent_decode_values(
-            query,
-            rotary_query,
-            kv_cache,
-            batch.block_tables,
-            batch.seq_lens,
-            max(batch.context_lens),
-            self.w_uv,
-            output,
-            scale=self.spec.scale,
-            cache_scale=self.kv_scales.k,
-        )
-
 
 class TritonMLABackend(ExpandingBackend):
     """Latent attention in Triton, prefill and decode."""

@@ -186,45 +186,6 @@ def decode_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def merge_splits(
-    partial_ptr: tl.tensor,
-    partial_lse_ptr: tl.tensor,
-    seq_len: tl.tensor,
-    window: tl.tensor | None,
-    row: tl.tensor,
-    num_splits: tl.tensor,
-    wanted_splits: tl.tensor,
-    most_tiles: tl.tensor,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The splits of one head of one sequence, its `row`, by their log-sum-exp: (D_PAD) fp32, the largest, the divisor.
-
-    The logarithm of the softmax's denominator, base 2, is the largest's plus the divisor's.
-    """
-    _, _, used = split_range(seq_len, window, 0, num_splits, wanted_splits, most_tiles, BLOCK_N, MIN_TILES)
-    splits = tl.arange(0, SPLITS_PAD)
-    present = splits < tl.maximum(used, 1)  # the first split always writes
-    columns = tl.arange(0, D_PAD)
-    slots = row * num_splits + splits
-    lses = tl.load(partial_lse_ptr + slots, mask=present, other=float("-inf"))
-    largest = tl.max(lses, 0)
-    reference = tl.where(largest == float("-inf"), 0.0, largest)
-    weights = tl.exp2(lses - reference)
-    total = tl.sum(weights, 0)
-    partials = tl.load(
-        partial_ptr + slots[:, None] * D + columns[None, :],
-        mask=present[:, None] & (columns < D)[None, :],
-        other=0.0,
-    )
-    divisor = tl.where(total == 0.0, 1.0, total)
-    return tl.sum(partials * weights[:, None], 0) / divisor, largest, divisor
-
-
 @triton.jit(do_not_specialize=["window", "num_splits", "wanted_splits", "most_tiles"])
 def reduce_kernel(
     out_ptr: tl.tensor,
@@ -254,11 +215,25 @@ def reduce_kernel(
         gdc_wait()
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
-    merged, largest, divisor = merge_splits(
-        partial_ptr, partial_lse_ptr, tl.load(seq_lens_ptr + seq), window, seq * NUM_HEADS + head, num_splits,
-        wanted_splits, most_tiles, D, D_PAD, BLOCK_N, MIN_TILES, SPLITS_PAD,
-    )  # fmt: skip
+    _, _, used = split_range(
+        tl.load(seq_lens_ptr + seq), window, 0, num_splits, wanted_splits, most_tiles, BLOCK_N, MIN_TILES
+    )
+    splits = tl.arange(0, SPLITS_PAD)
+    present = splits < tl.maximum(used, 1)  # the first split always writes
     columns = tl.arange(0, D_PAD)
+    slots = (seq * NUM_HEADS + head) * num_splits + splits
+    lses = tl.load(partial_lse_ptr + slots, mask=present, other=float("-inf"))
+    largest = tl.max(lses, 0)
+    reference = tl.where(largest == float("-inf"), 0.0, largest)
+    weights = tl.exp2(lses - reference)
+    total = tl.sum(weights, 0)
+    partials = tl.load(
+        partial_ptr + slots[:, None] * D + columns[None, :],
+        mask=present[:, None] & (columns < D)[None, :],
+        other=0.0,
+    )
+    divisor = tl.where(total == 0.0, 1.0, total)
+    merged = tl.sum(partials * weights[:, None], 0) / divisor
     out_ptrs = out_ptr + seq * stride_ot + head * stride_oh + columns
     tl.store(out_ptrs, merged.to(out_ptr.dtype.element_ty), mask=columns < D)
     if lse_ptr is not None:

@@ -212,30 +212,6 @@ def test_the_decode_kernel_alone(heads: int) -> None:
     torch.testing.assert_close(outputs[0][1][2].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_few_sequences_splits_are_merged_into_values(splits: int, dtype: torch.dtype) -> None:
-    from attention.ops.triton.latent.decode import FEW_SEQUENCES, latent_decode, latent_decode_values
-
-    generator = torch.Generator().manual_seed(2)
-    query, rotary, cache, weight = (
-        torch.randn(*shape, generator=generator).to(dtype)
-        for shape in ((3, 5, 24), (3, 5, 8), (20, 16, 32), (5, 20, 24))
-    )
-    tables = torch.randperm(18, generator=generator).view(3, 6).int()
-    lens = torch.tensor([90, 0, 33], dtype=torch.int32)
-    attended, wide = torch.empty_like(query), torch.full((3, 5, 30), float("nan"), dtype=dtype)
-    latent_decode(query, rotary, cache, tables, lens, 90, attended, scale=0.3, num_splits=splits)
-    latent_decode_values(query, rotary, cache, tables, lens, 90, weight, wide[..., :20], scale=0.3, num_splits=splits)
-    expected = torch.einsum("bhr,hvr->bhv", attended.double(), weight.double())
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(wide[..., :20].double(), expected, rtol=tolerance, atol=tolerance)
-    assert wide[..., 20:].isnan().all()
-    many = torch.zeros(FEW_SEQUENCES + 1, 5, 24)
-    with pytest.raises(AttentionInputError, match="at most 4 rows"):
-        latent_decode_values(many, many, cache, tables, lens, 90, weight, many, scale=0.3)
-
-
 @pytest.mark.parametrize("rows", [1, 5, 16, 40, 64])
 def test_products_of_a_few_rows_with_a_matrix_of_each_head(rows: int) -> None:
     from attention.ops.triton.latent.head_products import head_product

@@ -1,12 +1,6 @@
-"""Decode of latent attention over a paged cache of latents: one query token per sequence.
-
-Programs share a sequence's tokens, and what each found is merged: into sums of latents (`latent_decode`), or of a few
-sequences at once into values, by the kernel that takes the sums there (`latent_decode_values`).
-"""
+"""Decode of latent attention over a paged cache of latents: one query token per sequence."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,8 +9,6 @@ from attention.errors import AttentionInputError
 from attention.ops.triton.decode_kernel import reduce_kernel
 from attention.ops.triton.dependent_launch import dependent_launch
 from attention.ops.triton.latent.decode_kernel import latent_decode_kernel
-from attention.ops.triton.latent.head_products import head_product
-from attention.ops.triton.latent.merge_kernel import merge_values_kernel
 from attention.ops.triton.latent.tiles import choose_splits, decode_tile
 from attention.ops.triton.launch import (
     check_device,
@@ -29,11 +21,6 @@ from attention.ops.triton.launch import (
     on_device,
 )
 from attention.ops.triton.tuning import MIN_TILES, Splits, Tile, check_splits
-
-FEW_SEQUENCES = 4
-"""Of which merging and the product with each head's matrix are one kernel: more read the matrices too often."""
-
-_VALUES = 16
 
 
 def latent_decode(
@@ -76,120 +63,6 @@ def latent_decode(
     Raises:
         AttentionInputError: arguments that do not fit each other or the kernel.
     """
-    splits = _attend(
-        query, rotary_query, kv_cache, block_tables, seq_lens, max_seq_len, output, scale, cache_scale, lse,
-        num_splits, tile,
-    )  # fmt: skip
-    if splits is None:
-        return
-    batch, num_heads, rank = query.shape
-    lse_strides = (0, 0) if lse is None else lse.stride()
-    with on_device(query):
-        reduce_kernel[(num_heads, batch)](
-            output, lse, splits.partial, splits.lse, seq_lens, None, *splits.dealing, *output.stride()[:2],
-            *lse_strides, NUM_HEADS=num_heads, D=rank, D_PAD=splits.rank_padded, BLOCK_N=splits.keys,
-            MIN_TILES=MIN_TILES, SPLITS_PAD=splits.padded, num_warps=_merge_warps(splits, 4),
-            **dependent_launch(query.device, num_heads * batch),
-        )  # fmt: skip
-
-
-def latent_decode_values(
-    query: torch.Tensor,
-    rotary_query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_seq_len: int,
-    w_uv: torch.Tensor,
-    output: torch.Tensor,
-    *,
-    scale: float,
-    cache_scale: float = 1.0,
-    num_splits: int | None = None,
-) -> None:
-    """`latent_decode`, and behind it the product with each head's matrix: for few sequences, at most `FEW_SEQUENCES`.
-
-    Args:
-        query: (B, Hq, R), as the other arguments that are not named here as for `latent_decode`.
-        rotary_query: (B, Hq, P).
-        kv_cache: (num_blocks, block_size, R + P).
-        block_tables: (B, max_blocks) int32.
-        seq_lens: (B,) int32.
-        max_seq_len: the longest sequence.
-        w_uv: (Hq, V, R) of the query's dtype, the elements of a row contiguous.
-        output: (B, Hq, V), written; the elements of a head contiguous.
-        scale: multiplies the products, positive.
-        cache_scale: what stored numbers are multiplied with.
-        num_splits: programs that share a sequence's tokens; None chooses.
-
-    Raises:
-        AttentionInputError: arguments that do not fit each other or the kernels.
-    """
-    batch, num_heads, rank = query.shape
-    size = output.shape[2]
-    if batch > FEW_SEQUENCES or w_uv.shape != (num_heads, size, rank) or output.shape[:2] != (batch, num_heads):
-        raise AttentionInputError(
-            f"{tuple(query.shape)} times {tuple(w_uv.shape)} into {tuple(output.shape)}: at most {FEW_SEQUENCES} rows"
-        )
-    if w_uv.stride(2) != 1 or output.stride(2) != 1:
-        raise AttentionInputError("the elements of a head must be contiguous")
-    attended = torch.empty(batch, num_heads, rank, dtype=query.dtype, device=query.device)
-    splits = _attend(
-        query, rotary_query, kv_cache, block_tables, seq_lens, max_seq_len, attended, scale, cache_scale, None,
-        num_splits, None,
-    )  # fmt: skip
-    if splits is None:
-        head_product(attended, w_uv.transpose(1, 2), output)
-        return
-    tiles = triton.cdiv(size, _VALUES)
-    with on_device(query):
-        merge_values_kernel[(tiles, num_heads, batch)](
-            output, splits.partial, splits.lse, seq_lens, w_uv, *splits.dealing, *output.stride()[:2],
-            *w_uv.stride()[:2], NUM_HEADS=num_heads, R=rank, R_PAD=splits.rank_padded, V=size, VALUES=_VALUES,
-            BLOCK_N=splits.keys, MIN_TILES=MIN_TILES, SPLITS_PAD=splits.padded, num_warps=_merge_warps(splits, 8),
-            **dependent_launch(query.device, tiles * num_heads * batch),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Splits:
-    """What programs found that shared sequences' tokens.
-
-    Attributes:
-        partial: (B, Hq, splits, R) float32.
-        lse: (B, Hq, splits) float32, base 2.
-        dealing: what `split_range` is told.
-        keys: tokens of a tile.
-        rank_padded: R up to the next power of two.
-    """
-
-    partial: torch.Tensor
-    lse: torch.Tensor
-    dealing: tuple[int, int, int]
-    keys: int
-    rank_padded: int
-
-    @property
-    def padded(self) -> int:
-        """Splits up to the next power of two."""
-        return int(triton.next_power_of_2(self.dealing[0]))
-
-
-def _attend(
-    query: torch.Tensor,
-    rotary_query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_seq_len: int,
-    output: torch.Tensor,
-    scale: float,
-    cache_scale: float,
-    lse: torch.Tensor | None,
-    num_splits: int | None,
-    tile: Tile | None,
-) -> _Splits | None:
-    """The first kernel, which writes `output` where there is one split; arguments as of `latent_decode`."""
     _check(query, rotary_query, kv_cache, output)
     check_logits(scale, None, None)
     check_indices(block_tables=block_tables, seq_lens=seq_lens)
@@ -197,7 +70,7 @@ def _attend(
     batch, num_heads, rank = query.shape
     rotary = rotary_query.shape[2]
     if batch == 0:
-        return None
+        return
     cache = kernel_view(kv_cache)
     traits = device_traits(query.device)
     rank_padded, rotary_padded = (max(16, triton.next_power_of_2(size)) for size in (rank, rotary))
@@ -226,14 +99,18 @@ def _attend(
             DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
             **dependent_launch(query.device, head_tiles * splits.count * batch),
         )  # fmt: skip
-    if partial is None or partial_lse is None:
-        return None
-    return _Splits(partial, partial_lse, dealing, tile.keys, rank_padded)
+        if splits.count > 1:
+            reduce_kernel[(num_heads, batch)](
+                output, lse, partial, partial_lse, seq_lens, None, *dealing, *output.stride()[:2], *lse_strides,
+                NUM_HEADS=num_heads, D=rank, D_PAD=rank_padded, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES,
+                SPLITS_PAD=triton.next_power_of_2(splits.count), num_warps=_reduce_warps(splits.count, rank_padded),
+                **dependent_launch(query.device, num_heads * batch),
+            )  # fmt: skip
 
 
-def _merge_warps(splits: _Splits, fewest: int) -> int:
+def _reduce_warps(num_splits: int, rank_padded: int) -> int:
     """Warps that have all partial results of a head in registers, at most 64 numbers a thread."""
-    return min(max(splits.padded * splits.rank_padded // (32 * 64), fewest), 16)
+    return min(max(int(triton.next_power_of_2(num_splits)) * rank_padded // (32 * 64), 4), 16)
 
 
 def _check(query: torch.Tensor, rotary_query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
