@@ -14,9 +14,6 @@ from workers.layers.moe.routing import route
 from workers.ops.router_config import RouterConfig
 from workers.ops.weighted_sum import WeightedRows, summed
 
-_MOST_COUNTED = 8
-"""Tokens of which one kernel scores and chooses the experts, as `workers.ops.triton.few_tokens_router` has it."""
-
 
 class Router(nn.Module):
     """The linear map that scores experts, whole on every rank, and the choice by its scores.
@@ -62,30 +59,9 @@ class Router(nn.Module):
         )
         self.bias = _empty((config.num_experts,), self.weight.dtype, device) if bias else None
         self.e_score_correction_bias = _empty((config.num_experts,), torch.float32, device) if corrected else None
-        # Of this layer alone: its launches wait for each other.
-        self.counters = nn.Buffer(torch.zeros(_MOST_COUNTED, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, H) to (T, k + S) int64 ids of experts and (T, k + S) float32 weights; the shared ones are the first."""
-        if x.is_cuda and x.shape[0] <= _MOST_COUNTED:
-            from workers.ops.triton.few_tokens_router import launch_few_tokens_router, routes
-
-            if routes(x, self.weight):
-                chosen = (x.shape[0], self.config.top_k + self.num_shared)
-                ids = torch.empty(chosen, dtype=torch.int64, device=x.device)
-                weights = torch.empty(chosen, dtype=torch.float32, device=x.device)
-                launch_few_tokens_router(
-                    ids,
-                    weights,
-                    self.counters,
-                    x,
-                    self.weight,
-                    self.bias,
-                    self.config,
-                    self.e_score_correction_bias,
-                    self.num_shared,
-                )
-                return ids, weights
         return route(self.logits(x), self.config, self.e_score_correction_bias, self.num_shared)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -80,12 +80,11 @@ def _open_groups(
 
 
 @triton.jit
-def route_token(
+def route_kernel(
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     logits_ptr: tl.tensor,
     correction_ptr: tl.tensor | None,
-    token: tl.tensor,
     NUM_EXPERTS: tl.constexpr,
     PADDED_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -101,11 +100,16 @@ def route_token(
     PADDED_SIZE: tl.constexpr,
     TOP_K_GROUPS: tl.constexpr,
     SUM_OF_TWO: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    """Choose one token's experts, the shared ones and then the best first, and their weights, by all of its logits."""
+    """One program: one token's experts, the shared ones and then the best first, with their weights."""
     SIGMOID: tl.constexpr = KIND == "sigmoid"
     LIMITED: tl.constexpr = TOP_K_GROUPS < NUM_GROUPS
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
+    token = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     expert = tl.arange(0, PADDED_EXPERTS)
     there = expert < NUM_EXPERTS
     logits_ptr += token * (NUM_EXPERTS + 1 if GATED else NUM_EXPERTS)
@@ -164,63 +168,6 @@ def route_token(
     tl.store(weights_ptr + token * ALL + place, weights, mask=place < ALL)
 
 
-@triton.jit
-def route_kernel(
-    ids_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
-    logits_ptr: tl.tensor,
-    correction_ptr: tl.tensor | None,
-    NUM_EXPERTS: tl.constexpr,
-    PADDED_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    PADDED_K: tl.constexpr,
-    NUM_SHARED: tl.constexpr,
-    GATED: tl.constexpr,
-    KIND: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    SCALE: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    PADDED_GROUPS: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-    TOP_K_GROUPS: tl.constexpr,
-    SUM_OF_TWO: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """One program: one token."""
-    token = tl.program_id(0).to(tl.int64)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    route_token(
-        ids_ptr, weights_ptr, logits_ptr, correction_ptr, token,
-        NUM_EXPERTS, PADDED_EXPERTS, TOP_K, PADDED_K, NUM_SHARED, GATED, KIND, RENORMALIZE,
-        SMALLEST, SCALE, NUM_GROUPS, PADDED_GROUPS, PADDED_SIZE, TOP_K_GROUPS, SUM_OF_TWO,
-    )  # fmt: skip
-
-
-def routing_constants(config: RouterConfig, num_shared: int, gated: bool) -> dict[str, object]:
-    """What `route_token` is compiled for; arguments as of `launch_route`, and whether there is a gate's logit."""
-    grouped = config.limits_groups
-    return {
-        "NUM_EXPERTS": config.num_experts,
-        "PADDED_EXPERTS": triton.next_power_of_2(config.num_experts),
-        "TOP_K": config.top_k,
-        "PADDED_K": triton.next_power_of_2(config.top_k + num_shared),
-        "NUM_SHARED": num_shared,
-        "GATED": gated,
-        "KIND": config.scores,
-        "RENORMALIZE": config.renormalize and config.scores != "softmax_of_chosen",
-        "SMALLEST": SMALLEST_SUM if config.scores == "sigmoid" else 0.0,
-        "SCALE": config.scaling_factor,
-        "NUM_GROUPS": config.num_groups if grouped else 1,
-        "PADDED_GROUPS": triton.next_power_of_2(config.num_groups),
-        "PADDED_SIZE": triton.next_power_of_2(config.experts_per_group),
-        "TOP_K_GROUPS": config.top_k_groups if grouped else 1,
-        "SUM_OF_TWO": config.group_score == "sum_of_two",
-    }
-
-
 def launch_route(
     ids: torch.Tensor,
     weights: torch.Tensor,
@@ -242,13 +189,28 @@ def launch_route(
     num_tokens = logits.shape[0]
     if num_tokens == 0:
         return
+    grouped = config.limits_groups
     with on_device(logits):
         route_kernel[(num_tokens,)](
             ids,
             weights,
             logits,
             correction_bias,
-            **routing_constants(config, num_shared, logits.shape[1] > config.num_experts),
+            NUM_EXPERTS=config.num_experts,
+            PADDED_EXPERTS=triton.next_power_of_2(config.num_experts),
+            TOP_K=config.top_k,
+            PADDED_K=triton.next_power_of_2(config.top_k + num_shared),
+            NUM_SHARED=num_shared,
+            GATED=logits.shape[1] > config.num_experts,
+            KIND=config.scores,
+            RENORMALIZE=config.renormalize and config.scores != "softmax_of_chosen",
+            SMALLEST=SMALLEST_SUM if config.scores == "sigmoid" else 0.0,
+            SCALE=config.scaling_factor,
+            NUM_GROUPS=config.num_groups if grouped else 1,
+            PADDED_GROUPS=triton.next_power_of_2(config.num_groups),
+            PADDED_SIZE=triton.next_power_of_2(config.experts_per_group),
+            TOP_K_GROUPS=config.top_k_groups if grouped else 1,
+            SUM_OF_TWO=config.group_score == "sum_of_two",
             num_warps=1 if config.num_experts <= 256 else 4,
             **dependent_launch(logits.device, num_tokens),
         )

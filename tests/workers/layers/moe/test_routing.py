@@ -208,11 +208,11 @@ def kernels() -> SimpleNamespace:
     """The launch functions, of kernels that the interpreter runs where there is no GPU."""
     with mock.patch.dict(os.environ, {} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"}):
         language = pytest.importorskip("triton.language")
-        from workers.ops.triton import few_tokens_router, router_logits, routing
+        from workers.ops.triton import router_logits, routing
     for function in (language.sum, routing.route_kernel):
         if DEVICE.type == "cpu" and type(function).__name__ != "InterpretedFunction":
             pytest.skip("Triton was imported to compile: needs TRITON_INTERPRET=1 or a CUDA device")
-    return SimpleNamespace(route=routing.launch_route, logits=router_logits, few=few_tokens_router)
+    return SimpleNamespace(route=routing.launch_route, logits=router_logits)
 
 
 def by_kernel(
@@ -318,36 +318,6 @@ def test_a_tokens_logits_do_not_depend_on_the_batch(kernels: SimpleNamespace, li
         for i in range(5):
             kernels.logits.launch_router_logits(alone, x[i : i + 1], weight, None)
             assert torch.equal(alone[0], together[i])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_last_program_chooses_as_a_kernel_of_its_own(kernels: SimpleNamespace, kind: str) -> None:
-    """Also when it is launched again: its counters are 0 afterwards."""
-    config, corrected, num_shared, gated = KINDS[kind]
-    weight = randn(config.num_experts + gated, 40, seed=1).to(DEVICE)
-    correction = randn(config.num_experts, seed=2).to(DEVICE) if corrected else None
-    bias = None if gated else randn(config.num_experts, seed=3).to(DEVICE)
-    counters = torch.zeros(kernels.few.MOST_TOKENS, dtype=torch.int32, device=DEVICE)
-    with mock.patch.multiple(kernels.few, MAX_SIZE=4 * 64), mock.patch.multiple(kernels.logits, MAX_SIZE=4 * 64):
-        for num_tokens in (2, 1):
-            x = randn(num_tokens, 80, seed=num_tokens + 4).bfloat16().to(DEVICE)[:, :40]
-            assert kernels.few.routes(x, weight)
-            logits = torch.empty(num_tokens, weight.shape[0], device=DEVICE)
-            kernels.logits.launch_router_logits(logits, x, weight, bias)
-            expected = by_kernel(kernels, logits, config, correction, num_shared)
-            found = torch.full_like(expected[0], -1), torch.full_like(expected[1], float("nan"))
-            kernels.few.launch_few_tokens_router(*found, counters, x, weight, bias, config, correction, num_shared)
-            assert torch.equal(found[0], expected[0])
-            torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=1e-7)
-            assert not counters.any()
-
-
-def test_a_router_counts_as_many_tokens_as_its_kernel_takes(kernels: SimpleNamespace) -> None:
-    router = Router(RouterConfig(8, 2), 40, torch.bfloat16, DEVICE)
-    assert router.counters.shape == (kernels.few.MOST_TOKENS,)
-    x = torch.zeros(kernels.few.MOST_TOKENS + 1, 40, dtype=torch.bfloat16, device=DEVICE)
-    assert not kernels.few.routes(x, router.weight)
-    assert not kernels.few.routes(x[:0], router.weight)
 
 
 def test_shared_experts_come_first() -> None:
