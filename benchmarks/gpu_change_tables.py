@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks.markdown import provenance, read_result, table
 
 GOAL_S = 0.003
 _NONE = "No result is kept yet."
-_MODELS = ("qwen3-30b-a3b", "gpt-oss-20b")
+_LATENT_MODELS = {
+    "deepseek-v2-lite": "deepseek-v2-lite_tma",
+    "moonlight-16b-a3b": "moonlight-16b-a3b",
+    "glm-4.7-flash": "glm-4.7-flash",
+    "deepseek-v3, 6 layers": "deepseek-v3-stack",
+}
 
 
 def commits(results: Path) -> str:
@@ -58,9 +64,14 @@ def handoff_measured_path(results: Path) -> str:
     return f"{table(header, rows, num_text_columns=1)}\n\n{provenance(two['environment'])}"
 
 
-def mixtures_of_experts(results: Path) -> str:
-    """Prefill rates and decode steps of mixtures of experts, with the limit of the same GPU."""
-    files = {name: results / f"gpu_engine_{name}.json" for name in _MODELS}
+def models_alone(results: Path, models: Mapping[str, str]) -> str:
+    """Prefill rates and decode steps of Baton alone, with the limit of the same GPU.
+
+    Args:
+        results: the folder.
+        models: what the table calls them, to what the result file does.
+    """
+    files = {name: results / f"gpu_engine_{file}.json" for name, file in models.items()}
     found = {name: read_result(file) for name, file in files.items() if file.exists()}
     if not found:
         return _NONE
@@ -78,9 +89,31 @@ def mixtures_of_experts(results: Path) -> str:
     return f"{table(header, rows, num_text_columns=3)}\n\n{origins}"
 
 
+def gated_linear(results: Path) -> str:
+    """SwiGLU's first half in two kernels and in one."""
+    if not (results / "gated_linear_h200.json").exists():
+        return _NONE
+    found = read_result(results / "gated_linear_h200.json")
+    rows = [
+        (
+            name,
+            " × ".join(map(str, product["shape"])),
+            num_rows,
+            *(f"{us[way]:.0f}" for way in ("two kernels", "one kernel")),
+            f"**{us['one kernel'] / us['two kernels']:.2f}**",
+        )
+        for name, product in found["shapes"].items()
+        for num_rows, us in product["us"].items()
+    ]
+    header = ("of", "weight", "rows", "two kernels, µs", "one, µs", "one / two")
+    return f"{table(header, rows, num_text_columns=2)}\n\n{provenance(found['environment'])}"
+
+
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_commits": commits,
     "gpu_handoff_measured_path": handoff_measured_path,
-    "gpu_mixtures_of_experts": mixtures_of_experts,
+    "gpu_mixtures_of_experts": partial(models_alone, models={"gpt-oss-20b": "gpt-oss-20b"}),
+    "gpu_latent_models": partial(models_alone, models=_LATENT_MODELS),
+    "gpu_gated_linear": gated_linear,
 }
 """Name of a marker in the page to what makes its table from the folder of results."""

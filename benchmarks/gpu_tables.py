@@ -14,6 +14,7 @@ from workers.errors import ConfigError
 ENGINE = {engine: f"gpu_engine_{engine}.json" for engine in ("baton", "vllm")}
 LATENT = {"baton": "gpu_engine_deepseek-v2-lite.json", "vllm": "gpu_engine_vllm_deepseek-v2-lite.json"}
 FROM_PIP = {"baton": "gpu_engine_pip_llama-3.1-8b.json", "vllm": "gpu_engine_vllm_llama-3.1-8b.json"}
+QWEN3 = {"baton": "gpu_engine_qwen3-30b-a3b.json", "vllm": "gpu_engine_vllm_qwen3-30b-a3b.json"}
 SERVICE = {(engine, gpus): f"gpu_service_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
 START = {(engine, gpus): f"gpu_start_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
 PUSH = ("push", 2)
@@ -232,6 +233,7 @@ def group_sizes(results: Path) -> str:
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_engine": engine,
     "gpu_engine_latent": partial(engine, files=LATENT, goals=False),
+    "gpu_engine_qwen3": partial(engine, files=QWEN3, goals=False),
     "gpu_engine_from_pip": partial(engine, files=FROM_PIP, goals=False),
     "gpu_handoff": handoff,
     "gpu_second_token": second_token,

@@ -135,7 +135,7 @@ class LocalCluster:
         prompt: list[int],
         sampling: SamplingParams,
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = 600.0,  # kernels may be compiled meanwhile
         prefill: int | None = None,
         decode: int | None = None,
     ) -> bytes:
@@ -158,7 +158,7 @@ class LocalCluster:
         prompt: list[int],
         sampling: SamplingParams,
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = 600.0,  # kernels may be compiled meanwhile
         decode: int = 0,
         num_output_tokens: int = 0,
     ) -> None:

@@ -1,14 +1,14 @@
 """SwiGLU's first half of many rows in one kernel: quack's product for Hopper, whose epilogue is the activation.
 
-cuBLAS writes gate and up, which another kernel reads again; from about a thousand rows on that costs 7 to 8 % of both
-(benchmarks/results/gated_linear_h200.json). quack-kernels comes with flash-attn-4 and takes the weight as it is, gate
-above up. Its kernel is compiled when it is first called, which takes about three seconds.
+cuBLAS writes gate and up, which another kernel reads again. quack-kernels comes with flash-attn-4 and takes the weight
+as it is, gate above up. Its kernel is compiled when it is first called, which takes about three seconds.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,11 +16,19 @@ import torch.nn.functional as F  # noqa: N812
 from attention.broken import import_fault, report_broken
 from attention.platform import PACKAGES, installed_packages
 
-MIN_ROWS = 1024
-"""Where it begins to pay: of 512 rows both ways take the same time."""
+ROWS: Mapping[tuple[int, int], tuple[int, int]] = MappingProxyType(
+    {
+        # (rows of the weight, its columns): the fewest and the most rows of x
+        (16384, 2048): (1024, 1 << 30),
+        (24576, 4096): (1536, 8192),
+        (28672, 4096): (1536, 8192),
+        (37888, 3584): (1536, 1 << 30),
+    }
+)
+"""Where it is faster than two kernels on an H200, of the products of 1B to 8B models that were measured
+(benchmarks/results/gated_linear_h200.json): by 14 to 17 %, 4 to 9 %, 2 to 7 % and 10 to 23 %. Of other products there,
+with 8,192 columns, it is not."""
 
-_GRANULE = 64
-"""Features and inputs that a weight's are multiples of: what the tiles were measured with."""
 _NUM_SMS = 132
 _MODULE = "quack.gemm_interface"
 _TRIAL = (256, 512, 256)
@@ -37,21 +45,20 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         weight: (2 * I, K) of x's dtype, contiguous: gate above up.
 
     Returns:
-        (T, I); None where two kernels are faster, or the library is not there or does not work.
+        (T, I); None where two kernels are faster, nothing was measured, or the library is not there or does not work.
     """
     if not fits(x, weight) or not usable(x.device):
         return None
-    return _quack(x, weight)
+    return quack_gated_linear(x, weight)
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether there are rows enough, and the kernel takes such operands."""
+    """Whether such a product is faster so, and the kernel takes such operands."""
+    fewest, most = ROWS.get((weight.shape[0], weight.shape[1]), (1, 0))
     return (
-        x.shape[0] >= MIN_ROWS
+        fewest <= x.shape[0] <= most
         and x.dtype == weight.dtype == torch.bfloat16
         and weight.is_contiguous()
-        and weight.shape[0] % (2 * _GRANULE) == 0
-        and weight.shape[1] % _GRANULE == 0
         and x.stride(1) == 1
         and x.stride(0) % 8 == 0
     )
@@ -67,7 +74,7 @@ def usable(device: torch.device) -> bool:
         return False
     if "quack" not in installed_packages() or import_fault("quack", _MODULE, ("gemm_gated",)) is not None:
         return False
-    fault = kernel_fault(_quack, device)
+    fault = kernel_fault(quack_gated_linear, device)
     if fault is not None:
         report_broken(PACKAGES["quack"][1], fault)
     return fault is None
@@ -90,7 +97,8 @@ def kernel_fault(kernel: Kernel, device: torch.device) -> str | None:
     return None if error <= _TOLERANCE else f"wrong numbers: off by {error:.2g}, {_TOLERANCE:g} are allowed"
 
 
-def _quack(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def quack_gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`gated_linear` by the library's kernel, whatever the table says; arguments as there."""
     gemm_gated, config = _function()
     out: torch.Tensor = gemm_gated(
         x,
@@ -106,7 +114,7 @@ def _quack(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _function() -> tuple[Callable[..., tuple[object, torch.Tensor]], object]:
-    """quack's function and its tiles: the fastest, or within 2 % of it, for 2,048 rows and more."""
+    """quack's function and its tiles: of 2,048 to 8,192 rows the fastest of twelve."""
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_gated
 
