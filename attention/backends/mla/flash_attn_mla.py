@@ -14,7 +14,7 @@ from attention.backends.common.libraries import load_library
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.versions import PROVIDERS, FlashAttnVersion, Provider
 from attention.backends.mla.expanding import DecodeBatch, Expanded, ExpandingBackend, ExpandingImpl, Packed
-from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
+from attention.capability import HALVES, HOPPER, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionBackendError
 from attention.platform import DeviceKind, Platform
 from attention.spec import AttentionNeeds, AttentionSpec, Feature, Phase
@@ -110,6 +110,7 @@ class FlashAttnMLABackend(ExpandingBackend):
                 low=(9, 0),
                 high=(12, 0),
                 any_of=("flash_attn_3", "flash_attn_4"),
+                ran_on=(HOPPER,),  # prompts, by FlashAttention 4
             ),
         ),
         dtypes=HALVES,
