@@ -22,7 +22,9 @@ class InstantConnector(KVConnector):
         self._events: list[ConnectorEvent] = []
         self._generation = 0
 
-    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks], ready: ReadyEvent | None = None
+    ) -> HandoffKey:
         """See `KVConnector.expect`; the handoff is received at the next `poll`."""
         self._generation += 1
         key = HandoffKey(handoff_id, 0, self._generation)

@@ -32,7 +32,7 @@ from kv_transfer.transports.base import EngineInfo
 
 
 class ReadyEvent(Protocol):
-    """Something that happens before memory may be read; `torch.cuda.Event` is one."""
+    """Something that happens before memory may be read, or written; `torch.cuda.Event` is one."""
 
     def query(self) -> bool:
         """Whether it has happened."""
@@ -41,7 +41,7 @@ class ReadyEvent(Protocol):
 
 @dataclass(frozen=True)
 class HandoffReceived:
-    """Decode: the whole cache has landed; nobody will write to its blocks any more.
+    """Decode: the whole cache, or this rank's share of it, has landed; nobody will write to its blocks any more.
 
     Attributes:
         key: the reservation.
@@ -174,7 +174,9 @@ class KVConnector(ABC):
     # decode
 
     @abstractmethod
-    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks], ready: ReadyEvent | None = None
+    ) -> HandoffKey:
         """Reserve these blocks for a handoff and grant them to the prefill worker.
 
         Args:
@@ -183,6 +185,7 @@ class KVConnector(ABC):
             blocks: by cache group, for the sequence's blocks from `first_block` to its last; those before it are
                 neither granted nor written. None at all is in order: where no group lacks any, the handoff brings the
                 first token alone.
+            ready: happens before they may be written; the grant waits for it. None: they may.
 
         Raises:
             ValueError: the groups are not as many as those of the cache.
@@ -208,7 +211,7 @@ class KVConnector(ABC):
         src_blocks: Sequence[int],
         ready: ReadyEvent | None,
     ) -> None:
-        """Write these blocks of these layers once `ready`.
+        """Write these blocks of these layers once `ready`, or this rank's share of them, see `KVLayout.share`.
 
         The source blocks are in use until `HandoffSent` or `HandoffAborted`. Every (layer, block) is pushed once, from
         the beginning of what the decode side may grant to the prompt's end.

@@ -30,6 +30,8 @@ class GroupLayout:
         window: tokens that a query sees, itself included; None: all.
         order: dimensions of one layer's block, outermost first, out of kv, slot, head and element; empty: the kind's.
         shape: their sizes, where a backend has dimensions of its own among them; empty: those that follow.
+        copies: ranks, neighbours, that keep the same here: all of them a latent, some a head where there are more ranks
+            than heads. Each hands over its share of the layers, see `KVLayout.share`.
 
     Raises:
         ValueError: an unknown kind, dtype or dimension, no layers, or sizes that are not positive.
@@ -44,6 +46,7 @@ class GroupLayout:
     window: int | None = None
     order: str = ""
     shape: tuple[int, ...] = ()
+    copies: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in _ORDERS:
@@ -52,8 +55,9 @@ class GroupLayout:
             raise ValueError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPE_BYTES)}")
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers are {self.layers}, they must be ascending, and at least one")
-        if min(self.block_size, self.num_kv_heads, self.head_size, 1 if self.window is None else self.window) < 1:
-            raise ValueError(f"block_size, num_kv_heads, head_size and window must be positive: {self}")
+        sizes = (self.block_size, self.num_kv_heads, self.head_size, 1 if self.window is None else self.window)
+        if min(*sizes, self.copies) < 1:
+            raise ValueError(f"block_size, num_kv_heads, head_size, window and copies must be positive: {self}")
         if self.kind == "mla" and self.num_kv_heads != 1:
             raise ValueError(f"a latent is one for all heads: num_kv_heads must be 1, not {self.num_kv_heads}")
         object.__setattr__(self, "order", self.order or _ORDERS[self.kind])
@@ -98,19 +102,34 @@ class KVLayout:
         groups: in the model's order; a group's index stands for it in every message.
         tp_size: tensor-parallel ranks that share the heads.
         identity: whose keys and values they are.
+        tp_rank: which of these ranks keeps it; workers exchange KV cache rank by rank.
 
     Raises:
-        ValueError: no groups, or a layer in two of them.
+        ValueError: no groups, a layer in two of them, a rank that is none, or copies that do not divide the ranks.
     """
 
     groups: tuple[GroupLayout, ...]
     tp_size: int = 1
     identity: KVIdentity = UNKNOWN
+    tp_rank: int = 0
 
     def __post_init__(self) -> None:
         layers = [layer for group in self.groups for layer in group.layers]
         if not layers or len(layers) != len(set(layers)):
             raise ValueError(f"each layer must be in one cache group: {[group.layers for group in self.groups]}")
+        if not 0 <= self.tp_rank < self.tp_size:
+            raise ValueError(f"rank {self.tp_rank} of {self.tp_size} ranks: must be 0 to {self.tp_size - 1}")
+        if odd := [group.copies for group in self.groups if self.tp_size % group.copies]:
+            raise ValueError(f"{odd[0]} ranks that keep the same do not divide {self.tp_size} ranks")
+
+    def share(self, group: int) -> range:
+        """The layers of a cache group that this rank hands over and is sent, as places within the group.
+
+        All, unless other ranks keep the same: then these take turns by layer, so that each sends at a part of the pace
+        throughout a prompt, and blocks that lie together travel as one as ever.
+        """
+        layout = self.groups[group]
+        return range(self.tp_rank % layout.copies, layout.num_layers, layout.copies)
 
     @property
     def num_layers(self) -> int:
@@ -119,9 +138,12 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> float:
-        """What a token more of a long prompt adds to a handoff: in the groups that keep all, or in all if none does."""
+        """What a token more of a long prompt adds to a rank's part of a handoff, as the mean of all ranks.
+
+        Counted in the groups that keep all tokens, or in all if none does.
+        """
         growing = [group for group in self.groups if group.window is None] or self.groups
-        return sum(group.num_layers * group.block_bytes / group.block_size for group in growing)
+        return sum(group.num_layers * group.block_bytes / (group.block_size * group.copies) for group in growing)
 
     @property
     def primary_index(self) -> int:
@@ -138,6 +160,8 @@ class KVLayout:
         found = self.identity.differences(other.identity)
         if self.tp_size != other.tp_size:
             found.append(f"tp_size is {self.tp_size} here and {other.tp_size} there")
+        elif self.tp_rank != other.tp_rank:
+            found.append(f"tp_rank is {self.tp_rank} here and {other.tp_rank} there")
         if len(self.groups) != len(other.groups):
             return [*found, f"cache groups are {_kinds(self)} here and {_kinds(other)} there"]
         for index, (own, theirs) in enumerate(zip(self.groups, other.groups, strict=True)):

@@ -102,14 +102,16 @@ class PushConnector(KVConnector):
         """See `KVConnector.disconnect`."""
         self._owner.post(lambda: self._peer_lost(engine_id, bool(confirmed_dead)))
 
-    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks], ready: ReadyEvent | None = None
+    ) -> HandoffKey:
         """See `KVConnector.expect`."""
         if len(blocks) != len(self._layout.groups):
             raise ValueError(f"blocks of {len(blocks)} cache groups, the cache has {len(self._layout.groups)}")
         self._generation += 1
         key = HandoffKey(handoff_id, self._incarnation, self._generation)
         granted = tuple(blocks)
-        self._owner.post(lambda: self._receiver.expect(key, prefill_engine, granted))
+        self._owner.post(lambda: self._receiver.expect(key, prefill_engine, granted, ready))
         return key
 
     def cancel(self, key: HandoffKey) -> None:
@@ -142,11 +144,13 @@ class PushConnector(KVConnector):
         slack_s: float = 0.0,
         tail_s: float = 0.0,
     ) -> int:
-        """See `KVConnector.layers_per_write`."""
-        path = self.link_to(peer)
-        if path is None:
+        """See `KVConnector.layers_per_write`. Where ranks take turns by layer, a WRITE holds this one's of them."""
+        path, share = self.link_to(peer), self._layout.share(group)
+        if path is None or not share:
             return 1
-        return layers_per_write(path, self._layout.groups[group].num_layers, layer_bytes, layer_s, slack_s, tail_s)
+        turns = share.step
+        own = layers_per_write(path, len(share), layer_bytes, layer_s * turns, slack_s * turns, tail_s)
+        return min(own * turns, self._layout.groups[group].num_layers)
 
     def finish(self, handoff_id: bytes, first_token: int, other_tokens: tuple[int, ...] = ()) -> None:
         """See `KVConnector.finish`."""

@@ -18,7 +18,9 @@ from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
 from workers.errors import CacheTooSmallError
 from workers.grammars.compiler import GrammarCompiler
+from workers.handoff.share_exchange import ShareExchange
 from workers.kv_cache.sizing import allocate_kv_caches, kv_layout
+from workers.models.cache_groups import copies_of_groups
 from workers.models.causal_lm import CausalLM
 from workers.models.loader import load_model, model_bytes
 from workers.parallel.group import SINGLE, TensorParallelGroup
@@ -127,10 +129,12 @@ def build_worker(
     )
     kv_caches, max_model_len = _caches_and_context(config, model, group)
     runner = ModelRunner(model, kv_caches)
+    copies = copies_of_groups(model.kv_cache_groups, model.config.attention, group.size)
     graphs = _Graphs(runner.device, capture_progress)
     vocabulary = (model.config.vocab_size, model.config.eos_token_ids)
     grammars = GrammarCompiler.of_checkpoint(Path(config.model), *vocabulary)
-    worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured, grammars)
+    exchange = ShareExchange(runner.kv_caches, copies, group)
+    worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured, grammars, exchange)
     memory = graphs.memory(
         model_bytes(type(model), model.config, model.dtype, group),
         sum(kv_cache.nbytes for kv_cache in runner.kv_caches),
@@ -143,7 +147,7 @@ def build_worker(
         connector.register_kv_caches(
             config.name,
             [as_stored(kv_cache) for kv_cache in runner.kv_caches],
-            kv_layout(model.kv_cache_groups, group.size, model.identity),
+            kv_layout(model.kv_cache_groups, group.size, model.identity, group.rank, copies),
         ),
         torch.cuda.get_device_name() if config.device == "cuda" else config.device,
         model.backend_names,
@@ -187,6 +191,7 @@ def _make_worker(
     clock: Callable[[], float],
     capture_progress: Progress,
     grammars: GrammarCompiler,
+    exchange: ShareExchange,
 ) -> PrefillWorker | DecodeWorker:
     if config.role == "prefill" or config.local_prefill:  # logits of prompts are float32
         warm_up_sampling(runner.model.config.vocab_size, torch.float32, runner.device)
@@ -200,6 +205,7 @@ def _make_worker(
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=config.enable_prefix_caching,
             grammars=grammars,
+            exchange=exchange,
             progress=capture_progress,
             clock=clock,
         )

@@ -16,6 +16,7 @@ from kv_transfer.connector import KVConnector
 from workers.errors import BatonError, DeadlineExceededError, HandoffError, NoTokenLeftError, SamplingError
 from workers.grammars.compiler import GrammarCompiler
 from workers.handoff.receiving import Arrival, RemotePrefill
+from workers.handoff.share_exchange import Exchange
 from workers.kv_cache.cache_split import default_steps_ahead
 from workers.kv_cache.manager import KVCacheManager
 from workers.kv_cache.prefix_cache import PrefixCache
@@ -81,6 +82,7 @@ class DecodeWorker:
         enforce_eager: use no CUDA graphs.
         enable_prefix_caching: keep full blocks for prompts that begin with what they hold.
         grammars: compiles what requests ask for; None refuses it.
+        exchange: completes what ranks are sent shares of; None: each is sent all that it keeps.
         progress: told how many of the CUDA graphs are captured, and how many there will be.
         clock: what time it is, in monotonic seconds.
     """
@@ -97,6 +99,7 @@ class DecodeWorker:
         enforce_eager: bool = False,
         enable_prefix_caching: bool = True,
         grammars: GrammarCompiler | None = None,
+        exchange: Exchange | None = None,
         progress: Progress | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -125,7 +128,7 @@ class DecodeWorker:
         self._kept = SequenceBlocks(self.cache, enabled=enable_prefix_caching)
         self._batch = DecodeBatch(self.cache, runner, max_num_seqs)
         self._parting = Parting(self.cache, runner, self._batch)
-        self._remote = RemotePrefill(connector, self.cache, self._kept)
+        self._remote = RemotePrefill(connector, self.cache, self._kept, exchange)
         self._local = LocalPrefill(
             runner,
             self.cache,

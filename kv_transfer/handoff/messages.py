@@ -13,7 +13,7 @@ from kv_transfer.errors import ProtocolError
 from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 
-_VERSION = 4
+_VERSION = 5
 _HEADER = struct.Struct("<BB16sQQ")
 _GRANT = struct.Struct("<H")
 _GRANT_GROUP = struct.Struct("<II")
@@ -51,7 +51,7 @@ class Part:
         key: the reservation.
         index: counts the parts of the handoff.
         group: the cache group.
-        first_layer: its place within the group.
+        first_layer: its place among the layers of the group that the rank hands over, see `KVLayout.share`.
         num_layers: from there on.
         first_block: its place in the sequence.
         num_blocks: from there on.

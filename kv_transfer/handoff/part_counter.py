@@ -13,7 +13,7 @@ class Wanted:
     """What is to arrive of one cache group.
 
     Attributes:
-        num_layers: layers of the group.
+        num_layers: layers of the group that this rank is sent.
         blocks: places in the sequence of the blocks to receive in each layer.
     """
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kv_transfer.connector import DecodeEvent, HandoffFailed, HandoffReceived, HandoffReleased
+from kv_transfer.connector import DecodeEvent, HandoffFailed, HandoffReceived, HandoffReleased, ReadyEvent
 from kv_transfer.errors import NotConnectedError, PeerError
 from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Part, encode
@@ -30,6 +30,7 @@ class _Incoming:
     key: HandoffKey
     peer: str
     ledger: PartCounter
+    waiting: tuple[Grant, ReadyEvent] | None = None
     cancelled: bool = False
     num_cancels: int = 0
     cancel_at: float = math.inf
@@ -72,18 +73,28 @@ class HandoffReceiver:
         """Whether the network must be looked at often; for what stays out long it need not."""
         return any(h.peer not in self._lost and h.num_cancels <= _EAGER_CANCELS for h in self._open.values())
 
-    def expect(self, key: HandoffKey, peer: str, blocks: Sequence[GroupBlocks]) -> None:
-        """Grant the blocks of each cache group to the prefill worker."""
+    def expect(
+        self, key: HandoffKey, peer: str, blocks: Sequence[GroupBlocks], ready: ReadyEvent | None = None
+    ) -> None:
+        """Grant the blocks of each cache group to the prefill worker, once `ready`."""
         wanted = [
-            Wanted(group.num_layers, range(granted.first_block, granted.end))
-            for group, granted in zip(self._layout.groups, blocks, strict=True)
+            Wanted(len(self._layout.share(group)), range(granted.first_block, granted.end))
+            for group, granted in enumerate(blocks)
         ]
         handoff = _Incoming(key, peer, PartCounter(wanted))
         self._open[key] = handoff
+        grant = Grant(key, tuple(blocks))
+        if ready is None or ready.query():
+            self._grant(handoff, grant)
+        else:
+            handoff.waiting = grant, ready
+
+    def _grant(self, handoff: _Incoming, grant: Grant) -> None:
+        peer = handoff.peer
         try:
             if peer in self._transport.broken_peers:  # or each request to it would cost blocks until it is met anew
                 raise NotConnectedError(f"the connection to {peer} is broken")
-            self._transport.send(peer, encode(Grant(key, tuple(blocks))))
+            self._transport.send(peer, encode(grant))
         except NotConnectedError as error:
             self._fail(handoff, str(error))
             self._release(handoff)  # who was never granted the blocks cannot write to them
@@ -94,7 +105,7 @@ class HandoffReceiver:
         """Ask the prefill worker to stop, until it confirms; released then."""
         handoff = self._open.get(key)
         if handoff is not None and not handoff.cancelled:
-            handoff.cancelled = True
+            handoff.cancelled, handoff.waiting = True, None
             self._ask_to_stop(handoff)
 
     def _ask_to_stop(self, handoff: _Incoming) -> None:
@@ -152,7 +163,10 @@ class HandoffReceiver:
         """Release what is safe, and ask again for what is not confirmed."""
         now = time.monotonic()
         for handoff in list(self._open.values()):
-            if handoff.drained_at is not None and handoff.drained_at <= now:
+            if handoff.waiting is not None and handoff.waiting[1].query():
+                grant, handoff.waiting = handoff.waiting[0], None
+                self._grant(handoff, grant)
+            elif handoff.drained_at is not None and handoff.drained_at <= now:
                 self._release(handoff)
             elif handoff.cancelled and handoff.peer not in self._lost and handoff.cancel_at <= now:
                 self._ask_to_stop(handoff)
@@ -187,6 +201,7 @@ class HandoffReceiver:
             self._emit(HandoffReceived(handoff.key, first_token, handoff.ledger.other_tokens))
 
     def _fail(self, handoff: _Incoming, reason: str) -> None:
+        handoff.waiting = None
         if not handoff.cancelled:
             handoff.cancelled = True
             handoff.cancel_at = time.monotonic() + CANCEL_AGAIN_S

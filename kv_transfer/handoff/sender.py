@@ -76,14 +76,18 @@ class HandoffSender:
         src_blocks: Sequence[int],
         ready: ReadyEvent | None,
     ) -> None:
-        """Post a WRITE, or keep it until the grant is here and it is ready. Ignored for a handoff that has failed."""
+        """Post a WRITE, or keep it until the grant is here and it is ready. Ignored for a handoff that has failed.
+
+        Of these layers, which are places within the group, others may be other ranks' to hand over.
+        """
         handoff = self._open.get(handoff_id)
         if handoff is None or handoff.failure is not None:
             return
-        part = SentPart(group, layers, first_block, tuple(src_blocks), ready)
+        part = SentPart(group, _places(layers, self._layout.share(group)), first_block, tuple(src_blocks), ready)
         handoff.ends[group] = max(handoff.ends[group], part.end)
-        handoff.waiting.append(part)
-        self._flush(handoff)
+        if part.layers:
+            handoff.waiting.append(part)
+            self._flush(handoff)
 
     def finish(
         self, handoff_id: bytes, first_token: int, finished_at: float, other_tokens: tuple[int, ...] = ()
@@ -199,8 +203,9 @@ class HandoffSender:
         message = Part(key, handoff.posted, part.group, part.layers.start, len(part.layers), part.first_block, count)
         if not handoff.in_flight:
             handoff.busy_since = time.monotonic()
+        layers = self._layout.share(part.group)[part.layers.start : part.layers.stop]
         handoff.in_flight.append(
-            self._transport.write(handoff.peer, part.group, part.layers, part.src_blocks, dst_blocks, encode(message))
+            self._transport.write(handoff.peer, part.group, layers, part.src_blocks, dst_blocks, encode(message))
         )
         handoff.posted += 1
         handoff.posted_blocks[part.group] += count * len(part.layers)
@@ -209,11 +214,11 @@ class HandoffSender:
 
     def _end(self, handoff: SentHandoff, grant: Grant, first_token: int) -> None:
         """Send the last message, if what was pushed is what was granted: else decode would wait for the rest."""
-        for index, (group, granted) in enumerate(zip(self._layout.groups, grant.groups, strict=True)):
+        for index, granted in enumerate(grant.groups):
             if handoff.ends[index] != granted.end:
                 self._fail(handoff, _wrong_grant(granted, handoff.ends[index]))
                 return
-            wanted, posted = group.num_layers * len(granted.block_ids), handoff.posted_blocks[index]
+            wanted, posted = len(self._layout.share(index)) * len(granted.block_ids), handoff.posted_blocks[index]
             if posted != wanted:
                 self._fail(handoff, f"cache group {index}: {posted} of {wanted} granted blocks of all layers came")
                 return
@@ -277,6 +282,12 @@ class HandoffSender:
             self._transport.send(peer, encode(Closed(key, reason)))
         except PeerError:
             return  # a peer that is gone needs no confirmation
+
+
+def _places(layers: range, share: range) -> range:
+    """Which of a share's layers are among these neighbours, as places within the share."""
+    first, last = (-(-(end - share.start) // share.step) for end in (layers.start, layers.stop))
+    return range(max(0, first), min(max(0, last), len(share)))
 
 
 def _wrong_grant(granted: GroupBlocks, num_blocks: int) -> str:

@@ -18,7 +18,7 @@ class SentPart:
 
     Attributes:
         group: the cache group.
-        layers: places within the group.
+        layers: places among those of the group that this rank hands over, see `KVLayout.share`.
         first_block: the place of its first block in the sequence.
         src_blocks: this worker's blocks.
         ready: happens before they may be read; None: they may.

@@ -229,7 +229,7 @@ class _Copy:
     outcome: TransferState = TransferState.DONE
 
     def run(self) -> None:
-        layers = slice(self.layers.start, self.layers.stop)
+        layers = slice(self.layers.start, self.layers.stop, self.layers.step)
         self.target[layers, list(self.dst)] = self.source[layers, list(self.src)]
         if self.transfer.ended is TransferState.IN_FLIGHT:
             self.transfer.ended = self.outcome

@@ -220,5 +220,5 @@ class NixlEndpoint:
 
 def _indices(layers: range, blocks: Sequence[int], num_blocks: int) -> _Indices:
     """Descriptor numbers of these blocks in these layers, layer-major."""
-    starts = np.arange(layers.start, layers.stop, dtype=np.int32)[:, None] * num_blocks
+    starts = np.asarray(layers, dtype=np.int32)[:, None] * num_blocks
     return (starts + np.asarray(blocks, dtype=np.int32)[None, :]).reshape(-1)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attention.kv_cache import as_stored
 from cache_groups import unwritten_caches
-from kv_transfer.connector import ConnectorEvent
+from kv_transfer.connector import ConnectorEvent, ReadyEvent
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.transports.base import EngineInfo
 from kv_transfer.transports.local import Faults, LocalFabric
@@ -33,7 +35,48 @@ from workers.models.causal_lm import CausalLM
 from workers.prefill_worker import PrefillWorker
 from workers.runner.model_runner import ModelRunner
 
-MakeWorker = Callable[[ModelRunner, AgreedConnector, StepClock], PrefillWorker | DecodeWorker]
+
+class NeighbourCaches:
+    """An `Exchange` of ranks that step one after the other, in the order in which they call it.
+
+    What a neighbour was sent is what it had when it called, or, if it is still to take the step, what it has now: all
+    were sent their shares before, and blocks are completed before anything else happens in a step.
+
+    Args:
+        caches: of every rank, by cache group.
+        rank: this one.
+        copies: neighbours that keep the same.
+        calls: of all ranks, empty: by rank what it had at each of its calls.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[Sequence[torch.Tensor]],
+        rank: int,
+        copies: int,
+        calls: Sequence[list[torch.Tensor]],
+    ) -> None:
+        self._caches, self._rank, self._copies, self._calls = caches, rank, copies, calls
+        self.written: ReadyEvent | None = None
+        self.num_layers = 0
+
+    def complete(self, group: int, blocks: Sequence[int]) -> None:
+        if not blocks:
+            return
+        index = list(blocks)
+        own, call = self._caches[self._rank][group], len(self._calls[self._rank])
+        self._calls[self._rank].append(own[:, index])
+        first = self._rank - self._rank % self._copies
+        for place in range(self._copies):
+            if first + place != self._rank:
+                called = self._calls[first + place]
+                theirs = called[call] if len(called) > call else self._caches[first + place][group][:, index]
+                layers = slice(place, None, self._copies)
+                own[layers, index] = theirs[layers]
+                self.num_layers += len(theirs[layers])
+
+
+MakeWorker = Callable[[ModelRunner, AgreedConnector, StepClock, "NeighbourCaches | None"], PrefillWorker | DecodeWorker]
 
 
 @dataclass
@@ -55,18 +98,31 @@ class Ranks:
     """One worker of several ranks, with the interface of a worker of one."""
 
     def __init__(
-        self, name: str, size: int, model: CausalLM, num_blocks: int, fabric: LocalFabric, make: MakeWorker, seed: int
+        self,
+        name: str,
+        size: int,
+        model: CausalLM,
+        num_blocks: int,
+        fabric: LocalFabric,
+        make: MakeWorker,
+        seed: int,
+        copies: int,
     ) -> None:
         self.random = random.Random(seed)
         self.connectors = [AgreedConnector(LocalConnector(fabric), rank) for rank in range(size)]
         self.engines: list[EngineInfo] = []
         self.replicas: list[Replica] = []
-        for connector in self.connectors:
-            caches = unwritten_caches(model, num_blocks)
-            layout = kv_layout(model.kv_cache_groups, size)
+        self.exchanges: list[NeighbourCaches] = []
+        calls: list[list[torch.Tensor]] = [[] for _ in range(size)]
+        of_ranks = [unwritten_caches(model, num_blocks) for _ in range(size)]
+        for rank, (connector, caches) in enumerate(zip(self.connectors, of_ranks, strict=True)):
+            layout = kv_layout(model.kv_cache_groups, size, tp_rank=rank, copies=[copies] * len(model.kv_cache_groups))
+            exchange = NeighbourCaches(of_ranks, rank, copies, calls) if copies > 1 else None
+            self.exchanges += [exchange] if exchange is not None else []
             self.engines.append(connector.register_kv_caches(name, [as_stored(cache) for cache in caches], layout))
             clock = StepClock()
-            self.replicas.append(Replica(make(ModelRunner(model, caches), connector, clock), connector, clock))
+            worker = make(ModelRunner(model, caches), connector, clock, exchange)
+            self.replicas.append(Replica(worker, connector, clock))
         self.channel = DirectChannel(self.replicas[1:])
         self.lead = Lead(self.replicas[0], self.connectors[0], self.channel, size, self._crashed)
         self.lead.listen(lambda: None)
@@ -120,7 +176,11 @@ class Ranks:
 
 
 class LockstepCluster(LocalCluster):
-    """A pair of workers of `size` ranks each, joined rank by rank."""
+    """A pair of workers of `size` ranks each, joined rank by rank.
+
+    Every rank keeps the whole cache. With `copies` it counts as kept alike by so many neighbours, and each is sent a
+    share of it.
+    """
 
     def __init__(
         self,
@@ -137,6 +197,7 @@ class LockstepCluster(LocalCluster):
         faults: Faults | None = None,
         steps_ahead: int = 0,
         grammars: bool = False,
+        copies: int = 1,
     ) -> None:
         super().__init__(checkpoint, num_prefill=0, num_decode=0, faults=faults)
         config = self.model.config
@@ -146,7 +207,9 @@ class LockstepCluster(LocalCluster):
             vocabulary = (config.vocab_size, config.eos_token_ids)
             return GrammarCompiler.of_checkpoint(checkpoint, *vocabulary) if grammars else None
 
-        def prefill(runner: ModelRunner, connector: AgreedConnector, clock: StepClock) -> PrefillWorker:
+        def prefill(
+            runner: ModelRunner, connector: AgreedConnector, clock: StepClock, exchange: NeighbourCaches | None
+        ) -> PrefillWorker:
             return PrefillWorker(
                 runner,
                 connector,
@@ -158,7 +221,9 @@ class LockstepCluster(LocalCluster):
                 clock=clock,
             )
 
-        def decode(runner: ModelRunner, connector: AgreedConnector, clock: StepClock) -> DecodeWorker:
+        def decode(
+            runner: ModelRunner, connector: AgreedConnector, clock: StepClock, exchange: NeighbourCaches | None
+        ) -> DecodeWorker:
             return DecodeWorker(
                 runner,
                 connector,
@@ -167,12 +232,13 @@ class LockstepCluster(LocalCluster):
                 max_num_batched_tokens=decode_batched_tokens,
                 steps_ahead=steps_ahead,
                 grammars=compiler(),
+                exchange=exchange,
                 clock=clock,
             )
 
         self.sides = [
-            Ranks("prefill-0", size, self.model, prefill_blocks, self.fabric, prefill, seed),
-            Ranks("decode-0", size, self.model, decode_blocks, self.fabric, decode, seed + 1),
+            Ranks("prefill-0", size, self.model, prefill_blocks, self.fabric, prefill, seed, copies),
+            Ranks("decode-0", size, self.model, decode_blocks, self.fabric, decode, seed + 1, copies),
         ]
         for side, pool in zip(self.sides, (self.prefill, self.decode), strict=True):
             pool[side.engines[0].engine_id] = side

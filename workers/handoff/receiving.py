@@ -9,6 +9,7 @@ from kv_transfer.connector import HandoffFailed, HandoffReceived, HandoffRelease
 from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff_key import HandoffKey
 from workers.errors import HandoffError
+from workers.handoff.share_exchange import Exchange
 from workers.kv_cache.manager import KVCacheManager
 from workers.scheduling.lost_room import Need
 from workers.scheduling.sequence import Sequence
@@ -37,10 +38,14 @@ class RemotePrefill:
         connector: with the cache registered.
         cache: which blocks of it belong to whom.
         kept: what is in them.
+        exchange: has what ranks that keep the same were each sent a share of; None: each is sent all that it keeps.
     """
 
-    def __init__(self, connector: KVConnector, cache: KVCacheManager, kept: SequenceBlocks) -> None:
+    def __init__(
+        self, connector: KVConnector, cache: KVCacheManager, kept: SequenceBlocks, exchange: Exchange | None = None
+    ) -> None:
         self._connector = connector
+        self._exchange = exchange
         self._cache = cache
         self._kept = kept
         self._expected: dict[HandoffKey, Sequence] = {}
@@ -112,17 +117,27 @@ class RemotePrefill:
         if request.peer_engine is None:
             raise ValueError(f"{request.log_name} has no prefill worker")
         self._kept.take(sequence)
-        granted = [
+        written = None if self._exchange is None else self._exchange.written
+        key = self._connector.expect(request.handoff_id, request.peer_engine, self._granted(sequence), written)
+        self._expected[key], self._wanted[sequence] = sequence, key
+
+    def _granted(self, sequence: Sequence) -> list[GroupBlocks]:
+        """By cache group, the blocks whose content was not here when the prompt was admitted."""
+        return [
             GroupBlocks(first, table.blocks[first:])
             for first, table in zip(self._kept.granted_from(sequence), sequence.tables.groups, strict=True)
         ]
-        key = self._connector.expect(request.handoff_id, request.peer_engine, granted)
-        self._expected[key], self._wanted[sequence] = sequence, key
 
     def remove(self, sequence: Sequence) -> None:
         """Nobody wants it any more; its blocks follow when they are safe."""
         self._connector.cancel(self._wanted.pop(sequence))
         self._kept.give_back_cached(sequence)
+
+    def _complete(self, sequence: Sequence) -> None:
+        """Every rank has its share: now each gets the others'."""
+        if self._exchange is not None:
+            for group, granted in enumerate(self._granted(sequence)):
+                self._exchange.complete(group, granted.block_ids)
 
     def poll(self) -> Iterator[Arrival]:
         """What has come to an end since the last call."""
@@ -131,6 +146,7 @@ class RemotePrefill:
                 case HandoffReceived(key, first_token, other_tokens):
                     sequence = self._expected.pop(key)
                     if self._wanted.pop(sequence, None) is not None:
+                        self._complete(sequence)
                         self._kept.received(sequence)
                         yield Arrival(sequence, (first_token, *other_tokens))
                     else:  # aborted while the last part was on its way

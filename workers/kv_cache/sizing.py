@@ -48,8 +48,22 @@ class KVCachePlan:
         return f"model {_gb(gpu.allocated)}, activations {_gb(gpu.activations)}, CUDA {_gb(gpu.context)}, {cache}"
 
 
-def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1, identity: KVIdentity = UNKNOWN) -> KVLayout:
-    """The cache of one of `tp_size` ranks as two workers compare it when they meet, and whose it is."""
+def kv_layout(
+    groups: Sequence[KVCacheSpec],
+    tp_size: int = 1,
+    identity: KVIdentity = UNKNOWN,
+    tp_rank: int = 0,
+    copies: Sequence[int] = (),
+) -> KVLayout:
+    """The cache of a rank as two workers compare it when they meet, and whose it is.
+
+    Args:
+        groups: what the rank keeps.
+        tp_size: ranks of the worker.
+        identity: of model and weights.
+        tp_rank: the rank.
+        copies: by group, how many ranks keep the same, see `GroupLayout.copies`; none: each is the only one.
+    """
     return KVLayout(
         tuple(
             GroupLayout(
@@ -62,11 +76,13 @@ def kv_layout(groups: Sequence[KVCacheSpec], tp_size: int = 1, identity: KVIdent
                 window=spec.window,
                 order=",".join(spec.layout.dims),
                 shape=spec.layout.block_shape,
+                copies=count,
             )
-            for spec in groups
+            for spec, count in zip(groups, copies or [1] * len(groups), strict=True)
         ),
         tp_size,
         identity,
+        tp_rank,
     )
 
 

@@ -118,9 +118,11 @@ class AgreedConnector(KVConnector):
         """See `KVConnector.disconnect`; may be called again when the peer's end is confirmed."""
         self._own.disconnect(self._peer(engine_id), confirmed_dead)
 
-    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
+    def expect(
+        self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks], ready: ReadyEvent | None = None
+    ) -> HandoffKey:
         """See `KVConnector.expect`."""
-        key = self._own.expect(handoff_id, self._peer(prefill_engine), blocks)
+        key = self._own.expect(handoff_id, self._peer(prefill_engine), blocks, ready)
         return replace(key, incarnation=_GROUP)
 
     def cancel(self, key: HandoffKey) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from attention.backend import AttentionBackend
 from attention.cache_layout import layout_of
 from attention.kv_cache import KVCacheSpec
 from attention.spec import AttentionSpec
+from workers.models.config.attention_config import AttentionConfig
 
 
 def cache_groups(
@@ -34,6 +36,17 @@ def cache_groups(
         form = (spec.num_kv_heads, spec.head_size, spec.sliding_window, spec.mla is not None, layout)
         members.setdefault(form, []).append(i)
     return tuple(_group(indices, *layers[indices[0]], block_size, dtype) for indices in members.values())
+
+
+def copies_of_groups(groups: Sequence[KVCacheSpec], attention: Sequence[AttentionConfig], size: int) -> tuple[int, ...]:
+    """For each cache group how many of `size` ranks, neighbours of each other, keep the same in all of its layers.
+
+    Args:
+        groups: what one of the ranks keeps.
+        attention: of each layer of the whole model.
+        size: ranks.
+    """
+    return tuple(math.gcd(*(attention[layer].copies(size) for layer in group.layers)) for group in groups)
 
 
 def _group(

@@ -81,11 +81,28 @@ class TensorParallelGroup:
         if self.size == 1:
             return x if out is None else out.copy_(x)
         rows, columns = x.shape
-        parts = x.new_empty(self.size, rows, columns)
-        self._call("all_gather", lambda: _gather(parts.view(-1, columns), x))
+        parts = self.all_gather_parts(x)
         result = x.new_empty(rows, self.size * columns) if out is None else out
         result.view(rows, self.size, columns).copy_(parts.transpose(0, 1))
         return result
+
+    def all_gather_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' `x` one after the other, in order of rank; on a GPU a graph can capture it.
+
+        Args:
+            x: (N, ...), contiguous, of one shape and dtype on all ranks.
+
+        Returns:
+            (size, N, ...), contiguous.
+
+        Raises:
+            TensorParallelError: as `all_reduce`.
+        """
+        if self.size == 1:
+            return x[None]
+        parts = x.new_empty(self.size, *x.shape)
+        self._call("all_gather", lambda: _gather(parts.flatten(0, 1), x))
+        return parts
 
     def agree_min(self, value: int) -> int:
         """The smallest of the ranks' values, such as the KV blocks that each has room for. Waits for all of them.

@@ -104,7 +104,7 @@ class ModelRunner:
         """
         index = to_device(torch.tensor(blocks), self.device)
         on_gpu = self.device.type == "cuda"
-        layers = _indexable(self.kv_caches[group])
+        layers = indexable(self.kv_caches[group])
         shape = (layers.shape[0], len(blocks), *layers.shape[2:])
         data = torch.empty(shape, dtype=layers.dtype, pin_memory=on_gpu)
         for layer, copy in zip(layers, data, strict=True):  # one by one: what is gathered takes little memory
@@ -117,17 +117,17 @@ class ModelRunner:
     def write_blocks(self, blocks: Sequence[int], data: torch.Tensor, group: int = 0) -> None:
         """Copy what `read_blocks` returned into these blocks, before whatever is queued on the device from now on."""
         index = to_device(torch.tensor(blocks), self.device)
-        for layer, copy in zip(_indexable(self.kv_caches[group]), data, strict=True):
+        for layer, copy in zip(indexable(self.kv_caches[group]), data, strict=True):
             layer[index] = copy.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
         """Copy blocks of a group into others, before whatever is queued on the device from now on; no waiting."""
         pairs = to_device(torch.tensor([list(sources), list(targets)]), self.device)
-        for layer in _indexable(self.kv_caches[group]):
+        for layer in indexable(self.kv_caches[group]):
             layer[pairs[1]] = layer[pairs[0]]
 
 
-def _indexable(kv_cache: torch.Tensor) -> torch.Tensor:
+def indexable(kv_cache: torch.Tensor) -> torch.Tensor:
     """An FP8 cache as bytes, which can be indexed; any other as it is."""
     return kv_cache.view(torch.uint8) if kv_cache.dtype.itemsize == 1 else kv_cache

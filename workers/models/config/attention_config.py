@@ -58,6 +58,10 @@ class AttentionConfig:
             )
         return replace(self, num_heads=self.num_heads // size, num_kv_heads=max(1, self.num_kv_heads // size))
 
+    def copies(self, size: int) -> int:
+        """How many of `size` ranks, neighbours of each other, keep the same keys and values, or the same latents."""
+        return max(1, size // self.num_kv_heads)
+
     def spec(self, kv_cache_dtype: torch.dtype | None = None) -> AttentionSpec:
         """What the layer asks of an attention backend; chunks are the layer's own business."""
         return AttentionSpec(
