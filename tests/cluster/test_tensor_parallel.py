@@ -178,7 +178,7 @@ async def test_a_model_that_cannot_be_shared_so_is_refused_before_anything_start
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v2", "gemma2", "gpt_oss", "qwen3_moe"])
 async def test_other_families_on_two_ranks(family: str, tiny_checkpoint, reference_greedy, tmp_path) -> None:
-    """Latents, which every rank has whole; windows in a cache group of their own; sinks; experts shared out."""
+    """Latents, which every rank has whole and which cross once; windows in a group of their own; sinks; experts."""
     checkpoint = tiny_checkpoint(family)
     async with serving(checkpoint, tmp_path, 256) as service:
         asked = prompts(6, seed=5)

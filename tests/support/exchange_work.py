@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from workers.handoff import share_exchange
 from workers.handoff.share_exchange import ShareExchange
 from workers.parallel.group import TensorParallelGroup
 
@@ -24,7 +23,6 @@ def whole_caches(group: int, neighbourhood: int) -> list[torch.Tensor]:
 
 def complete_caches(group: TensorParallelGroup, copies: tuple[int, ...], blocks: list[int]) -> list[list[torch.Tensor]]:
     """By cache group and dtype: a cache that had the rank's share alone, zero besides, after `complete`."""
-    share_exchange._WORKSPACE_BYTES = 1500  # of few blocks at once
     done: list[list[torch.Tensor]] = [[], []]
     for i, dtype in enumerate(DTYPES):
         caches = []
@@ -34,7 +32,7 @@ def complete_caches(group: TensorParallelGroup, copies: tuple[int, ...], blocks:
             share = slice(group.rank % count, None, count)
             stored[share] = whole[share]
             caches.append(stored.view(dtype) if dtype.itemsize == 1 else stored)
-        exchange = ShareExchange(caches, copies, group)
+        exchange = ShareExchange(caches, copies, group, workspace_bytes=1500)  # of few blocks at once
         for index in range(len(copies)):
             exchange.complete(index, [])
             exchange.complete(index, blocks)

@@ -12,8 +12,6 @@ from workers.host_copies import to_device
 from workers.parallel.group import TensorParallelGroup
 from workers.runner.model_runner import indexable
 
-_WORKSPACE_BYTES = 32 << 20
-
 
 class Exchange(Protocol):
     """Completes blocks of which this rank, and each that keeps the same, was sent its share of the layers."""
@@ -37,12 +35,20 @@ class ShareExchange:
         kv_caches: the rank's, by cache group, (layers, num_blocks, *block).
         copies: by cache group, how many ranks, neighbours of each other, keep the same.
         group: the ranks of the worker.
+        workspace_bytes: what is received at once.
     """
 
-    def __init__(self, kv_caches: Sequence[torch.Tensor], copies: Sequence[int], group: TensorParallelGroup) -> None:
+    def __init__(
+        self,
+        kv_caches: Sequence[torch.Tensor],
+        copies: Sequence[int],
+        group: TensorParallelGroup,
+        workspace_bytes: int = 32 << 20,
+    ) -> None:
         self._kv_caches = [indexable(kv_cache) for kv_cache in kv_caches]
         self._copies = tuple(copies)
         self._group = group
+        self._workspace_bytes = workspace_bytes
         self._written: torch.cuda.Event | None = None
 
     @property
@@ -62,7 +68,7 @@ class ShareExchange:
             return
         most_layers = -(-len(kv_cache) // copies)
         block_bytes = kv_cache[0, 0].numel() * kv_cache.element_size()
-        at_once = max(1, _WORKSPACE_BYTES // (block_bytes * most_layers * self._group.size))
+        at_once = max(1, self._workspace_bytes // (block_bytes * most_layers * self._group.size))
         index = to_device(torch.tensor(list(blocks)), kv_cache.device)
         for piece in index.split(at_once):
             self._exchange(kv_cache, copies, most_layers, piece)

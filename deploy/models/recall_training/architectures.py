@@ -23,23 +23,24 @@ def llama_config(**common: Any) -> LlamaConfig:
 
 
 def mla_config(**common: Any) -> DeepseekV3Config:
-    """Multi-head latent attention and 4 experts, as DeepSeek-V3 has them: about 1.9 million parameters, 7.8 MB.
+    """Multi-head latent attention and 4 experts, as DeepSeek-V3 and Moonlight have them: 1.8 million parameters.
 
-    The first layer is dense.  Of the others each token goes to 2 of 4 experts, beside a shared one.
+    The first layer is dense.  Of the others each token goes to 2 of 4 experts, beside a shared one of three
+    times their size.
     """
     return DeepseekV3Config(
         **common,
         num_key_value_heads=common["num_attention_heads"],
-        q_lora_rank=128,
+        q_lora_rank=None,
         kv_lora_rank=128,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=32,
         v_head_dim=32,
         first_k_dense_replace=1,
-        moe_intermediate_size=96,
+        moe_intermediate_size=64,
         n_routed_experts=4,
         num_experts_per_tok=2,
-        n_shared_experts=1,
+        n_shared_experts=3,
         n_group=1,
         topk_group=1,
         norm_topk_prob=True,

@@ -39,6 +39,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     training = parser.add_argument_group("training")
     training.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="llama")
     training.add_argument("--start", type=Path, metavar="DIR", help="begin with the weights of a checkpoint")
+    training.add_argument(
+        "--convert", type=Path, metavar="DIR", help="begin with what a llama checkpoint becomes as an mla one"
+    )
+    training.add_argument("--imitation-steps", type=int, default=600, help="after --convert")
+    training.add_argument("--imitation-lr", type=float, default=2e-3)
     training.add_argument("--steps", type=int, default=16000, help="most steps")
     training.add_argument("--max-minutes", type=float, default=60.0, help="most minutes of training")
     training.add_argument("--good-enough", type=float, default=0.985, help="begins the cool-down")

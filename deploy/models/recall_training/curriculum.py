@@ -8,12 +8,12 @@ from recall_training.samples import MAX_ENTRIES
 
 
 class Curriculum:
-    """Starts with lists of up to 4 entries and doubles the limit as they are mastered."""
+    """Starts with lists of up to 4 entries, or another limit, and doubles it as they are mastered."""
 
-    def __init__(self, seed: int, master: float = 0.9) -> None:
-        """Start with short lists."""
+    def __init__(self, seed: int, limit: int = 4, master: float = 0.9) -> None:
+        """Start with lists of up to ``limit`` entries."""
         self.rng = random.Random(seed)
-        self.limit = 4
+        self.limit = limit
         self.master = master
         self.rate = 0.0
 

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from recall_training.architectures import build_model
 from recall_training.batches import ANSWER_TOKENS, ENTRY_TOKENS, QUERY_TOKENS, Batch, BatchMaker
 from recall_training.checkpoint import load
+from recall_training.conversion import convert
 from recall_training.curriculum import Curriculum
 from recall_training.expert_balance import ExpertBalance
+from recall_training.imitation import imitate
 from recall_training.samples import MAX_ENTRIES
 from recall_training.schedule import Schedule
 
@@ -72,6 +74,26 @@ def make_batch(args: argparse.Namespace, maker: BatchMaker, curriculum: Curricul
     return maker.separate(size, entries, count)
 
 
+def start(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> PreTrainedModel:
+    """Return the model that training begins with: fresh, a checkpoint's, or converted from another architecture."""
+    if args.start is not None:
+        return load(args.start, device)[0]
+    model = build_model(args.architecture, tokenizer).to(device)
+    if args.convert is not None:
+        source = load(args.convert, device)[0]
+        maker, curriculum = BatchMaker(tokenizer, device, args.seed + 2), Curriculum(args.seed + 2, MAX_ENTRIES)
+        convert(source, model, maker)
+        imitate(
+            source,
+            model,
+            lambda: make_batch(args, maker, curriculum, curriculum.entries()),
+            args.imitation_steps,
+            args.imitation_lr,
+            args.report_every,
+        )
+    return model
+
+
 def train(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -81,19 +103,16 @@ def train(
     lists of 64 is good, at the latest when steps or minutes are nearly used.
     """
     torch.manual_seed(args.seed)
-    model = (
-        build_model(args.architecture, tokenizer) if args.start is None else load(args.start, torch.device("cpu"))[0]
-    )
-    model = model.to(device).train()
+    begin = time.monotonic()
+    model = start(args, tokenizer, device).train()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}, on {device_name(device)}", flush=True)
     optimizer = make_optimizer(model, args.lr, fused=device.type == "cuda")
     balance = ExpertBalance(model, args.balance_rate)
     maker = BatchMaker(tokenizer, device, args.seed)
     held_out = BatchMaker(tokenizer, device, args.seed + 1)
-    curriculum = Curriculum(args.seed)
+    curriculum = Curriculum(args.seed, 4 if args.start is None and args.convert is None else MAX_ENTRIES)
     schedule = Schedule(args.warmup, args.cooldown, args.steps, args.max_minutes)
-    begin = time.monotonic()
     step = 0
     while step < schedule.end:
         if time.monotonic() - begin > schedule.seconds:

@@ -56,6 +56,21 @@ def test_what_is_computed_behind_the_last_cache_hides_one_write_of_everything():
     assert 1 < chooser(after_attention=0.1).choose("d", 0, 32, 2048) < LAYERS
 
 
+def test_ranks_that_take_turns_by_layer_choose_among_their_own():
+    """Four of them have 8 of 32 layers each, four times as long apart: as if the group had these alone."""
+
+    def connector(layers: int, copies: int) -> LocalConnector:
+        group = GroupLayout("mla", tuple(range(layers)), 1, 1, 1, "float32", copies=copies)
+        made = Measured(LocalFabric())
+        made.register_kv_caches("p", [torch.zeros(layers, 1, 1, 1)], KVLayout((group,), copies))
+        return made
+
+    of_four, alone = connector(LAYERS, 4), connector(LAYERS // 4, 1)
+    for layer_bytes, layer_s, tail_s in ((1 << 16, 1e-4, 0.0), (1 << 22, 2e-5, 1e-4), (1 << 24, 1e-4, 2e-3)):
+        own = alone.layers_per_write("d", 0, layer_bytes, 4 * layer_s, 0.0, tail_s)
+        assert of_four.layers_per_write("d", 0, layer_bytes, layer_s, 0.0, tail_s) == 4 * own
+
+
 def test_before_anything_is_known_every_layer_leaves_alone():
     assert chooser().choose("a stranger", 0, 1, 32) == 1
 
