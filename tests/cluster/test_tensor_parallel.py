@@ -40,6 +40,12 @@ class Running:
         stream = self.client.generate(token_ids=prompt, sampling=sampling)
         return [token async for chunk in stream for token in chunk.token_ids]
 
+    async def kv_bytes(self, prompt: list[int]) -> int:
+        """Of KV cache that all ranks of prefill together write for a prompt."""
+        stream = self.client.generate(token_ids=prompt, sampling=SamplingParams(max_tokens=2, ignore_eos=True))
+        reports = [chunk.report async for chunk in stream if chunk.report is not None]
+        return reports[-1].kv_bytes
+
     async def until(self, condition: Callable[[list], bool]) -> None:
         for _ in range(int(PATIENCE_S / 0.02)):
             if condition(await self.client.workers()):
@@ -185,4 +191,7 @@ async def test_other_families_on_two_ranks(family: str, tiny_checkpoint, referen
         answers = await asyncio.gather(*(service.generate(prompt, 12) for prompt in asked))
         for prompt, answer in zip(asked, answers, strict=True):
             assert answer == reference_greedy(checkpoint, prompt, 12), len(prompt)
+        if family == "deepseek_v2":
+            layers, latent, block_size = 3, 24 + 8, 16
+            assert await service.kv_bytes([9] * 65) == 5 * block_size * layers * latent * 4
         await service.until_idle()
