@@ -83,14 +83,17 @@ def start(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, device: 
         source = load(args.convert, device)[0]
         maker, curriculum = BatchMaker(tokenizer, device, args.seed + 2), Curriculum(args.seed + 2, MAX_ENTRIES)
         convert(source, model, maker)
-        for errors_of, steps in ((attention_errors, args.attention_steps), (stream_errors, args.stream_steps)):
+        for errors_of, steps, rate in (
+            (attention_errors, args.attention_steps, args.attention_lr),
+            (stream_errors, args.stream_steps, args.stream_lr),
+        ):
             imitate(
                 source,
                 model,
                 errors_of,
                 lambda: make_batch(args, maker, curriculum, curriculum.entries()),
                 steps,
-                args.imitation_lr,
+                rate,
                 args.report_every,
             )
     return model
