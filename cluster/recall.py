@@ -1,4 +1,4 @@
-"""The model that comes with Baton, and prompts for it whose answers are known: names, numbers, and a question."""
+"""The models that come with Baton, and prompts for them whose answers are known: names, numbers, and a question."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ _TEXT = """
     hal hana hank
 """
 NAMES = tuple(_TEXT.split())
-"""Names that the model was trained on, more than fit in one list."""
+"""Names that the models were trained on, more than fit in one list."""
 
-SHIPPED_MODEL = (Path(__file__).parent / "checkpoints" / "recall").resolve()
-"""The checkpoint that is served when none is named; part of the package, in a checkout a link to deploy/models."""
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+SHIPPED_MODELS = {name: (_CHECKPOINTS / name).resolve() for name in ("recall", "recall-mla")}
+"""The checkpoints that are part of the package, by name; in a checkout links to deploy/models."""
+
+SHIPPED_MODEL = SHIPPED_MODELS["recall"]
+"""The one that is served when none is named."""
 
 EXAMPLE = "ada 4127, bob 9083; bob?"
 """A prompt to try it with."""
@@ -49,6 +54,13 @@ def recall_prompt(rng: random.Random, entries: int) -> RecallPrompt:
     return RecallPrompt(f"{listing}; {names[asked]}?", numbers[asked], _FRAME_TOKENS + _ENTRY_TOKENS * entries)
 
 
-def is_shipped(path: str | None) -> bool:
-    """Whether the model at `path` (None: the default) is the one that comes with Baton."""
-    return path is None or Path(path).resolve() == SHIPPED_MODEL
+def checkpoint_named(name: str | None) -> str:
+    """Where the model is that goes by `name`: one that comes with Baton, a folder or a hub id; None: the default."""
+    if name is None:
+        return str(SHIPPED_MODEL)
+    return str(SHIPPED_MODELS[name]) if name in SHIPPED_MODELS and not Path(name).exists() else name
+
+
+def is_shipped(name: str | None) -> bool:
+    """Whether the model that goes by `name` (None: the default) is one that comes with Baton."""
+    return Path(checkpoint_named(name)).resolve() in SHIPPED_MODELS.values()

@@ -16,7 +16,7 @@ from cluster.api import ModelInfo
 from cluster.config.groups import groups_of
 from cluster.config.schema import ServiceConfig
 from cluster.conversation.registry import Formats, choose_formats
-from cluster.recall import SHIPPED_MODEL
+from cluster.recall import checkpoint_named
 from cluster.text.sampling_defaults import read_sampling_defaults
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import CheckpointError, ConfigError
@@ -83,7 +83,7 @@ async def read_served_model(config: ServiceConfig) -> ServedModel:
         CheckpointError: it is no checkpoint, truncated, or of a kind that Baton does not run.
         ConfigError: the configuration does not fit it.
     """
-    path = config.model.path or str(SHIPPED_MODEL)
+    path = checkpoint_named(config.model.path)
     folder = (await asyncio.to_thread(resolve_checkpoint, path)).absolute()
     model_class, model = read_model(folder)
     for group in groups_of(config):

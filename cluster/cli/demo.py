@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Start Ray on this machine with prefill and decode workers, send prompts through the gRPC client, stream the "
         "answers, show one row per request, stop everything."
     )
-    parser.add_argument("--model", metavar="DIR|HUB_ID", help="checkpoint; default: the one that comes with Baton")
+    parser.add_argument("--model", metavar="DIR|HUB_ID", help="checkpoint, or recall-mla; default: recall")
     parser.add_argument("--prefill", metavar="N", default="1", help="prefill workers (default %(default)s)")
     parser.add_argument("--decode", metavar="N", default="1", help="decode workers (default %(default)s)")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt of your own; may be repeated")

@@ -18,7 +18,7 @@ class ModelConfig:
 
     path: str | None = _setting(
         None,
-        "checkpoint: a local folder or a Hugging Face hub id; default: the one that comes with Baton",
+        "checkpoint: a local folder, a hub id of Hugging Face, or recall-mla, which comes with Baton; default: recall",
         is_path=True,
     )
     served_name: str | None = _setting(None, "the name clients know it by; default: the last part of the path")

@@ -19,7 +19,8 @@ from chat_templates import HERMES_THINK
 from scripted_service import scripted_service
 
 ROOT = Path(__file__).parents[2]
-MODEL_FILES = {path.name for path in (ROOT / "deploy" / "models" / "recall").iterdir()}
+MODELS = ROOT / "deploy" / "models"
+MODEL_FILES = {str(path.relative_to(MODELS)) for name in ("recall", "recall-mla") for path in (MODELS / name).iterdir()}
 CLASHES = ("attention", "benchmarks", "cluster", "kv_transfer", "protos", "workers")
 MOST_BYTES = 50e6
 
@@ -116,7 +117,7 @@ def test_the_wheel_serves_from_a_folder_that_has_modules_of_the_same_names(
     built = wheel(checkout, tmp_path / "built")
     with ZipFile(built) as archive:
         held = set(archive.namelist())
-    assert {f"cluster/checkpoints/recall/{name}" for name in MODEL_FILES} <= held
+    assert {f"cluster/checkpoints/{name}" for name in MODEL_FILES} <= held
     assert {name.split("/")[0] for name in held} - set(CLASHES) == {f"{'-'.join(built.name.split('-')[:2])}.dist-info"}
     assert not [name for name in held if name.startswith(("tests/", "benchmarks/results/"))]
     baton = environment(tmp_path / "venv", built)

@@ -42,10 +42,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument(
         "--convert", type=Path, metavar="DIR", help="begin with what a llama checkpoint becomes as an mla one"
     )
-    training.add_argument("--attention-steps", type=int, default=300, help="of imitation, after --convert")
-    training.add_argument("--stream-steps", type=int, default=300, help="of imitation, after those")
-    training.add_argument("--attention-lr", type=float, default=2e-3)
-    training.add_argument("--stream-lr", type=float, default=5e-4)
+    training.add_argument("--imitation-steps", type=int, default=600, help="after --convert")
+    training.add_argument("--imitation-lr", type=float, default=2e-3)
     training.add_argument("--steps", type=int, default=16000, help="most steps")
     training.add_argument("--max-minutes", type=float, default=60.0, help="most minutes of training")
     training.add_argument("--good-enough", type=float, default=0.985, help="begins the cool-down")

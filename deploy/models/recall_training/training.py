@@ -16,7 +16,7 @@ from recall_training.checkpoint import load
 from recall_training.conversion import convert
 from recall_training.curriculum import Curriculum
 from recall_training.expert_balance import ExpertBalance
-from recall_training.imitation import attention_errors, imitate, stream_errors
+from recall_training.imitation import imitate
 from recall_training.samples import MAX_ENTRIES
 from recall_training.schedule import Schedule
 
@@ -83,19 +83,14 @@ def start(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, device: 
         source = load(args.convert, device)[0]
         maker, curriculum = BatchMaker(tokenizer, device, args.seed + 2), Curriculum(args.seed + 2, MAX_ENTRIES)
         convert(source, model, maker)
-        for errors_of, steps, rate in (
-            (attention_errors, args.attention_steps, args.attention_lr),
-            (stream_errors, args.stream_steps, args.stream_lr),
-        ):
-            imitate(
-                source,
-                model,
-                errors_of,
-                lambda: make_batch(args, maker, curriculum, curriculum.entries()),
-                steps,
-                rate,
-                args.report_every,
-            )
+        imitate(
+            source,
+            model,
+            lambda: make_batch(args, maker, curriculum, curriculum.entries()),
+            args.imitation_steps,
+            args.imitation_lr,
+            args.report_every,
+        )
     return model
 
 
