@@ -57,7 +57,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument("--dialogue-share", type=float, default=0.2, help="of the batches")
     training.add_argument("--balance-rate", type=float, default=1e-3, help="of the experts' biases, a step")
     training.add_argument("--report-every", type=int, default=250, help="steps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.convert is not None and args.architecture != "mla":
+        parser.error(f"--convert makes an mla model, not one of --architecture {args.architecture}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
