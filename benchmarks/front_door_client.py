@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
+from collections.abc import AsyncIterable
 
 import grpc
 
@@ -51,6 +52,17 @@ async def read_streams(address: str, streams: int, longest: int) -> None:
             task.cancel()
 
 
+async def _end_of(call: AsyncIterable[bytes]) -> str:
+    """The status that a call ends in, and whether it is our queue that says so."""
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError as error:
+        ours = "the service is at capacity" in str(error.details())
+        return f"{error.code().name}{', by our queue' if ours else ''}"
+    return "OK"
+
+
 async def call_at_once(address: str, calls: int) -> None:
     """For each line of standard input make so many calls at once, and answer with how many ended in which status."""
     method = f"/{baton_pb2.DESCRIPTOR.services_by_name['Baton'].full_name}/Generate"
@@ -59,17 +71,7 @@ async def call_at_once(address: str, calls: int) -> None:
     while await asyncio.to_thread(sys.stdin.readline):
         async with grpc.aio.insecure_channel(address) as channel:
             generate = channel.unary_stream(method, request_serializer=baton_pb2.GenerateRequest.SerializeToString)
-
-            async def call() -> str:
-                try:
-                    async for _ in generate(request):
-                        pass
-                except grpc.aio.AioRpcError as error:
-                    ours = "the service is at capacity" in str(error.details())
-                    return f"{error.code().name}{', by our queue' if ours else ''}"
-                return "OK"
-
-            ends = Counter(await asyncio.gather(*(call() for _ in range(calls))))
+            ends = Counter(await asyncio.gather(*(_end_of(generate(request)) for _ in range(calls))))
         print(json.dumps(ends), flush=True)
 
 

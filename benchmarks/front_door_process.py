@@ -68,14 +68,14 @@ class SayingWorker(SimulatedWorker):
 
     def submit(self, request: WorkerRequest) -> None:
         """See `WorkerHandle.submit`."""
-        name = {"request_id": request.request_id, "attempt_id": request.attempt_id}
-        self._coming[request.attempt_id] = [TokenOutput(token_id=token_id, **name) for token_id in self._texts]
+        name, attempt = request.request_id, request.attempt_id
+        self._coming[attempt] = [TokenOutput(name, token_id, attempt_id=attempt) for token_id in self._texts]
         self._left[request.attempt_id] = (request.sampling.max_tokens or 1) - 1
 
     def abort(self, attempt_id: str, index: int | None = None) -> None:
         """See `WorkerHandle.abort`."""
         for each in (self._left, self._coming, self._said):
-            each.pop(attempt_id, None)  # type: ignore[attr-defined]
+            each.pop(attempt_id, None)
 
     def lacks(self, request: WorkerRequest) -> int:
         """All tokens of a prompt are to be moved here."""

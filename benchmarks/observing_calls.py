@@ -17,7 +17,7 @@ from cluster.routing.types import Placement
 from workers.messages import DecodeReport, HandoffReport, PrefillReport
 from workers.sampling_params import SamplingParams
 
-_TOKENS, _REQUESTS, _REPEATS = 2000, 100, 40
+_TOKENS, _STREAMS, _REQUESTS, _REPEATS = 2048, 32, 100, 40
 _PREFILL = PrefillReport("r", 0.001, 0.1, 1, 0, attempt_id="a")
 _HANDOFF = HandoffReport("r", 1_000_000, 8, 0.01, 0.001, attempt_id="a")
 _DECODE = DecodeReport("r", 0.01, 0, attempt_id="a")
@@ -36,8 +36,8 @@ def _costs(observers: Observers) -> tuple[float, float]:
     attempt = _attempt()
 
     def tokens() -> None:
-        for _ in range(_TOKENS):
-            observers.tokens_received(attempt, 1, 0.01)
+        for _ in range(_TOKENS // _STREAMS):
+            observers.tokens_received([(attempt, 1, 0.01)] * _STREAMS)
 
     def requests() -> None:
         for request in made:

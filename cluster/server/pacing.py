@@ -7,6 +7,7 @@ of a moment go together. Nothing is held while there is time.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 _SAMPLE_S, _SAMPLES, _LATE_S = 0.005, 20, 0.001
 _BUSY, _QUIET = 0.8, 0.5
@@ -19,6 +20,7 @@ class Pacer:
     def __init__(self) -> None:
         self._interval_s = 0.0
         self._tick: asyncio.Event | None = None
+        self._next: list[Callable[[], None]] = []
         self._sending = asyncio.Event()
 
     @property
@@ -29,12 +31,24 @@ class Pacer:
     async def turn(self) -> None:
         """Wait until a stream that has sent may look for more: all that come meanwhile go in its next message."""
         self._sending.set()
+        if self._interval_s:
+            await self._next_tick().wait()
+
+    def at_turn(self, callback: Callable[[], None]) -> bool:
+        """The same for who has no task: call this at the next turn; False: nobody has to wait, and it is not called."""
+        if not self._sending.is_set():
+            self._sending.set()
         if not self._interval_s:
-            return
+            return False
+        self._next_tick()
+        self._next.append(callback)
+        return True
+
+    def _next_tick(self) -> asyncio.Event:
         if self._tick is None:
             self._tick = asyncio.Event()
             asyncio.get_running_loop().call_later(self._interval_s, self._release)
-        await self._tick.wait()
+        return self._tick
 
     def sample(self, busy: float) -> None:
         """Take the share of the last moments in which the loop had work, 0 to 1 or more.
@@ -68,3 +82,6 @@ class Pacer:
         tick, self._tick = self._tick, None
         if tick is not None:
             tick.set()
+        callbacks, self._next = self._next, []
+        for callback in callbacks:
+            callback()
