@@ -57,6 +57,8 @@ class Attempt:
         output_before: tokens that earlier attempts have generated, which are part of its prompt.
         finish_reason: why the text ended, once it has.
         first_report: of the attempt that had the request's first token, if that was another one.
+        account: whom its tokens are charged to: its user, the caller's tenant and share.
+        num_running: samples whose last token is not here.
         reader: called when there are tokens for which `next_chunk` waits, and which it may `poll`; None: who waits is
             woken.
     """
@@ -86,9 +88,12 @@ class Attempt:
     traced: bool = False
     output_before: int = 0
     finish_reason: FinishReason | None = None
+    account: tuple[str, str, float] = field(init=False)
+    num_running: int = field(init=False)
     first_report: RequestReport | None = None
     reader: Callable[[], None] | None = None
-    _waiting: bool = False
+    _may_be_polled: bool = False
+    """Whether `next_chunk` waits, and is not wanted for more than tokens that can be polled."""
     _woken: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _prefill_report: PrefillReport | None = None
@@ -98,6 +103,8 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self._running = {index: _Sample() for index in range(self.num_samples)}
+        self.num_running = self.num_samples
+        self.account = (self.user, self.caller.client, self.caller.share)
         if not self.prefill:  # there is no handoff to hear of
             self._handoff_reported.set()
 
@@ -109,6 +116,7 @@ class Attempt:
                 self.tell()
             case PromptLogprobs():
                 self.prompt_logprobs = event
+                self._may_be_polled = False
             case PrefillReport():
                 self._prefill_report = event
             case HandoffReport():
@@ -144,7 +152,7 @@ class Attempt:
         """End with an error, after the tokens that are here."""
         if not self.finished and self.error is None:
             self.error = error
-            self._news.set()
+            self._call()
 
     async def next_chunk(self) -> TokenChunk:
         """The tokens that have come since the last call, at least one; none after `wake`.
@@ -156,11 +164,11 @@ class Attempt:
             if self.error is not None:
                 raise self.error
             self._news.clear()
-            self._waiting = True
+            self._may_be_polled = self.reader is not None and self.prompt_logprobs is None
             try:
                 await self._news.wait()
             finally:
-                self._waiting = False
+                self._may_be_polled = False
         self._woken = False
         tokens, self._ready = tuple(self._ready), []
         logprobs, self.prompt_logprobs = self.prompt_logprobs, None
@@ -171,40 +179,30 @@ class Attempt:
 
         So tokens and all that is more, the last token, log-probabilities of the prompt and errors, stay in order.
         """
-        if not self._ready or not self._may_be_polled():
+        if not self._ready or not self._may_be_polled:
             return ()
         tokens, self._ready = tuple(self._ready), []
         return tokens
 
-    def _may_be_polled(self) -> bool:
-        """Whether somebody waits, and is not wanted for more than the tokens that are here."""
-        return (
-            self._waiting
-            and not self.finished
-            and self.error is None
-            and self.prompt_logprobs is None
-            and not self._news.is_set()
-        )
+    def _call(self) -> None:
+        """Have `next_chunk` look."""
+        self._may_be_polled = False
+        self._news.set()
 
     def wake(self) -> None:
         """Have `next_chunk` return, with or without tokens."""
         self._woken = True
-        self._news.set()
+        self._call()
 
     def tell(self) -> None:
         """Whoever reads may look: `take_token` has taken some."""
-        if self.reader is None or not self._may_be_polled():
-            self._news.set()
+        if self.reader is None or not self._may_be_polled:
+            self._call()
             return
         try:
             self.reader()
         except Exception as error:  # of one reader, which is not to end all that its worker says
             self.fail(error)
-
-    @property
-    def num_running(self) -> int:
-        """Samples whose last token is not here."""
-        return len(self._running)
 
     @property
     def num_tokens(self) -> int:
@@ -215,6 +213,7 @@ class Attempt:
         """Nobody wants the rest of a sample, which is not the last one that runs."""
         if len(self._running) > 1:
             self._running.pop(index, None)
+            self.num_running = len(self._running)
             self._held = [token for token in self._held if token.index != index]
             self._ready = [token for token in self._ready if token.index != index]
 
@@ -283,9 +282,11 @@ class Attempt:
         self.num_output += count
         if last.finish_reason is not None:
             del self._running[token.index]
+            self.num_running = len(self._running)
             self.ended_after = sample.num_tokens
             self.finish_reason = last.finish_reason
-            self.finished = not self._running
+            if not self._running:
+                self.finished, self._may_be_polled = True, False
         return count
 
 

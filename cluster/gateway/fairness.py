@@ -104,8 +104,7 @@ class TokenCharges(EngineObserver):
         """See `EngineObserver.tokens_received`; whoever has several streams is charged once for all of them."""
         totals: dict[tuple[str, str, float], int] = {}
         for attempt, num_tokens, _ in received:
-            caller = attempt.caller
-            whose = attempt.user, caller.client, caller.share
-            totals[whose] = totals.get(whose, 0) + num_tokens
+            account = attempt.account
+            totals[account] = totals.get(account, 0) + num_tokens
         for (user, tenant, share), num_tokens in totals.items():
             self._charge(user, num_tokens, tenant, share)

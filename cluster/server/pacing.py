@@ -15,39 +15,40 @@ _SHORTEST_S, _LONGEST_S = 0.01, 0.1
 
 
 class Pacer:
-    """One for all streams of a server."""
+    """One for all streams of a server.
+
+    Attributes:
+        interval_s: how long tokens may wait for others now, seconds; 0: not at all.
+        looks: whether it looks at the event loop now; who sends and finds that it does not, calls `wake`.
+    """
 
     def __init__(self) -> None:
-        self._interval_s = 0.0
+        self.interval_s = 0.0
+        self.looks = False
         self._tick: asyncio.Event | None = None
         self._next: list[Callable[[], None]] = []
         self._sending = asyncio.Event()
 
-    @property
-    def interval_s(self) -> float:
-        """How long tokens may wait for others now, seconds; 0: not at all."""
-        return self._interval_s
+    def wake(self) -> None:
+        """A stream has sent."""
+        self.looks = True
+        self._sending.set()
 
     async def turn(self) -> None:
         """Wait until a stream that has sent may look for more: all that come meanwhile go in its next message."""
-        self._sending.set()
-        if self._interval_s:
+        self.wake()
+        if self.interval_s:
             await self._next_tick().wait()
 
-    def at_turn(self, callback: Callable[[], None]) -> bool:
-        """The same for who has no task: call this at the next turn; False: nobody has to wait, and it is not called."""
-        if not self._sending.is_set():
-            self._sending.set()
-        if not self._interval_s:
-            return False
+    def at_turn(self, callback: Callable[[], None]) -> None:
+        """The same for who has no task, where `interval_s` is not 0: call this at the next turn."""
         self._next_tick()
         self._next.append(callback)
-        return True
 
     def _next_tick(self) -> asyncio.Event:
         if self._tick is None:
             self._tick = asyncio.Event()
-            asyncio.get_running_loop().call_later(self._interval_s, self._release)
+            asyncio.get_running_loop().call_later(self.interval_s, self._release)
         return self._tick
 
     def sample(self, busy: float) -> None:
@@ -56,9 +57,9 @@ class Pacer:
         Between two thresholds the interval stays, because waiting together is itself what lowers the share.
         """
         if busy > _BUSY:
-            self._interval_s = min(_LONGEST_S, max(_SHORTEST_S, 2 * self._interval_s))
+            self.interval_s = min(_LONGEST_S, max(_SHORTEST_S, 2 * self.interval_s))
         elif busy < _QUIET:
-            self._interval_s = self._interval_s / 2 if self._interval_s > _SHORTEST_S else 0.0
+            self.interval_s = self.interval_s / 2 if self.interval_s > _SHORTEST_S else 0.0
 
     async def run(self) -> None:
         """Look at the event loop while streams send, for ever.
@@ -71,6 +72,7 @@ class Pacer:
         while True:
             await self._sending.wait()
             self._sending.clear()
+            self.looks = False
             late = 0
             for _ in range(_SAMPLES):
                 due = clock() + _SAMPLE_S

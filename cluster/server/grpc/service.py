@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -206,7 +206,8 @@ def _stream_handler(
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> None:
         async with govern(context) as call:
-            await method(await parse(raw), call.timeout_s, StreamWriter(context, call.writing, pacer))
+            with closing(StreamWriter(context, call.writing, pacer)) as out:
+                await method(await parse(raw), call.timeout_s, out)
 
     return grpc.unary_stream_rpc_method_handler(handle)
 
