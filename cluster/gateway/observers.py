@@ -98,7 +98,20 @@ class Observers(EngineObserver):
     def add(self, observer: EngineObserver) -> None:
         """Tell one more, from now on, after the others."""
         self._observers.append(observer)
+        self._bind()
+
+    def remove(self, observer: EngineObserver) -> None:
+        """Tell this one nothing more.
+
+        Raises:
+            ValueError: it was told nothing before.
+        """
+        self._observers.remove(observer)
+        self._bind()
+
+    def _bind(self) -> None:
         for event in EVENTS:
+            self.__dict__.pop(event, None)
             listeners = [getattr(each, event) for each in self._observers if _defines(each, event)]
             if listeners:
                 setattr(self, event, self._teller(event, listeners))

@@ -33,7 +33,7 @@ def gathered_wakeups(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
         return add_reader(sock, callback, *args)
 
     try:
-        loop.add_reader = add  # type: ignore[method-assign]
+        loop.add_reader = add  # type: ignore[method-assign, assignment]
     except AttributeError:
         yield
         return
