@@ -29,7 +29,7 @@ def gathered_wakeups(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 
     def add(sock: Any, callback: Callable[..., Any], *args: Any) -> Any:
         if isinstance(sock, socket.socket) and isinstance(callback, functools.partial) and callback.args == (loop,):
-            callback = functools.partial(_read_all, sock, callback)
+            callback = functools.partial(read_all, sock, callback)
         return add_reader(sock, callback, *args)
 
     try:
@@ -43,7 +43,8 @@ def gathered_wakeups(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
         del loop.add_reader
 
 
-def _read_all(sock: socket.socket, callback: Callable[[], Any]) -> None:
+def read_all(sock: socket.socket, callback: Callable[[], Any]) -> None:
+    """Read what there is, and call back once."""
     with contextlib.suppress(BlockingIOError):  # another loop's thread was quicker
         sock.recv(_ALL)
     callback()

@@ -184,3 +184,22 @@ def test_what_nobody_has_defined_is_an_empty_call():
     assert "first_token" in vars(observers)
     assert not set(vars(observers)) & set(EVENTS) - {"first_token"}
     assert {"request_arrived", "request_failed", "worker_state_changed"} <= set(EVENTS) <= set(BASE)
+
+
+def test_one_that_is_removed_is_told_nothing_more() -> None:
+    class Counting(EngineObserver):
+        heard = 0
+
+        def request_arrived(self, request) -> None:
+            self.heard += 1
+
+    one, other = Counting(), Counting()
+    observers = Observers([one, other])
+    observers.request_arrived(None)
+    observers.remove(one)
+    observers.request_arrived(None)
+    observers.remove(other)
+    observers.request_arrived(None)
+    assert (one.heard, other.heard) == (1, 2)
+    with pytest.raises(ValueError, match="not in list"):
+        observers.remove(one)
