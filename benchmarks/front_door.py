@@ -6,7 +6,8 @@ one to the other in slices of about a second, in an order that is drawn anew eac
 counted. So what else the machine does, and what its clock does, meets both alike (`benchmarks.paired_rounds` says how
 they are compared). After some rounds both start anew, since where a process happens to lie in memory makes a few per
 cent, too. Every token is a message, unless `--merging` lets this tree have tokens go together when its loop is late.
-A burst of calls, all at once, tells how they are answered.
+A third server is bare: grpc.aio's, which writes prepared bytes (`benchmarks.bare_door_process`), for what of a token is
+gRPC's own. A burst of calls, all at once, tells how they are answered.
 
   git worktree add ../before COMMIT
   python -m benchmarks.front_door --before ../before
@@ -35,14 +36,16 @@ def compare(trees: dict[str, str], streams: int, args: argparse.Namespace) -> di
     """Both trees at so many streams: what a token costs each, and how many more a processor second carries."""
     step_s = streams / args.offered
     steps = max(2, round(args.slice / step_s))
-    runs: dict[str, list[float]] = {name: [] for name in trees}
+    places = {**trees, "bare": str(ROOT)}
+    runs: dict[str, list[float]] = {name: [] for name in places}
     versions: dict[str, str] = {}
-    tokens, messages, failures = (dict.fromkeys(trees, 0) for _ in range(3))
+    tokens, messages, failures = (dict.fromkeys(places, 0) for _ in range(3))
     for start in range(args.starts):
         sides: dict[str, StreamSide] = {}
         try:
-            for name, path in trees.items():
-                sides[name] = StreamSide(path, streams, step_s, args.tokens, merging=args.merging)
+            for name, path in places.items():
+                how = {"merging": args.merging, "bare": name == "bare"}
+                sides[name] = StreamSide(path, streams, step_s, args.tokens, **how)
                 sides[name].begin()
             ways = {name: partial(side.cpu_us_per_token, steps) for name, side in sides.items()}
             in_rounds(ways, _WARM_UP_SLICES)
@@ -61,7 +64,8 @@ def compare(trees: dict[str, str], streams: int, args: argparse.Namespace) -> di
         "grpcio": versions,
         "cpu_us_per_token": {name: statistics.median(run) for name, run in runs.items()},
         "more_tokens_per_cpu_s": asdict(ratio(runs["before"], runs["after"])),
-        "messages_per_token": {name: messages[name] / tokens[name] for name in trees},
+        "bare_share": {name: asdict(ratio(runs["bare"], runs[name])) for name in trees},
+        "messages_per_token": {name: messages[name] / tokens[name] for name in places},
         "failures": failures,
         "runs": runs,
     }
@@ -92,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{streams} streams: {costs['before']:.1f} → {costs['after']:.1f} µs of CPU a token, "
             f"{more['median']:.2f} × the tokens of a CPU second ({more['low']:.2f} … {more['high']:.2f}), "
+            f"a bare server {costs['bare']:.1f} µs a message; "
             f"{each['before']:.3f} and {each['after']:.3f} messages a token, failures {found['failures']}"
         )
     bursts = {name: ends_of_a_burst(path, args.burst, args.queue) for name, path in trees.items() if args.burst}

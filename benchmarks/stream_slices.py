@@ -7,7 +7,9 @@ from pathlib import Path
 
 from benchmarks.line_process import LineProcess
 
-_SERVER, _CLIENT = (Path(__file__).with_name(f"front_door_{name}.py") for name in ("process", "client"))
+_SERVER, _CLIENT, _BARE = (
+    Path(__file__).with_name(f"{name}.py") for name in ("front_door_process", "front_door_client", "bare_door_process")
+)
 _PATIENCE_S = 120.0
 
 
@@ -20,6 +22,7 @@ class StreamSide:
         step_s: seconds of a step of the decode worker, in which every stream has a token.
         longest: tokens of an answer.
         merging: whether tokens may go together when the event loop is late.
+        bare: no Baton, but a bare gRPC server.
 
     Attributes:
         grpcio: the version of the server's.
@@ -27,10 +30,12 @@ class StreamSide:
         tokens: that were said, of each slice.
     """
 
-    def __init__(self, pythonpath: str, streams: int, step_s: float, longest: int, *, merging: bool) -> None:
+    def __init__(
+        self, pythonpath: str, streams: int, step_s: float, longest: int, *, merging: bool, bare: bool = False
+    ) -> None:
         self._streams = streams
         how = "merging" if merging else "each"
-        self._server = LineProcess(_SERVER, pythonpath, str(streams), str(step_s), "100000", how)
+        self._server = LineProcess(_BARE if bare else _SERVER, pythonpath, str(streams), str(step_s), "100000", how)
         hello = self._server.answer()
         self.grpcio: str = hello["grpcio"]
         self._client = LineProcess(_CLIENT, pythonpath, "streams", hello["address"], str(streams), str(longest))
