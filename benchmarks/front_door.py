@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--queue", type=int, default=1000, help="calls of a burst that may wait")
     parser.add_argument("--output", type=Path, default=RESULTS / "front_door.json")
     args = parser.parse_args(argv)
+    for tree in (args.before, args.after):  # else Python would find what is installed, and compare that with itself
+        if not (Path(tree) / "cluster").is_dir():
+            parser.error(f"{tree} is no tree of Baton")
     environment = Environment.capture(None)
     trees, points = {"before": args.before, "after": args.after}, []
     for streams in args.streams:
