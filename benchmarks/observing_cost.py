@@ -116,7 +116,7 @@ class Slices:
 
 def measured(args: argparse.Namespace, collector: str) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Every way in every round, and what came of all requests."""
-    runs: dict[str, list[float]] = {mode: [] for mode in (*MODES, MODES[0] + _AGAIN)}
+    runs: dict[str, list[float]] = {mode: [] for mode in (MODES[0], *args.ways, MODES[0] + _AGAIN)}
     counts = {"failures": 0, "messages": 0, "tokens": 0}
     for start in range(args.starts):
         slices = Slices(args.streams, args.streams / args.offered, args.tokens, collector)
@@ -135,6 +135,7 @@ def measured(args: argparse.Namespace, collector: str) -> tuple[dict[str, list[f
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=MODES[1:], default=MODES[1:], help="to look; default: all")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--offered", type=float, default=6400.0, help="tokens a second that the workers have at most")
     parser.add_argument("--tokens", type=int, default=200, help="of a request")
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shares = {name: (token + request / args.tokens) / costs["nothing"] for name, (token, request) in calls.items()}
     for name, (token, request) in calls.items():
         print(f"{name:<18} calls: {token:.2f} µs a token, {request:.1f} µs a request, {shares[name]:.1%} of nothing's")
-    config = {name: getattr(args, name) for name in ("streams", "offered", "tokens", "rounds", "starts")}
+    config = {name: getattr(args, name) for name in ("ways", "streams", "offered", "tokens", "rounds", "starts")}
     compared = {mode: asdict(found) for mode, found in more.items()}
     points = {"cpu_us_per_token": costs, "ratio": compared, "calls_us": calls, "calls_share": shares, "runs": runs}
     write_json(args.output, to_json("observing_cost", environment, config, {**points, **counts}))
