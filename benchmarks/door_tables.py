@@ -8,6 +8,10 @@ from typing import Any
 from benchmarks.markdown import table
 
 Result = Mapping[str, Any]
+_MORE_TOKENS = 1.5
+"""The goal: tokens of a processor second, as a multiple of those before."""
+_MOST = {"metrics": 0.02, "traces": 0.05}
+"""The goals: what looking may cost, as a share of what a token costs otherwise."""
 
 
 def doors(result: Result) -> str:
@@ -28,6 +32,68 @@ def doors(result: Result) -> str:
                 )
             )
     return table(header, rows, num_text_columns=3)
+
+
+def front_door(result: Result) -> str:
+    """What a token costs the gateway, before and after, at so many streams."""
+    header = (
+        "streams",
+        "µs of CPU a token, before",
+        "after",
+        "a message of a bare grpc.aio server",
+        "tokens of a CPU second, after / before",
+        "95 % bounds",
+        "goal",
+        "met",
+        "messages a token, before",
+        "after",
+    )
+    rows = []
+    for point in result["points"]:
+        cost, more, each = point["cpu_us_per_token"], point["more_tokens_per_cpu_s"], point["messages_per_token"]
+        rows.append(
+            (
+                f"{point['streams']}",
+                f"{cost['before']:.1f}",
+                f"{cost['after']:.1f}",
+                f"{cost['bare']:.1f}",
+                f"**{more['median']:.2f}×**",
+                f"{more['low']:.2f} … {more['high']:.2f}",
+                f"≥ {_MORE_TOKENS:.1f}×",
+                "yes" if more["median"] >= _MORE_TOKENS else "**no**",
+                f"{each['before']:.2f}",
+                f"{each['after']:.2f}",
+            )
+        )
+    return table(header, rows, num_text_columns=0)
+
+
+def bursts(result: Result) -> str:
+    """How simultaneous calls end, before and after."""
+    ends = sorted({end for each in result["bursts"].values() for end in each})
+    header = (f"of {result['config']['burst']} calls at once", *ends)
+    rows = [(name, *(f"{each.get(end, 0)}" for end in ends)) for name, each in result["bursts"].items()]
+    return table(header, rows, num_text_columns=1)
+
+
+def observing_cost(result: Result) -> str:
+    """What each way to look costs, of the whole process and by the observers' own calls."""
+    header = ("looked at by", "µs of CPU a token", "more than nothing", "95 % bounds", "own calls", "goal", "met")
+    rows = [("nothing", f"{result['cpu_us_per_token']['nothing']:.1f}", "", "", "", "", "")]
+    for way, more in result["ratio"].items():
+        goal, own = _MOST.get(way), result["calls_share"].get(way)
+        rows.append(
+            (
+                way.replace("nothing again", "nothing, once more"),
+                f"{result['cpu_us_per_token'][way]:.1f}",
+                f"{more['median'] - 1:+.1%}",
+                f"{more['low'] - 1:+.1%} … {more['high'] - 1:+.1%}",
+                "" if own is None else f"{own:.1%}",
+                "" if goal is None else f"≤ {goal:.0%}",
+                "" if goal is None else ("yes" if more["median"] - 1 <= goal else "**no**"),
+            )
+        )
+    return table(header, rows, num_text_columns=1)
 
 
 def load_tools(result: Result) -> str:
@@ -59,4 +125,6 @@ def load_tools(result: Result) -> str:
 
 
 TABLES: Mapping[str, Callable[[Result], str]] = {"doors": doors, "load_tools": load_tools}
+FRONT_DOOR: Mapping[str, Callable[[Result], str]] = {"front_door": front_door, "front_door_bursts": bursts}
+"""All of one result."""
 """Name of a table, and of its result file, to what makes it."""

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from benchmarks.simulated_engine import start_simulated_engine
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.config.load import load_config
+from cluster.gateway.engine import ServingEngine
 from cluster.generation.text_generation import Generation
 from cluster.recall import SHIPPED_MODEL
 from cluster.server.doors import Doors
@@ -25,7 +26,7 @@ _PREFILL_WORKERS = 32
 
 async def serve(streams: int, step_s: float) -> None:
     """Serve until standard input ends; each line of it is answered with the processor seconds spent so far."""
-    engine, info = await start_simulated_engine(streams, step_s, _PREFILL_WORKERS)
+    engine, info = await start_simulated_engine(streams, step_s, _PREFILL_WORKERS, ServingEngine)
     doors = Doors(load_config(environ={}, overrides={"server.port": 0, "server.default_timeout_s": 3600}).server)
     await doors.open()
     await doors.serve(Generation(engine, Tokenizer.load(SHIPPED_MODEL), info), engine, info)

@@ -43,10 +43,10 @@ class LineProcess:
         result: dict[str, Any] = json.loads(line)
         return result
 
-    def ask(self) -> dict[str, Any]:
-        """Its answer to an empty line."""
+    def ask(self, line: str = "") -> dict[str, Any]:
+        """Its answer to a line."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
         return self.answer()
 

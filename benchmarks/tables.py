@@ -95,8 +95,10 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
         **pool_tables.TABLES,
         **{name: _of_result(name, make) for name, make in router_tables.TABLES.items()},
         **{name: _of_result(name, make) for name, make in door_tables.TABLES.items()},
+        **{name: _of_result("front_door", make) for name, make in door_tables.FRONT_DOOR.items()},
     },
     "attention.md": attention_tables.TABLES,
+    "metrics.md": {"observing_cost": _of_result("observing_cost", door_tables.observing_cost)},
     "models.md": model_tables.TABLES,
     "structured-output.md": {name: _of_result(name, make) for name, make in grammar_tables.TABLES.items()},
 }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from cluster.caller import NOBODY, Caller
 from cluster.config.group_key import group_key
@@ -202,6 +202,31 @@ class TokenStream(Protocol):
 
     async def aclose(self) -> None:
         """Cancel what is still under way, on both sides."""
+        ...
+
+
+@runtime_checkable
+class PolledStream(Protocol):
+    """A `TokenStream` whose tokens may be taken while its iterator waits for them: no task is woken for each.
+
+    What is more than tokens, the last one, log-probabilities of the prompt, errors and other workers, is the
+    iterator's alone, so that somebody must wait for its next chunk all the time.
+    """
+
+    def listen(self, reader: Callable[[], None]) -> None:
+        """Call this when there are tokens to `poll`."""
+        ...
+
+    def poll(self) -> tuple[TokenOutput, ...]:
+        """Tokens that the iterator would return; none where there are none, or they are for the iterator."""
+        ...
+
+    def wake(self) -> None:
+        """Have the iterator return, if need be without tokens."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Have the iterator raise this: whoever reads cannot go on."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from cluster.api import RequestReport, TokenChunk
@@ -56,6 +57,10 @@ class Attempt:
         output_before: tokens that earlier attempts have generated, which are part of its prompt.
         finish_reason: why the text ended, once it has.
         first_report: of the attempt that had the request's first token, if that was another one.
+        account: whom its tokens are charged to: its user, the caller's tenant and share.
+        num_running: samples whose last token is not here.
+        reader: called when there are tokens for which `next_chunk` waits, and which it may `poll`; None: who waits is
+            woken.
     """
 
     attempt_id: str
@@ -83,7 +88,13 @@ class Attempt:
     traced: bool = False
     output_before: int = 0
     finish_reason: FinishReason | None = None
+    account: tuple[str, str, float] = field(init=False)
+    num_running: int = field(init=False)
     first_report: RequestReport | None = None
+    reader: Callable[[], None] | None = None
+    _may_be_polled: bool = False
+    """Whether `next_chunk` waits, and is not wanted for more than tokens that can be polled."""
+    _woken: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _prefill_report: PrefillReport | None = None
     _handoff_report: HandoffReport | None = None
@@ -92,6 +103,8 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self._running = {index: _Sample() for index in range(self.num_samples)}
+        self.num_running = self.num_samples
+        self.account = (self.user, self.caller.client, self.caller.share)
         if not self.prefill:  # there is no handoff to hear of
             self._handoff_reported.set()
 
@@ -99,9 +112,11 @@ class Attempt:
         """Something that one of the workers said."""
         match event:
             case TokenOutput():
-                self._take_token(engine_id, event)
+                self.take_token(engine_id, event, now())
+                self.tell()
             case PromptLogprobs():
                 self.prompt_logprobs = event
+                self._may_be_polled = False
             case PrefillReport():
                 self._prefill_report = event
             case HandoffReport():
@@ -137,27 +152,57 @@ class Attempt:
         """End with an error, after the tokens that are here."""
         if not self.finished and self.error is None:
             self.error = error
-            self._news.set()
+            self._call()
 
     async def next_chunk(self) -> TokenChunk:
-        """The tokens that have come since the last call, at least one.
+        """The tokens that have come since the last call, at least one; none after `wake`.
 
         Raises:
             Exception: what `fail` was given.
         """
-        while not self._ready:
+        while not self._ready and not self._woken:
             if self.error is not None:
                 raise self.error
             self._news.clear()
-            await self._news.wait()
+            self._may_be_polled = self.reader is not None and self.prompt_logprobs is None
+            try:
+                await self._news.wait()
+            finally:
+                self._may_be_polled = False
+        self._woken = False
         tokens, self._ready = tuple(self._ready), []
         logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         return TokenChunk(tokens, logprobs)
 
-    @property
-    def num_running(self) -> int:
-        """Samples whose last token is not here."""
-        return len(self._running)
+    def poll(self) -> tuple[TokenOutput, ...]:
+        """The tokens for which `next_chunk` waits, which goes on waiting; none where it is to return or raise.
+
+        So tokens and all that is more, the last token, log-probabilities of the prompt and errors, stay in order.
+        """
+        if not self._ready or not self._may_be_polled:
+            return ()
+        tokens, self._ready = tuple(self._ready), []
+        return tokens
+
+    def _call(self) -> None:
+        """Have `next_chunk` look."""
+        self._may_be_polled = False
+        self._news.set()
+
+    def wake(self) -> None:
+        """Have `next_chunk` return, with or without tokens."""
+        self._woken = True
+        self._call()
+
+    def tell(self) -> None:
+        """Whoever reads may look: `take_token` has taken some."""
+        if self.reader is None or not self._may_be_polled:
+            self._call()
+            return
+        try:
+            self.reader()
+        except Exception as error:  # of one reader, which is not to end all that its worker says
+            self.fail(error)
 
     @property
     def num_tokens(self) -> int:
@@ -168,6 +213,7 @@ class Attempt:
         """Nobody wants the rest of a sample, which is not the last one that runs."""
         if len(self._running) > 1:
             self._running.pop(index, None)
+            self.num_running = len(self._running)
             self._held = [token for token in self._held if token.index != index]
             self._ready = [token for token in self._ready if token.index != index]
 
@@ -208,34 +254,43 @@ class Attempt:
             return report
         return replace(report, queue_s=first.queue_s, prefill_s=first.prefill_s, ttft_s=first.ttft_s)
 
-    def _take_token(self, engine_id: str, token: TokenOutput) -> None:
+    def take_token(self, engine_id: str, token: TokenOutput, at: float) -> int:
+        """A token that has come at this time; `tell` is to be called when all that came with it are taken.
+
+        Returns:
+            How many more tokens are in order.
+        """
         sample = self._running.get(token.index)
         if sample is None:  # dropped
-            return
-        tokens = [token]
-        if not sample.last_at:
+            return 0
+        if sample.last_at:
+            count, last = 1, token
+            self._ready.append(token)
+            self.last_gap_s = at - sample.last_at
+        else:
             if engine_id == self.decode and self.prefill:
                 self._held.append(token)
-                return
-            if self._held:
-                tokens += [held for held in self._held if held.index == token.index]
-                self._held = [held for held in self._held if held.index != token.index]
-        self.last_token_at = at = now()
-        self.first_token_at = self.first_token_at or at
-        self.last_gap_s = at - sample.last_at if sample.last_at else None
-        sample.last_at = at
-        sample.num_tokens += len(tokens)
-        self.num_output += len(tokens)
-        self._ready += tokens
-        if tokens[-1].finish_reason is not None:
+                return 0
+            tokens = [token, *(held for held in self._held if held.index == token.index)]
+            self._held = [held for held in self._held if held.index != token.index]
+            count, last = len(tokens), tokens[-1]
+            self._ready += tokens
+            self.last_gap_s = None
+            self.first_token_at = self.first_token_at or at
+        self.last_token_at = sample.last_at = at
+        sample.num_tokens += count
+        self.num_output += count
+        if last.finish_reason is not None:
             del self._running[token.index]
+            self.num_running = len(self._running)
             self.ended_after = sample.num_tokens
-            self.finish_reason = tokens[-1].finish_reason
-            self.finished = not self._running
-        self._news.set()
+            self.finish_reason = last.finish_reason
+            if not self._running:
+                self.finished, self._may_be_polled = True, False
+        return count
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     """How far a sample is: its tokens, and when the last one came; 0 before the first."""
 

@@ -19,7 +19,7 @@ from cluster.errors import (
 from cluster.gateway.admission import AdmissionQueue, Ticket
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.dispatch import dispatch
-from cluster.gateway.observers import EngineObserver
+from cluster.gateway.observers import EngineObserver, Received
 from cluster.gateway.suspects import CLEARED_AFTER, Suspects, Turn
 from cluster.pools.pools import WorkerPools
 from cluster.pools.replica import Loss
@@ -34,6 +34,7 @@ from workers.messages import (
     RequestPreempted,
     SpansReport,
     StepOutput,
+    TokenOutput,
     WorkerEvent,
 )
 from workers.token_ids import NO_TOKENS, TokenIds
@@ -48,11 +49,16 @@ _SHUTTING_DOWN = "the service is shutting down"
 
 @dataclass(eq=False)
 class _UnderWay:
-    """An attempt, what it is at, and its turn if it is a suspect's and has not been cleared."""
+    """An attempt, what it is at, and its turn if it is a suspect's and has not been cleared.
+
+    The books are told of its growth when it has `booked_until` tokens or fewer samples run than `booked_running`.
+    """
 
     attempt: Attempt
     request: EngineRequest
     turn: Turn | None
+    booked_until: int = 0
+    booked_running: int = 0
 
     def end_turn(self) -> None:
         if self.turn is not None:
@@ -150,10 +156,11 @@ class Attempts:
 
     def drop_sample(self, attempt: Attempt, index: int) -> None:
         """Nobody wants the rest of one of its samples: stop it there."""
-        if attempt.attempt_id in self._under_way:
+        if (under_way := self._under_way.get(attempt.attempt_id)) is not None:
             attempt.drop(index)
             self._abort(attempt, index)
-            self._track_load(attempt)
+            if attempt.first_token_at:
+                self._track_load(under_way)
             self._queue.retry()
 
     def handoff_failed(self, attempt: Attempt) -> None:
@@ -161,12 +168,20 @@ class Attempts:
         self._load_tracker.handoff_failed(attempt.prefill, attempt.decode)
 
     def take(self, output: StepOutput) -> None:
-        """What a worker has said after a step."""
+        """What a worker has said after a step; who reads its tokens is told when all of them are taken."""
+        engine_id, at, received = output.engine_id, now(), list[Received]()
         for event in output.events:
             if under_way := self._under_way.get(event.attempt_id):
-                self._take_event(under_way, output.engine_id, event)
+                if isinstance(event, TokenOutput):
+                    self._take_token(under_way, engine_id, event, at, received)
+                else:
+                    self._take_event(under_way, engine_id, event)
             elif isinstance(event, SpansReport) and (ended := self._over.get(event.attempt_id)):
-                self._observers.spans_reported(ended, output.engine_id, event)
+                self._observers.spans_reported(ended, engine_id, event)
+        if received:
+            self._observers.tokens_received(received)
+            for attempt, _, _ in received:
+                attempt.tell()
 
     def count(self, engine_id: str) -> int:
         """How many still need this engine."""
@@ -233,7 +248,7 @@ class Attempts:
         )
         if routing_request.max_tokens == 1 and attempt.prefill:  # nothing to decode, so nothing to hand over
             attempt.serve_alone()
-        self._under_way[attempt.attempt_id] = _UnderWay(attempt, request, turn)
+        self._under_way[attempt.attempt_id] = _UnderWay(attempt, request, turn, booked_running=attempt.num_samples)
         self._load_tracker.reserve(
             attempt.attempt_id,
             attempt.prefill or None,
@@ -270,17 +285,29 @@ class Attempts:
             if replica is not None and replica.state != "lost":
                 replica.handle.abort(attempt.attempt_id, index)
 
+    def _take_token(
+        self, under_way: _UnderWay, engine_id: str, token: TokenOutput, at: float, received: list[Received]
+    ) -> None:
+        attempt = under_way.attempt
+        is_first = not attempt.first_token_at
+        if not (num_new := attempt.take_token(engine_id, token, at)):
+            return
+        received.append((attempt, num_new, attempt.last_gap_s))
+        if is_first:
+            self._observers.first_token(attempt)
+        if attempt.num_output > under_way.booked_until or attempt.num_running != under_way.booked_running:
+            if attempt.num_running < under_way.booked_running and not attempt.finished:
+                self._load_tracker.sample_finished(attempt.attempt_id, attempt.num_prompt + attempt.ended_after)
+            self._track_load(under_way)
+        if under_way.turn is not None and (attempt.finished or attempt.num_output >= CLEARED_AFTER):
+            self._suspects.cleared(under_way.request)
+            under_way.end_turn()
+        if attempt.finished:
+            self._finish(attempt)
+
     def _take_event(self, under_way: _UnderWay, engine_id: str, event: WorkerEvent) -> None:
         attempt = under_way.attempt
-        before, is_first, running = attempt.num_output, not attempt.first_token_at, attempt.num_running
         attempt.take(engine_id, event)
-        if attempt.num_running < running and not attempt.finished:
-            self._load_tracker.sample_finished(attempt.attempt_id, attempt.num_prompt + attempt.ended_after)
-        self._track_load(attempt)
-        if num_new := attempt.num_output - before:
-            if is_first:
-                self._observers.first_token(attempt)
-            self._observers.tokens_received(attempt, num_new, attempt.last_gap_s)
         match event:
             case PrefillReport():
                 self._observers.prefill_reported(attempt, event)
@@ -292,18 +319,18 @@ class Attempts:
                 self._observers.spans_reported(attempt, engine_id, event)
             case RequestPreempted():
                 self._observers.request_preempted(attempt)
-        if under_way.turn is not None and (attempt.finished or attempt.num_output >= CLEARED_AFTER):
-            self._suspects.cleared(under_way.request)
-            under_way.end_turn()
         if attempt.finished:
             self._finish(attempt)
 
-    def _track_load(self, attempt: Attempt) -> None:
+    def _track_load(self, under_way: _UnderWay) -> None:
+        attempt = under_way.attempt
         if attempt.finished:
             self._load_tracker.finished(attempt.attempt_id, attempt.num_tokens)
-        elif attempt.first_token_at:
-            self._load_tracker.first_token(attempt.attempt_id)
-            self._load_tracker.grown(attempt.attempt_id, attempt.num_tokens, attempt.num_running)
+            return
+        self._load_tracker.first_token(attempt.attempt_id)
+        room = self._load_tracker.grown(attempt.attempt_id, attempt.num_tokens, attempt.num_running)
+        # A token is one of one sample, so that none grows by more than all of them have.
+        under_way.booked_until, under_way.booked_running = attempt.num_output + room, attempt.num_running
 
     def _finish(self, attempt: Attempt) -> None:
         """The last token is here: end the attempt, but give the report of the handoff a moment to arrive before."""

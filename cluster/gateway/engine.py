@@ -114,6 +114,14 @@ class ServingEngine:
         """Tell one more what happens, from now on."""
         self._observers.add(observer)
 
+    def dismiss(self, observer: EngineObserver) -> None:
+        """Tell this one no more.
+
+        Raises:
+            ValueError: it was not told before.
+        """
+        self._observers.remove(observer)
+
     @property
     def max_model_len(self) -> int:
         """The context window that every worker can serve, tokens; after `start`."""

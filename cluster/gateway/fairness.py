@@ -9,10 +9,9 @@ paper. So many users, or ever new ones, take from the others of their tenant and
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from cluster.gateway.attempt import Attempt
-from cluster.gateway.observers import EngineObserver
+from cluster.gateway.observers import EngineObserver, Received
 
 _OUTPUT_WEIGHT = 2
 MAX_REMEMBERED = 4096
@@ -101,6 +100,11 @@ class TokenCharges(EngineObserver):
     def __init__(self, charge: Callable[[str, int, str, float], None]) -> None:
         self._charge = charge
 
-    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
-        """See `EngineObserver.tokens_received`."""
-        self._charge(attempt.user, num_tokens, attempt.caller.client, attempt.caller.share)
+    def tokens_received(self, received: Sequence[Received]) -> None:
+        """See `EngineObserver.tokens_received`; whoever has several streams is charged once for all of them."""
+        totals: dict[tuple[str, str, float], int] = {}
+        for attempt, num_tokens, _ in received:
+            account = attempt.account
+            totals[account] = totals.get(account, 0) + num_tokens
+        for (user, tenant, share), num_tokens in totals.items():
+            self._charge(user, num_tokens, tenant, share)

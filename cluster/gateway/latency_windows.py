@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.gateway.attempt import Attempt
-from cluster.gateway.observers import EngineObserver
+from cluster.gateway.observers import EngineObserver, Received
 from workers.messages import PrefillReport
 
 _MOST_SAMPLES = 4096
@@ -93,10 +93,15 @@ class LatencyWindows(EngineObserver):
         ttft_s = self._ttft_s if attempt.prefill else self._local_ttft_s
         ttft_s.add(attempt.first_token_at - attempt.dispatched)
 
-    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
+    def tokens_received(self, received: Sequence[Received]) -> None:
         """See `EngineObserver.tokens_received`."""
-        if seconds is not None:
-            self._itl_s.add(seconds, num_tokens)
+        total_s, count = 0.0, 0
+        for _, num_tokens, seconds in received:
+            if seconds is not None:
+                total_s += seconds
+                count += num_tokens
+        if count:
+            self._itl_s.add(total_s, count)
 
     def prefill_reported(self, attempt: Attempt, report: PrefillReport) -> None:
         """See `EngineObserver.prefill_reported`."""

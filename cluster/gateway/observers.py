@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cluster.api import EngineRequest
@@ -12,6 +12,9 @@ from cluster.routing.types import NoPlacement, Placement
 from workers.messages import DecodeReport, HandoffReport, PrefillReport, SpansReport
 
 logger = logging.getLogger(__name__)
+
+Received = tuple[Attempt, int, float | None]
+"""An attempt, how many more of its tokens are in order, and seconds after those before; None: they are the first."""
 
 
 class EngineObserver:
@@ -37,8 +40,8 @@ class EngineObserver:
     def first_token(self, attempt: Attempt) -> None:
         """The attempt's first token is here; see `Attempt.first_token_at`. `tokens_received` follows."""
 
-    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
-        """So many more tokens are in order, so long after those before; None: they are the first."""
+    def tokens_received(self, received: Sequence[Received]) -> None:
+        """What a worker's step has brought, of all attempts at once."""
 
     def prefill_reported(self, attempt: Attempt, report: PrefillReport) -> None:
         """What its prompt was to the worker that computed it."""
@@ -95,7 +98,20 @@ class Observers(EngineObserver):
     def add(self, observer: EngineObserver) -> None:
         """Tell one more, from now on, after the others."""
         self._observers.append(observer)
+        self._bind()
+
+    def remove(self, observer: EngineObserver) -> None:
+        """Tell this one nothing more.
+
+        Raises:
+            ValueError: it was told nothing before.
+        """
+        self._observers.remove(observer)
+        self._bind()
+
+    def _bind(self) -> None:
         for event in EVENTS:
+            self.__dict__.pop(event, None)
             listeners = [getattr(each, event) for each in self._observers if _defines(each, event)]
             if listeners:
                 setattr(self, event, self._teller(event, listeners))

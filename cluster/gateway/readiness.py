@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,8 +13,7 @@ from typing import Protocol
 from cluster.api import EngineRequest, TokenStream, WorkerStatus
 from cluster.clock import now
 from cluster.config.group_key import group_key
-from cluster.gateway.attempt import Attempt
-from cluster.gateway.observers import EngineObserver
+from cluster.gateway.observers import EngineObserver, Received
 from workers.errors import DeadlineExceededError
 from workers.sampling_params import SamplingParams
 from workers.token_ids import as_token_ids
@@ -121,12 +120,15 @@ class Readiness(EngineObserver):
                 async with asyncio.timeout(self._interval_s):
                     await self._wake.wait()
 
-    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
+    def tokens_received(self, received: Sequence[Received]) -> None:
         """A request has had its first token and another one since the last look: the way through is free."""
-        if attempt.request_id != self._canary:
-            self._any_token = True
-            if seconds is not None and attempt.first_token_at >= self._looked_at:
-                self._passed = True
+        if self._passed:  # and with it some token has come
+            return
+        for attempt, _, seconds in received:
+            if attempt.request_id != self._canary:
+                self._any_token = True
+                if seconds is not None and attempt.first_token_at >= self._looked_at:
+                    self._passed = True
 
     def worker_state_changed(self, engine_id: str, role: str, state: str) -> None:
         """Somebody is missing, or is here again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from cluster.errors import LostToAnotherError, WorkerLeavesError, WorkerLostErro
 from cluster.gateway.attempt import Attempt
 from cluster.gateway.observers import EngineObserver
 from workers.errors import DeadlineExceededError, HandoffError, RoomLostError
-from workers.messages import FinishReason
+from workers.messages import FinishReason, TokenOutput
 from workers.token_ids import TokenIds, as_token_ids
 
 _MAX_ATTEMPTS = 3
@@ -129,6 +129,7 @@ class RunningRequest:
         self.avoid = frozenset[tuple[str, str]]() if continued is None else continued.avoid
         self._first_report: RequestReport | None = None
         self._over = False
+        self._reader: Callable[[], None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     def __aiter__(self) -> RunningRequest:
@@ -155,6 +156,31 @@ class RunningRequest:
             self._stop_alarm()
             self._observers.request_finished(self._request, self.attempt)
         return chunk
+
+    def listen(self, reader: Callable[[], None]) -> None:
+        """See `PolledStream.listen`."""
+        self._reader = reader
+        if self.attempt is not None:
+            self.attempt.reader = reader
+
+    def poll(self) -> tuple[TokenOutput, ...]:
+        """See `PolledStream.poll`."""
+        if self._over or self.attempt is None:
+            return ()
+        tokens = self.attempt.poll()
+        for token in tokens:
+            self._output.append(token.token_id)
+        return tokens
+
+    def wake(self) -> None:
+        """See `PolledStream.wake`."""
+        if self.attempt is not None:
+            self.attempt.wake()
+
+    def fail(self, error: Exception) -> None:
+        """See `PolledStream.fail`."""
+        if self.attempt is not None:
+            self.attempt.fail(error)
 
     def complete(self) -> None:
         """The text has ended with the tokens so far (a stop string): the request is finished, whatever is under way."""
@@ -202,6 +228,7 @@ class RunningRequest:
             if self.attempt is None:
                 self.attempt = await self._start_attempt()
                 self.attempt.first_report = self._first_report
+                self.attempt.reader = self._reader
             try:
                 return await self.attempt.next_chunk()
             except _DeadlinePassedError as error:

@@ -55,9 +55,13 @@ class TextAssembler:
         self._min_tokens = sampling.min_tokens
         self._markers = markers
         self._positions = MarkerPositions()
+        self._plain = not sampling.stop and not markers
 
     def push(self, tokens: Sequence[TokenOutput]) -> TextChunk:
         """Take tokens up to the one that completes a stop string, and return them with the text that is certain."""
+        if len(tokens) == 1 and self._plain and (only := tokens[0]).finish_reason is None:
+            self.num_tokens += 1
+            return TextChunk(self._detokenizer.push((only.token_id,)), (only,))
         text = ""
         for position, token in enumerate(tokens):
             self.num_tokens += 1

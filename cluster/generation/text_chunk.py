@@ -11,9 +11,9 @@ from cluster.generation.prompt_positions import PromptPosition
 from workers.messages import FinishReason, TokenOutput
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TextChunk:
-    """A part of an answer.
+    """A part of an answer, not to be written to (`frozen` would cost more than all else that is done for a token).
 
     Of several samples each has parts of its own, the last of them with its finish reason.
 

@@ -13,25 +13,26 @@ from functools import partial
 from typing import Any
 
 from cluster import trace_context
-from cluster.api import Engine, EngineRequest, Explanation, ModelInfo, Usage
+from cluster.api import Engine, EngineRequest, Explanation, ModelInfo
 from cluster.caller import current_caller
 from cluster.conversation.registry import NO_FORMATS, Formats
 from cluster.errors import ModelNotFoundError
+from cluster.generation.answer import Answer, Parts
 from cluster.generation.complete_sampling import complete_sampling, obliged
 from cluster.generation.conversations import Conversation, Conversations
 from cluster.generation.grammar_check import GrammarCheck
 from cluster.generation.intake import Intake
 from cluster.generation.prompt_encoder import Prompt, PromptEncoder, prompt_bytes
-from cluster.generation.prompt_positions import prompt_positions
+from cluster.generation.prompt_positions import PromptPosition, prompt_positions
 from cluster.generation.restrictions import Restrictions
-from cluster.generation.sample_parts import by_sample, copied, taken_apart
+from cluster.generation.rewritten_parts import Copied, TakenApart
 from cluster.generation.text_assembler import TextAssembler
 from cluster.generation.text_chunk import TextChunk
 from cluster.request_id import clean_request_id
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import DeadlineExceededError, InvalidRequestError
-from workers.messages import RequestOptions, shared_options
+from workers.messages import PromptLogprobs, RequestOptions, shared_options
 from workers.token_ids import TokenIds
 from workers.validation import check_token_ids
 
@@ -99,10 +100,18 @@ class Generation:
             InvalidRequestError: the request is wrong; nothing was started.
             BatonError: what the engine raises.
         """
+        async with aclosing(await self.start(request)) as parts:
+            async for part in parts:
+                yield part
+
+    async def start(self, request: GenerationRequest) -> Parts:
+        """The same as parts that may be polled, too; they are to be closed.
+
+        Raises:
+            InvalidRequestError: the request is wrong; nothing was started.
+        """
         chat = request.prompt if isinstance(request.prompt, Conversation) else None
-        async with aclosing(self.run(await self.prepare(request), chat)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        return self.run(await self.prepare(request), chat)
 
     async def prepare(self, request: GenerationRequest) -> EngineRequest:
         """The one request that goes from here to the workers, checked and whole, for `run`.
@@ -118,61 +127,31 @@ class Generation:
             raise DeadlineExceededError(f"the deadline of {request.timeout_s:.3g} s passed while tokenising")
         return replace(engine_request, timeout_s=timeout_s, received=arrival)
 
-    def run(self, engine_request: EngineRequest, chat: Conversation | None = None) -> AsyncGenerator[TextChunk, None]:
-        """Run what `prepare` has made, of this conversation if it was one. Closing the generator cancels it.
+    def run(self, engine_request: EngineRequest, chat: Conversation | None = None) -> Parts:
+        """Run what `prepare` has made, of this conversation if it was one. Closing the parts cancels it.
 
         Raises:
-            BatonError: what the engine raises.
+            BatonError: from the parts, what the engine raises.
         """
-        chunks, copies = self._run(engine_request), engine_request.copies
+        sampling, prompt, copies = engine_request.sampling, engine_request.prompt_token_ids, engine_request.copies
+        markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
+        assembler = partial(TextAssembler, self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
+        texts = {index: assembler() for index in range(sampling.n)}
+        positions = partial(self._positions, prompt)
+        parts: Parts = Answer(self._engine.generate(engine_request), texts, len(prompt), positions)
         if copies > 1:
-            chunks = copied(chunks, copies)
+            parts = Copied(parts, copies)
         if chat is None:
-            return chunks
-        sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
+            return parts
         reader = partial(
             self._conversations.reader, chat, prompt, shows_special_tokens=not sampling.skip_special_tokens
         )
         readers = [reader() for _ in range(max(sampling.n, copies))]
-        return taken_apart(chunks, [each for each in readers if each is not None]) if readers[0] else chunks
+        return TakenApart(parts, [each for each in readers if each is not None]) if readers[0] else parts
 
-    async def _run(self, engine_request: EngineRequest) -> AsyncGenerator[TextChunk, None]:
-        sampling, prompt = engine_request.sampling, engine_request.prompt_token_ids
-        markers = self._conversations.marker_ids if sampling.skip_special_tokens else {}
-        assembler = partial(TextAssembler, self._tokenizer, sampling, prompt, self._model.eos_token_ids, markers)
-        texts = {index: assembler() for index in range(sampling.n)}
-        num_tokens, stopped, last, positions = 0, False, TextChunk(""), None
-        async with aclosing(self._engine.generate(engine_request)) as stream:
-            async for chunk in stream:
-                if chunk.prompt_logprobs is not None:
-                    size = _SCORED_BYTES * chunk.prompt_logprobs.top_token_ids.size
-                    positions = await self.intake.call(
-                        size, prompt_positions, prompt, chunk.prompt_logprobs, self.token_text
-                    )
-                for index, tokens in by_sample(chunk.tokens):
-                    if (text := texts.get(index)) is None:
-                        continue  # a stop string was found before
-                    part = text.push(tokens)
-                    if index or positions is not None:
-                        part, positions = replace(part, index=index, prompt_logprobs=positions), None
-                    if text.finish_reason is None:
-                        yield part
-                        continue
-                    del texts[index]
-                    num_tokens, stopped = num_tokens + text.num_tokens, text.stopped
-                    last = replace(text.end(part), finish_reason=text.finish_reason, stop_reason=text.stop_reason)
-                    if texts:
-                        if text.stopped:
-                            stream.drop(index)
-                        yield last
-                if not texts:
-                    if stopped:
-                        stream.complete()
-                    break  # What is still on its way nobody wants: closing the stream stops it.
-            report = await stream.report()
-        if texts:
-            raise RuntimeError(f"the engine ended request {engine_request.request_id} without a finish reason")
-        yield replace(last, usage=Usage(prompt_tokens=len(prompt), completion_tokens=num_tokens), report=report)
+    async def _positions(self, prompt: TokenIds, logprobs: PromptLogprobs) -> tuple[PromptPosition, ...]:
+        size = _SCORED_BYTES * logprobs.top_token_ids.size
+        return await self.intake.call(size, prompt_positions, prompt, logprobs, self.token_text)
 
     async def explain(self, request: GenerationRequest) -> Explanation:
         """Where a request would go if it came now. Nothing is started.

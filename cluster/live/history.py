@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.api import EngineRequest
 from cluster.gateway.attempt import Attempt
-from cluster.gateway.observers import EngineObserver
+from cluster.gateway.observers import EngineObserver, Received
 from cluster.live.requests import LiveRequest
 from cluster.live.seconds import Seconds
 from cluster.routing.types import NoPlacement, Placement
@@ -105,9 +105,9 @@ class LiveHistory(EngineObserver):
         if not attempt.output_before:
             self.seconds.current.ttft_s.append(attempt.first_token_at - attempt.arrived)
 
-    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
+    def tokens_received(self, received: Sequence[Received]) -> None:
         """See `EngineObserver.tokens_received`."""
-        self.totals.tokens += num_tokens
+        self.totals.tokens += sum(num_tokens for _, num_tokens, _ in received)
 
     def handoff_reported(self, attempt: Attempt, report: HandoffReport) -> None:
         """See `EngineObserver.handoff_reported`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cluster.api import EngineRequest
 from cluster.clock import now
 from cluster.errors import QueueFullError, ShuttingDownError
 from cluster.gateway.attempt import Attempt
-from cluster.gateway.observers import EngineObserver
+from cluster.gateway.observers import EngineObserver, Received
 from cluster.metrics.handoffs import HandoffMetrics
 from cluster.metrics.reasons import error_name, failure_reason
 from cluster.metrics.registry import MetricsRegistry
@@ -71,11 +73,14 @@ class RequestMetrics(EngineObserver):
         if not attempt.output_before:
             self._ttft_s.observe(attempt.first_token_at - attempt.arrived)
 
-    def tokens_received(self, attempt: Attempt, num_tokens: int, seconds: float | None) -> None:
+    def tokens_received(self, received: Sequence[Received]) -> None:
         """See `EngineObserver.tokens_received`."""
-        self._generation_tokens.inc(num_tokens)
-        if seconds is not None:
-            self._itl_s.observe(seconds / num_tokens, num_tokens)
+        total = 0
+        for _, num_tokens, seconds in received:
+            total += num_tokens
+            if seconds is not None:
+                self._itl_s.observe(seconds / num_tokens, num_tokens)
+        self._generation_tokens.inc(total)
 
     def prefill_reported(self, attempt: Attempt, report: PrefillReport) -> None:
         """See `EngineObserver.prefill_reported`."""

@@ -27,6 +27,7 @@ from kv_transfer.link_cost import LinkCost
 from workers.kv_cache.block_pool import blocks_for
 from workers.messages import CacheUpdate
 
+_NEVER = 2**31
 _NOTHING = np.zeros((2, len(HORIZONS)))
 
 
@@ -200,12 +201,17 @@ class LoadTracker:
                 booking.prefill, blocks=-booking.prefill_blocks, requests=-1, queued_s=-booking.prefill_s
             )
 
-    def grown(self, request: str, num_tokens: int, running: int = 1) -> None:
-        """It has so many tokens now, each of its samples that are `running` still."""
+    def grown(self, request: str, num_tokens: int, running: int = 1) -> int:
+        """It has so many tokens now, each of its samples that are `running` still.
+
+        Returns:
+            By how many more tokens each sample may grow before this needs to be known again.
+        """
         booking = self._bookings.get(request)
         if booking is None or booking.decode not in self._decode:
-            return
-        places = blocks_for(num_tokens + 1, self._decode.traits(booking.decode).block_size)
+            return _NEVER
+        block_size = self._decode.traits(booking.decode).block_size
+        places = blocks_for(num_tokens + 1, block_size)
         if places != booking.decode_places or running != booking.running:
             ended, booking.running = booking.running - running, running
             blocks = self._decode.blocks(booking.decode, num_tokens, running, booking.prompt_tokens)
@@ -217,6 +223,7 @@ class LoadTracker:
                 future=future - booking.future,
             )
             booking.decode_places, booking.decode_blocks, booking.future = places, blocks, future
+        return places * block_size - num_tokens - 1
 
     def sample_finished(self, request: str, num_tokens: int) -> None:
         """One of its samples has ended by itself, with so many tokens in all: learn from it."""

@@ -7,6 +7,7 @@ of a moment go together. Nothing is held while there is time.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 _SAMPLE_S, _SAMPLES, _LATE_S = 0.005, 20, 0.001
 _BUSY, _QUIET = 0.8, 0.5
@@ -14,27 +15,41 @@ _SHORTEST_S, _LONGEST_S = 0.01, 0.1
 
 
 class Pacer:
-    """One for all streams of a server."""
+    """One for all streams of a server.
+
+    Attributes:
+        interval_s: how long tokens may wait for others now, seconds; 0: not at all.
+        looks: whether it looks at the event loop now; who sends and finds that it does not, calls `wake`.
+    """
 
     def __init__(self) -> None:
-        self._interval_s = 0.0
+        self.interval_s = 0.0
+        self.looks = False
         self._tick: asyncio.Event | None = None
+        self._next: list[Callable[[], None]] = []
         self._sending = asyncio.Event()
 
-    @property
-    def interval_s(self) -> float:
-        """How long tokens may wait for others now, seconds; 0: not at all."""
-        return self._interval_s
+    def wake(self) -> None:
+        """A stream has sent."""
+        self.looks = True
+        self._sending.set()
 
     async def turn(self) -> None:
         """Wait until a stream that has sent may look for more: all that come meanwhile go in its next message."""
-        self._sending.set()
-        if not self._interval_s:
-            return
+        self.wake()
+        if self.interval_s:
+            await self._next_tick().wait()
+
+    def at_turn(self, callback: Callable[[], None]) -> None:
+        """The same for who has no task, where `interval_s` is not 0: call this at the next turn."""
+        self._next_tick()
+        self._next.append(callback)
+
+    def _next_tick(self) -> asyncio.Event:
         if self._tick is None:
             self._tick = asyncio.Event()
-            asyncio.get_running_loop().call_later(self._interval_s, self._release)
-        await self._tick.wait()
+            asyncio.get_running_loop().call_later(self.interval_s, self._release)
+        return self._tick
 
     def sample(self, busy: float) -> None:
         """Take the share of the last moments in which the loop had work, 0 to 1 or more.
@@ -42,9 +57,9 @@ class Pacer:
         Between two thresholds the interval stays, because waiting together is itself what lowers the share.
         """
         if busy > _BUSY:
-            self._interval_s = min(_LONGEST_S, max(_SHORTEST_S, 2 * self._interval_s))
+            self.interval_s = min(_LONGEST_S, max(_SHORTEST_S, 2 * self.interval_s))
         elif busy < _QUIET:
-            self._interval_s = self._interval_s / 2 if self._interval_s > _SHORTEST_S else 0.0
+            self.interval_s = self.interval_s / 2 if self.interval_s > _SHORTEST_S else 0.0
 
     async def run(self) -> None:
         """Look at the event loop while streams send, for ever.
@@ -57,6 +72,7 @@ class Pacer:
         while True:
             await self._sending.wait()
             self._sending.clear()
+            self.looks = False
             late = 0
             for _ in range(_SAMPLES):
                 due = clock() + _SAMPLE_S
@@ -68,3 +84,6 @@ class Pacer:
         tick, self._tick = self._tick, None
         if tick is not None:
             tick.set()
+        callbacks, self._next = self._next, []
+        for callback in callbacks:
+            callback()

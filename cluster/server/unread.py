@@ -11,13 +11,19 @@ UNREAD_LIMIT_S = 60.0
 
 
 class Writing:
-    """One stream: when the part that is being sent was begun; 0: none is."""
+    """One stream.
 
-    __slots__ = ("deadline", "late", "since")
+    Attributes:
+        since: when the part was begun that is being sent; 0: none is.
+        sent: done when that part is sent; None: who sends it puts `since` back to 0.
+    """
+
+    __slots__ = ("deadline", "late", "sent", "since")
 
     def __init__(self, deadline: asyncio.Timeout) -> None:
         self.deadline = deadline
         self.since = 0.0
+        self.sent: asyncio.Future[None] | None = None
         self.late = False
 
 
@@ -46,6 +52,8 @@ class UnreadStreams:
         """End those whose part has been on its way for too long."""
         now = asyncio.get_running_loop().time()
         for writing in self._writing:
+            if writing.sent is not None and writing.sent.done():
+                continue
             if writing.since and now - writing.since > self.limit_s and not writing.deadline.expired():
                 writing.late = True
                 writing.deadline.reschedule(now)

@@ -47,6 +47,10 @@ class TextDecoder(Protocol):
         """The byte that a token of kind BYTE stands for."""
         ...
 
+    def whole_text(self, token_id: int) -> str | None:
+        """What a TEXT token adds to any text that ends with a whole character; None: that depends on the text."""
+        ...
+
 
 class IncrementalDetokenizer:
     """Turns one sequence's tokens into text piece by piece.
@@ -78,14 +82,23 @@ class IncrementalDetokenizer:
         """Characters of the decoded window that were given away, or belong to its context."""
         self._pending: list[int] = []
         """Bytes of a character that is not complete."""
+        self._whole = False
+        """Whether the window's text ends with a whole character, and all of it was given away."""
         self.push(_visible_end(tokenizer, context))
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take new tokens; return the text that is certain now and was not returned before."""
+        if self._whole and len(token_ids) == 1 and (text := self._tokenizer.whole_text(token_ids[0])) is not None:
+            self._window.append((token_ids[0],))
+            self._num_sent += len(text)
+            if len(self._window) > _MAX_WINDOW:
+                self._cut_window()
+            return text
         pieces = []
         for token_id in token_ids:
             kind = self._tokenizer.token_kind(token_id)
             if kind is TokenKind.BYTE:
+                self._whole = False
                 self._pending.append(token_id)
                 pieces.append(self._settle_bytes())
             elif kind is TokenKind.TEXT:
@@ -128,6 +141,7 @@ class IncrementalDetokenizer:
 
     def _begin_anew(self) -> None:
         """Forget the tokens so far, but not that there were some."""
+        self._whole = False
         anchor = self._tokenizer.anchor
         self._window = [tuple(anchor)] if anchor else []
         self._num_sent = len(self._tokenizer.text_of(anchor))
@@ -143,6 +157,7 @@ class IncrementalDetokenizer:
         end = len(text) if at_end else _certain_length(text)
         piece = text[self._num_sent : end]
         self._num_sent = max(self._num_sent, end)
+        self._whole = bool(text) and self._num_sent == len(text) and not text.endswith(REPLACEMENT)
         if len(self._window) > _MAX_WINDOW:
             self._cut_window()
         return piece

@@ -35,11 +35,25 @@ class TokenBytes:
         self._added = {
             token_id: token.content.encode() for token_id, token in tokenizer.get_added_tokens_decoder().items()
         }
+        self._only_bytes = kinds == {"ByteLevel"}
         self._cached = functools.lru_cache(maxsize=65_536)(self._bytes)
 
     def __call__(self, token_id: int) -> bytes:
         """Empty for an id without a token."""
         return self._cached(token_id)
+
+    def whole_text(self, token_id: int) -> str | None:
+        """The text of a token that adds the same to every text which ends with whole characters; None: it may not.
+
+        A byte-level decoder puts the tokens' bytes one after the other and then makes characters of them: so a token
+        whose bytes are whole characters is one of these.
+        """
+        if not self._only_bytes or token_id in self._added:
+            return None
+        try:
+            return self(token_id).decode() or None
+        except UnicodeDecodeError:
+            return None
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._added:

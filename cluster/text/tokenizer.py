@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import string
@@ -56,6 +57,7 @@ class Tokenizer:
         length_bound: how much text a number of tokens can stand for, if this tokenizer allows to say so.
         anchor: a token with a text of its own, after which others are decoded as they continue a text; may be none.
         token_bytes: the bytes that a token stands for, by its id.
+        whole_text: see `TextDecoder.whole_text`.
     """
 
     def __init__(self, hf_tokenizer: Any, *, own: tokenizers.Tokenizer | None = None) -> None:
@@ -86,6 +88,7 @@ class Tokenizer:
         self.anchor: tuple[int, ...] = self._find_anchor()
         self._anchor_text = self.text_of(self.anchor)
         self.token_bytes = TokenBytes(self._rust)
+        self.whole_text = functools.lru_cache(maxsize=65_536)(self.token_bytes.whole_text)
         self._no_chat = self._why_no_chat()
 
     @classmethod
@@ -277,6 +280,7 @@ class _WithSpecialTokens:
         self._kind = tokenizer.token_kind
         self.anchor = tokenizer.anchor
         self.byte_value = tokenizer.byte_value
+        self.whole_text = tokenizer.whole_text
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         return self._rust.decode(list(token_ids), skip_special_tokens=False)

@@ -23,7 +23,7 @@ after
 """ + "".join(
     f"<!-- table: {name} -->\n<!-- end of table -->\n"
     for tables_of in (gpu_tables, gpu_change_tables, pool_tables, router_tables, door_tables)
-    for name in tables_of.TABLES
+    for name in (*tables_of.TABLES, *(door_tables.FRONT_DOOR if tables_of is door_tables else ()))
 )
 
 
@@ -50,6 +50,38 @@ def _both_doors() -> dict[str, Any]:
     return {"streams": 4, "length": 9, "cpu_us_per_token": {"grpc": 100.0, "http": 99.0}, "runs": doors}
 
 
+_CARRIED: dict[str, Any] = {
+    "config": {"burst": 4000},
+    "points": [
+        {
+            "streams": streams, "cpu_us_per_token": {"before": 90.0, "after": 60.0, "bare": 30.0},
+            "more_tokens_per_cpu_s": {"median": more, "low": 1.3, "high": 1.9},
+            "messages_per_token": {"before": 1.0, "after": 0.9, "bare": 1.0},
+        }
+        for streams, more in ((256, 1.5), (2000, 1.4))
+    ],
+    "bursts": {"before": {"OK": 3000, "CANCELLED": 1000}, "after": {"OK": 4000}},
+}  # fmt: skip
+
+
+def test_whether_a_goal_of_the_gateway_is_met_is_told() -> None:
+    met, missed = door_tables.front_door(_CARRIED).splitlines()[2:]
+    assert "**1.50×** | 1.30 … 1.90 | ≥ 1.5× | yes" in met
+    assert "**1.40×** | 1.30 … 1.90 | ≥ 1.5× | **no**" in missed
+    assert door_tables.bursts(_CARRIED).splitlines()[2:] == ["| before | 1000 | 3000 |", "| after | 0 | 4000 |"]
+    more = {"median": 1.03, "low": 1.01, "high": 1.05}
+    looked = {
+        "cpu_us_per_token": {"nothing": 60.0, "metrics": 61.8, "traces": 61.8, "nothing again": 60.0},
+        "ratio": {"metrics": more, "traces": more, "nothing again": {"median": 1.0, "low": 0.9, "high": 1.1}},
+        "calls_share": {"metrics": 0.008},
+    }
+    nothing, metrics, traces, again = door_tables.observing_cost(looked).splitlines()[2:]
+    assert "+3.0% | +1.0% … +5.0% | 0.8% | ≤ 2% | **no**" in metrics
+    assert "+3.0% | +1.0% … +5.0% |  | ≤ 5% | yes" in traces
+    assert "nothing, once more" in again
+    assert "nothing" in nothing
+
+
 def _results(folder: Path, ratio: float = 2.5) -> None:
     environment = Environment.capture(threads=2, argv=["python", "-m", "x"]).to_json()
     side = {"decode_median": 10.0, "total_median": 8.0}
@@ -66,6 +98,7 @@ def _results(folder: Path, ratio: float = 2.5) -> None:
         ("router_quality", {"cases": []}),
         ("doors", {"points": [_both_doors()]}),
         ("load_tools", {"config": {"requests": 9}, "tools": []}),
+        ("front_door", _CARRIED),
         ("saturation", {"cases": [_saturated(2.0, 40.0), _saturated(2.0, 30.0), _saturated(None, 60.0)]}),
         ("simulation_scale", _SCALE),
     ):

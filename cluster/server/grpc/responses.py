@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,19 @@ class ResponseWriter:
     def __init__(self, request_id: str, token_text: Callable[[int], str]) -> None:
         self._request_id = request_id
         self._token_text = token_text
+        self._begin: bytes = baton_pb2.GenerateResponse(request_id=request_id).SerializeToString()
+
+    def part(self, chunk: TextChunk) -> bytes:
+        """One message, as it goes on the wire, that says what a part says.
+
+        Of most parts that is text and tokens. What all messages of the request begin with is written once: messages
+        whose bytes follow each other are one message with the fields of all (the protobuf encoding's merging).
+        """
+        token_ids = [token.token_id for token in chunk.tokens if token.logprob is None]
+        plain = chunk.finish_reason is None and chunk.deltas is None and chunk.usage is None and not chunk.index
+        if not plain or len(token_ids) < len(chunk.tokens) or chunk.prompt_logprobs is not None:
+            return bytes(self.response([chunk]).SerializeToString())
+        return self._begin + (_one_said if len(token_ids) == 1 else _said)(chunk.text, *token_ids)
 
     def response(self, chunks: Sequence[TextChunk]) -> baton_pb2.GenerateResponse:
         """One message that says what `chunks`, in order and of one sample, say."""
@@ -75,6 +89,14 @@ class ResponseWriter:
         return baton_pb2.TokenLogprob(
             token_id=entry.token_id, logprob=entry.logprob, text=self._token_text(entry.token_id)
         )
+
+
+def _said(text: str, *token_ids: int) -> bytes:
+    return bytes(baton_pb2.GenerateResponse(text=text, token_ids=token_ids).SerializeToString())
+
+
+_one_said = functools.lru_cache(maxsize=16_384)(_said)
+"""What most messages say, and again and again: a token and its text."""
 
 
 def _position(position: PromptPosition) -> baton_pb2.TokenLogprobs:

@@ -23,6 +23,7 @@ from cluster.server.grpc.health import HealthBoard, watches_of
 from cluster.server.grpc.listen import listen
 from cluster.server.grpc.reflection import enable_reflection
 from cluster.server.grpc.service import SERVICE, BatonService, Terms, method_handlers
+from cluster.server.grpc.wakeups import gathered_wakeups
 from cluster.server.pacing import Pacer
 from cluster.server.unread import UnreadStreams
 from cluster.version import commit, version
@@ -76,11 +77,12 @@ class Server:
         credentials = credentials_of(config)
         self._last_calls = LastCalls()
         guards = [] if credentials is None else [BearerTokenInterceptor(credentials)]
-        self._grpc = grpc.aio.server(
-            interceptors=[self._last_calls, *guards],
-            options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_of(raise_file_limit()).most)),
-            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
-        )
+        with gathered_wakeups(asyncio.get_running_loop()):
+            self._grpc = grpc.aio.server(
+                interceptors=[self._last_calls, *guards],
+                options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_of(raise_file_limit()).most)),
+                maximum_concurrent_rpcs=config.max_concurrent_rpcs,
+            )
 
     async def open(self) -> None:
         """Listen, and answer health checks.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from cluster.server.grpc.access import host_of
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
 from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
+from cluster.server.grpc.stream_writer import StreamWriter
 from cluster.server.pacing import Pacer
 from cluster.server.unread import UnreadStreams, Writing
 from cluster.wire import convert
@@ -48,7 +49,13 @@ _T = TypeVar("_T")
 
 
 class BatonService:
-    """One method per rpc of the service, of the same name: a parsed request and the seconds left go in."""
+    """One method per rpc of the service, of the same name: a parsed request and the seconds left go in.
+
+    One that streams writes its messages, whole as they go on the wire, by what it is given besides.
+
+    Attributes:
+        pacer: of the streams.
+    """
 
     def __init__(
         self, generation: Generation, engine: Engine, model_info: ModelInfo, pacer: Pacer, server_info: ServerInfoSource
@@ -57,19 +64,20 @@ class BatonService:
         self._generation = generation
         self._engine = engine
         self._model_info = model_info
-        self._pacer = pacer
+        self.pacer = pacer
 
     async def Generate(  # noqa: N802
-        self, request: baton_pb2.GenerateRequest, timeout_s: float
-    ) -> AsyncGenerator[baton_pb2.GenerateResponse, None]:
+        self, request: baton_pb2.GenerateRequest, timeout_s: float, out: StreamWriter
+    ) -> None:
         """Stream a text as it is generated."""
         request_id = _request_id(request.request_id)
         writer = ResponseWriter(request_id, self._generation.token_text)
         asked = await self._request(request, request_id, timeout_s)
-        async with aclosing(self._generation.generate(asked)) as chunks:
-            async for chunk in chunks:
-                yield writer.response([chunk])
-                await self._pacer.turn()
+        async with aclosing(await self._generation.start(asked)) as parts:
+            out.follow(parts, writer.part)
+            async for part in parts:
+                await out.write(writer.part(part))
+                await self.pacer.turn()
 
     async def GenerateOnce(  # noqa: N802
         self, request: baton_pb2.GenerateRequest, timeout_s: float
@@ -170,10 +178,13 @@ def method_handlers(service: BatonService, terms: Terms) -> grpc.GenericRpcHandl
     """
     handlers = {}
     for method in SERVICE.methods:
-        make = _stream_handler if method.server_streaming else _unary_handler
         govern = partial(_governed, method=method.name, terms=terms)
         parse = partial(_parse, service.read, getattr(baton_pb2, method.input_type.name))
-        handlers[method.name] = make(parse, getattr(service, method.name), govern)
+        answer = getattr(service, method.name)
+        if method.server_streaming:
+            handlers[method.name] = _stream_handler(parse, answer, govern, service.pacer)
+        else:
+            handlers[method.name] = _unary_handler(parse, answer, govern)
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
 
 
@@ -188,20 +199,17 @@ def _unary_handler(
 
 
 def _stream_handler(
-    parse: _ParseRequest, method: Callable[[Any, float], AsyncGenerator[Any, None]], govern: _Govern
+    parse: _ParseRequest,
+    method: Callable[[Any, float, StreamWriter], Awaitable[None]],
+    govern: _Govern,
+    pacer: Pacer,
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with (
-            govern(context) as call,
-            aclosing(method(await parse(raw), call.timeout_s)) as responses,
-        ):
-            now, writing = asyncio.get_running_loop().time, call.writing
-            async for response in responses:
-                writing.since = now()
-                await context.write(response)
-                writing.since = 0.0
+        async with govern(context) as call:
+            with closing(StreamWriter(context, call.writing, pacer)) as out:
+                await method(await parse(raw), call.timeout_s, out)
 
-    return grpc.unary_stream_rpc_method_handler(handle, response_serializer=_serialize)
+    return grpc.unary_stream_rpc_method_handler(handle)
 
 
 @asynccontextmanager

@@ -36,6 +36,8 @@ class Letters:
         return TokenKind.TEXT
     def text_of(self, token_ids):
         return "".join(chr(token_id) for token_id in token_ids)
+    def whole_text(self, token_id):
+        return None
 
 class Stream:
     def __init__(self, token, count):

@@ -10,7 +10,15 @@ from cluster.clock import now
 from cluster.errors import WorkerLostError
 from cluster.gateway.attempt import Attempt
 from workers.errors import HandoffError, SamplingError
-from workers.messages import DecodeReport, FinishReason, HandoffReport, PrefillReport, RequestFailed, TokenOutput
+from workers.messages import (
+    DecodeReport,
+    FinishReason,
+    HandoffReport,
+    PrefillReport,
+    PromptLogprobs,
+    RequestFailed,
+    TokenOutput,
+)
 
 
 def lose(attempt: Attempt, engine_id: str) -> None:
@@ -141,4 +149,62 @@ async def test_the_cause_of_a_failed_handoff_is_what_prefill_says(first):
     for engine_id in sorted(said, key=lambda name: name != first):
         one.take(engine_id, RequestFailed("f", said[engine_id], attempt_id="f"))
     with pytest.raises(SamplingError):
+        await one.next_chunk()
+
+
+async def test_whoever_polls_gets_tokens_for_which_somebody_waits() -> None:
+    one, polled = attempt(), []
+    one.reader = lambda: polled.extend(token.token_id for token in one.poll())
+    one.take("p", token(1))
+    assert polled == [], "nobody waits"
+    assert await ids(one) == [1]
+    waiting = asyncio.create_task(one.next_chunk())
+    await asyncio.sleep(0)
+    one.take("d", token(2))
+    one.take("d", token(3))
+    assert polled == [2, 3]
+    await asyncio.sleep(0)
+    assert not waiting.done(), "it goes on waiting"
+    one.take("d", token(4, FinishReason.LENGTH))
+    assert [each.token_id for each in (await waiting).tokens] == [4], "the last one is its own"
+    assert polled == [2, 3]
+
+
+async def test_what_is_more_than_tokens_is_for_who_waits() -> None:
+    for what in (
+        PromptLogprobs("f", None, None, None, attempt_id="f"),
+        RequestFailed("f", SamplingError("no"), attempt_id="f"),
+    ):
+        one, polled = attempt(), []
+        one.reader = lambda one=one, polled=polled: polled.extend(one.poll())
+        waiting = asyncio.create_task(one.next_chunk())
+        await asyncio.sleep(0)
+        one.take("p", what)
+        one.take("p", token(1))
+        assert polled == []
+        assert one.poll() == ()
+        if isinstance(what, PromptLogprobs):
+            assert (await waiting).prompt_logprobs is what
+        else:
+            assert [each.token_id for each in (await waiting).tokens] == [1]
+            with pytest.raises(SamplingError):
+                await one.next_chunk()
+
+
+async def test_whoever_polls_may_call_who_waits() -> None:
+    one = attempt()
+    waiting = asyncio.create_task(one.next_chunk())
+    await asyncio.sleep(0)
+    one.wake()
+    assert (await waiting).tokens == ()
+
+
+async def test_a_reader_that_raises_fails_its_own_attempt() -> None:
+    one = attempt()
+    one.reader = lambda: 1 / 0
+    waiting = asyncio.create_task(one.next_chunk())
+    await asyncio.sleep(0)
+    one.take("p", token(1))
+    assert [each.token_id for each in (await waiting).tokens] == [1]
+    with pytest.raises(ZeroDivisionError):
         await one.next_chunk()

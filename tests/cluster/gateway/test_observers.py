@@ -61,7 +61,7 @@ async def test_a_requests_events_come_once_and_in_order(watched, expected):
     assert names == ["request_arrived", "router_decided", "request_placed", "first_token", "request_finished"]
     order = recorder.names()
     assert order.index("first_token") + 1 == order.index("tokens_received")
-    received = [what[1:] for event, what in recorder.heard if event == "tokens_received"]
+    received = [each[1:] for event, what in recorder.heard if event == "tokens_received" for each in what[0]]
     assert sum(count for count, _ in received) == 8
     assert [seconds is None for _, seconds in received] == [True] + [False] * (len(received) - 1)
     attempts = {what[0].attempt_id for event, what in recorder.heard if event.endswith(("_reported", "_token"))}
@@ -160,7 +160,8 @@ async def test_an_observer_that_raises_hurts_neither_requests_nor_other_observer
     assert await fleet.run(prompt(20), 12) == expected(prompt(20), 12)
     await fleet.until_idle()
     assert recorder.names()[-1] == "request_finished" or "handoff_reported" in recorder.names()
-    assert sum(what[1] for event, what in recorder.heard if event == "tokens_received") == 12
+    received = [each for event, what in recorder.heard if event == "tokens_received" for each in what[0]]
+    assert sum(count for _, count, _ in received) == 12
     assert "the observer" in caplog.text
 
 
@@ -183,3 +184,22 @@ def test_what_nobody_has_defined_is_an_empty_call():
     assert "first_token" in vars(observers)
     assert not set(vars(observers)) & set(EVENTS) - {"first_token"}
     assert {"request_arrived", "request_failed", "worker_state_changed"} <= set(EVENTS) <= set(BASE)
+
+
+def test_one_that_is_removed_is_told_nothing_more() -> None:
+    class Counting(EngineObserver):
+        heard = 0
+
+        def request_arrived(self, request) -> None:
+            self.heard += 1
+
+    one, other = Counting(), Counting()
+    observers = Observers([one, other])
+    observers.request_arrived(None)
+    observers.remove(one)
+    observers.request_arrived(None)
+    observers.remove(other)
+    observers.request_arrived(None)
+    assert (one.heard, other.heard) == (1, 2)
+    with pytest.raises(ValueError, match="not in list"):
+        observers.remove(one)

@@ -61,8 +61,8 @@ class Events(EngineObserver):
     def request_failed(self, request, attempt, error) -> None:
         self.said.append("failed")
 
-    def tokens_received(self, attempt, num_tokens, seconds) -> None:
-        self.tokens += num_tokens
+    def tokens_received(self, received) -> None:
+        self.tokens += sum(num_tokens for _, num_tokens, _ in received)
 
 
 @pytest.mark.parametrize("disaggregation", ["always", "never"])

@@ -6,7 +6,7 @@ import asyncio
 import gc
 from collections import Counter
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import asynccontextmanager
 
 import grpc
 
@@ -15,7 +15,9 @@ from cluster.client.client import AsyncBatonClient
 from cluster.generation.text_generation import Generation
 from cluster.server import garbage_collector
 from cluster.server.grpc.service import BatonService
+from cluster.server.grpc.stream_writer import StreamWriter
 from cluster.server.pacing import Pacer
+from cluster.server.unread import Writing
 from protos import baton_pb2, baton_pb2_grpc
 from workers.messages import FinishReason, TokenOutput
 
@@ -64,10 +66,37 @@ class QueueEngine:
         pass
 
 
-def responses(engine: QueueEngine, tokenizer, pacer: Pacer):
+class HeldCall:
+    """A call's context: a message is written when somebody takes it."""
+
+    def __init__(self) -> None:
+        self._messages: asyncio.Queue[bytes] = asyncio.Queue()
+        self._taken = asyncio.Semaphore(0)
+
+    async def write(self, message: bytes) -> None:
+        self._messages.put_nowait(message)
+        await self._taken.acquire()
+
+    async def next(self) -> baton_pb2.GenerateResponse:
+        message = await self._messages.get()
+        self._taken.release()
+        return baton_pb2.GenerateResponse.FromString(message)
+
+
+@asynccontextmanager
+async def responses(engine: QueueEngine, tokenizer, pacer: Pacer):
     service = BatonService(Generation(engine, tokenizer, MODEL), engine, MODEL, pacer, lambda: ServerInfo("1", "", 0.0))
     request = baton_pb2.GenerateRequest(token_ids=baton_pb2.TokenIds(ids=[1]))
-    return service.Generate(request, 60.0)
+    call = HeldCall()
+
+    async def answer() -> None:
+        async with asyncio.timeout(60) as deadline:
+            await service.Generate(request, 60.0, StreamWriter(call, Writing(deadline), pacer))
+
+    answering = asyncio.create_task(answer())
+    yield call
+    answering.cancel()
+    await asyncio.gather(answering, return_exceptions=True)
 
 
 async def settle_loop() -> None:
@@ -78,10 +107,10 @@ async def settle_loop() -> None:
 async def test_a_loop_that_keeps_up_sends_each_token_when_it_comes(byte_tokenizer) -> None:
     engine, pacer = QueueEngine(), Pacer()
     pacer.sample(0.4)
-    async with aclosing(responses(engine, byte_tokenizer, pacer)) as stream:
+    async with responses(engine, byte_tokenizer, pacer) as call:
         for letter in "abc":
             engine.push(letter)
-            message = asyncio.create_task(anext(stream))
+            message = asyncio.create_task(call.next())
             await settle_loop()
             assert message.done()
             assert len((await message).token_ids) == 1
@@ -91,12 +120,12 @@ async def test_a_loop_that_does_not_sends_tokens_together_but_the_first(byte_tok
     engine, pacer = QueueEngine(), Pacer()
     for _ in range(8):
         pacer.sample(1.0)
-    async with aclosing(responses(engine, byte_tokenizer, pacer)) as stream:
+    async with responses(engine, byte_tokenizer, pacer) as call:
         engine.push("a")
-        first = asyncio.create_task(anext(stream))
+        first = asyncio.create_task(call.next())
         await settle_loop()
         assert first.done(), "the first token does not wait"
-        following = asyncio.create_task(anext(stream))
+        following = asyncio.create_task(call.next())
         for letter in "bcd":
             engine.push(letter)
             await settle_loop()

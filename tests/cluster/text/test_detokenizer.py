@@ -207,6 +207,9 @@ class WordDecoder:
     def token_kind(self, token_id: int) -> TokenKind:
         return TokenKind.TEXT
 
+    def whole_text(self, token_id: int) -> str | None:
+        return None
+
 
 @given(token_ids=st.lists(st.sampled_from([0, 0, 0, 0, 0, 0, 0, 0, 7]), max_size=200))
 @example(token_ids=[7] + [0] * 30 + [7])
@@ -226,6 +229,7 @@ class CountingDecoder:
         self.num_decoded = 0
         self.anchor = tokenizer.anchor
         self.byte_value = tokenizer.byte_value
+        self.whole_text = tokenizer.whole_text
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         self.num_decoded += len(token_ids)
