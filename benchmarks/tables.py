@@ -98,7 +98,9 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
         **{name: _of_result("front_door", make) for name, make in door_tables.FRONT_DOOR.items()},
     },
     "attention.md": attention_tables.TABLES,
-    "metrics.md": {"observing_cost": _of_result("observing_cost", door_tables.observing_cost)},
+    "metrics.md": {
+        name: _of_result(name, door_tables.observing_cost) for name in ("observing_cost", "observing_cost_goals")
+    },
     "models.md": model_tables.TABLES,
     "structured-output.md": {name: _of_result(name, make) for name, make in grammar_tables.TABLES.items()},
 }
