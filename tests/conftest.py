@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzzing  # noqa: F401  # has the profile that `--hypothesis-profile` may name
 import pytest
 import torch
 
