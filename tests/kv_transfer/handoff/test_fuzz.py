@@ -311,7 +311,7 @@ TestHandoffMachine = HandoffMachine.TestCase
 TestHandoffMachine.settings = fuzzed(25, stateful_step_count=30)
 
 
-@fuzzed(40)
+@fuzzed(25)
 @given(st.data())
 def test_whatever_the_two_say_to_each_other_ends_and_every_block_comes_back(data: st.DataObject) -> None:
     """Also what is not so: who lies of its own cache can only harm that, and nothing gets stuck."""
@@ -372,7 +372,7 @@ OTHER_PARTS = st.builds(Part, st.just(ONE), *[small] * 6)
 FINALS = st.lists(st.builds(Final, st.just(ONE), st.integers(7, 8), small), max_size=2)
 
 
-@fuzzed(300)
+@fuzzed(200)
 @given(st.lists(st.one_of(PARTS, PARTS, PARTS, OTHER_PARTS), max_size=12), FINALS, st.integers(0, 12))
 def test_a_cache_is_whole_when_each_of_its_blocks_was_named_and_the_end_was_told_once(parts, finals, place) -> None:
     wanted = (Wanted(2, range(1, 3)), Wanted(1, range(0)))
