@@ -44,7 +44,8 @@ class HandoffMachine(RuleBasedStateMachine):
             "abort": lambda h: h.prefill_owes,
         }
         handoffs = self.worlds[0].handoffs
-        return [(what, handoff.number) for what, may in steps.items() for handoff in handoffs if may(handoff)]
+        possible = [(what, handoff.number) for what, may in steps.items() for handoff in handoffs if may(handoff)]
+        return [*possible, *(step for step in possible if step[0] not in ("cancel", "abort"))]
 
     @initialize(data=st.data())
     def begin(self, data: st.DataObject) -> None:
@@ -127,6 +128,12 @@ class HandoffMachine(RuleBasedStateMachine):
             assert not world.d.cache[:, world.d.free].any()
 
     def teardown(self) -> None:
+        """What can go well does, in both worlds alike; then all is given up."""
+        while steps := [step for step in self.possible() if step[0] not in ("cancel", "abort")]:
+            self.act(*steps[0])
+            self.poll("p", 1)
+            self.poll("d", 1)
+        self.poll("d", 2)
         for world in self.worlds:
             world.settle()
 

@@ -144,6 +144,19 @@ def test_who_cancels_a_handoff_that_is_anothers_stops_nothing_before_it_begins()
     assert HandoffReceived(key, 7) in poll(p, d)
 
 
+@pytest.mark.parametrize("block", [NUM_BLOCKS, 2**32 - 1])
+def test_a_granted_block_that_is_not_there_is_not_written_to(ends, block):
+    """In memory it would be one of the next layer, and somebody else's."""
+    fabric, p, d = ends
+    p.cache.fill_(1.0)
+    push_all(p, d)
+    key = HandoffKey(HANDOFF, d.info.incarnation, 1)
+    fabric.send(d.id, p.id, encode(Grant(key, (GroupBlocks(0, (4, block)),))))
+    (aborted,) = poll(p, d)
+    assert f"block {block} of {d.id} was asked for, it has {NUM_BLOCKS}" in aborted.reason
+    assert not d.cache.any()
+
+
 def test_a_cancel_of_another_reservation_stops_nothing(ends):
     fabric, p, d = ends
     p.connector.begin(HANDOFF, d.id)
