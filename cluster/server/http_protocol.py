@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from cluster.errors import QueueFullError
 from cluster.server.connections import HEAD_LIMIT_S
-from cluster.server.host_counts import HostCounts
+from cluster.server.host_connections import HostConnections
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's own closes what is idle after an answer; this one what has not asked anything yet, too.
 
     Args:
-        counts: of connections.
+        open_ones: all connections.
         head_limit_s: for the head of a request to be there.
     """
 
-    def __init__(self, *args: Any, counts: HostCounts, head_limit_s: float = HEAD_LIMIT_S, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, open_ones: HostConnections, head_limit_s: float = HEAD_LIMIT_S, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._counts = counts
+        self._open_ones = open_ones
         self._head_limit_s = head_limit_s
         self._host: str | None = None
         self._alarm: asyncio.TimerHandle | None = None
@@ -31,17 +35,29 @@ class BoundedProtocol(HttpToolsProtocol):
         """One more, if there is room for it."""
         super().connection_made(transport)
         host = self.client[0] if self.client else ""
-        if not self._counts.take(host):
-            transport.abort()
+        try:
+            self._open_ones.add(host, self)
+        except QueueFullError as error:
+            transport.write(_refusal(str(error)))
+            transport.close()
             return
         self._host = host
         self._set_alarm()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being answered: no request is whole that is not answered."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def end(self) -> None:
+        """Make room for somebody else."""
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """One less."""
         self._stop_alarm()
         if self._host is not None:
-            self._counts.give_back(self._host)
+            self._open_ones.remove(self._host, self)
             self._host = None
         super().connection_lost(exc)
 
@@ -69,6 +85,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-def bounded_http(counts: HostCounts) -> Any:
+def bounded_http(open_ones: HostConnections) -> Any:
     """What `uvicorn.Config` takes as `http`: a class, as far as it looks."""
-    return partial(BoundedProtocol, counts=counts)
+    return partial(BoundedProtocol, open_ones=open_ones)
+
+
+def _refusal(text: str) -> bytes:
+    """A whole answer to a request that has not been read."""
+    error = {"message": text, "type": "rate_limit_error", "param": None, "code": "rate_limit_exceeded"}
+    body = json.dumps({"error": error}).encode()
+    head = (
+        "HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\nconnection: close\r\nretry-after: 1\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body

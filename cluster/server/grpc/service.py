@@ -21,6 +21,7 @@ from cluster.generation.whole_answer import held_bytes
 from cluster.request_id import check_name
 from cluster.server.call_gate import CallGate
 from cluster.server.grpc.access import host_of
+from cluster.server.grpc.connections import GrpcConnections
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
 from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
@@ -151,12 +152,14 @@ class Terms:
         max_timeout_s: of calls that bring a later one.
         gate: what they pass.
         unread: ends streams that nobody reads.
+        connections: that calls come over.
     """
 
     default_timeout_s: float
     max_timeout_s: float
     gate: CallGate
     unread: UnreadStreams
+    connections: GrpcConnections
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ async def _governed(context: grpc.aio.ServicerContext, *, method: str, terms: Te
     try:
         async with asyncio.timeout(timeout_s) as deadline:
             with (
+                terms.connections.call(context.peer()),
                 terms.gate.passage(deadline) if method in _NEW_WORK else nullcontext(),
                 terms.unread.stream(deadline) as writing,
             ):
