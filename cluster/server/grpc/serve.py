@@ -25,6 +25,7 @@ from cluster.server.grpc.listen import listen
 from cluster.server.grpc.reflection import enable_reflection
 from cluster.server.grpc.service import SERVICE, BatonService, Terms, method_handlers
 from cluster.server.grpc.wakeups import gathered_wakeups
+from cluster.server.held_bytes import HeldBytes
 from cluster.server.pacing import Pacer
 from cluster.server.unread import UnreadStreams
 from cluster.version import commit, version
@@ -113,7 +114,7 @@ class Server:
         """Answer the service's calls from now on; `found` is how the service is, until the next `report`."""
         service = BatonService(generation, engine, model_info, self._pacer, self.info)
         times = self._config.default_timeout_s, self._config.max_timeout_s
-        terms = Terms(*times, self._gate, self._unread, self._connections)
+        terms = Terms(*times, self._gate, self._unread, self._connections, HeldBytes())
         self._service.handlers = method_handlers(service, terms)
         await self._health.report(found)
 

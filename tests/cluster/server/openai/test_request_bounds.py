@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import grpc
 import httpx2
+import openai
 import pytest
 
 from cluster.conversation.messages import MAX_MESSAGES
@@ -129,3 +130,12 @@ def test_logits_from_which_no_token_can_be_chosen_are_no_defect_of_the_server(ca
     assert status_of(error) == (grpc.StatusCode.FAILED_PRECONDITION, str(error))
     assert openai_errors.answer_of(error).kind.status == 422
     assert not caplog.records
+
+
+async def test_fields_that_nobody_knows_are_ignored_up_to_a_number(serve_http, answer) -> None:
+    served = await serve_http(answer("a"))
+    async with served.client() as client:
+        few, many = ({f"nobody_knows_{i}": i for i in range(count)} for count in (256, 257))
+        await client.completions.create(model="tiny", prompt="x", extra_body=few)
+        with pytest.raises(openai.BadRequestError, match="257 fields that are not known, at most 256 are ignored"):
+            await client.completions.create(model="tiny", prompt="x", extra_body=many)
