@@ -13,6 +13,12 @@ from cluster.errors import QueueFullError
 from cluster.server.connections import HEAD_LIMIT_S
 from cluster.server.host_connections import HostConnections
 
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request: its first line and its headers."""
+MAX_SMALL_PIECES = 4096
+"""Chunks of a body that may have fewer than `SMALL_PIECE_BYTES` on average."""
+SMALL_PIECE_BYTES = 256
+
 
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's own closes what is idle after an answer; this one what has not asked anything yet, too.
@@ -30,6 +36,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_limit_s = head_limit_s
         self._host: str | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._head_bytes = self._pieces = self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """One more, if there is room for it."""
@@ -66,11 +73,24 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._alarm is None and (self.cycle is None or self.cycle.response_complete):
             self._set_alarm()
+        self._head_bytes = self._head_bytes + len(data) if self._alarm is not None else 0
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
         """The head is here."""
         self._stop_alarm()
+        self._pieces = self._body_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body; each costs as much as a kilobyte, so that a body in crumbs is none."""
+        self._pieces, self._body_bytes = self._pieces + 1, self._body_bytes + len(body)
+        if self._pieces > MAX_SMALL_PIECES and self._body_bytes < SMALL_PIECE_BYTES * self._pieces:
+            if not self.transport.is_closing():
+                self.send_400_response(f"the body has more than {MAX_SMALL_PIECES} chunks of few bytes")
+            return
+        super().on_body(body)
 
     def _set_alarm(self) -> None:
         self._alarm = self.loop.call_later(self._head_limit_s, self._close)

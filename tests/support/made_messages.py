@@ -48,9 +48,7 @@ def values(field: FieldDescriptor, depth: int = 0) -> st.SearchStrategy[Any]:
     """Values of a field."""
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         entry = field.message_type.fields_by_name
-        if entry["value"].message_type is None:
-            return st.dictionaries(single(entry["key"], depth), single(entry["value"], depth), max_size=2)
-        return st.just({})
+        return st.dictionaries(single(entry["key"], depth), single(entry["value"], depth + 1), max_size=2)
     one = single(field, depth)
     return st.lists(one, max_size=3) if field.is_repeated else one
 
