@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import re
-
-from cluster.conversation.json_values import is_deeper
+from collections.abc import Mapping
 
 SPACE = " \t\r\n"
 MAX_DEPTH = 128
@@ -169,9 +168,9 @@ def is_json(text: str) -> bool:
     """
     if text[:1].isspace() or text[-1:].isspace():
         return False
-    numbers = {"parse_int": _short, "parse_float": _short} if _LONG_NUMBER.search(text) else {}
+    number = _short if _LONG_NUMBER.search(text) else None
     try:
-        value = json.loads(text, parse_constant=_refuse, **numbers)
+        value = json.loads(text, parse_constant=_refuse, parse_int=number, parse_float=number)
     except (ValueError, RecursionError):
         return False
     return text.count("[") + text.count("{") <= MAX_DEPTH or not is_deeper(value, MAX_DEPTH)
@@ -186,3 +185,19 @@ def _short(number: str) -> str:
 def _refuse(constant: str) -> None:
     """NaN and infinity are no JSON."""
     raise ValueError(constant)
+
+
+def is_deeper(value: object, most: int) -> bool:
+    """Whether a JSON value is nested deeper than so many levels."""
+    level = [value]
+    for _ in range(most):
+        level = [each for outer in level for each in _inside(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(value: object) -> list[object]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list) else []

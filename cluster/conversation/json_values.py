@@ -53,19 +53,3 @@ def text_of(values: Mapping[str, Any], key: str, where: str, longest: int | None
 def kind(value: object) -> str:
     """What a value is, in words."""
     return _KINDS.get(type(value), type(value).__name__)
-
-
-def is_deeper(value: object, most: int) -> bool:
-    """Whether a JSON value is nested deeper than so many levels."""
-    level = [value]
-    for _ in range(most):
-        level = [each for outer in level for each in _inside(outer)]
-        if not level:
-            return False
-    return True
-
-
-def _inside(value: object) -> list[object]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list) else []

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cluster.conversation.json_reader import MAX_DEPTH
-from cluster.conversation.json_values import as_list, as_object, is_deeper, kind, text_of
+from cluster.conversation.json_reader import MAX_DEPTH, is_deeper
+from cluster.conversation.json_values import as_list, as_object, kind, text_of
 from cluster.conversation.messages import Tool, ToolChoice, ToolChoiceMode, ToolUse
 from workers.errors import InvalidRequestError
 
