@@ -127,8 +127,8 @@ CLIENT_SWITCHES = (
     Switch(
         "unread streams",
         "cluster/server/unread.py",
-        "                writing.deadline.reschedule(now)",
-        "                pass",
+        "            if writing.since and now - writing.since > self.limit_s and not writing.deadline.expired():",
+        "            if False:",
         "tests/cluster/server/openai/test_connections.py::test_a_part_that_nobody_takes_ends_its_stream",
     ),
     Switch(

@@ -186,8 +186,8 @@ class _ByOwner:
         heapify(largest)
         while len(taken) < count and largest:
             size, owner = largest[0]
-            ahead = min(largest[1:3], default=(0, ""))[0] - size + 1  # of the next one; so many it gives at once
-            own = self._pop(owner, min(ahead, count - len(taken)))
+            ahead = min(largest[1:3], default=(0, ""))[0] - size  # of the next one
+            own = self._pop(owner, min(max(0, ahead) + 1, count - len(taken)))
             taken += own
             if owner in self._lines:
                 heapreplace(largest, (size + len(own), owner))
