@@ -128,18 +128,12 @@ class HandoffMachine(RuleBasedStateMachine):
             assert not world.d.cache[:, world.d.free].any()
 
     def teardown(self) -> None:
-        """What can go well does, in both worlds alike; then all is given up."""
-        while steps := [step for step in self.possible() if step[0] not in ("cancel", "abort")]:
-            self.act(*steps[0])
-            self.poll("p", 1)
-            self.poll("d", 1)
-        self.poll("d", 2)
         for world in self.worlds:
             world.settle()
 
 
 TestHandoffMachine = HandoffMachine.TestCase
-TestHandoffMachine.settings = fuzzed(70, stateful_step_count=40)
+TestHandoffMachine.settings = fuzzed(50, stateful_step_count=40)
 
 
 @fuzzed(60)
