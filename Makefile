@@ -23,7 +23,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help install demo chat test test-all check lint typecheck imports tables protos protos-check format clean
+.PHONY: help install demo chat test test-all fuzz check lint typecheck imports tables protos protos-check format clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -59,6 +59,9 @@ test: $(VENV)/.installed  ## Install and run every check
 test-all: $(VENV)/.installed  ## The same with the tests that take long
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync check
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+fuzz: $(VENV)/.installed  ## Let the tests that generate their inputs look for faults, for half an hour or so
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_PROCESSES) -m fuzz --hypothesis-profile=deep --timeout=7200
 
 check: lint typecheck imports protos-check tables  ## Every check but the tests
 

@@ -13,7 +13,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.switches import SWITCHES, Switch
+from benchmarks.switch import Switch
+from benchmarks.switches import SWITCHES
 
 ROOT = Path(__file__).resolve().parents[1]
 _TIMEOUT_S = 600

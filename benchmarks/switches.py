@@ -5,27 +5,8 @@ The test that is named fails with that change, and passes without it: see `bench
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A mechanism, and how it is switched off.
-
-    Attributes:
-        name: in docs/guarantees.md.
-        file: that has it, from the repository's root.
-        on: a piece of the file's text; stands there once.
-        off: what takes its place.
-        test: file and function of the test that fails then.
-    """
-
-    name: str
-    file: str
-    on: str
-    off: str
-    test: str
-
+from benchmarks.client_switches import CLIENT_SWITCHES
+from benchmarks.switch import Switch
 
 _HANDOFF, _TRANSPORTS = "kv_transfer/handoff", "kv_transfer/transports"
 _IN_HANDOFF, _IN_POOLS = "tests/kv_transfer/handoff", "tests/cluster/pools"
@@ -35,8 +16,8 @@ SWITCHES = (
     Switch(
         "counted",
         f"{_HANDOFF}/part_counter.py",
-        "len(self._indices) < final.num_parts or any(missing > 0 for missing in self._missing)",
-        "False",
+        "if len(self._indices) < final.num_parts or any(missing > 0 for missing in self._missing):",
+        "if False:",
         "tests/workers/test_faults.py::test_a_dropped_part_ends_in_an_error_never_in_text",
     ),
     Switch(
@@ -45,6 +26,27 @@ SWITCHES = (
         "if handoff is None or handoff.peer != sender:",
         "if handoff is None:",
         f"{_IN_HANDOFF}/test_protocol.py::test_stale_and_foreign_messages_count_for_nothing",
+    ),
+    Switch(
+        "counted once",
+        f"{_HANDOFF}/part_counter.py",
+        "(blocks & ~landed[layer]).bit_count()",
+        "blocks.bit_count()",
+        f"{_IN_HANDOFF}/test_fuzz.py::test_a_cache_is_whole_when_each_of_its_blocks_was_named_and_the_end_was_told_once",
+    ),
+    Switch(
+        "strangers",
+        f"{_HANDOFF}/not_open.py",
+        "return (handoff_id, peer) in self._ended",
+        "return any(ended == handoff_id for ended, _ in self._ended)",
+        f"{_IN_HANDOFF}/test_races.py::test_who_cancels_a_handoff_that_is_anothers_stops_nothing_before_it_begins",
+    ),
+    Switch(
+        "blocks that are there",
+        "kv_transfer/region.py",
+        "    if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):",
+        "    if False:",
+        f"{_IN_HANDOFF}/test_races.py::test_a_granted_block_that_is_not_there_is_not_written_to",
     ),
     Switch(
         "identity",
@@ -215,12 +217,5 @@ SWITCHES = (
         "        if signals.ready < target:",
         "tests/cluster/autoscaling/test_policy.py::test_a_place_that_never_starts_holds_up_nothing",
     ),
-    # nobody hurt by anybody else
-    Switch(
-        "suspects",
-        "cluster/gateway/suspects.py",
-        "self._crashes[key] = (self._count(key) + 1, self._clock())",
-        "self._crashes[key] = (0, self._clock())",
-        "tests/cluster/gateway/test_suspects.py::test_a_poisoned_request_ends_two_workers_and_nobody_elses_answer",
-    ),
+    *CLIENT_SWITCHES,
 )

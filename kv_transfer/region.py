@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_transfer.errors import LayoutMismatchError
+from kv_transfer.errors import LayoutMismatchError, PeerError
 from kv_transfer.layout import GroupLayout, KVLayout
 
 
@@ -26,6 +26,17 @@ class Region:
     num_layers: int
     num_blocks: int
     block_bytes: int
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int, whose: str) -> None:
+    """Refuse blocks that a region does not have: in memory they would be those of its next layer.
+
+    Raises:
+        PeerError: names the block, and how many there are.
+    """
+    if blocks and not (min(blocks) >= 0 and max(blocks) < num_blocks):
+        wrong = next(block for block in blocks if not 0 <= block < num_blocks)
+        raise PeerError(f"block {wrong} of {whose} was asked for, it has {num_blocks}")
 
 
 def regions_of(kv_caches: Sequence[torch.Tensor], layout: KVLayout) -> tuple[Region, ...]:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+import fuzzing  # noqa: F401  # has the profile that `--hypothesis-profile` may name
+
 if not torch.cuda.is_available():  # read when a kernel is defined: before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -382,9 +382,9 @@ class DecodeWorker:
     def _join(self, arrival: Arrival) -> None:
         """The KV cache has come whole: the sequence goes on where prefill left it. Or it will not come."""
         sequence, first_tokens = arrival.sequence, arrival.first_tokens
-        if not isinstance(first_tokens, HandoffError) and len(first_tokens) != sequence.num_samples:
+        if not isinstance(first_tokens, HandoffError) and (wrong := self._wrong_tokens(sequence, first_tokens)):
             self.cache.release(sequence.tables)
-            first_tokens = HandoffError(f"{len(first_tokens)} first tokens came for {sequence.num_samples} samples")
+            first_tokens = HandoffError(wrong)
         if isinstance(first_tokens, HandoffError):
             self._sequences.remove(sequence)
             attempt_id = sequence.request.attempt_id
@@ -392,6 +392,15 @@ class DecodeWorker:
             self._events.append(RequestFailed(sequence.request.request_id, first_tokens, attempt_id=attempt_id))
         else:
             self._begin(sequence, first_tokens)
+
+    def _wrong_tokens(self, sequence: Sequence, first_tokens: Many[int]) -> str | None:
+        """Why a sequence cannot go on with what its prefill worker has said; None: it can."""
+        if len(first_tokens) != sequence.num_samples:
+            return f"{len(first_tokens)} first tokens came for {sequence.num_samples} samples"
+        vocab_size = self._runner.model.config.vocab_size
+        if (largest := max(first_tokens)) >= vocab_size:
+            return f"the first token is {largest}, the vocabulary has {vocab_size}"
+        return None
 
     def _begin(self, sequence: Sequence, first_tokens: Many[int]) -> list[FinishReason | None]:
         """The KV cache is whole and the first tokens known: decode every sample that its own does not end."""

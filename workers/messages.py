@@ -41,6 +41,7 @@ class RequestOptions:
         priority: of those that wait for room, lower ones go first.
         user: whose it is; users take turns.
         cache_salt: requests of unlike salts share no cached block.
+        cache_owner: whose the blocks are that it takes: who has most gives first when memory is needed.
         traceparent: the client's trace, as the header of this name has it in W3C's Trace Context; empty: none.
         tracestate: what tracing systems on the way have said of that trace, likewise.
     """
@@ -51,6 +52,7 @@ class RequestOptions:
     priority: int = 0
     user: str = ""
     cache_salt: bytes = b""
+    cache_owner: str = ""
     traceparent: str = ""
     tracestate: str = ""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
+from cluster.config.home_path import home_path
 from cluster.config.schema import HttpConfig, ServerConfig
 from workers.errors import ConfigError
 
@@ -26,7 +26,7 @@ def _with_token(server: ServerConfig) -> ServerConfig:
     if path is None:
         return server
     try:
-        token = Path(path).expanduser().read_text(encoding="ascii").strip()
+        token = home_path(path, "server.auth_token_file").read_text(encoding="ascii").strip()
     except OSError as error:
         raise ConfigError(f"cannot read server.auth_token_file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

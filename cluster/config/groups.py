@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from cluster.config.group_key import group_key
 from cluster.config.parse import build, check_key, parse_text
 from cluster.config.schema import PoolConfig, ServiceConfig
+from cluster.config.shown import shown
 from workers.errors import ConfigError
 
 Groups = dict[str, dict[str, Any]]
@@ -85,7 +86,7 @@ def read_groups(pool: str, cls: type[PoolConfig], given: object) -> Groups:
         named = list(given.items())
     else:
         raise ConfigError(
-            f"{section} is {given!r}, it must be a mapping of group names to settings; the key of one setting is "
+            f"{section} is {shown(given)}, it must be a mapping of group names to settings; the key of one setting is "
             f"{section}.NAME.SETTING"
         )
     groups: Groups = {}
@@ -94,7 +95,7 @@ def read_groups(pool: str, cls: type[PoolConfig], given: object) -> Groups:
         if name in groups:
             raise ConfigError(f"{section} has {name} twice")
         if not isinstance(settings, dict | None):
-            raise ConfigError(f"{section}.{name} is {settings!r}, it must be a mapping of keys to values")
+            raise ConfigError(f"{section}.{name} is {shown(settings)}, it must be a mapping of keys to values")
         for key in settings or {}:
             check_key(f"{section}.{name}.{key}", [f"{section}.{name}.{known}" for known in group_settings(cls)])
         groups[name] = dict(settings or {})
@@ -114,7 +115,7 @@ def check_group_name(section: str, name: object) -> None:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise ConfigError(
-            f"{section} has a group {name!r}: a name has lower-case letters and digits with single - or _ between "
+            f"{section} has a group {shown(name)}: a name has lower-case letters and digits with single - or _ between "
             f"them, begins with a letter, and is at most {_LONGEST_NAME} long"
         )
 
@@ -169,5 +170,5 @@ def build_pool(pool: str, cls: type[_Pool], values: Mapping[str, Any]) -> _Pool:
 
 def _named(section: str, entry: object) -> tuple[Any, dict[str, Any]]:
     if not isinstance(entry, dict) or "name" not in entry:
-        raise ConfigError(f"{section} has {entry!r}, which must be a mapping of settings with a name")
+        raise ConfigError(f"{section} has {shown(entry)}, which must be a mapping of settings with a name")
     return entry["name"], {key: value for key, value in entry.items() if key != "name"}

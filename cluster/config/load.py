@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.config.access import with_access
 from cluster.config.groups import build_pool, merge_groups, parse_group_setting, read_groups
+from cluster.config.home_path import home_path
 from cluster.config.parse import build, check_key, parse_text
 from cluster.config.rules import check_together
 from cluster.config.schema import POOLS, SECTIONS, TOP_SECTIONS, ServiceConfig, sections_in, settings_of
+from cluster.config.shown import shown
+from cluster.config.yaml_file import read_yaml
 from workers.errors import ConfigError
 
 CLIENT_TOKEN_VARIABLE = "BATON_TOKEN"
@@ -111,17 +112,11 @@ def describe_settings() -> str:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"cannot read the configuration file {path}: {reason}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping of sections ({', '.join(SECTIONS)}), not {content!r:.80}")
+        raise ConfigError(f"{path} must be a mapping of sections ({', '.join(SECTIONS)}), not {shown(content)}")
     for section in content:
         check_key(str(section), list(TOP_SECTIONS))
     flat = {name: each for section, entries in content.items() for name, each in _flat(section, entries, path)}
@@ -138,7 +133,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _flat(section: str, entries: object, path: Path) -> list[tuple[str, dict[str, Any]]]:
     """A section of a file and those in it, each with its own settings."""
     if not isinstance(entries, dict | None):
-        raise ConfigError(f"section {section} in {path} must be a mapping of keys to values, not {entries!r}")
+        raise ConfigError(f"section {section} in {path} must be a mapping of keys to values, not {shown(entries)}")
     inner = {name: f"{section}.{name}" for name in sections_in(SECTIONS[section])}
     own = {name: value for name, value in (entries or {}).items() if name not in inner}
     for name in own:
@@ -172,7 +167,7 @@ def _with_words(section: str, cls: type[Any], entries: Mapping[str, Any]) -> dic
 
 
 def _path_from(folder: Path, value: str, name: str) -> str:
-    path = folder / Path(value).expanduser()
+    path = folder / home_path(value, name)
     # A model may as well be the id of a hub, which has the form of a relative path.
     may_be_hub_id = name == "path" and not value.startswith((".", "/", "~"))
     return value if may_be_hub_id and not path.exists() else str(path)
@@ -218,6 +213,8 @@ def _read_environment(environ: Mapping[str, str]) -> _Values:
         # Without a double underscore it is somebody else's: a Kubernetes service named baton sets BATON_PORT and more.
         if not variable.startswith(_PREFIX) or "__" not in variable:
             continue
+        if variable != variable.upper():
+            raise ConfigError(f"unknown environment variable {variable}; did you mean {variable.upper()}?")
         key = variable.removeprefix(_PREFIX).lower().replace("__", ".")
         if not _is_of_group(key):
             check_key(variable, list(known), what="environment variable")

@@ -3,6 +3,7 @@ texts: a list in a file, TEXT,TEXT as a text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
@@ -21,11 +22,14 @@ def parse_pairs(kind: Any, text: str) -> dict[str, Any]:
     """The pairs that `text` means.
 
     Raises:
-        ValueError: it is not NAME=VALUE,NAME=VALUE, or a value is not of the kind's type.
+        ValueError: it is not NAME=VALUE,NAME=VALUE, a name is there twice, or a value is not of the kind's type.
     """
     value_kind = get_args(kind)[1]
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name.strip() and equals and value.strip() for name, equals, value in pairs):
+        raise ValueError(text)
+    names = [name.strip() for name, _, _ in pairs]
+    if len(set(names)) < len(names):
         raise ValueError(text)
     return {name.strip(): value_kind(value.strip()) for name, _, value in pairs}
 
@@ -35,9 +39,17 @@ def normal_pairs(kind: Any, value: object) -> dict[str, Any] | None:
     if type(value) is not dict or not value:
         return None
     value_kind = get_args(kind)[1]
-    normal = {name: float(v) if value_kind is float and type(v) is int else v for name, v in value.items()}
+    normal = {name: as_float(v) if value_kind is float and type(v) is int else v for name, v in value.items()}
     good = all(type(name) is str and name.strip() and type(v) is value_kind for name, v in normal.items())
     return normal if good else None
+
+
+def as_float(number: int) -> float:
+    """A whole number as a float; one that is larger than any float as infinity, which no setting takes."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def is_texts(kind: Any) -> bool:

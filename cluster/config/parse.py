@@ -10,6 +10,7 @@ from dataclasses import Field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from cluster.config.mappings import (
+    as_float,
     describe_pairs,
     is_pairs,
     is_texts,
@@ -18,6 +19,7 @@ from cluster.config.mappings import (
     parse_pairs,
     parse_texts,
 )
+from cluster.config.shown import shown
 from workers.errors import ConfigError
 
 T = TypeVar("T")
@@ -69,7 +71,7 @@ def parse_text(key: str, cls: type[Any], name: str, text: str) -> Any:
     Raises:
         ConfigError: the text is no value of the field's type; it is called `key` in the message.
     """
-    kind, optional = _kind_of(cls, name)
+    kind, optional = kind_of(cls, name)
     stripped = text.strip()
     rules = next(f for f in fields(cls) if f.name == name).metadata
     if rules.get("not_blank") and not stripped:
@@ -101,7 +103,7 @@ def build(section: str, cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _check_value(key: str, cls: type[Any], setting: Field[Any], value: Any) -> Any:
-    kind, optional = _kind_of(cls, setting.name)
+    kind, optional = kind_of(cls, setting.name)
     if optional and (value is None or (kind is not str and value == _AUTO)):
         return None
     if is_pairs(kind):
@@ -109,26 +111,41 @@ def _check_value(key: str, cls: type[Any], setting: Field[Any], value: Any) -> A
     if is_texts(kind):
         return _check_texts(key, cls, setting, value)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = as_float(value)
     if type(value) is not kind:
         raise ConfigError(_wrong_type(key, cls, setting.name, value))
     rules = setting.metadata
     if "choices" in rules and value not in rules["choices"]:
-        raise ConfigError(f"{key} is {value!r}, it must be one of {', '.join(map(str, rules['choices']))}")
-    if kind is str and not value.strip():
-        raise ConfigError(f"{key} is empty")
+        raise ConfigError(f"{key} is {shown(value)}, it must be one of {', '.join(map(str, rules['choices']))}")
+    if kind is str:
+        _check_characters(key, value, is_path="is_path" in rules)
     if kind in (int, float):
         _check_range(key, value, rules)
     return value
 
 
+def _check_characters(key: str, text: str, *, is_path: bool) -> None:
+    """Refuse texts that are none, and those that nobody could use; a path may have bytes that are not UTF-8."""
+    if not text.strip():
+        raise ConfigError(f"{key} is empty")
+    try:
+        text.encode(errors="surrogateescape" if is_path else "strict")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{key} is {shown(text)}, which is not valid Unicode") from None
+    if "\0" in text:
+        raise ConfigError(f"{key} is {shown(text)}, which has a zero byte")
+
+
 def _check_pairs(key: str, cls: type[Any], setting: Field[Any], value: Any) -> dict[str, Any]:
-    pairs = normal_pairs(_kind_of(cls, setting.name)[0], value)
+    pairs = normal_pairs(kind_of(cls, setting.name)[0], value)
     if pairs is None:
         raise ConfigError(_wrong_type(key, cls, setting.name, value))
     for name, amount in pairs.items():
         if isinstance(amount, float):
             _check_range(f"{key}.{name}", amount, setting.metadata)
+        else:
+            _check_characters(f"{key}.{name}", amount, is_path=False)
+        _check_characters(f"a name in {key}", name, is_path=False)
     return pairs
 
 
@@ -136,6 +153,8 @@ def _check_texts(key: str, cls: type[Any], setting: Field[Any], value: Any) -> t
     texts = normal_texts([value] if isinstance(value, str) else value)
     if texts is None:
         raise ConfigError(_wrong_type(key, cls, setting.name, value))
+    for text in texts:
+        _check_characters(key, text, is_path=False)
     return texts
 
 
@@ -146,10 +165,10 @@ def _check_range(key: str, value: float, rules: Mapping[str, Any]) -> None:
     limits = [f"at least {low}"] if "low" in rules else []
     limits += [f"at most {high}"] if "high" in rules else []
     limits += [f"more than {above}"] if "above" in rules else []
-    raise ConfigError(f"{key} is {value}, it must be {' and '.join(limits) or 'finite'}")
+    raise ConfigError(f"{key} is {shown(value)}, it must be {' and '.join(limits) or 'finite'}")
 
 
-def _kind_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
+def kind_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
     """A field's type, and whether None is a value of it."""
     hint = get_type_hints(cls)[name]
     if isinstance(hint, types.UnionType):
@@ -159,7 +178,9 @@ def _kind_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
 
 
 def _wrong_type(key: str, cls: type[Any], name: str, value: object) -> str:
-    kind, optional = _kind_of(cls, name)
+    kind, optional = kind_of(cls, name)
     hint = " (put it in quotes)" if kind is str and isinstance(value, int | float) else ""
     what = describe_pairs(kind) if is_pairs(kind) else "a list of texts" if is_texts(kind) else _TYPE_NAMES[kind]
-    return f"{key} is {value!r}, it must be {what}{' or null' if optional else ''}{hint}"
+    secret = next(f for f in fields(cls) if f.name == name).metadata.get("secret")
+    given = "something that is not shown" if secret else shown(value)
+    return f"{key} is {given}, it must be {what}{' or null' if optional else ''}{hint}"

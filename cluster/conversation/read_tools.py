@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cluster.conversation.json_reader import MAX_DEPTH
+from cluster.conversation.json_reader import MAX_DEPTH, is_deeper
 from cluster.conversation.json_values import as_list, as_object, kind, text_of
 from cluster.conversation.messages import Tool, ToolChoice, ToolChoiceMode, ToolUse
 from workers.errors import InvalidRequestError
@@ -108,7 +108,7 @@ def check_schema(value: object, where: str) -> Mapping[str, Any] | None:
     schema = as_object(value, where)
     if schema.get("type", "object") != "object":
         raise InvalidRequestError(f"{where}.type is {schema['type']!r:.100}, it must be 'object'")
-    if _depth(schema) > MAX_DEPTH:
+    if is_deeper(schema, MAX_DEPTH):
         raise InvalidRequestError(f"{where} is nested deeper than {MAX_DEPTH} levels")
     return schema
 
@@ -126,20 +126,3 @@ def _choice(value: object) -> ToolChoice:
         f"tool_choice is {value!r:.200}, it must be 'none', 'auto', 'required' or "
         '{"type": "function", "function": {"name": …}}'
     )
-
-
-def _depth(value: object) -> int:
-    """How deep a JSON value is nested."""
-    deepest, level = 0, [value]
-    while level:
-        inner = [each for outer in level for each in _inside(outer)]
-        level, deepest = inner, deepest + 1
-        if deepest > MAX_DEPTH:
-            break
-    return deepest
-
-
-def _inside(value: object) -> list[object]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ class GrammarCheck:
         self._limit_s = limit_s
         self._turns = Turns(1, "for a grammar to be checked", max_wait_s=_MAX_WAIT_S)
         self._process: asyncio.subprocess.Process | None = None
-        self._known: OrderedDict[StructuredOutput, str | None] = OrderedDict()
+        self._known: OrderedDict[bytes, str | None] = OrderedDict()
 
     async def check(self, wanted: StructuredOutput) -> None:
         """Return if the workers can compile it.
@@ -52,14 +53,15 @@ class GrammarCheck:
             InvalidRequestError: they cannot, or it takes too long or too much memory.
             QueueFullError: too many wait for theirs, or it would wait too long.
         """
-        if wanted not in self._known:
+        key = _digest(wanted)
+        if key not in self._known:
             async with self._turns.turn(current_caller().client, wanted.num_bytes):
-                if wanted not in self._known:
-                    self._known[wanted] = await self._ask(wanted)
+                if key not in self._known:
+                    self._known[key] = await self._ask(wanted)
                     if len(self._known) > _KEPT:
                         self._known.popitem(last=False)
-        self._known.move_to_end(wanted)
-        if (error := self._known[wanted]) is not None:
+        self._known.move_to_end(key)
+        if (error := self._known[key]) is not None:
             raise InvalidRequestError(error)
 
     async def aclose(self) -> None:
@@ -104,6 +106,16 @@ class GrammarCheck:
             first = to_line(StructuredOutput.choice(["a"]))  # loads the vocabulary, which is no grammar's fault
             await asyncio.wait_for(_exchange(self._process, first), _START_LIMIT_S)
         return self._process
+
+
+def _digest(wanted: StructuredOutput) -> bytes:
+    """What a form is remembered by: itself it may have 256 KiB."""
+    parts = [wanted.kind.value, str(wanted.disable_any_whitespace), wanted.text, *wanted.choices]
+    found = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        data = part.encode(errors="surrogatepass")
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.digest()
 
 
 async def _exchange(process: asyncio.subprocess.Process, line: bytes) -> bytes:

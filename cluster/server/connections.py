@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-from cluster.server.host_counts import HostCounts
-
 IDLE_S = 300
 """A gRPC connection without a call is closed after so long; clients connect again by themselves."""
 HEAD_LIMIT_S = 60
@@ -32,7 +30,7 @@ def raise_file_limit() -> int:
     return _MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, _MOST_FILES)
 
 
-def connections_of(num_files: int) -> HostCounts:
-    """For one door: a share of the files, and half of that for one host."""
+def connections_of(num_files: int) -> tuple[int, int]:
+    """For one door: how many in all, a share of the files, and of one host, half of that."""
     most = max(2, int(num_files * _SHARE_OF_FILES))
-    return HostCounts(most, max(1, most // 2))
+    return most, max(1, most // 2)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from cluster.config.home_path import home_path
 from cluster.config.schema import ServerConfig
 from cluster.server.reloaded import Reloaded
 from cluster.wire.auth import Credential, parse_credentials
@@ -43,7 +43,7 @@ def http_credentials_of(config: ServerConfig) -> Credentials | None:
 
 def _read(path: str) -> tuple[Credential, ...]:
     try:
-        return parse_credentials(Path(path).expanduser().read_text(encoding="ascii"))
+        return parse_credentials(home_path(path, "server.auth_token_file").read_text(encoding="ascii"))
     except OSError as error:
         raise ConfigError(f"cannot read server.auth_token_file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from cluster.conversation.messages import (
     ToolUse,
 )
 from cluster.conversation.read_messages import MAX_CALLS, check_arguments
-from cluster.conversation.read_tools import MAX_TOOLS, check_name, check_schema, tool_use
+from cluster.conversation.read_tools import MAX_TOOL_BYTES, MAX_TOOLS, check_name, check_schema, tool_use
 from protos import baton_pb2
 from workers.errors import InvalidRequestError
 
@@ -118,6 +118,9 @@ def tool_use_from_proto(chat: baton_pb2.ChatMessages) -> ToolUse | None:
 
 def _tool(tool: baton_pb2.Tool, where: str) -> Tool:
     parameters: object = None
+    if len(tool.parameters) > MAX_TOOL_BYTES:
+        size = len(tool.parameters)
+        raise InvalidRequestError(f"{where}.parameters has {size} characters, at most {MAX_TOOL_BYTES} are allowed")
     if tool.parameters:
         try:
             parameters = json.loads(tool.parameters)

@@ -15,6 +15,7 @@ from kv_transfer.handoff_key import HandoffKey
 
 _VERSION = 5
 _HEADER = struct.Struct("<BB16sQQ")
+_HELLO = struct.Struct("<?")
 _GRANT = struct.Struct("<H")
 _GRANT_GROUP = struct.Struct("<II")
 _PART = struct.Struct("<IHHHII")
@@ -108,7 +109,7 @@ def encode(message: Message) -> bytes:
     header = _HEADER.pack(_VERSION, _KINDS.index(type(message)), key.handoff_id, key.incarnation, key.generation)
     match message:
         case Hello(_, reply):
-            return header + bytes([reply])
+            return header + _HELLO.pack(reply)
         case Grant(_, groups):
             return header + _GRANT.pack(len(groups)) + b"".join(map(_encode_blocks, groups))
         case Part(_, index, group, first_layer, num_layers, first_block, num_blocks):
@@ -139,7 +140,8 @@ def decode(data: bytes) -> Message:
 
 def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
     if kind is Hello:
-        return Hello(key, bool(body[0]))
+        (reply,) = _HELLO.unpack(body)
+        return Hello(key, reply)
     if kind is Grant:
         return Grant(key, _decode_groups(body))
     if kind is Part:
@@ -148,9 +150,11 @@ def _decode_body(kind: type, key: HandoffKey, body: bytes) -> Message:
         first_token, num_parts = _FINAL.unpack_from(body)
         others = body[_FINAL.size :]
         return Final(key, first_token, num_parts, struct.unpack(f"<{len(others) // 4}I", others))
-    if kind is Cancel:
-        return Cancel(key)
-    return Closed(key, body.decode(errors="replace"))
+    if kind is Closed:
+        return Closed(key, body[:_MAX_REASON_BYTES].decode(errors="replace"))
+    if body:
+        raise struct.error(f"{len(body)} bytes behind a cancel")
+    return Cancel(key)
 
 
 def _encode_blocks(blocks: GroupBlocks) -> bytes:

@@ -32,7 +32,8 @@ class Wanted:
 class PartCounter:
     """Knows when every wanted block of every layer of every cache group has landed, in whatever order parts arrive.
 
-    A repeated part counts once. Where no block is wanted, the last message alone completes the handoff.
+    Each (layer, block) is counted once, whatever parts name it: a sender that repeats a part, under its index or
+    another, completes nothing by it. Where no block is wanted, the last message alone completes the handoff.
 
     Args:
         wanted: by cache group.
@@ -40,27 +41,42 @@ class PartCounter:
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         self._wanted = tuple(wanted)
+        self._landed = [[0] * group.num_layers for group in wanted]  # of each layer a bit for each block
         self._missing = [group.num_layers * len(group.blocks) for group in wanted]
         self._indices: set[int] = set()
         self._final: Final | None = None
+        self._contradicted = False
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether two last messages came that say different things: nothing will be complete."""
+        return self._contradicted
 
     def count(self, part: Part) -> None:
         """Take note of a part; a repeated one, or one that reaches beyond what is wanted, counts for nothing."""
         if part.index in self._indices or part.group >= len(self._wanted):
             return
-        if self._wanted[part.group].contains(part):
-            self._indices.add(part.index)
-            self._missing[part.group] -= part.num_layers * part.num_blocks
+        wanted, landed = self._wanted[part.group], self._landed[part.group]
+        if not wanted.contains(part):
+            return
+        self._indices.add(part.index)
+        blocks = ((1 << part.num_blocks) - 1) << (part.first_block - wanted.blocks.start)
+        for layer in range(part.first_layer, part.first_layer + part.num_layers):
+            self._missing[part.group] -= (blocks & ~landed[layer]).bit_count()
+            landed[layer] |= blocks
 
     def close(self, final: Final) -> None:
-        """Take note of the last message."""
-        self._final = final
+        """Take note of the last message. Repeated it counts for nothing."""
+        self._contradicted = self._contradicted or self._final not in (None, final)
+        self._final = self._final or final
 
     @property
     def first_token(self) -> int | None:
         """The first token, once every part and the last message have been counted."""
         final = self._final
-        if final is None or len(self._indices) < final.num_parts or any(missing > 0 for missing in self._missing):
+        if final is None or self._contradicted:
+            return None
+        if len(self._indices) < final.num_parts or any(missing > 0 for missing in self._missing):
             return None
         return final.first_token
 

@@ -127,6 +127,8 @@ class HandoffReceiver:
         handoff = self._open.get(final.key)
         if handoff is not None and handoff.peer == sender:
             handoff.ledger.close(final)
+            if handoff.ledger.contradicted:
+                self._fail(handoff, f"prefill worker {sender} has ended the handoff twice, and not alike")
             self._complete(handoff)
 
     def on_closed(self, sender: str, closed: Closed) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from kv_transfer.connector import HandoffAborted, HandoffSent, PrefillEvent, ReadyEvent
 from kv_transfer.errors import PeerError
 from kv_transfer.group_blocks import GroupBlocks
 from kv_transfer.handoff.messages import Cancel, Closed, Final, Grant, Part, encode
+from kv_transfer.handoff.not_open import NotOpen
 from kv_transfer.handoff.sender_state import SentHandoff, SentPart
 from kv_transfer.handoff_key import HandoffKey
 from kv_transfer.layout import KVLayout
@@ -18,9 +18,6 @@ from kv_transfer.link_cost import LinkCost, most_bytes_at_once
 from kv_transfer.transports.base import TransferState, Transport
 
 logger = logging.getLogger(__name__)
-
-_REMEMBERED = 65_536
-_GRANT_PATIENCE_S = 300.0
 
 
 class HandoffSender:
@@ -45,13 +42,12 @@ class HandoffSender:
         self._emit = emit
         self._cost = cost
         self._open: dict[bytes, SentHandoff] = {}
-        self._early_grants: OrderedDict[bytes, tuple[str, Grant, float]] = OrderedDict()
-        self._ended: OrderedDict[bytes, HandoffKey | None] = OrderedDict()  # with the key of one that was sent whole
+        self._not_open = NotOpen()
 
     @property
     def num_open(self) -> int:
         """Handoffs that are not over, and grants whose request has not come."""
-        return len(self._open) + len(self._early_grants)
+        return len(self._open) + self._not_open.num_grants
 
     @property
     def active(self) -> bool:
@@ -62,10 +58,11 @@ class HandoffSender:
         """Open a handoff; a grant may have come before, and so may its cancellation."""
         handoff = SentHandoff(handoff_id, peer)
         self._open[handoff_id] = handoff
-        if handoff_id in self._ended:
+        early = self._not_open.take(handoff_id)
+        if self._not_open.has_ended(peer, handoff_id):
             self._fail(handoff, "cancelled by the decode worker", tell_peer=False)
-        elif early := self._early_grants.pop(handoff_id, None):
-            self.on_grant(early[0], early[1])
+        for sender, grant in early.items():
+            self.on_grant(sender, grant)
 
     def push(
         self,
@@ -108,7 +105,8 @@ class HandoffSender:
         """The decode worker has reserved blocks."""
         handoff = self._open.get(grant.key.handoff_id)
         if handoff is None:
-            self._keep_early(sender, grant)
+            if (reason := self._not_open.keep(sender, grant)) is not None:
+                self._close(sender, grant.key, reason)
         elif not handoff.may_be_told(sender, grant.key):
             self._close(sender, grant.key, f"handoff {grant.key} belongs to another reservation")
         elif handoff.grant is None:
@@ -120,8 +118,7 @@ class HandoffSender:
         """The decode worker wants its blocks back; it is answered once nothing is in flight."""
         handoff = self._open.get(cancel.key.handoff_id)
         if handoff is None:
-            self._early_grants.pop(cancel.key.handoff_id, None)
-            self._remember(cancel.key.handoff_id)
+            self._not_open.cancel(sender, cancel.key.handoff_id)
             self._close(sender, cancel.key, "cancelled")
         elif not handoff.may_be_told(sender, cancel.key):
             self._close(sender, cancel.key, "cancelled")  # nothing was ever written for that reservation
@@ -140,9 +137,7 @@ class HandoffSender:
         for handoff in list(self._open.values()):
             if handoff.peer == engine_id:
                 self._fail(handoff, f"decode worker {engine_id} is gone", tell_peer=False)
-        for handoff_id, (sender, _, _) in list(self._early_grants.items()):
-            if sender == engine_id:
-                del self._early_grants[handoff_id]
+        self._not_open.forget(engine_id)
 
     def progress(self) -> None:
         """Look after everything in flight, and end what has ended."""
@@ -151,11 +146,8 @@ class HandoffSender:
             if handoff.waiting:
                 self._flush(handoff)
             self._settle(handoff)
-        now = time.monotonic()
-        while self._early_grants and now - next(iter(self._early_grants.values()))[2] > _GRANT_PATIENCE_S:
-            handoff_id, (sender, grant, _) = self._early_grants.popitem(last=False)
-            self._remember(handoff_id)
-            self._close(sender, grant.key, "the request never reached the prefill worker")
+        for sender, key in self._not_open.overdue():
+            self._close(sender, key, "the request never reached the prefill worker")
 
     def _flush(self, handoff: SentHandoff) -> None:
         """Post what waits and is ready; must not be called for a failed handoff.
@@ -259,23 +251,8 @@ class HandoffSender:
 
     def _forget(self, handoff: SentHandoff, event: PrefillEvent, served: HandoffKey | None = None) -> None:
         del self._open[handoff.handoff_id]
-        self._remember(handoff.handoff_id, served)
+        self._not_open.end(handoff.peer, handoff.handoff_id, served)
         self._emit(event)
-
-    def _remember(self, handoff_id: bytes, served: HandoffKey | None = None) -> None:
-        """Keep the ids of ended handoffs, so that a late grant or cancel is answered rightly."""
-        self._ended[handoff_id] = served
-        if len(self._ended) > _REMEMBERED:
-            self._ended.popitem(last=False)
-
-    def _keep_early(self, sender: str, grant: Grant) -> None:
-        if grant.key.handoff_id in self._ended:
-            if self._ended[grant.key.handoff_id] != grant.key:  # the same: only a repetition of what has been served
-                self._close(sender, grant.key, "the prefill worker has given up this request")
-            return
-        first = self._early_grants.setdefault(grant.key.handoff_id, (sender, grant, time.monotonic()))
-        if first[1].key != grant.key:
-            self._close(sender, grant.key, f"handoff {grant.key} belongs to another reservation")
 
     def _close(self, peer: str, key: HandoffKey, reason: str) -> None:
         try:

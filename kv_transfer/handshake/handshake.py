@@ -46,7 +46,7 @@ class Handshakes:
         self._transport = transport
         self._incarnation = incarnation
         self._handshakes: list[_Handshake] = []
-        self._unanswered: set[HandoffKey] = set()
+        self._unanswered: set[tuple[str, HandoffKey]] = set()
         self._awake_until = -math.inf
         self.paths: dict[str, LinkCost] = {}
         """What the way to each peer costs, once it has been met."""
@@ -70,7 +70,7 @@ class Handshakes:
         """A peer introduces itself, or answers; it is answered when data has moved to it, once if it asks again."""
         self._awake_until = time.monotonic() + _AWAKE_S
         if hello.reply:
-            self._unanswered.discard(hello.key)
+            self._unanswered.discard((sender, hello.key))
         elif not any(handshake.peer == sender and handshake.hello == hello.key for handshake in self._handshakes):
             self._handshakes.append(_Handshake(sender, self._respond(sender, hello), Future(), hello.key))
 
@@ -127,15 +127,15 @@ class Handshakes:
         """
         key = self._new_key()
         asked_at = -math.inf
-        self._unanswered.add(key)
+        self._unanswered.add((peer, key))
         try:
-            while key in self._unanswered:
+            while (peer, key) in self._unanswered:
                 if time.monotonic() >= asked_at + ASK_AGAIN_S:
                     asked_at = time.monotonic()
                     self._transport.send(peer, encode(Hello(key, reply=False)))
                 yield "its answer"
         finally:
-            self._unanswered.discard(key)
+            self._unanswered.discard((peer, key))
         return time.monotonic() - asked_at
 
     def _new_key(self) -> HandoffKey:

@@ -144,7 +144,7 @@ class Transport(ABC):
 
         Raises:
             NotConnectedError: the peer is unknown.
-            PeerError: it is gone, or the connection is broken.
+            PeerError: it is gone, the connection is broken, or one of the two has no such block.
         """
 
     @abstractmethod

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kv_transfer.errors import PeerError
+from kv_transfer.region import check_blocks
 from kv_transfer.transports.base import Transfer, TransferState
 
 
@@ -133,6 +134,8 @@ class LocalFabric:
             transfer = LocalTransfer()
             roll = self._random.random()
             source, target = self._end(sender).kv_caches[group], end.kv_caches[group]
+            check_blocks(src, source.shape[1], _engine(sender))
+            check_blocks(dst, target.shape[1], _engine(peer))
             copy = _Copy(source, target, layers, tuple(src), tuple(dst), transfer)
             link = (sender, peer)
             if roll < self.faults.drop:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kv_transfer.errors import NotConnectedError, PeerError
+from kv_transfer.region import check_blocks
 from kv_transfer.transports.base import PROBE_PIECE_BYTES, PROBE_PIECES, EngineInfo
 from kv_transfer.transports.nixl_transfer import STATES, NixlTransfer
 
@@ -146,11 +147,13 @@ class NixlEndpoint:
 
         Raises:
             NotConnectedError: the peer is unknown.
-            PeerError: it cannot be started.
+            PeerError: it cannot be started, or one of the two does not have such a block.
         """
         other = self._side(peer)
-        own_indices = _indices(layers, own_blocks, self._own.info.regions[group].num_blocks)
-        peer_indices = _indices(layers, peer_blocks, other.info.regions[group].num_blocks)
+        num_own, num_other = (side.info.regions[group].num_blocks for side in (self._own, other))
+        check_blocks(own_blocks, num_own, self.info.engine_id)
+        check_blocks(peer_blocks, num_other, peer)
+        own_indices, peer_indices = _indices(layers, own_blocks, num_own), _indices(layers, peer_blocks, num_other)
         lists = (self._own.groups[group], own_indices, other.groups[group], peer_indices)
         return self._start(operation, peer, *lists, message)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.switch import Switch
 from benchmarks.switched_off import fails_without, out_of_date, switched_off
-from benchmarks.switches import SWITCHES, Switch
+from benchmarks.switches import SWITCHES
 
 PAGE = Path(__file__).parents[2] / "docs" / "guarantees.md"
 

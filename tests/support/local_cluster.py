@@ -138,14 +138,16 @@ class LocalCluster:
         timeout_s: float = 600.0,  # kernels may be compiled meanwhile
         prefill: int | None = None,
         decode: int | None = None,
+        cache_owner: str = "",
     ) -> bytes:
         """Send one request to a pair of workers, both at once, in either order; returns its handoff's id."""
         p = list(self.prefill)[prefill if prefill is not None else self.random.randrange(len(self.prefill))]
         d = list(self.decode)[decode if decode is not None else self.random.randrange(len(self.decode))]
         handoff_id, asked = self.random.randbytes(16), (request_id, prompt, sampling)
+        both = {"handoff_id": handoff_id, "timeout_s": timeout_s, "cache_owner": cache_owner}
         sides: list[Callable[[], None]] = [
-            lambda: self.prefill[p].add(worker_request(*asked, d, handoff_id=handoff_id, timeout_s=timeout_s)),
-            lambda: self.decode[d].add(worker_request(*asked, p, handoff_id=handoff_id, timeout_s=timeout_s)),
+            lambda: self.prefill[p].add(worker_request(*asked, d, **both)),
+            lambda: self.decode[d].add(worker_request(*asked, p, **both)),
         ]
         self.random.shuffle(sides)
         for side in sides:

@@ -74,6 +74,17 @@ def test_what_is_cached_is_not_computed_again(first, second, cached, one_pair, r
     cluster.assert_all_blocks_free()
 
 
+def test_blocks_are_their_requests_owners_on_both_workers(one_pair):
+    cluster, prefill, decode = one_pair()
+    for owner in ("ann", "bob"):
+        cluster.submit(owner, prompt(40, seed=len(owner) + ord(owner[0])), GREEDY, cache_owner=owner)
+    cluster.run()
+    for worker in (prefill, decode):
+        held = worker.cache.primary_pool.held_by_owners
+        assert set(held) == {"ann", "bob"}
+        assert all(count >= 2 for count in held.values())
+
+
 def test_reports_say_how_much_was_cached(one_pair):
     _, prefill, _ = one_pair()
     assert [report(prefill, prompt(n)).cached_tokens for n in (40, 100, 100)] == [0, 32, 96]

@@ -65,7 +65,9 @@ class Prompt:
         num_tokens = len(request.prompt_token_ids)
         return cls(
             request,
-            PromptProgress(request.attempt_id, num_tokens, hashes, all_computed=scores is not None),
+            PromptProgress(
+                request.attempt_id, num_tokens, hashes, all_computed=scores is not None, owner=request.cache_owner
+            ),
             sample_states(request, eos_token_ids, max_model_len, matchers),
             deadline=now + request.timeout_s,
             arrived=now,

@@ -91,7 +91,7 @@ class CacheGroup:
             self.hashes(hashes)[: num_found // self.block_size], blocks_for(num_tokens, self.block_size) + more
         )
 
-    def admit_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int) -> BlockTable:
+    def admit_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int, owner: str) -> BlockTable:
         """Take what a prompt needs so that it always ends.
 
         Args:
@@ -99,9 +99,11 @@ class CacheGroup:
             num_found: its first tokens that are `usable`.
             num_tokens: of all of it.
             in_flight: the most tokens of it that are being computed at once.
+            owner: whose it is.
         """
         found = self.hashes(hashes)[: num_found // self.block_size]
-        return BlockTable(self.pool.allocate(found, blocks_for(num_tokens, self.block_size))[0])
+        blocks, _ = self.pool.allocate(found, blocks_for(num_tokens, self.block_size), owner)
+        return BlockTable(blocks, owner=owner)
 
     def settle(self, table: BlockTable) -> None:
         """A prompt is computed: from now on it grows as long as there are free blocks."""
@@ -117,15 +119,16 @@ class CacheGroup:
         start = self.first_needed(num_computed)
         return self.pool.fits(self.hashes(hashes)[start:], blocks_for(num_tokens, self.block_size) - start + more)
 
-    def admit(self, hashes: Hashes, num_computed: int, num_tokens: int) -> tuple[BlockTable, int]:
-        """Take the blocks for so many tokens that the query behind `num_computed` of them sees.
+    def admit(self, hashes: Hashes, num_computed: int, num_tokens: int, owner: str) -> tuple[BlockTable, int]:
+        """Take the blocks for so many tokens that the query behind `num_computed` of them sees, for their owner.
 
         Returns:
             The table, and how many of its blocks, the first ones, are found here with their content.
         """
         start = self.first_needed(num_computed)
-        blocks, found = self.pool.allocate(self.hashes(hashes)[start:], blocks_for(num_tokens, self.block_size) - start)
-        return BlockTable([NULL_BLOCK] * start + blocks, start), found
+        count = blocks_for(num_tokens, self.block_size) - start
+        blocks, found = self.pool.allocate(self.hashes(hashes)[start:], count, owner)
+        return BlockTable([NULL_BLOCK] * start + blocks, start, owner=owner), found
 
     # sequences
 
@@ -140,9 +143,9 @@ class CacheGroup:
         """
         full = num_tokens // self.block_size
         partial = table.blocks[full] if num_tokens % self.block_size else None
-        own = [] if partial is None else self.pool.take(1)
+        own = [] if partial is None else self.pool.take(1, table.owner)
         self.pool.share(table.blocks[table.start : full])
-        return BlockTable(table.blocks[:full] + own, table.start), partial
+        return BlockTable(table.blocks[:full] + own, table.start, owner=table.owner), partial
 
     def missing(self, table: BlockTable, num_tokens: int) -> int:
         """Blocks that it lacks for so many tokens."""
@@ -150,7 +153,7 @@ class CacheGroup:
 
     def extend(self, table: BlockTable, count: int) -> None:
         """Take so many blocks behind its last."""
-        table.blocks += self.pool.take(count)
+        table.blocks += self.pool.take(count, table.owner)
 
     def store(self, table: BlockTable, hashes: Hashes, start: int, end: int) -> None:
         """The tokens from `start` to before `end` are in the cache: keep the blocks that are full with them."""
@@ -217,14 +220,15 @@ class WindowGroup(CacheGroup):
         """See `CacheGroup.fits_prompt`."""
         return self.most_blocks(num_tokens, in_flight) + more <= self.pool.num_free
 
-    def admit_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int) -> BlockTable:
+    def admit_prompt(self, hashes: Hashes, num_found: int, num_tokens: int, in_flight: int, owner: str) -> BlockTable:
         """See `CacheGroup.admit_prompt`."""
         start, end = self.first_needed(num_found), num_found // self.block_size
         promised = self.most_blocks(num_tokens, in_flight)
         self.pool.promise(promised)
         found = self.pool.find(self.hashes(hashes)[start:end])
         self.pool.share(found, promised=True)
-        return BlockTable([NULL_BLOCK] * start + found, start, promised)
+        self.pool.repeat(found, owner)
+        return BlockTable([NULL_BLOCK] * start + found, start, promised, owner)
 
     def settle(self, table: BlockTable) -> None:
         """See `CacheGroup.settle`."""
@@ -234,7 +238,7 @@ class WindowGroup(CacheGroup):
 
     def extend(self, table: BlockTable, count: int) -> None:
         """See `CacheGroup.extend`."""
-        table.blocks += self.pool.take(count, promised=table.promised > 0)
+        table.blocks += self.pool.take(count, table.owner, promised=table.promised > 0)
 
     def drop(self, table: BlockTable, end: int) -> None:
         """See `CacheGroup.drop`."""

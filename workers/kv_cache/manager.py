@@ -153,12 +153,13 @@ class KVCacheManager:
             hashes, self._found(hashes), num_tokens, samples - 1
         )
 
-    def admit_prompt(self, hashes: Hashes, num_tokens: int) -> tuple[SequenceTables, int]:
+    def admit_prompt(self, hashes: Hashes, num_tokens: int, owner: str = "") -> tuple[SequenceTables, int]:
         """Take what a prompt needs so that it always ends: blocks of its beginning that are here, and others.
 
         Args:
             hashes: of its leading blocks, as far as they may be taken from the cache.
             num_tokens: of all of it.
+            owner: whose the blocks are that it takes.
 
         Returns:
             Its tables, and how many of its tokens are in the cache already.
@@ -170,7 +171,9 @@ class KVCacheManager:
         if not self._fits_prompt(hashes, found, num_tokens):
             raise ValueError(f"too few blocks for a prompt of {num_tokens} tokens: {self.num_free} are free")
         in_flight = self._prompt_tokens_in_flight
-        tables = SequenceTables([group.admit_prompt(hashes, found, num_tokens, in_flight) for group in self.groups])
+        tables = SequenceTables(
+            [group.admit_prompt(hashes, found, num_tokens, in_flight, owner) for group in self.groups]
+        )
         self._note(tables)
         return tables, found
 
@@ -189,13 +192,16 @@ class KVCacheManager:
         """Whether `admit` would succeed, with a block for each sample but the first besides."""
         return all(group.fits(hashes, num_computed, num_tokens, samples - 1) for group in self.groups)
 
-    def admit(self, hashes: Hashes, num_computed: int, num_tokens: int) -> tuple[SequenceTables, tuple[int, ...]]:
+    def admit(
+        self, hashes: Hashes, num_computed: int, num_tokens: int, owner: str = ""
+    ) -> tuple[SequenceTables, tuple[int, ...]]:
         """Take blocks for a sequence's tokens, as far as queries behind the first `num_computed` of them see them.
 
         Args:
             hashes: of its leading blocks, as far as they may be taken from the cache.
             num_computed: tokens that will be in the cache before it goes on.
             num_tokens: for which it needs blocks.
+            owner: whose the blocks are that it takes.
 
         Returns:
             Its tables, and for each group how many of the blocks, the first ones, hold their content already.
@@ -205,7 +211,7 @@ class KVCacheManager:
         """
         if not self.fits(hashes, num_computed, num_tokens):
             raise ValueError(f"too few blocks for {num_tokens} tokens: {self.num_free} are free")
-        admitted = [group.admit(hashes, num_computed, num_tokens) for group in self.groups]
+        admitted = [group.admit(hashes, num_computed, num_tokens, owner) for group in self.groups]
         tables = SequenceTables([table for table, _ in admitted])
         self._note(tables)
         return tables, tuple(found for _, found in admitted)

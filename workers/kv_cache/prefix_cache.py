@@ -1,29 +1,23 @@
 """KV blocks kept by content: a prompt takes over the blocks of those that began like it.
 
 A full block is known by the hash of all tokens up to its end, which is all that its keys and values depend on within
-one worker. Blocks that nobody uses any more stay until their memory is needed, the least recently used first (the
-automatic prefix caching of vLLM, arXiv:2309.06180, with a flat table instead of the radix tree of arXiv:2312.07104).
-Those that a later prompt has begun with go after all that none has (a segmented LRU: Karedla, Love and Wherry, "Caching
-Strategies to Improve Disk System Performance", Computer 27(3), 1994), so that prompts which nobody repeats, however
-long and many, take none of what others share.
+one worker. Blocks that nobody uses any more stay until their memory is needed (the automatic prefix caching of vLLM,
+arXiv:2309.06180, with a flat table instead of the radix tree of arXiv:2312.07104); `kept_blocks` says which go first.
 Plain integers and bytes; knows neither tensors nor requests.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 
 from workers.kv_cache.block_pool import BlockPool
+from workers.kv_cache.kept_blocks import KeptBlocks
 from workers.messages import CacheUpdate
 
 MAX_HASHES_TOLD = 4096
 """Of one `CacheUpdate`, stored and removed each: 64 KiB; what is left goes with the next one."""
-
-PROTECTED_SHARE = 0.75
-"""Of all blocks, those at most that go last; what was used longest ago of more is as if no prompt had repeated it."""
 
 
 class PrefixCache:
@@ -42,10 +36,7 @@ class PrefixCache:
         self._users = [0] * (first + num_blocks)  # prompts that use a block
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # stored, without users; the least recently used first
-        self._protected: OrderedDict[int, None] = OrderedDict()  # the same, of what prompts have repeated
-        self._repeated: set[int] = set()  # blocks that a prompt has begun with since they were stored
-        self._most_protected = int(num_blocks * PROTECTED_SHARE)
+        self._kept = KeptBlocks(first + num_blocks, num_blocks)  # stored, without users
         self._stored: dict[bytes, None] = {}  # since the last update, in order; `_removed` likewise
         self._removed: dict[bytes, None] = {}
 
@@ -61,12 +52,17 @@ class PrefixCache:
 
     @property
     def _num_available(self) -> int:
-        return self._free.num_free + len(self._unused) + len(self._protected)
+        return self._free.num_free + len(self._kept)
 
     @property
     def num_stored(self) -> int:
         """Blocks that can be found by their content."""
         return len(self._hash_of)
+
+    @property
+    def held_by_owners(self) -> Mapping[str, int]:
+        """Blocks that were taken for each owner, in use or kept."""
+        return self._kept.held
 
     @property
     def used_blocks(self) -> frozenset[int]:
@@ -99,12 +95,13 @@ class PrefixCache:
         found = self.find(hashes)
         return count - len(found) <= self.num_free - sum(map(self.share_cost, found))
 
-    def allocate(self, hashes: Sequence[bytes], count: int) -> tuple[list[int], int]:
+    def allocate(self, hashes: Sequence[bytes], count: int, owner: str = "") -> tuple[list[int], int]:
         """Take the blocks of a prompt: those that hold its beginning, and others for the rest.
 
         Args:
             hashes: of its leading blocks, as far as they may be taken from the cache.
             count: all blocks that it needs, at least as many as hashes.
+            owner: whose it is.
 
         Returns:
             The blocks in order, and how many of them hold the prompt's content already.
@@ -116,12 +113,16 @@ class PrefixCache:
             raise ValueError(f"{count} blocks asked for, {self.num_free} are free")
         found = self.find(hashes)
         self.share(found)
-        self._repeated.update(found)
-        return found + self.take(count - len(found)), len(found)
+        self.repeat(found, owner)
+        return found + self.take(count - len(found), owner), len(found)
+
+    def repeat(self, blocks: Sequence[int], owner: str) -> None:
+        """A prompt of this owner begins with blocks that were found: they are kept longer than what nobody repeats."""
+        self._kept.repeat(blocks, owner)
 
     def share_cost(self, block: int) -> int:
         """How many free blocks it takes to share this one, which was found: 1 if nobody uses it, else 0."""
-        return int(block in self._unused or block in self._protected)
+        return int(not self._users[block])
 
     def find_each(self, hashes: Sequence[bytes]) -> list[int | None]:
         """For each of these hashes the block that has it, if one is here."""
@@ -130,24 +131,28 @@ class PrefixCache:
     def share(self, blocks: Sequence[int]) -> None:
         """Use blocks that were found, beside those who use them already."""
         for block in blocks:
-            self._unused.pop(block, None)
-            self._protected.pop(block, None)
+            if not self._users[block]:
+                self._kept.use(block)
             self._users[block] += 1
 
-    def take(self, count: int) -> list[int]:
-        """Use so many other blocks, which hold nothing that can be found.
+    def take(self, count: int, owner: str = "") -> list[int]:
+        """Use so many other blocks, which hold nothing that can be found, and are this owner's until they are free.
 
         Raises:
             ValueError: there are not enough.
         """
         if count > self._num_available:
             raise ValueError(f"{count} blocks asked for, {self._num_available} are free")
-        if evicted := [self._evict() for _ in range(count - self._free.num_free)]:
-            self._free.free(evicted)
+        account = self._kept.charge(count, owner)
+        if evicted := self._kept.evict(count - self._free.num_free):
+            for block in evicted:
+                self._remove(block)
+            self._set_free(evicted)
         blocks: list[int] = []
         for run in self._free.allocate_runs(count):
             self._users[run.start : run.stop] = [1] * len(run)
             blocks.extend(run)
+        self._kept.take(blocks, account)
         return blocks
 
     def store(self, block: int, content: bytes) -> None:
@@ -179,15 +184,13 @@ class PrefixCache:
                 self._users[block] -= 1
                 if self._users[block]:
                     continue
-                if block in self._repeated:
-                    self._protected[block] = None
-                elif block in self._hash_of:
-                    self._unused[block] = None
+                if block in self._hash_of:
+                    self._kept.keep(block)
                 else:
                     free.append(block)
         finally:
-            self._free.free(free)
-            self._bound_protected()
+            self._set_free(free)
+            self._kept.bound()
 
     def forget(self, blocks: Sequence[int]) -> None:
         """What is in these blocks, all in use, is not to be found any more; who uses them goes on."""
@@ -202,10 +205,9 @@ class PrefixCache:
             if block is None:
                 continue
             self._remove(block)
-            if block in self._unused or block in self._protected:
-                self._unused.pop(block, None)
-                self._protected.pop(block, None)
-                self._free.free((block,))
+            if not self._users[block]:
+                self._kept.use(block)
+                self._set_free((block,))
 
     def take_update(self) -> CacheUpdate | None:
         """What can be found now and could not at the last update, and the other way round; None: nothing."""
@@ -219,19 +221,12 @@ class PrefixCache:
             del self._removed[content]
         return CacheUpdate(stored, removed)
 
-    def _evict(self) -> int:
-        block, _ = (self._unused or self._protected).popitem(last=False)
-        self._remove(block)
-        return block
-
-    def _bound_protected(self) -> None:
-        while len(self._protected) > self._most_protected:
-            block, _ = self._protected.popitem(last=False)
-            self._repeated.discard(block)
-            self._unused[block] = None
+    def _set_free(self, blocks: Sequence[int]) -> None:
+        self._free.free(blocks)
+        self._kept.give_back(blocks)
 
     def _remove(self, block: int) -> None:
-        self._repeated.discard(block)
+        self._kept.forget(block)
         content = self._hash_of.pop(block)
         del self._block_of[content]
         if content in self._stored:

@@ -18,11 +18,13 @@ class BlockTable:
         blocks: one for each place; `NULL_BLOCK` before `start`. Grows in place.
         start: the first place whose block the sequence holds.
         promised: the most blocks that it was promised to hold at once; 0: it grows as long as there are free ones.
+        owner: whose the blocks are that it takes.
     """
 
     blocks: list[int] = field(default_factory=list)
     start: int = 0
     promised: int = 0
+    owner: str = ""
 
     @property
     def held(self) -> list[int]:

@@ -60,9 +60,9 @@ class WindowPool(PrefixCache):
 
         self._count(blocks, work)
 
-    def take(self, count: int, *, promised: bool = False) -> list[int]:
+    def take(self, count: int, owner: str = "", *, promised: bool = False) -> list[int]:
         """See `PrefixCache.take`."""
-        own = super().take(count)
+        own = super().take(count, owner)
         if promised:
             self._promise_users(own)
             self._covered += len(own)

@@ -160,7 +160,8 @@ class DecodeBatch:
             if copies is None:
                 raise RuntimeError(f"{sequence.request.log_name} was preempted without a copy of its cache")
             num_tokens = sequence.num_tokens
-            sequence.tables, found = self._cache.admit(sequence.hashes, num_tokens - 1, num_tokens)
+            owner = sequence.request.cache_owner
+            sequence.tables, found = self._cache.admit(sequence.hashes, num_tokens - 1, num_tokens, owner)
             for group, (table, data, here) in enumerate(zip(sequence.tables.groups, copies, found, strict=True)):
                 if here < data.shape[1]:
                     self._store.write_blocks(table.held[here : data.shape[1]], data[:, here:], group)

@@ -242,4 +242,5 @@ def _progress_of(sequence: Sequence) -> PromptProgress:
         sequence.hashes,
         num_samples=sequence.num_samples,
         all_computed=request.sampling.prompt_logprobs is not None,
+        owner=request.cache_owner,
     )

@@ -28,6 +28,7 @@ class PromptProgress:
         num_computed_tokens: tokens that are in the cache, or will be when the steps in flight have landed.
         num_cached_tokens: of the computed ones, those that were in the cache when it was admitted.
         num_chunks: steps that it took so far.
+        owner: whose the blocks are that it takes.
     """
 
     attempt_id: str
@@ -39,6 +40,7 @@ class PromptProgress:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_chunks: int = 0
+    owner: str = ""
 
     @property
     def done(self) -> bool:
@@ -150,7 +152,7 @@ class PrefillScheduler:
 
     def admit(self, prompt: PromptProgress) -> None:
         """Take the blocks of a prompt that `fits` and is not queued here (any more); it is under way from now on."""
-        prompt.tables, num_cached = self._cache.admit_prompt(self._reusable(prompt), prompt.num_tokens)
+        prompt.tables, num_cached = self._cache.admit_prompt(self._reusable(prompt), prompt.num_tokens, prompt.owner)
         prompt.num_computed_tokens = prompt.num_cached_tokens = num_cached
         self._running.append(prompt)
 

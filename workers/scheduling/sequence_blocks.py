@@ -37,7 +37,8 @@ class SequenceBlocks:
     def take(self, sequence: Sequence) -> None:
         """Take the blocks of its prompt that decode sees: as many of the first as are here, and others for the rest."""
         num_tokens = len(sequence.request.prompt_token_ids)
-        sequence.tables, sequence.num_cached_blocks = self._cache.admit(sequence.hashes, num_tokens, num_tokens)
+        owner = sequence.request.cache_owner
+        sequence.tables, sequence.num_cached_blocks = self._cache.admit(sequence.hashes, num_tokens, num_tokens, owner)
 
     def received(self, sequence: Sequence) -> None:
         """The blocks that its prompt lacked have arrived, whole."""

@@ -26,13 +26,20 @@ def prompt_from_proto(request: baton_pb2.GenerateRequest | baton_pb2.TokenizeReq
     if form == "chat":
         return Conversation(
             messages_from_proto(request.chat.messages),
-            _whole(json_format.MessageToDict(request.chat.chat_template_kwargs)),
+            _variables(request.chat),
             tool_use=tool_use_from_proto(request.chat),
         )
     if form == "token_ids" and isinstance(request, baton_pb2.GenerateRequest):
         return as_token_ids(request.token_ids.ids)
     forms = [field.name for field in request.DESCRIPTOR.oneofs_by_name["input"].fields]
     raise InvalidRequestError(f"the request has no prompt: set one of {', '.join(forms)}")
+
+
+def _variables(chat: baton_pb2.ChatMessages) -> Any:
+    try:
+        return _whole(json_format.MessageToDict(chat.chat_template_kwargs))
+    except (ValueError, RecursionError) as error:  # numbers that are not finite
+        raise InvalidRequestError(f"chat_template_kwargs is no JSON object: {error}") from error
 
 
 def add_special_tokens_from_proto(request: baton_pb2.GenerateRequest | baton_pb2.TokenizeRequest) -> bool | None:

@@ -18,12 +18,14 @@ from cluster.server.connections import IDLE_S, connections_of, raise_file_limit
 from cluster.server.credentials import credentials_of
 from cluster.server.grpc.access import BearerTokenInterceptor
 from cluster.server.grpc.closing import LastCalls
+from cluster.server.grpc.connections import GrpcConnections
 from cluster.server.grpc.errors import status_of
 from cluster.server.grpc.health import HealthBoard, watches_of
 from cluster.server.grpc.listen import listen
 from cluster.server.grpc.reflection import enable_reflection
 from cluster.server.grpc.service import SERVICE, BatonService, Terms, method_handlers
 from cluster.server.grpc.wakeups import gathered_wakeups
+from cluster.server.held_bytes import HeldBytes
 from cluster.server.pacing import Pacer
 from cluster.server.unread import UnreadStreams
 from cluster.version import commit, version
@@ -74,13 +76,14 @@ class Server:
         self._service = _Service()
         self._pacer = pacer or Pacer()
         self._looking: list[asyncio.Task[None]] = []
+        self._connections = GrpcConnections(*connections_of(raise_file_limit()))
         credentials = credentials_of(config)
         self._last_calls = LastCalls()
         guards = [] if credentials is None else [BearerTokenInterceptor(credentials)]
         with gathered_wakeups(asyncio.get_running_loop()):
             self._grpc = grpc.aio.server(
                 interceptors=[self._last_calls, *guards],
-                options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_of(raise_file_limit()).most)),
+                options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", self._connections.most)),
                 maximum_concurrent_rpcs=config.max_concurrent_rpcs,
             )
 
@@ -97,7 +100,8 @@ class Server:
         self.address, self.port = listen(self._grpc, self._config)
         await self.starting("it has just begun")
         await self._grpc.start()
-        self._looking = [asyncio.create_task(self._pacer.run()), asyncio.create_task(self._unread.run())]
+        looking = (self._pacer.run(), self._unread.run(), self._connections.run(self.port))
+        self._looking = [asyncio.create_task(each) for each in looking]
 
     async def starting(self, step: str) -> None:
         """Tell who asks what the start is at; once it serves, that is no matter."""
@@ -109,7 +113,8 @@ class Server:
     async def serve(self, generation: Generation, engine: Engine, model_info: ModelInfo, found: Health = WELL) -> None:
         """Answer the service's calls from now on; `found` is how the service is, until the next `report`."""
         service = BatonService(generation, engine, model_info, self._pacer, self.info)
-        terms = Terms(self._config.default_timeout_s, self._config.max_timeout_s, self._gate, self._unread)
+        times = self._config.default_timeout_s, self._config.max_timeout_s
+        terms = Terms(*times, self._gate, self._unread, self._connections, HeldBytes())
         self._service.handlers = method_handlers(service, terms)
         await self._health.report(found)
 

@@ -21,10 +21,12 @@ from cluster.generation.whole_answer import held_bytes
 from cluster.request_id import check_name
 from cluster.server.call_gate import CallGate
 from cluster.server.grpc.access import host_of
+from cluster.server.grpc.connections import GrpcConnections
 from cluster.server.grpc.errors import status_of, trailing_metadata_of
 from cluster.server.grpc.prompts import add_special_tokens_from_proto, prompt_from_proto
 from cluster.server.grpc.responses import ResponseWriter
 from cluster.server.grpc.stream_writer import StreamWriter
+from cluster.server.held_bytes import HeldBytes
 from cluster.server.pacing import Pacer
 from cluster.server.unread import UnreadStreams, Writing
 from cluster.wire import convert
@@ -43,7 +45,7 @@ _ON_THE_WIRE = set(baton_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) - {"requ
 _OPTIONS = tuple(field.name for field in fields(RequestOptions) if field.name in _ON_THE_WIRE)
 """What a request says on the wire as it does inside; strings have at most `request_id.MAX_NAME_BYTES`."""
 ServerInfoSource = Callable[[], ServerInfo]
-_Govern = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager["_Governed"]]
+_Govern = Callable[[grpc.aio.ServicerContext, bytes], AbstractAsyncContextManager["_Governed"]]
 _ParseRequest = Callable[[bytes], Awaitable[Any]]
 _T = TypeVar("_T")
 
@@ -151,12 +153,16 @@ class Terms:
         max_timeout_s: of calls that bring a later one.
         gate: what they pass.
         unread: ends streams that nobody reads.
+        connections: that calls come over.
+        held: what all requests hold.
     """
 
     default_timeout_s: float
     max_timeout_s: float
     gate: CallGate
     unread: UnreadStreams
+    connections: GrpcConnections
+    held: HeldBytes
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ def _unary_handler(
     parse: _ParseRequest, method: Callable[[Any, float], Awaitable[Any]], govern: _Govern
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
-        async with govern(context) as call:
+        async with govern(context, raw) as call:
             return await method(await parse(raw), call.timeout_s)
 
     return grpc.unary_unary_rpc_method_handler(handle, response_serializer=_serialize)
@@ -205,7 +211,7 @@ def _stream_handler(
     pacer: Pacer,
 ) -> grpc.RpcMethodHandler:
     async def handle(raw: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with govern(context) as call:
+        async with govern(context, raw) as call:
             with closing(StreamWriter(context, call.writing, pacer)) as out:
                 await method(await parse(raw), call.timeout_s, out)
 
@@ -213,22 +219,28 @@ def _stream_handler(
 
 
 @asynccontextmanager
-async def _governed(context: grpc.aio.ServicerContext, *, method: str, terms: Terms) -> AsyncIterator[_Governed]:
+async def _governed(
+    context: grpc.aio.ServicerContext, raw: bytes, *, method: str, terms: Terms
+) -> AsyncIterator[_Governed]:
     """Run a call's body under its deadline, and answer its errors by the table.
 
     gRPC cancels the task of a call whose client is gone or whose own deadline has passed; that goes through untouched.
     """
     trace_context.accept(context.invocation_metadata() or ())
-    caller.accept(replace(caller.current_caller(), host=host_of(context.peer())))
+    host = host_of(context.peer())
+    caller.accept(replace(caller.current_caller(), host=host))
     remaining = context.time_remaining()
     timeout_s = terms.default_timeout_s if remaining is None or remaining > _NO_DEADLINE_S else remaining
     timeout_s = min(timeout_s, terms.max_timeout_s)
     try:
         async with asyncio.timeout(timeout_s) as deadline:
             with (
+                terms.connections.call(context.peer()),
+                terms.held.request(host) as request,
                 terms.gate.passage(deadline) if method in _NEW_WORK else nullcontext(),
                 terms.unread.stream(deadline) as writing,
             ):
+                request.add(len(raw))
                 yield _Governed(timeout_s, writing)
     except TimeoutError as error:
         late = deadline.expired()

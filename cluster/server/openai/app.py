@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from cluster.config.schema import HttpConfig
 from cluster.server.credentials import Credentials
+from cluster.server.held_bytes import HeldBytes
 from cluster.server.openai.access import BearerTokenMiddleware
 from cluster.server.openai.body_limit import BodyLimitMiddleware
 from cluster.server.openai.callers import CallerMiddleware
@@ -35,7 +36,7 @@ def build_app(config: HttpConfig, door: Door, credentials: Credentials | None = 
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
     # The one that is added last is the first that a request meets.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=int(config.max_body_mb * 1e6))
+    app.add_middleware(BodyLimitMiddleware, max_bytes=int(config.max_body_mb * 1e6), held=HeldBytes())
     if credentials is not None:
         app.add_middleware(BearerTokenMiddleware, credentials=credentials)
     app.add_middleware(CallerMiddleware)

@@ -5,22 +5,26 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.server.held_bytes import HeldBytes, HeldRequest
 from cluster.server.openai.errors import Answer, Kind
 
 _TOO_LARGE = Kind(413, "invalid_request_error", "request_too_large")
 
 
 class BodyLimitMiddleware:
-    """Refuses larger bodies with 413: by what their header says, else when so much has come.
+    """Refuses larger bodies with 413, by what their header says, else when so much has come; and where all requests
+    hold too much, with 429.
 
     Args:
         app: what is behind it.
         max_bytes: of a body.
+        held: what all requests hold.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, held: HeldBytes) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Go on with a bounded body, or refuse."""
@@ -33,14 +37,22 @@ class BodyLimitMiddleware:
             # What still comes is dropped and not answered by closing, which would take the answer from the client.
             await Answer(_TOO_LARGE, message).response()(scope, receive, send)
             return
-        taken = 0
+        with self._held.request((scope.get("client") or ("",))[0]) as request:
+            await self._app(scope, self._bounded(receive, request), send)
+
+    def _bounded(self, receive: Receive, request: HeldRequest) -> Receive:
+        whole = False
 
         async def bounded() -> Message:
-            nonlocal taken
-            part = await receive()
-            taken += len(part.get("body", b""))
-            if taken > self._max_bytes:
-                raise HTTPException(413, message)
+            nonlocal whole
+            if whole:  # only the client's leaving is still to come
+                return await receive()
+            async with request.coming():
+                part = await receive()
+            whole = not part.get("more_body", False)
+            request.add(len(part.get("body", b"")))
+            if request.size > self._max_bytes:
+                raise HTTPException(413, f"the body has more than the {self._max_bytes} bytes that are allowed")
             return part
 
-        await self._app(scope, bounded, send)
+        return bounded

@@ -13,6 +13,7 @@ from cluster.generation.text_generation import Generation
 from cluster.server.address import join, reachable
 from cluster.server.connections import connections_of, raise_file_limit
 from cluster.server.credentials import http_credentials_of
+from cluster.server.host_connections import HostConnections
 from cluster.server.http_protocol import bounded_http
 from cluster.server.openai.app import build_app
 from cluster.server.openai.door import Door, Served
@@ -38,7 +39,7 @@ class HttpServer:
         self.url, self.port = "", 0
         self._config = config.http
         self._door = Door(min(config.default_timeout_s, config.max_timeout_s))
-        self._connections = connections_of(raise_file_limit())
+        self._connections = HostConnections(*connections_of(raise_file_limit()))
         self._app = build_app(config.http, self._door, http_credentials_of(config))
         self._uvicorn: UvicornServer | None = None
         self._tasks: list[asyncio.Task[None]] = []

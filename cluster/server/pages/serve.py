@@ -13,6 +13,7 @@ from cluster.config.schema import MetricsConfig
 from cluster.live.answer import Responder
 from cluster.server.address import bind, is_loopback, join, reachable
 from cluster.server.connections import connections_of, raise_file_limit
+from cluster.server.host_connections import HostConnections
 from cluster.server.http_protocol import bounded_http
 from cluster.server.pages.asgi import LOOPBACK_NAMES, application
 from cluster.server.uvicorn_server import UvicornServer
@@ -38,7 +39,7 @@ async def serve_pages(config: MetricsConfig, grpc_port: int, answers: Responder)
     hosts = LOOPBACK_NAMES if is_loopback(config.host) else None
     settings = uvicorn.Config(
         application(answers, hosts),
-        http=bounded_http(connections_of(raise_file_limit())),
+        http=bounded_http(HostConnections(*connections_of(raise_file_limit()))),
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -39,3 +41,16 @@ async def test_a_model_without_a_tokenizer_takes_none(tmp_path) -> None:
     with pytest.raises(InvalidRequestError, match=r"takes no structured_output: .*tokenizer.json"):
         await check.check(StructuredOutput.json_object())
     await check.aclose()
+
+
+async def test_forms_are_remembered_and_not_kept(check: GrammarCheck) -> None:
+    """A thousand of 256 KiB would be as much memory as nobody has for them."""
+    form = StructuredOutput.choice(["a" * 1000])
+    await check.check(form)
+    kept = weakref.ref(form)
+    del form
+    gc.collect()
+    assert kept() is None
+    with pytest.raises(InvalidRequestError):
+        await check.check(StructuredOutput.regex("("))
+    await check.check(StructuredOutput.choice(["("]))

@@ -191,7 +191,8 @@ async def test_what_a_door_is_asked_reaches_the_engine(byte_tokenizer: Tokenizer
     engine, model = scripted(answer("a"))
     said = {"priority": -3, "user": "ann", "cache_salt": b"tenant", "traceparent": f"00-{1:032x}-{1:016x}-01"}
     said["tracestate"] = "vendor=value"
-    assert said.keys() == {f.name for f in fields(RequestOptions)} - {"request_id", "sampling", "timeout_s"}
+    own = {"request_id", "sampling", "timeout_s", "cache_owner"}
+    assert said.keys() == {f.name for f in fields(RequestOptions)} - own
     asked = GenerationRequest(request_id="one\ntwo", prompt="hi", sampling=SamplingParams(), timeout_s=5.0, **said)
     [_ async for _ in Generation(engine, byte_tokenizer, model).generate(asked)]
     (request,) = engine.requests

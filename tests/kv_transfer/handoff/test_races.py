@@ -110,20 +110,51 @@ def test_a_second_reservation_is_closed_and_the_first_goes_on(ends):
     assert d.cache[:, (6, 7)].unique().tolist() == [0.0]
 
 
-def test_of_two_early_grants_the_first_counts_and_the_other_is_closed():
+def _met() -> tuple[End, End, End]:
     fabric = LocalFabric()
     p, d, e = (End(fabric, name) for name in "pde")
     p.meet(d, e)
-    first, other = (
-        d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))]),
-        e.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))]),
-    )
-    poll(d, p, rounds=1)
-    events = poll(e, p, e)
-    assert [type(event) for event in events] == [HandoffFailed, HandoffReleased]
-    assert events[0].key == other
+    return p, d, e
+
+
+@pytest.mark.parametrize("first", ["d", "e"])
+def test_of_two_early_grants_the_one_counts_that_the_request_is_with(first):
+    """Whichever came first; the other is closed."""
+    p, d, e = _met()
+    ends = [d, e] if first == "d" else [e, d]
+    keys = {end: end.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))]) for end in ends}
+    for end in ends:
+        poll(end, p, rounds=1)
     push_all(p, d)
-    assert HandoffReceived(first, 7) in poll(p, d)
+    events = poll(p, d, e)
+    assert HandoffReceived(keys[d], 7) in events
+    assert [type(event) for event in events if getattr(event, "key", None) == keys[e]] == [
+        HandoffFailed,
+        HandoffReleased,
+    ]
+
+
+def test_who_cancels_a_handoff_that_is_anothers_stops_nothing_before_it_begins():
+    p, d, e = _met()
+    key = d.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))])
+    poll(d, p, rounds=2)
+    e.connector.cancel(e.connector.expect(HANDOFF, p.id, [GroupBlocks(0, (4, 5))]))
+    poll(e, p)
+    push_all(p, d)
+    assert HandoffReceived(key, 7) in poll(p, d)
+
+
+@pytest.mark.parametrize("block", [NUM_BLOCKS, 2**32 - 1])
+def test_a_granted_block_that_is_not_there_is_not_written_to(ends, block):
+    """In memory it would be one of the next layer, and somebody else's."""
+    fabric, p, d = ends
+    p.cache.fill_(1.0)
+    push_all(p, d)
+    key = HandoffKey(HANDOFF, d.info.incarnation, 1)
+    fabric.send(d.id, p.id, encode(Grant(key, (GroupBlocks(0, (4, block)),))))
+    (aborted,) = poll(p, d)
+    assert f"block {block} of {d.id} was asked for, it has {NUM_BLOCKS}" in aborted.reason
+    assert not d.cache.any()
 
 
 def test_a_cancel_of_another_reservation_stops_nothing(ends):

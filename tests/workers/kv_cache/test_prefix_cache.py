@@ -188,15 +188,15 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.prompts: list[tuple[str, list[int], int]] = []  # text, blocks, how many are computed
         self.told: set[bytes] = set()
 
-    @rule(text=st.text("ab", max_size=14), more=st.integers(0, 2))
-    def admit(self, text: str, more: int) -> None:
+    @rule(text=st.text("ab", max_size=14), more=st.integers(0, 2), owner=st.sampled_from(("", "ann", "bob")))
+    def admit(self, text: str, more: int, owner: str) -> None:
         known, count = hashes(text), len(hashes(text)) + more
         if not self.cache.fits(known, count):
             with pytest.raises(ValueError, match="are free"):
                 self.cache.allocate(known, count)
             return
         in_use = {block for _, blocks, _ in self.prompts for block in blocks}
-        blocks, found = self.cache.allocate(known, count)
+        blocks, found = self.cache.allocate(known, count, owner)
         assert len(set(blocks)) == count
         for place in range(found):
             assert self.memory[blocks[place]] == text[: (place + 1) * BLOCK_SIZE], "wrong content"
@@ -239,6 +239,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             in_use = {block for _, blocks, _ in self.prompts for block in blocks}
             assert self.cache.num_free == self.cache.num_blocks - len(in_use)
             assert self.cache.fits((), self.cache.num_free)
+            kept = {block for block in self.cache.stored_blocks.values() if block not in in_use}
+            assert sum(self.cache.held_by_owners.values()) == len(in_use) + len(kept)
+            assert all(self.cache.held_by_owners.values())
 
 
 TestPrefixCacheMachine = PrefixCacheMachine.TestCase

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.request_id import clean_request_id
 from cluster.server.openai.errors import UnsupportedFieldError
 from cluster.server.openai.requests.model import RequestModel
+from workers.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ IGNORED = frozenset(
 """Fields that change nothing of an answer here."""
 _warned: set[str] = set()
 _MOST_WARNINGS = 1000
+MAX_EXTRA_FIELDS = 256
 
 
 def check_fields(body: RequestModel) -> None:
@@ -80,8 +82,14 @@ def check_fields(body: RequestModel) -> None:
 
     Raises:
         UnsupportedFieldError: a field, or a value of one, is not supported.
+        InvalidRequestError: there are too many that nobody knows.
     """
-    for name, value in (body.model_extra or {}).items():
+    extra = body.model_extra or {}
+    if len(extra) > MAX_EXTRA_FIELDS:
+        raise InvalidRequestError(
+            f"the request has {len(extra)} fields that are not known, at most {MAX_EXTRA_FIELDS} are ignored"
+        )
+    for name, value in extra.items():
         if name in UNSUPPORTED:
             if _asks(value) and value not in _ONE_OF_NOTHING.get(name, ()):
                 raise UnsupportedFieldError(name, f"{name} is not supported by this server")

@@ -28,10 +28,14 @@ async def tokenize(body: TokenizeChatRequest | TokenizeRequest, request: Request
     check_fields(body)
     prompt = body.prompt if isinstance(body, TokenizeRequest) else await off_loop(request, body.conversation)
 
+    generation = served.generation
+
     async def work(timeout_s: float) -> dict[str, Any]:
-        token_ids = await served.generation.tokenize(prompt, body.model or "", body.add_special_tokens)
+        token_ids = await generation.tokenize(prompt, body.model or "", body.add_special_tokens)
         tokens = token_ids.tolist()
-        names = [served.generation.token_name(token) for token in tokens] if body.return_token_strs else None
+        names = None
+        if body.return_token_strs:
+            names = await generation.intake.call(8 * len(tokens), lambda: [*map(generation.token_name, tokens)])
         answer = {"count": len(tokens), "max_model_len": served.model_info.max_model_len, "tokens": tokens}
         return {**answer, "token_strs": names}
 

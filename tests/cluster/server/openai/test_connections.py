@@ -11,12 +11,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
+from cluster.errors import QueueFullError
 from cluster.server import http_protocol, unread
 from cluster.server.connections import connections_of, raise_file_limit
 from cluster.server.grpc.health import watches_of
+from cluster.server.host_connections import HostConnections, fair_level
 from cluster.server.host_counts import HostCounts
 from cluster.server.openai import bounded_route
 from cluster.server.unread import UnreadStreams
+from protos import baton_pb2, baton_pb2_grpc
 
 PATIENCE_S = 30.0
 
@@ -28,9 +31,9 @@ def test_no_host_has_all() -> None:
     counts.give_back("a")
     assert counts.take("c")
     assert len(counts) == 3
-    doors = connections_of(raise_file_limit())
-    assert 2 * doors.most < raise_file_limit()
-    assert doors.most_of_one <= doors.most // 2
+    most, most_of_one = connections_of(raise_file_limit())
+    assert 2 * most < raise_file_limit()
+    assert most_of_one <= most // 2
 
 
 async def test_watches_leave_room_for_calls(serve: Callable, answer: Callable) -> None:
@@ -86,18 +89,104 @@ async def test_http_connections_that_ask_nothing_are_closed(serve_http, monkeypa
     bodiless_writer.close()
 
 
+async def asked(port: int, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
+    """A connection over which the service was asked whether it lives, and what it said."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+    async with asyncio.timeout(PATIENCE_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        return reader, writer, head + await reader.readexactly(length)
+
+
 async def test_one_host_has_a_part_of_the_http_connections(serve_http, monkeypatch) -> None:
-    monkeypatch.setattr("cluster.server.openai.serve.connections_of", lambda files: HostCounts(4, 2))
+    monkeypatch.setattr("cluster.server.openai.serve.connections_of", lambda files: (4, 2))
     served = await serve_http()
-    kept = [await asyncio.open_connection("127.0.0.1", served.server.port) for _ in range(2)]
-    refused, _ = await asyncio.open_connection("127.0.0.1", served.server.port)
-    assert await until_closed(refused) == b""
+    port = served.server.port
+    kept = [await asked(port) for _ in range(2)]
+    _, _, refused = await asked(port)
+    assert refused.startswith(b"HTTP/1.1 429")
+    assert b"127.0.0.1 has 2 connections, at most 2 of one host" in refused
     kept[0][1].close()
     await asyncio.sleep(0.05)
-    reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
-    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-    assert (await until_closed(reader)).startswith(b"HTTP/1.1 200")
-    kept[1][1].close()
+    again = await asked(port)
+    assert again[2].startswith(b"HTTP/1.1 200")
+    for _, writer, _ in (kept[1], again):
+        writer.close()
+
+
+async def test_where_all_http_connections_are_taken_each_host_has_its_share(serve_http, monkeypatch) -> None:
+    monkeypatch.setattr("cluster.server.openai.serve.connections_of", lambda files: (6, 3))
+    served = await serve_http()
+    port = served.server.port
+    crowd = [await asked(port, source) for source in ("127.0.0.2", "127.0.0.3") for _ in range(3)]
+    mine = [await asked(port, "127.0.0.4") for _ in range(2)]
+    assert all(answer.startswith(b"HTTP/1.1 200") for _, _, answer in mine)
+    async with asyncio.timeout(PATIENCE_S):
+        while sum(reader.at_eof() for reader, _, _ in crowd) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    _, _, refused = await asked(port, "127.0.0.4")
+    assert refused.startswith(b"HTTP/1.1 429"), "now each has two"
+    assert b"6 connections are open, at most 6 are; 127.0.0.4 has 2" in refused
+    for _, writer, _ in (*crowd, *mine):
+        writer.close()
+
+
+class Held:
+    """A connection that is held."""
+
+    def __init__(self, idle: bool = True) -> None:
+        self.idle = idle
+        self.ended = False
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_connection_on_which_something_is_answered_is_not_taken_away() -> None:
+    connections = HostConnections(4, 4)
+    busy, idle = [Held(idle=False) for _ in range(3)], Held()
+    for each in (*busy, idle):
+        connections.add("crowd", each)
+    connections.add("me", Held())
+    assert idle.ended
+    assert not any(each.ended for each in busy)
+    with pytest.raises(QueueFullError, match="4 connections are open, at most 4 are; you has 0"):
+        connections.add("you", Held())
+
+
+def test_levels_are_fair() -> None:
+    assert fair_level({"a": 9, "b": 3, "c": 1}, 10) == 6
+    assert fair_level({"a": 9, "b": 9, "c": 1}, 10) == 4
+    assert fair_level({"a": 3, "b": 3}, 10) == 3
+    assert fair_level({"a": 9, "b": 9, "c": 9}, 2) == 1
+
+
+async def test_grpc_connections_are_shared_fairly(serve: Callable, answer: Callable, monkeypatch) -> None:
+    """One that has a call is told why it gets no other one."""
+    monkeypatch.setattr("cluster.server.grpc.serve.connections_of", lambda files: (16, 3))
+    monkeypatch.setattr("cluster.server.grpc.connections.LOOK_S", 0.02)
+    served = await serve([answer("ab")[0], asyncio.Event()])
+    async with contextlib.AsyncExitStack() as stack:
+        clients = []
+        for number in range(5):  # unlike options, so that each has a connection of its own
+            channel = grpc.aio.insecure_channel(served.server.address, options=(("test.number", number),))
+            await stack.enter_async_context(channel)
+            stub = baton_pb2_grpc.BatonStub(channel)
+            call = stub.Generate(baton_pb2.GenerateRequest(text="x"))
+            await call.read()
+            clients.append((stub, call))
+        idle = [await asyncio.open_connection("127.0.0.1", served.server.port) for _ in range(4)]
+        for reader, writer in idle:
+            await until_closed(reader)
+            writer.close()
+        asked = [stub.GetServerInfo(baton_pb2.GetServerInfoRequest()) for stub, _ in clients]
+        statuses = [await each.code() for each in asked]
+        assert sorted(map(str, statuses)) == ["StatusCode.OK"] * 3 + ["StatusCode.RESOURCE_EXHAUSTED"] * 2
+        refused = [await each.details() for each, status in zip(asked, statuses, strict=True) if status.value[0]]
+        assert all("connections, at most 3 of one host are taken now" in text for text in refused)
+        for _, call in clients:
+            call.cancel()
 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_defect(serve_http, caplog) -> None:

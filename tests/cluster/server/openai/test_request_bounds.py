@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import grpc
 import httpx2
+import openai
 import pytest
 
 from cluster.conversation.messages import MAX_MESSAGES
@@ -129,3 +131,43 @@ def test_logits_from_which_no_token_can_be_chosen_are_no_defect_of_the_server(ca
     assert status_of(error) == (grpc.StatusCode.FAILED_PRECONDITION, str(error))
     assert openai_errors.answer_of(error).kind.status == 422
     assert not caplog.records
+
+
+async def test_fields_that_nobody_knows_are_ignored_up_to_a_number(serve_http, answer) -> None:
+    served = await serve_http(answer("a"))
+    async with served.client() as client:
+        few, many = ({f"nobody_knows_{i}": i for i in range(count)} for count in (256, 257))
+        await client.completions.create(model="tiny", prompt="x", extra_body=few)
+        with pytest.raises(openai.BadRequestError, match="257 fields that are not known, at most 256 are ignored"):
+            await client.completions.create(model="tiny", prompt="x", extra_body=many)
+
+
+async def test_the_head_of_a_request_and_the_chunks_of_a_body_are_bounded(serve_http, answer) -> None:
+    served = await serve_http(answer("a"))
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    body = b'{"prompt": "x", "max_tokens": 1}'.ljust(5000)
+    crumbs = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    pieces = b"".join(b"%x\r\n%s\r\n" % (500, body[at : at + 500]) for at in range(0, 5000, 500)) + b"0\r\n\r\n"
+    chunked = head + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    for sent, status, text in (
+        (head + b"".join(b"x-%d: y\r\n" % number for number in range(8000)), b"400", b"more than 65536 bytes"),
+        (chunked + crumbs, b"400", b"more than 4096 chunks of few bytes"),
+        (chunked + pieces, b"200", b"text_completion"),
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
+        writer.write(sent)
+        async with asyncio.timeout(30):
+            got = await reader.read()
+        assert got.startswith(b"HTTP/1.1 " + status), got
+        assert text in got
+        writer.close()
+
+
+async def test_numbers_for_a_template_are_finite(serve) -> None:
+    served = await serve()
+    chat = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": float("nan")}}
+    async with grpc.aio.insecure_channel(served.server.address) as channel:
+        call = channel.unary_unary("/baton.v1.Baton/GenerateOnce")
+        with pytest.raises(grpc.aio.AioRpcError, match=r"chat_template_kwargs is no JSON object: .*NaN") as refused:
+            await call(baton_pb2.GenerateRequest(chat=chat).SerializeToString())
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

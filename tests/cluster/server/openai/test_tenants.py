@@ -48,6 +48,8 @@ async def test_over_grpc(serve: Callable, answer: Callable, tokens: str) -> None
     assert [caller.client for caller in callers][:3] == ["tenant acme", "tenant beta", "tenant acme"]
     assert callers[0].share == 2.0
     assert all("127.0.0.1" in caller.host for caller in callers)
+    owners = [request.cache_owner for request in served.engine.requests]
+    assert owners == [caller.client for caller in callers], "whose blocks they are in prefix caches"
     salts = [request.cache_salt for request in served.engine.requests]
     assert salts[0] == salts[2] != salts[1]
     assert salts[3] == salts[4] == b""
