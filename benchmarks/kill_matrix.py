@@ -5,8 +5,8 @@ over host memory. A handoff is held up at a moment (`benchmarks.faults.gate`), s
 each cell are told the answers from then until all is well again: right, wrong, failed by status; how long it took until
 the gateway noticed; the slowest right answer; and the blocks that are missing once nobody asks anything any more.
 
-Parts may be run one by one (`--target`, `--address`, `--cell`): each adds its cells to the result file, in place of those
-of the same name.
+Parts may be run one by one (`--target`, `--harm`, `--phase`, `--address`): each adds its cells to the result file, in
+place of those of the same name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ async def _run(wanted: Sequence[Cell], output: Path) -> int:
     failed = 0
     for target, address in dict.fromkeys((cell.target, cell.address) for cell in wanted):
         cells = [cell for cell in wanted if (cell.target, cell.address) == (target, address)]
-        results = await run_part([cell for cell in cells if not cell.not_run], print_line=lambda line: print(line, flush=True))
+        results = await run_part(
+            [cell for cell in cells if not cell.not_run], print_line=lambda line: print(line, flush=True)
+        )
         failed += sum(not is_well(result) for result in results)
         results += [{"cell": cell.name, "not_run": cell.not_run} for cell in cells if cell.not_run]
         _merge(output, results)

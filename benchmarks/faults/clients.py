@@ -106,7 +106,7 @@ class Tally:
 
 
 class Clients:
-    """So many of them, each on a connection of its own.
+    """So many of them, each with a channel of its own (of which gRPC makes one connection).
 
     Args:
         address: of the service; may be changed while they ask.

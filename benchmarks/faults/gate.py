@@ -1,8 +1,8 @@
 """Holds a worker up at a moment of a handoff, until whoever waits for that moment has done what it wanted there.
 
 A moment that lasts a millisecond cannot be hit from outside. So workers of a service that is to be hurt look at a gate
-when a handoff reaches it: a folder, in which a file with the moment's name stands for the wish that the next one to come
-there waits. Files are all that there is between the two, because either may be killed or frozen.
+when a handoff reaches it: a folder, in which a file with the moment's name stands for the wish that the next one to
+come there waits. Files are all that there is between the two, because either may be killed or frozen.
 """
 
 from __future__ import annotations

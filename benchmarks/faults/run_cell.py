@@ -119,9 +119,7 @@ async def run_cell(stage: Stage, cell: Cell, clients: Clients) -> dict[str, Any]
     }
 
 
-async def _freeze(
-    stage: Stage, cell: Cell, watch: _Watch, pids: list[int], since: float
-) -> tuple[float | None, int]:
+async def _freeze(stage: Stage, cell: Cell, watch: _Watch, pids: list[int], since: float) -> tuple[float | None, int]:
     """Until 40 s are over, or what is frozen was ended before; when that was, and how many went on at the end."""
     joined = False
     while (now := time.monotonic()) < since + FREEZE_S:

@@ -1,4 +1,4 @@
-"""A whole service in a process of its own, which answers what is asked about its inside: `python -m … FOLDER KEY=VALUE …`.
+"""A whole service in a process of its own, which answers what is asked about its inside; arguments: FOLDER KEY=VALUE …
 
 It is put together as `baton up` does it. In FOLDER it makes a Unix socket `asked`, on which a line with a question is
 answered by a line of JSON, and a file `address` once it serves. With the gate's folder in the environment its workers

@@ -1,5 +1,4 @@
-"""A service to be hurt: its workers, their processes, the node or gateway that they run under, and what takes a lost one's
-place."""
+"""A service to be hurt: its workers, their processes, the node or gateway that they run under, and what comes next."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ _SETTINGS: Mapping[str, object] = {
 
 @dataclass
 class Stage:
-    """A service with 2 × 2 workers (one of each with two ranks, for the sake of a follower) that clients can be sent to.
+    """A service of 2 × 2 workers that clients can be sent to; to hurt a follower, of one of each with two ranks.
 
     Attributes:
         target: who is to be hurt in it.
@@ -135,8 +134,7 @@ class Stage:
 @asynccontextmanager
 async def stage(target: str, address: str, folder: Path) -> AsyncIterator[Stage]:
     """Start a service that a target can be hurt in, whose successor gets the same or a new address; stop all of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gate").mkdir(exist_ok=True)
+    await asyncio.to_thread((folder / "gate").mkdir, parents=True, exist_ok=True)
     settings, environ = {**_SETTINGS, "logging.folder": str(folder / "logs")}, {"OMP_NUM_THREADS": "1"}
     if address == "same" and target in ("prefill", "decode", "both", "follower"):
         environ[PORTS] = json.dumps(_ports(target))
