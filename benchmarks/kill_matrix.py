@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
 from benchmarks.faults.cells import ADDRESSES, HARMS, PHASES, TARGETS, Cell, all_cells
-from benchmarks.faults.clients import Clients, questions
+from benchmarks.faults.clients import QUESTIONS, Clients, questions
 from benchmarks.faults.run_cell import run_cell
 from benchmarks.faults.stage import stage
 from benchmarks.markdown import read_result
@@ -64,7 +64,9 @@ async def _run(wanted: Sequence[Cell], output: Path) -> int:
     return int(failed > 0)
 
 
-async def run_part(cells: Sequence[Cell], print_line: Any = lambda line: None) -> list[dict[str, Any]]:
+async def run_part(
+    cells: Sequence[Cell], print_line: Any = lambda line: None, num_questions: int = QUESTIONS
+) -> list[dict[str, Any]]:
     """Run cells of one target and address, on one service."""
     if not cells:
         return []
@@ -73,7 +75,7 @@ async def run_part(cells: Sequence[Cell], print_line: Any = lambda line: None) -
     with tempfile.TemporaryDirectory(prefix="baton-kills-", ignore_cleanup_errors=True) as folder:
         async with stage(cells[0].target, cells[0].address, Path(folder)) as made:
             async with AsyncBatonClient(Connection(made.address)) as client:
-                asked = await questions(client)
+                asked = await questions(client, num_questions)
             clients = Clients(made.address, asked, CLIENTS)
             for cell in cells:
                 result = await run_cell(made, cell, clients)

@@ -1,4 +1,4 @@
-"""What storms leave behind: clients that leave all at once, bursts, overload, long use; and what the service then holds.
+"""What storms leave behind: clients that leave at once, bursts, overload, long use; and what the service holds then.
 
 The real service, its Ray actors and NIXL, with the recall model, whose right answers are known. Before and after each
 storm it is looked at while nobody asks anything: resident memory, descriptors and threads of every process, blocks that

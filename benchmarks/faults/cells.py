@@ -21,7 +21,8 @@ class Cell:
         target: a prefill worker, a decode worker, one of both (the pair of a handoff), the gateway, the second rank
             of a decode worker, or a node with a worker of each pool.
         harm: killed (SIGKILL), frozen for 40 s (SIGSTOP) or until it is ended before, or cut off: the TCP connections
-            are reset that a worker has to other workers, and all that a gateway or the processes of a node have.
+            are reset that a worker has to other workers (a follower to its lead, too), and all that a gateway or the
+            processes of a node have.
         phase: before the first block of a handoff is written, while some are written and others are not, or after it is
             complete.
         address: where its successor is reached, or itself after the connections: same or new.

@@ -132,10 +132,20 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(target: str, address: str, folder: Path) -> AsyncIterator[Stage]:
-    """Start a service that a target can be hurt in, whose successor gets the same or a new address; stop all of it."""
+async def stage(
+    target: str, address: str, folder: Path, more: Mapping[str, object] | None = None
+) -> AsyncIterator[Stage]:
+    """Start a service that a target can be hurt in, whose successor gets the same or a new address; stop all of it.
+
+    Args:
+        target: of a cell.
+        address: of a cell.
+        folder: for its files.
+        more: settings of its configuration.
+    """
     await asyncio.to_thread((folder / "gate").mkdir, parents=True, exist_ok=True)
-    settings, environ = {**_SETTINGS, "logging.folder": str(folder / "logs")}, {"OMP_NUM_THREADS": "1"}
+    settings = {**_SETTINGS, "logging.folder": str(folder / "logs"), **(more or {})}
+    environ = {"OMP_NUM_THREADS": "1"}
     if address == "same" and target in ("prefill", "decode", "both", "follower"):
         environ[PORTS] = json.dumps(_ports(target))
     if target == "follower":
