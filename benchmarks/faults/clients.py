@@ -144,15 +144,16 @@ class Clients:
                     index += self._number + 1
 
     async def _ask(self, client: AsyncBatonClient, question: Question) -> bool:
-        tally, began = self.tally, time.monotonic()
+        began = time.monotonic()
         try:
             text, tokens = await _answer(client, question)
         except BatonClientError as error:
+            tally = self.tally  # that of now: it may have been begun anew since the question
             tally.failed[error.status.name] += 1
             tally.errors.setdefault(error.status.name, str(error)[:300])
             tally.first_error_at = tally.first_error_at or time.monotonic()
             return False
-        now = time.monotonic()
+        now, tally = time.monotonic(), self.tally
         if not question.is_right(text, tokens):
             tally.wrong.append((question.text[-12:], question.answer, text))
             return True

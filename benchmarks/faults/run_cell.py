@@ -83,16 +83,15 @@ async def run_cell(stage: Stage, cell: Cell, clients: Clients) -> dict[str, Any]
             clients.address = stage.address
         elif cell.target == "node" and cell.harm == "killed":
             await stage.replace_node(cell)
-        if cell.target != "gateway":  # a connection that nobody needed is not missed: give it the time to be
+        if cell.target != "gateway" or cell.harm == "reset":  # what nobody needed is not missed: give it the time to be
             patience_s = 3.0 if cell.harm == "reset" else _PATIENCE_S
             await _until_or_not(lambda: _is_noticed(watch), patience_s)
         well = await _until_or_not(watch.look)
         recovered_s, right_by_then = time.monotonic() - since, tally.right
         await _until_or_not(lambda: _true(tally.right >= right_by_then + _UNDER_WAY))
     noticed_s, noticed_as = watch.noticed_s, watch.noticed_as
-    if cell.target == "gateway":
-        noticed_s = None if tally.first_error_at is None else tally.first_error_at - since
-        noticed_as = "an error to a client"
+    if cell.target == "gateway" and tally.first_error_at is not None:
+        noticed_s, noticed_as = tally.first_error_at - since, "an error to a client"
     missing, quarantined = await _blocks_missing(stage)
     after = await stage.service.ask("pids")
     new_ports = listening_ports(pid for name in after if name not in before for pid in after[name])
