@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.cells import all_cells
 from benchmarks.markdown import provenance, read_result, table
 
 Result = Mapping[str, Any]
@@ -28,7 +29,9 @@ def kill_matrix(results: Path) -> str:
     right, wrong, missing = (sum(cell[what] for cell in run) for what in ("right", "wrong", "blocks_missing"))
     totals = f"{len(run)} cells: {right} right answers, {wrong} wrong ones, {missing} blocks missing."
     parts = [totals, table(header, [_cell_row(cell) for cell in run], num_text_columns=4)]
-    if reasons := _not_run(cell for cell in cells if "not_run" in cell):
+    known = {cell["cell"] for cell in cells}
+    yet = [{"cell": cell.name, "not_run": "yet to be run"} for cell in all_cells() if cell.name not in known]
+    if reasons := _not_run([*(cell for cell in cells if "not_run" in cell), *yet]):
         parts.append(reasons)
     return "\n\n".join([*parts, _when(run)])
 

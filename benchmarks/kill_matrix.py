@@ -15,7 +15,8 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _run(wanted: Sequence[Cell], output: Path) -> int:
     failed = 0
-    for target, address in dict.fromkeys((cell.target, cell.address) for cell in wanted):
-        cells = [cell for cell in wanted if (cell.target, cell.address) == (target, address)]
-        results = await run_part(
-            [cell for cell in cells if not cell.not_run], print_line=lambda line: print(line, flush=True)
-        )
-        failed += sum(not is_well(result) for result in results)
-        results += [{"cell": cell.name, "not_run": cell.not_run} for cell in cells if cell.not_run]
-        _merge(output, results)
+    _merge(output, [{"cell": cell.name, "not_run": cell.not_run} for cell in wanted if cell.not_run])
+    for target, address in dict.fromkeys((cell.target, cell.address) for cell in wanted if not cell.not_run):
+        cells = [cell for cell in wanted if (cell.target, cell.address) == (target, address) and not cell.not_run]
+        async with aclosing(run_part(cells)) as results:
+            async for result in results:
+                print(_line(result), flush=True)
+                failed += not is_well(result)
+                _merge(output, [result])
     return int(failed > 0)
 
 
-async def run_part(
-    cells: Sequence[Cell], print_line: Any = lambda line: None, num_questions: int = QUESTIONS
-) -> list[dict[str, Any]]:
-    """Run cells of one target and address, on one service."""
-    if not cells:
-        return []
+async def run_part(cells: Sequence[Cell], num_questions: int = QUESTIONS) -> AsyncGenerator[dict[str, Any], None]:
+    """Run cells of one target and address, on one service; what came of each."""
     environment = Environment.capture(1).to_json()
-    results = []
     with tempfile.TemporaryDirectory(prefix="baton-kills-", ignore_cleanup_errors=True) as folder:
         async with stage(cells[0].target, cells[0].address, Path(folder)) as made:
             async with AsyncBatonClient(Connection(made.address)) as client:
@@ -80,9 +76,7 @@ async def run_part(
             for cell in cells:
                 result = await run_cell(made, cell, clients)
                 log = result.pop("log")
-                results.append({**result, **({} if is_well(result) else {"log": log}), "environment": environment})
-                print_line(_line(result))
-    return results
+                yield {**result, **({} if is_well(result) else {"log": log}), "environment": environment}
 
 
 def is_well(result: dict[str, Any]) -> bool:

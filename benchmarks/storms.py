@@ -17,6 +17,7 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ async def run_storm(name: str, soak_s: float, overload_s: float, tell: Any) -> d
     with (
         tempfile.TemporaryDirectory(prefix="baton-storm-", ignore_cleanup_errors=True) as folder,
         served(Path(folder) / "service", SETTINGS, {}) as service,
+        ExitStack() as stack,
     ):
         addresses = await service.wait()
         tell(f"{name}: serving on {addresses['grpc']}")
+        stack.push(lambda kind, error, trace: tell(service.process.tail()) if error else None)
         async with AsyncBatonClient(Connection(addresses["grpc"])) as client:
             await _storm(name, service, client, addresses["http"], tell, small=True)
             before = await _at_rest(service)

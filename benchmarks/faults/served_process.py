@@ -102,11 +102,11 @@ class Inside:
         """What the gateway keeps of requests, and how many objects of each of Baton's types there are in all."""
         gc.collect()
         engine, tracker = self._service.engine, self._load_tracker
-        kinds = Counter(
-            f"{type(each).__module__}.{type(each).__qualname__}"
-            for each in gc.get_objects()
-            if type(each).__module__.startswith(_OURS)
-        )
+        types = Counter(type(each) for each in gc.get_objects())
+        kinds = Counter[str]()
+        for kind, count in types.items():
+            if str(vars(kind).get("__module__", "")).startswith(_OURS):
+                kinds[f"{kind.__module__}.{kind.__qualname__}"] += count
         rows = [row for table in (tracker.prefill_workers, tracker.decode_workers) for row in table.workers]
         return {
             "calls": self._doors.num_calls,

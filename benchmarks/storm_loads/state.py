@@ -14,7 +14,7 @@ from benchmarks.faults.served import Served
 _IDLE_PATIENCE_S = 60.0
 _LOOK_INTERVAL_S = 0.1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-BOOKS = ("calls", "queued", "attempts", "booked_requests", "booked_blocks", "booked_s", "suspects")
+BOOKS = ("calls", "queued", "attempts", "booked_requests", "booked_blocks", "booked_s")
 """What must be nothing when nobody asks anything."""
 
 
