@@ -40,6 +40,8 @@ SETTINGS = {
     "prefill.num_cpus": 0.5,
     "decode.num_cpus": 0.5,
 }
+ALL_MAY_WAIT = {"server.max_queue_wait_s": 600}
+"""Where all clients are to be let in: who would wait longer than 30 s is refused by default."""
 _SETTLE_S = 2.0
 
 
@@ -66,7 +68,7 @@ async def run_storm(name: str, soak_s: float, overload_s: float, tell: Any) -> d
     environment = Environment.capture(None).to_json()
     with (
         tempfile.TemporaryDirectory(prefix="baton-storm-", ignore_cleanup_errors=True) as folder,
-        served(Path(folder) / "service", SETTINGS, {}) as service,
+        served(Path(folder) / "service", {**SETTINGS, **_patience(name)}, {}) as service,
         ExitStack() as stack,
     ):
         addresses = await service.wait()
@@ -80,6 +82,10 @@ async def run_storm(name: str, soak_s: float, overload_s: float, tell: Any) -> d
     tell(f"{name}: {summary(before, after)}")
     return {"storm": name, "environment": environment, **result, "before": before, "after": after,
             "grown": growth(before, after)}  # fmt: skip
+
+
+def _patience(name: str) -> dict[str, Any]:
+    return ALL_MAY_WAIT if name in ("abort", "burst") else {}
 
 
 async def _storm(
@@ -96,7 +102,7 @@ async def _storm(
     if name == "abort":
         return await abort_storm(service, client, tell, **({"rounds": 2} if small else {}))
     if name == "burst":
-        return await burst(service, client, tell)
+        return await burst(service, client, tell, **({"calls": 500} if small else {}))
     if name == "overload":
         return await overload(service, client, tell, 20.0 if small else overload_s)
     return await soak(service, client, tell, http_url, 30.0 if small else soak_s)
