@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.cells import all_cells
+from benchmarks.faults.cells import PHASES, all_cells
 from benchmarks.markdown import provenance, read_result, table
 
 Result = Mapping[str, Any]
@@ -54,10 +54,19 @@ def _cell_row(cell: Result) -> tuple[str, ...]:
 
 
 def _not_run(cells: Iterable[Result]) -> str:
-    by_reason: dict[str, list[str]] = {}
+    """A line a reason; where there is a reason for all three moments, none is named."""
+    by_reason: dict[str, dict[tuple[str, str, str], list[str]]] = {}
     for cell in cells:
-        by_reason.setdefault(cell["not_run"], []).append(cell["cell"])
-    return "\n".join(f"- Not run: {', '.join(names)}: {reason}." for reason, names in by_reason.items())
+        target, harm, phase, address = cell["cell"].split("/")
+        by_reason.setdefault(cell["not_run"], {}).setdefault((target, harm, address), []).append(phase)
+    lines = []
+    for reason, found in by_reason.items():
+        names = [
+            f"{target} {harm}, {address} address" + ("" if len(phases) == len(PHASES) else f" ({', '.join(phases)})")
+            for (target, harm, address), phases in found.items()
+        ]
+        lines.append(f"- Not run: {'; '.join(names)}: {reason}.")
+    return "\n".join(lines)
 
 
 def storms(results: Path) -> str:

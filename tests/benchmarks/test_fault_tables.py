@@ -44,7 +44,7 @@ def test_the_matrix_as_a_table(tmp_path: Path) -> None:
     text = kill_matrix(tmp_path)
     assert "1 cells: 99 right answers, 0 wrong ones, 0 blocks missing." in text
     assert "| decode | killed | while | new | 99 | 0 | 2 UNAVAILABLE | 0.05 | 7.4 | 9.0 | 0 |" in text
-    assert "- Not run: gateway/frozen/while/new: there is none." in text
+    assert "- Not run: gateway frozen, new address (while): there is none." in text
     assert "`python -m x`" in text
 
 
