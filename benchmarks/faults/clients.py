@@ -15,7 +15,7 @@ from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
 from cluster.recall import recall_prompt
 from workers.sampling_params import SamplingParams
 
-QUESTIONS = 48
+QUESTIONS = 24
 _ENTRIES = (30, 64)
 _ANSWER_TOKENS = 8
 _LONG_TOKENS = 48
