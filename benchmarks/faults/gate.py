@@ -126,10 +126,16 @@ class GatedConnector(NixlConnector):
         if pushes == _MID:
             self._wait("while", handoff_id)
 
-    def expect(self, handoff_id: bytes, prefill_engine: str, blocks: Sequence[GroupBlocks]) -> HandoffKey:
+    def expect(
+        self,
+        handoff_id: bytes,
+        prefill_engine: str,
+        blocks: Sequence[GroupBlocks],
+        ready: ReadyEvent | None = None,
+    ) -> HandoffKey:
         """See `KVConnector.expect`."""
         self._note_peer(handoff_id, prefill_engine)
-        return super().expect(handoff_id, prefill_engine, blocks)
+        return super().expect(handoff_id, prefill_engine, blocks, ready)
 
     def poll(self) -> list[ConnectorEvent]:
         """See `KVConnector.poll`."""
