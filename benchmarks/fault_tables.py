@@ -30,7 +30,11 @@ def kill_matrix(results: Path) -> str:
     totals = f"{len(run)} cells: {right} right answers, {wrong} wrong ones, {missing} blocks missing."
     parts = [totals, table(header, [_cell_row(cell) for cell in run], num_text_columns=4)]
     known = {cell["cell"] for cell in cells}
-    yet = [{"cell": cell.name, "not_run": "yet to be run"} for cell in all_cells() if cell.name not in known]
+    yet = [
+        {"cell": cell.name, "not_run": cell.not_run or "yet to be run"}
+        for cell in all_cells()
+        if cell.name not in known
+    ]
     if reasons := _not_run([*(cell for cell in cells if "not_run" in cell), *yet]):
         parts.append(reasons)
     return "\n\n".join([*parts, _when(run)])
