@@ -8,7 +8,7 @@ CLIENT_SWITCHES = (
     Switch(
         "suspects",
         "cluster/gateway/suspects.py",
-        "self._crashes[key] = (self._count(key) + 1, self._clock())",
+        "self._crashes[key] = (2 if in_its_turn else max(self._count(key), 1), self._clock())",
         "self._crashes[key] = (0, self._clock())",
         "tests/cluster/gateway/test_suspects.py::test_a_poisoned_request_ends_two_workers_and_nobody_elses_answer",
     ),

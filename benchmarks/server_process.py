@@ -34,6 +34,11 @@ class ServerProcess:
         self.log = log
         self.started = started
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def cpu_seconds(self) -> float:
         """Processor time of the process itself so far, without what it started; 0 once it is gone."""
         fields = _stat(self._process.pid)

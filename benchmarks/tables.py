@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import (
     attention_tables,
     door_tables,
+    fault_tables,
     gpu_change_tables,
     gpu_tables,
     grammar_tables,
@@ -98,6 +99,7 @@ PAGES: Mapping[str, Mapping[str, Maker]] = {
         **{name: _of_result("front_door", make) for name, make in door_tables.FRONT_DOOR.items()},
     },
     "attention.md": attention_tables.TABLES,
+    "guarantees.md": fault_tables.TABLES,
     "metrics.md": {
         name: _of_result(name, door_tables.observing_cost) for name in ("observing_cost", "observing_cost_goals")
     },

@@ -198,7 +198,7 @@ class Attempts:
         fallen = [each for each in self._under_way.values() if each.attempt.falls_with(loss.engine_id)]
         guilty = [each for each in fallen if each.turn is not None] if loss.crashed else []
         for each in guilty or fallen if loss.crashed else []:
-            self._suspects.crashed(each.request)
+            self._suspects.crashed(each.request, in_its_turn=bool(guilty))
         what = f"{loss.engine_id} was lost while it served the request"
         for each in fallen:
             if each in guilty:

@@ -81,10 +81,14 @@ class Suspects:
             raise
         return turn
 
-    def crashed(self, request: EngineRequest) -> None:
-        """A worker crashed with this request on it, which is suspected, or guilty if it was suspected before."""
+    def crashed(self, request: EngineRequest, in_its_turn: bool) -> None:
+        """A worker crashed with this request on it, which is suspected, or guilty if it was in a suspect's turn.
+
+        Only that convicts: a prompt that many ask is on one worker several times, and on others that are lost
+        meanwhile for reasons of their own.
+        """
         key = key_of(request)
-        self._crashes[key] = (self._count(key) + 1, self._clock())
+        self._crashes[key] = (2 if in_its_turn else max(self._count(key), 1), self._clock())
         self._crashes.move_to_end(key)
         self._settled_at = self._clock() + SETTLE_S
         while len(self._crashes) > _MOST:

@@ -18,8 +18,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from benchmarks.ray_nodes import RayNodes, ray_nodes
 from cluster.client.client import AsyncBatonClient, BatonClientError, Connection
-from ray_nodes import RayNodes, ray_nodes
 from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(360)]

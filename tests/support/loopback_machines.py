@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.marked_processes import MARKER, running
 from private_openssh import NoOpensshError, Openssh
-
-MARKER = "LOOPBACK_MACHINE"
-"""Every process that was started over ssh has it in its environment, with the home of its machine as value."""
 
 _SSH_PORT = 22
 _PRIVILEGE_SEPARATION = Path("/run/sshd")  # compiled into Debian's sshd, which needs it when it runs as root
@@ -119,19 +117,6 @@ def _empty_folder(path: Path) -> Iterator[None]:
     finally:
         if ours:
             path.rmdir()
-
-
-def running(homes: Sequence[str]) -> dict[int, str]:
-    """Processes of the machines with these homes: process id to command line."""
-    wanted = {f"{MARKER}={home}".encode() for home in homes}
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if wanted.intersection((path / "environ").read_bytes().split(b"\0")):
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if command:  # a process that has ended and was not waited for has none
-                    found[int(path.name)] = command
-    return found
 
 
 def _configuration(folder: Path, homes: Mapping[str, Path], tools: Openssh) -> str:

@@ -75,6 +75,17 @@ async def test_crashes_for_other_reasons_leave_no_suspicion(make_fleet, expected
         await fleet.until_idle()
 
 
+async def test_what_many_ask_is_not_convicted_by_a_crash_that_it_did_not_cause(make_fleet, expected):
+    """Nor by the loss of a second worker while it is suspected."""
+    fleet = await make_fleet(1, 2)
+    running = [asyncio.ensure_future(fleet.run(prompt(40), 30)) for _ in range(6)]
+    await asyncio.sleep(0.05)
+    fleet.handle("decode-0").crash("killed by the test")
+    fleet.handle("decode-1").crash("killed by the test")
+    assert await asyncio.gather(*running) == [expected(prompt(40), 30)] * 6
+    await fleet.until_idle()
+
+
 def request(text: int = 1, **sampling):
     return engine_request("r", prompt(20, seed=text), SamplingParams(**{"max_tokens": 4, "seed": 1, **sampling}))
 
@@ -83,8 +94,8 @@ async def test_turns_are_taken_by_suspects_alone_and_one_by_one():
     clock = [0.0]
     suspects = Suspects(lambda: clock[0])
     assert await suspects.turn(request()) is None
-    suspects.crashed(request(1))
-    suspects.crashed(request(2))
+    suspects.crashed(request(1), in_its_turn=False)
+    suspects.crashed(request(2), in_its_turn=False)
     assert await suspects.turn(request(3)) is None, "it was not there"
     clock[0] = SETTLE_S + 1
     first = await suspects.turn(request(1, seed=5))
@@ -103,9 +114,10 @@ async def test_the_second_crash_is_its_own_and_is_remembered_for_a_while():
     clock = [0.0]
     suspects = Suspects(lambda: clock[0])
     suspects.check(request())
-    suspects.crashed(request())
-    suspects.check(request())
-    suspects.crashed(request())
+    for _ in range(2):  # of two like it that were on the same worker
+        suspects.crashed(request(), in_its_turn=False)
+        suspects.check(request())
+    suspects.crashed(request(), in_its_turn=True)
     with pytest.raises(CrashingRequestError, match="not tried again for 10 minutes"):
         suspects.check(request(seed=77))
     suspects.check(request(2))
@@ -113,6 +125,6 @@ async def test_the_second_crash_is_its_own_and_is_remembered_for_a_while():
     clock[0] = REMEMBERED_S + 1
     suspects.check(request())
     for text in range(3000):
-        suspects.crashed(request(text))
+        suspects.crashed(request(text), in_its_turn=False)
     assert len(suspects) == 1024
     assert key_of(request(1)) != key_of(request(2))

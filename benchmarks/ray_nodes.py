@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loopback_machines import MARKER, running
+from benchmarks.marked_processes import MARKER, running
 
 _START_TIMEOUT_S = 60
 _STORE_BYTES = 80_000_000
@@ -53,6 +53,17 @@ class RayNodes:
     def workers(self, name: str) -> list[int]:
         """Process ids of the workers on a node."""
         return [pid for pid, command in self._processes(name).items() if "ray::WorkerActor" in command]
+
+    def processes(self, name: str) -> list[int]:
+        """All of a node's processes."""
+        return list(self._processes(name))
+
+    def kill(self, name: str) -> None:
+        """End every process of a node at once, the raylet first, which could start others."""
+        while left := self._processes(name):
+            for pid in sorted(left, key=lambda pid: "raylet" not in left[pid]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def freeze(self, name: str) -> list[int]:
         """Stop every process of a node, the raylet first, which could start others; returns them."""
