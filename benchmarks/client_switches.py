@@ -106,8 +106,8 @@ CLIENT_SWITCHES = (
     Switch(
         "gRPC connections",
         "cluster/server/grpc/connections.py",
-        "                elif each.peer in self._seen:",
-        "                elif False:",
+        "        if known in self._refused:",
+        "        if False:",
         "tests/cluster/server/openai/test_connections.py::test_grpc_connections_are_shared_fairly",
     ),
     Switch(
