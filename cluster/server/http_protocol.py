@@ -37,6 +37,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._host: str | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._head_bytes = self._pieces = self._body_bytes = 0
+        self._in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """One more, if there is room for it."""
@@ -73,7 +74,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._alarm is None and (self.cycle is None or self.cycle.response_complete):
             self._set_alarm()
-        self._head_bytes = self._head_bytes + len(data) if self._alarm is not None else 0
+        # What still comes of a body that was refused is dropped, and nobody's head.
+        self._head_bytes = self._head_bytes + len(data) if self._alarm is not None and not self._in_body else 0
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
 
@@ -81,7 +83,13 @@ class BoundedProtocol(HttpToolsProtocol):
         """The head is here."""
         self._stop_alarm()
         self._pieces = self._body_bytes = 0
+        self._in_body = True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is here; what comes next is a head."""
+        self._in_body = False
+        super().on_message_complete()
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body; each costs as much as a kilobyte, so that a body in crumbs is none."""
