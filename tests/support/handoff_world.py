@@ -115,7 +115,7 @@ class World:
         if isinstance(event, HandoffReceived):
             here, there = self.d.cache[:, handoff.dst], [10 * (handoff.number + 1) + i for i in range(1, 4)]
             wanted = torch.tensor(there[handoff.first : handoff.first + len(handoff.dst)], dtype=torch.float32)
-            assert torch.equal(here, wanted.reshape(-1, 1, 1, 1).expand_as(here)), "it is not whole"
+            assert torch.equal(here, wanted.reshape(len(wanted), 1, 1, 1, 1).expand_as(here)), "it is not whole"
             assert event.first_token == 100 + handoff.number
         handoff.decode_owes = False
         self.d.give_back(handoff.dst)
