@@ -113,9 +113,14 @@ def _what(storm: Result) -> str:
             return f"{storm['calls']} unary calls at once"
         case "overload":
             times = storm["offered_per_s"] / storm["saturating_per_s"]
-            return f"{times:g} × saturation ({storm['saturating_per_s']:.0f}/s) for {storm['seconds']:g} s"
+            return f"{times:g} × saturation ({storm['saturating_per_s']:.0f}/s) for {_lasted(storm):.0f} s"
         case name:
-            return f"{name} of {storm['seconds']:g} s at {storm['offered_per_s']:.0f}/s"
+            return f"{name} of {_lasted(storm):.0f} s at {storm['offered_per_s']:.0f}/s"
+
+
+def _lasted(storm: Result) -> float:
+    """Seconds of a load of so many requests a second."""
+    return float(storm["sent"] / storm["offered_per_s"])
 
 
 def _held_rows(storm: Result) -> list[tuple[str, ...]]:
