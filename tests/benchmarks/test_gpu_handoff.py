@@ -90,9 +90,10 @@ def test_a_server_that_ends_or_takes_too_long_is_reported_with_its_log(tmp_path:
 def test_a_stopped_server_takes_its_children_with_it(tmp_path: Path) -> None:
     child = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); os.setsid(); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); print('up', flush=True); "
+    others = descendants(os.getpid()).keys()  # of tests that ran before
     with server_process([sys.executable, "-c", parent + "import time; time.sleep(60)"], {}, tmp_path / "log") as server:
         asyncio.run(server.wait_for(lambda: server.text() or None, 30.0))
-        family = descendants(os.getpid())
+        family = {pid: began for pid, began in descendants(os.getpid()).items() if pid not in others}
         assert len(family) == 2
     assert not family.keys() & descendants(os.getpid()).keys()
     give_up_at = time.monotonic() + 20.0
