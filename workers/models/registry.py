@@ -25,7 +25,7 @@ class Family:
 
     Attributes:
         model_type: transformers' name of the family.
-        module: of `workers.models`, whose class is called as the architecture.
+        module: of `workers.models.families`, whose class is called as the architecture.
     """
 
     model_type: str
@@ -62,7 +62,7 @@ ARCHITECTURES: Mapping[str, Family] = {
 
 def model_class(architecture: str) -> type[CausalLM]:
     """The class of a registered architecture."""
-    module = importlib.import_module(f"workers.models.{ARCHITECTURES[architecture].module}")
+    module = importlib.import_module(f"workers.models.families.{ARCHITECTURES[architecture].module}")
     found: type[CausalLM] = getattr(module, architecture)
     return found
 

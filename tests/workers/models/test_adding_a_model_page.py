@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from workers.models.glm4 import Glm4ForCausalLM
+from workers.models.families.glm4 import Glm4ForCausalLM
 from workers.models.loader import load_model
 
 PAGE = Path(__file__).parents[3] / "docs" / "adding-a-model.md"
@@ -28,7 +28,7 @@ def page() -> Iterator[types.ModuleType]:
     assert len(blocks) >= 4
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(sys.modules, "adding_a_model_page", module)
-        patched.setitem(sys.modules, "workers.models.granite", module)
+        patched.setitem(sys.modules, "workers.models.families.granite", module)
         for block in blocks:
             exec(compile(block, str(PAGE), "exec"), module.__dict__)
         yield module
@@ -74,6 +74,6 @@ def test_the_pages_layer_is_glm4s(
 def test_the_page_shows_the_family_that_is_there(page: types.ModuleType, tiny_checkpoint: Callable[..., Path]) -> None:
     shown = dataclasses.asdict(page.model.config)
     assert shown == dataclasses.asdict(page.config) | {"dtype": "float32"}
-    text, source = PAGE.read_text(encoding="utf-8"), Path(PAGE.parents[1], "workers/models/granite.py")
+    text, source = PAGE.read_text(encoding="utf-8"), Path(PAGE.parents[1], "workers/models/families/granite.py")
     for part in source.read_text(encoding="utf-8").split('"""\n\n', 1)[1].split("\n\n\n"):
         assert part.strip() in text

@@ -18,7 +18,7 @@ from ranks import lone_rank
 from workers.errors import CheckpointError
 from workers.loading.dequantize import dequantize_fp8_blocks
 from workers.models.config.model_config import ModelConfig
-from workers.models.deepseek_v2 import DeepseekConfig
+from workers.models.families.deepseek_v2 import DeepseekConfig
 from workers.models.loader import load_model
 from workers.models.registry import parse_model
 from workers.ops.router_config import RouterConfig

@@ -17,6 +17,7 @@ from workers.loading.expert_weights import ExpertSizes, expert_by_expert, interl
 from workers.loading.placements import placement
 from workers.loading.weight_stream import load_tensors
 from workers.loading.weight_target import WeightTarget, of_layer
+from workers.ops.weighted_sum import summed
 
 E, K, H, I = 4, 2, 32, 48  # noqa: E741
 CPU = torch.device("cpu")
@@ -83,7 +84,9 @@ def test_experts_of_a_saved_checkpoint(tmp_path: Path, family: str) -> None:
             expected = theirs(x, ids, weights)
     for size in (1, 3):
         parts = [
-            _experts(ExpertSizes(E, H, I, rank, size), targets, activation, found, family)(x, ids, weights)
+            summed(
+                _experts(ExpertSizes(E, H, I, rank, size), targets, activation, found, family).summands(x, ids, weights)
+            )
             for rank in range(size)
         ]
         torch.testing.assert_close(sum(parts), expected, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from ranks import lone_rank
 from tiny_families import COMMON, FAMILIES
 from workers.errors import CheckpointError, ConfigError
-from workers.models.llama4 import Llama4TextConfig
+from workers.models.families.llama4 import Llama4TextConfig
 from workers.models.loader import load_model
 from workers.models.registry import parse_model
 

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import read_attention
-from workers.models.llama import LlamaConfig, LlamaForCausalLM
-from workers.models.qwen2 import read_windows
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM
+from workers.models.families.qwen2 import read_windows
 
 
 @dataclass(frozen=True, kw_only=True)

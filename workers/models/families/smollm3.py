@@ -9,7 +9,7 @@ from typing import Any, Self
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
 from workers.models.config.rope import RopeFamily, read_rotating_layers
-from workers.models.llama import LlamaConfig, LlamaForCausalLM
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.heads import FULL, read_heads, read_layer_types
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.rope import RopeFamily, read_rope, read_rotating_layers
-from workers.models.llama import make_head_norm, make_self_attention
-from workers.models.llama_moe import (
+from workers.models.families.llama import make_head_norm, make_self_attention
+from workers.models.families.llama_moe import (
     LlamaMoEConfig,
     LlamaMoEForCausalLM,
     map_router,

@@ -18,7 +18,7 @@ from workers.loading.config_reader import ConfigReader
 from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
 from workers.models.config.rope import RopeFamily
-from workers.models.llama import LlamaConfig, LlamaForCausalLM, make_mlp, make_self_attention
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM, make_mlp, make_self_attention
 
 _ROPE = RopeFamily(interleaved=True)
 _SUPPORTED = {

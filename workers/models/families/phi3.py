@@ -12,7 +12,7 @@ from typing import Any, Self
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import read_attention
 from workers.models.config.rope import RopeFamily
-from workers.models.llama import LlamaConfig, LlamaForCausalLM
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM
 
 _ROPE = RopeFamily(
     partial_rotary_factor=1.0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from workers.loading.config_reader import ConfigReader
-from workers.models.deepseek_v2 import DeepseekConfig, DeepseekV2ForCausalLM, read_moe, read_sparse_layers
+from workers.models.families.deepseek_v2 import DeepseekConfig, DeepseekV2ForCausalLM, read_moe, read_sparse_layers
 
 
 @dataclass(frozen=True, kw_only=True)

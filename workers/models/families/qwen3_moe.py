@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import read_attention
-from workers.models.llama_moe import LlamaMoEConfig
-from workers.models.qwen2_moe import Qwen2MoeForCausalLM, read_experts, read_sparse_layers
+from workers.models.families.llama_moe import LlamaMoEConfig
+from workers.models.families.qwen2_moe import Qwen2MoeForCausalLM, read_experts, read_sparse_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from workers.layers.moe.mlp import MoEConfig
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
 from workers.models.config.model_config import ModelConfig
-from workers.models.llama_moe import (
+from workers.models.families.llama_moe import (
     LlamaMoEConfig,
     LlamaMoEForCausalLM,
     map_expert_matrices,

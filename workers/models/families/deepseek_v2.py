@@ -16,14 +16,14 @@ from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.latent_heads import read_latent_attention, read_q_lora_rank
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.rope import RopeFamily
-from workers.models.latent_weights import map_latent_attention
-from workers.models.llama_moe import (
+from workers.models.families.llama_moe import (
     LlamaMoEConfig,
     LlamaMoEForCausalLM,
     map_expert_matrices,
     map_router,
     map_shared_experts,
 )
+from workers.models.latent_weights import map_latent_attention
 from workers.models.weight_map import WeightMap
 from workers.ops.router_config import RouterConfig
 

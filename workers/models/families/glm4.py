@@ -13,8 +13,8 @@ from workers.layers.norm import RMSNorm
 from workers.layers.residual import ResidualStream
 from workers.layers.rotation import Rotation
 from workers.layers.self_attention import LayerBatch
-from workers.models.glm import GlmConfig
-from workers.models.llama import LlamaForCausalLM, make_mlp, make_self_attention
+from workers.models.families.glm import GlmConfig
+from workers.models.families.llama import LlamaForCausalLM, make_mlp, make_self_attention
 
 
 class Glm4Layer(nn.Module):

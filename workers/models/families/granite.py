@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import read_attention
-from workers.models.llama import LlamaConfig, LlamaForCausalLM
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from workers.loading.config_reader import ConfigReader
-from workers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from workers.models.families.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)

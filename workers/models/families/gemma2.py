@@ -17,7 +17,7 @@ from workers.layers.rotation import Rotation
 from workers.layers.self_attention import LayerBatch
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import FULL, SLIDING, read_attention, read_layer_types, windows_of
-from workers.models.llama import LlamaConfig, LlamaForCausalLM, make_head_norm, make_mlp, make_self_attention
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM, make_head_norm, make_mlp, make_self_attention
 
 
 @dataclass(frozen=True, kw_only=True)

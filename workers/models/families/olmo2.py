@@ -17,7 +17,7 @@ from workers.layers.self_attention import LayerBatch
 from workers.loading.config_reader import ConfigReader
 from workers.models.config.heads import read_attention
 from workers.models.config.model_config import ModelConfig
-from workers.models.llama import LlamaConfig, LlamaForCausalLM, make_mlp, make_self_attention
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM, make_mlp, make_self_attention
 from workers.models.weight_map import WeightMap
 
 

@@ -22,7 +22,7 @@ from workers.loading.expert_weights import DOWN, GATE_UP, ExpertSizes, expert_by
 from workers.loading.stored_tensor import whole
 from workers.loading.weight_target import WeightTarget
 from workers.models.config.model_config import ModelConfig
-from workers.models.llama import LlamaConfig, LlamaForCausalLM, make_self_attention
+from workers.models.families.llama import LlamaConfig, LlamaForCausalLM, make_self_attention
 from workers.models.weight_map import Share, WeightMap
 
 

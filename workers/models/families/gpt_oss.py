@@ -17,7 +17,13 @@ from workers.models.config.heads import FULL, SLIDING, read_attention, read_laye
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.quantization import weight_format
 from workers.models.config.rope import RopeFamily
-from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_router, read_num_experts, read_top_k
+from workers.models.families.llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    map_router,
+    read_num_experts,
+    read_top_k,
+)
 from workers.models.weight_map import WeightMap
 from workers.ops.router_config import RouterConfig
 

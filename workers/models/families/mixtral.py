@@ -11,7 +11,13 @@ from workers.loading.config_reader import ConfigReader
 from workers.loading.expert_weights import expert_by_expert, fused
 from workers.models.config.heads import read_attention
 from workers.models.config.rope import RopeFamily
-from workers.models.llama_moe import LlamaMoEConfig, LlamaMoEForCausalLM, map_router, read_num_experts, read_top_k
+from workers.models.families.llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    map_router,
+    read_num_experts,
+    read_top_k,
+)
 from workers.models.weight_map import WeightMap
 from workers.ops.router_config import RouterConfig
 

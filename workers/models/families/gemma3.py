@@ -15,7 +15,7 @@ from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.heads import FULL, SLIDING, read_heads, read_layer_types
 from workers.models.config.model_config import ModelConfig
 from workers.models.config.rope import RopeFamily, read_global_and_local_rope
-from workers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM, read_query_scale
+from workers.models.families.gemma2 import Gemma2Config, Gemma2ForCausalLM, read_query_scale
 from workers.models.weight_map import WeightMap
 
 _ROPE = RopeFamily(theta=1e6)
