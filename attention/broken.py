@@ -45,6 +45,12 @@ def broken_libraries() -> Mapping[str, str]:
     return MappingProxyType(_FOUND)
 
 
+def in_a_line(error: Exception) -> str:
+    """Type and first line of what a library has raised, which may be whatever it likes, of any length."""
+    message = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {message:.200}"
+
+
 def look_again() -> None:
     """Forget what was found, after something was installed."""
     _FOUND.clear()
@@ -56,7 +62,6 @@ def _fault(module: str, attributes: tuple[str, ...]) -> str | None:
     try:
         library = importlib.import_module(module)
     except Exception as error:  # one that was built for another PyTorch raises OSError, or whatever it likes
-        message = next(iter(str(error).splitlines()), "")
-        return f"{module} cannot be imported: {type(error).__name__}: {message:.200}"
+        return f"{module} cannot be imported: {in_a_line(error)}"
     missing = [name for name in attributes if not getattr(library, name, False)]
     return f"{module} is there without {', '.join(missing)}" if missing else None

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 
 from attention.backend import AttentionBackend
+from attention.broken import in_a_line
 from attention.errors import AttentionBackendError
 from attention.platform import DeviceKind, Platform
 from attention.selection.measure_run import Run, caches_to_rotate, is_interpreted, wrong_numbers
@@ -187,8 +188,7 @@ class _Contest:
             if isinstance(error, TimeLimitError) or time.monotonic() - began >= limit_s:  # some wrap what ended them
                 self._exclude(backend, f"not ready after {limit_s:.3g} s at {where}", out_of_time=True)
                 return
-            message = next(iter(str(error).splitlines()), "")
-            self._exclude(backend, f"failed at {where}: {type(error).__name__}: {message:.200}")
+            self._exclude(backend, f"failed at {where}: {in_a_line(error)}")
 
     def _exclude(self, backend: type[AttentionBackend], reason: str, out_of_time: bool = False) -> None:
         self._backends = [other for other in self._backends if other is not backend]

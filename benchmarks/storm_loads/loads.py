@@ -70,7 +70,6 @@ async def overload(
     idle_s = await wait_until_idle(service)
     tell(f"  {outcomes.right} right, {dict(outcomes.failed)}")
     return {
-        "seconds": seconds,
         "saturating_per_s": rate,
         "offered_per_s": times * rate,
         "sent": sent,
@@ -119,7 +118,6 @@ async def soak(
     held, sent = await _send(service, seconds, rate, ask, "soak", tell)
     idle_s = await wait_until_idle(service)
     return {
-        "seconds": seconds,
         "offered_per_s": rate,
         "sent": sent,
         "memory": held,

@@ -58,7 +58,6 @@ class Attempt:
         finish_reason: why the text ended, once it has.
         first_report: of the attempt that had the request's first token, if that was another one.
         account: whom its tokens are charged to: its user, the caller's tenant and share.
-        num_running: samples whose last token is not here.
         reader: called when there are tokens for which `next_chunk` waits, and which it may `poll`; None: who waits is
             woken.
     """
@@ -89,7 +88,6 @@ class Attempt:
     output_before: int = 0
     finish_reason: FinishReason | None = None
     account: tuple[str, str, float] = field(init=False)
-    num_running: int = field(init=False)
     first_report: RequestReport | None = None
     reader: Callable[[], None] | None = None
     _may_be_polled: bool = False
@@ -103,7 +101,6 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self._running = {index: _Sample() for index in range(self.num_samples)}
-        self.num_running = self.num_samples
         self.account = (self.user, self.caller.client, self.caller.share)
         if not self.prefill:  # there is no handoff to hear of
             self._handoff_reported.set()
@@ -205,6 +202,11 @@ class Attempt:
             self.fail(error)
 
     @property
+    def num_running(self) -> int:
+        """Samples whose last token is not here."""
+        return len(self._running)
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output tokens, of the longest sample that runs, for the books; of the last one, if none does."""
         return self.num_prompt + max([sample.num_tokens for sample in self._running.values()], default=self.ended_after)
@@ -213,7 +215,6 @@ class Attempt:
         """Nobody wants the rest of a sample, which is not the last one that runs."""
         if len(self._running) > 1:
             self._running.pop(index, None)
-            self.num_running = len(self._running)
             self._held = [token for token in self._held if token.index != index]
             self._ready = [token for token in self._ready if token.index != index]
 
@@ -282,7 +283,6 @@ class Attempt:
         self.num_output += count
         if last.finish_reason is not None:
             del self._running[token.index]
-            self.num_running = len(self._running)
             self.ended_after = sample.num_tokens
             self.finish_reason = last.finish_reason
             if not self._running:

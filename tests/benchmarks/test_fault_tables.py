@@ -61,8 +61,13 @@ def test_storms_as_tables(tmp_path: Path) -> None:
         "left": {"amid tokens": 9}, "idle_s": [0.5, 0.25], "before": _held(500_000_000), "after": _held(501_000_000),
         "grown": {"cluster.api.Thing": 2}, "environment": ENVIRONMENT,
     }  # fmt: skip
-    (tmp_path / "storms.json").write_text(json.dumps({"storms": [storm]}))
+    overload = {
+        **storm, "storm": "overload", "saturating_per_s": 54.0, "offered_per_s": 108.0, "sent": 32_400, "right": 7,
+        "seconds": {"p50": 85.9, "p99": 161.7, "max": 223.4}, "failed": {"DEADLINE_EXCEEDED": 3}, "left": {},
+    }  # fmt: skip
+    (tmp_path / "storms.json").write_text(json.dumps({"storms": [storm, overload]}))
     text = storms(tmp_path)
+    assert "| 2 × saturation (54/s) for 300 s | 7 | 0 | 3 DEADLINE_EXCEEDED | — | 85.90 | 161.70 | 223.40 |" in text
     assert "| 1000 clients leave at once, 10 times | 0 | 0 | — | 9 amid tokens | — | — | — | 0.5 |" in text
     assert "| abort | gateway | 500 | 501 | 40 | 40 | 9 | 9 |" in text
     assert "| abort | 0 | 0 | 3 → 3 | 2 Thing |" in text

@@ -13,8 +13,9 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from attention.broken import import_fault, report_broken
+from attention.broken import import_fault, in_a_line, report_broken
 from attention.platform import PACKAGES, installed_packages
+from workers.ops.measured_gpu import is_measured
 
 ROWS: Mapping[tuple[int, int], tuple[int, int]] = MappingProxyType(
     {
@@ -29,7 +30,6 @@ ROWS: Mapping[tuple[int, int], tuple[int, int]] = MappingProxyType(
 (benchmarks/results/gated_linear_h200.json): by 14 to 17 %, 4 to 9 %, 2 to 7 % and 10 to 23 %. Of other products there,
 with 8,192 columns, it is not."""
 
-_NUM_SMS = 132
 _MODULE = "quack.gemm_interface"
 _TRIAL = (256, 512, 256)
 _TOLERANCE = 2e-2
@@ -67,10 +67,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @functools.cache
 def usable(device: torch.device) -> bool:
     """Whether this is a GPU that the kernel was measured on, and quack is installed and works; tries it once."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor, properties.multi_processor_count) != (9, 0, _NUM_SMS):
+    if not is_measured(device):
         return False
     if "quack" not in installed_packages() or import_fault("quack", _MODULE, ("gemm_gated",)) is not None:
         return False
@@ -92,8 +89,7 @@ def kernel_fault(kernel: Kernel, device: torch.device) -> str | None:
     try:
         error = float((kernel(x, weight).float() - expected).norm() / expected.norm())
     except Exception as failure:  # libraries raise whatever they like
-        message = next(iter(str(failure).splitlines()), "")
-        return f"{type(failure).__name__}: {message:.200}"
+        return in_a_line(failure)
     return None if error <= _TOLERANCE else f"wrong numbers: off by {error:.2g}, {_TOLERANCE:g} are allowed"
 
 

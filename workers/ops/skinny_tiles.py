@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 import torch
 
+from workers.ops.measured_gpu import is_measured
+
 MAX_ROWS = 16
 """Rows of x: the smallest tile that tensor cores multiply, padded."""
 
@@ -64,9 +66,6 @@ in a row of such products (`o_proj` of 4096 x 4096: 10.4 instead of 12.8 µs). `
 by the decode step of Llama-3.1-8B, where the L2 cache fills up while the small kernels run: not faster than cuBLAS in a
 row, they save 1.8 % and 2.7 % of that step at batch 1, and 3.5 % and 1.0 % at batch 16."""
 
-_NUM_SMS = 132
-"""Of the GPUs that the table holds for: most of its products have one program for each multiprocessor."""
-
 
 @functools.cache
 def skinny_tile(
@@ -82,7 +81,7 @@ def skinny_tile(
         device: where they are.
         gated: whether the weight is gate and up.
     """
-    if not 1 <= num_rows <= MAX_ROWS or dtype not in (torch.bfloat16, torch.float16) or not _is_measured(device):
+    if not 1 <= num_rows <= MAX_ROWS or dtype not in (torch.bfloat16, torch.float16) or not is_measured(device):
         return None
     return SM90.get((num_features, num_inputs, gated))
 
@@ -91,11 +90,3 @@ def fits(tile: SkinnyTile, num_features: int, num_inputs: int, gated: bool = Fal
     """Whether the tile divides a weight of that shape."""
     features = tile.features * (2 if gated else 1)
     return num_features % features == 0 and num_inputs % tile.inputs == 0
-
-
-@functools.cache
-def _is_measured(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor, properties.multi_processor_count) == (9, 0, _NUM_SMS)

@@ -10,6 +10,7 @@ import functools
 import torch
 
 from attention.backends.flash_attn.calls import Call, Kernel
+from attention.broken import in_a_line
 from attention.selection.reference import reference_attention
 from attention.spec import AttentionSpec
 
@@ -30,8 +31,7 @@ def kernel_fault(kernel: Kernel, device: torch.device) -> str | None:
         expected = torch.cat([reference_attention(_PLAIN, q, k, v) for q, k, v in zip(*parts, strict=True)])
         error = (call.output.float() - expected).abs().max().item()
     except Exception as failure:  # libraries raise whatever they like
-        message = next(iter(str(failure).splitlines()), "")
-        return f"{type(failure).__name__}: {message:.200}"
+        return in_a_line(failure)
     return None if error <= _TOLERANCE else f"wrong numbers: off by {error:.2g}, {_TOLERANCE:g} are allowed"
 
 

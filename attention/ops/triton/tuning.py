@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -86,8 +86,24 @@ _INTERPRETED = Tile(16, 16, 1, 1)
 
 def fit(tile: Tile, head_size: int, itemsize: int, traits: DeviceTraits) -> Tile:
     """Shrink a tile until keys and values of its stages, with the queries, fit the shared memory."""
-    while (tile.rows + 2 * tile.num_stages * tile.keys) * head_size * itemsize > traits.shared_memory:
-        if tile.num_stages > 2 or (tile.num_stages > 1 and tile.keys == 16):
+
+    def num_bytes(tile: Tile) -> int:
+        return (tile.rows + 2 * tile.num_stages * tile.keys) * head_size * itemsize
+
+    return shrunk(tile, num_bytes, traits.shared_memory, kept_stages=2)
+
+
+def shrunk(tile: Tile, num_bytes: Callable[[Tile], int], limit: int, kept_stages: int = 1) -> Tile:
+    """The tile with fewer stages, then keys, then rows, until it takes no more than the limit or is the smallest.
+
+    Args:
+        tile: to begin with.
+        num_bytes: of shared memory that one takes.
+        limit: of that.
+        kept_stages: so many are given up only where keys cannot be fewer.
+    """
+    while num_bytes(tile) > limit:
+        if tile.num_stages > kept_stages or (tile.num_stages > 1 and tile.keys == 16):
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif tile.keys > 16:
             tile = replace(tile, keys=tile.keys // 2)

@@ -25,6 +25,7 @@ class BodyLimitMiddleware:
         self._app = app
         self._max_bytes = max_bytes
         self._held = held
+        self._too_large = f"the body has more than the {max_bytes} bytes that are allowed"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Go on with a bounded body, or refuse."""
@@ -32,10 +33,9 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        message = f"the body has more than the {self._max_bytes} bytes that are allowed"
         if told.isdigit() and int(told) > self._max_bytes:
             # What still comes is dropped and not answered by closing, which would take the answer from the client.
-            await Answer(_TOO_LARGE, message).response()(scope, receive, send)
+            await Answer(_TOO_LARGE, self._too_large).response()(scope, receive, send)
             return
         with self._held.request((scope.get("client") or ("",))[0]) as request:
             await self._app(scope, self._bounded(receive, request), send)
@@ -52,7 +52,7 @@ class BodyLimitMiddleware:
             whole = not part.get("more_body", False)
             request.add(len(part.get("body", b"")))
             if request.size > self._max_bytes:
-                raise HTTPException(413, f"the body has more than the {self._max_bytes} bytes that are allowed")
+                raise HTTPException(413, self._too_large)
             return part
 
         return bounded

@@ -9,20 +9,11 @@ import pytest
 from kv_transfer.errors import LayoutMismatchError
 from kv_transfer.transports.local import Faults
 from lockstep_cluster import LockstepCluster
-from workers.errors import HandoffError
+from lockstep_load import check_load, greedy, prompts
 from workers.lockstep.replica import digest_of
 from workers.messages import DecodeReport, Load, PrefillReport, RequestFailed, TokenOutput
 from workers.parallel.errors import TensorParallelError
 from workers.sampling_params import SamplingParams
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-def prompts(count: int, seed: int, longest: int = 60) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
 @pytest.mark.parametrize(("size", "steps_ahead"), [(2, 0), pytest.param(2, 1, marks=pytest.mark.slow), (4, 1)])
@@ -42,33 +33,7 @@ def test_load_aborts_and_preemption_on_all_ranks_alike(size, steps_ahead, tiny_c
         faults=Faults(seed=size, max_delay=6, duplicate=0.2, fail=0.02),
         steps_ahead=steps_ahead,
     )
-    asked: dict[str, tuple[int, int]] = {}
-    cancelled: set[str] = set()
-    preempted = 0
-    for number in range(60):
-        request_id, which, length = f"r{number}", rng.randrange(len(pool)), rng.randint(1, 40)
-        asked[request_id] = (which, length)
-        cluster.submit(request_id, pool[which], greedy(length))
-        for _ in range(rng.randint(0, 6)):
-            cluster.step()
-            preempted += sum(load.preempted for load in cluster.loads.values())
-        if rng.random() < 0.3:
-            victim = rng.choice(list(asked))
-            cancelled.add(victim)
-            cluster.abort(victim)
-    cluster.run()
-    completed = 0
-    for request_id, (which, length) in asked.items():
-        got = cluster.token_ids(request_id)
-        assert got == answers[which][: len(got)]
-        if request_id not in cancelled and request_id not in cluster.failures:
-            assert len(got) == length
-            completed += 1
-    assert completed > 15
-    assert preempted > 0
-    assert any(isinstance(error, HandoffError) for error in cluster.failures.values())
-    cluster.assert_all_blocks_free()
-    cluster.assert_equal_ranks()
+    assert check_load(cluster, pool, answers, rng, num_requests=60) > 15
 
 
 def test_sampled_tokens_are_those_of_one_rank(tiny_checkpoint, local_cluster):

@@ -8,12 +8,8 @@ import pytest
 
 from kv_transfer.transports.local import Faults
 from lockstep_cluster import LockstepCluster
+from lockstep_load import greedy, prompts
 from workers.sampling_params import SamplingParams
-
-
-def prompts(count: int, seed: int, longest: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(3, 512) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
@@ -39,8 +35,7 @@ def test_local_and_remote_prompts_aborts_and_preemption_on_all_ranks_alike(
         name, which, length = f"r{number}", rng.randrange(len(pool)), rng.randint(5, 20)
         asked[name] = (which, length)
         submit = cluster.submit_local if rng.random() < 0.6 else cluster.submit
-        sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=length, ignore_eos=True)
-        submit(name, pool[which], sampling)
+        submit(name, pool[which], greedy(length))
         for _ in range(rng.randint(0, 5)):
             cluster.step()
             preempted += sum(load.preempted for load in cluster.loads.values())

@@ -16,7 +16,7 @@ from workers.layers.moe.chosen_experts_sum import chosen_experts_sum, sums_chose
 from workers.layers.moe.grouped_linear import grouped_linear
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.layers.moe.token_groups import group_tokens
-from workers.ops.weighted_sum import WeightedRows, summed
+from workers.ops.weighted_sum import WeightedRows
 
 
 class GroupedLinearMethod(Protocol):
@@ -146,18 +146,6 @@ class Experts(nn.Module):
         """Call after loading; after this no weights can be loaded."""
         self.gate_up_proj.process_weights()
         self.down_proj.process_weights()
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        *,
-        weighs_input: bool = False,
-        added: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(T, H) to (T, H): each token through its experts; see `summands`."""
-        return summed(self.summands(x, ids, weights, weighs_input=weighs_input, added=added))
 
     def summands(
         self,

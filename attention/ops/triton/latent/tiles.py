@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from attention.ops.triton.launch import DeviceTraits
-from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, Splits, Tile
+from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, Splits, Tile, shrunk
 
 # (bytes of an element of the queries, of the cache): tiles by how many heads are side by side. Measured on an H200
 # (benchmarks/results/latent_tiles_h200.json).
@@ -46,7 +45,7 @@ def decode_tile(
         return _INTERPRETED
     tiles = _DECODE.get((query_itemsize, cache_itemsize), _DECODE_FP32)
     tile = tiles[max(rows for rows in tiles if rows <= max(num_heads, min(tiles)))]
-    return _shrunk(tile, lambda tile: _decode_bytes(tile, latent_size, query_itemsize), traits.shared_memory)
+    return shrunk(tile, lambda tile: _decode_bytes(tile, latent_size, query_itemsize), traits.shared_memory)
 
 
 def prefill_tile(
@@ -71,7 +70,7 @@ def prefill_tile(
     def num_bytes(tile: Tile) -> int:
         return (tile.rows * head_size + tile.num_stages * tile.keys * (head_size + value_size)) * itemsize
 
-    return _shrunk(tile, num_bytes, traits.shared_memory)
+    return shrunk(tile, num_bytes, traits.shared_memory)
 
 
 def choose_splits(
@@ -104,20 +103,6 @@ def _even(num_programs: int, places: int) -> int:
 
     every = range(1, _MOST_SPLITS_OF_MANY + 1)
     return next((splits for splits in every if used(splits) >= _FULL), max(every, key=used))
-
-
-def _shrunk(tile: Tile, num_bytes: Callable[[Tile], int], limit: int) -> Tile:
-    """The tile with fewer stages, then keys, then rows, until it takes no more than the limit or is the smallest."""
-    while num_bytes(tile) > limit:
-        if tile.num_stages > 1:
-            tile = replace(tile, num_stages=tile.num_stages - 1)
-        elif tile.keys > 16:
-            tile = replace(tile, keys=tile.keys // 2)
-        elif tile.rows > 16:
-            tile = replace(tile, rows=tile.rows // 2)
-        else:
-            break
-    return tile
 
 
 def _decode_bytes(tile: Tile, latent_size: int, itemsize: int) -> int:

@@ -30,6 +30,7 @@ from workers.layers.moe.block import MoEBlock, Router, SharedExpert
 from workers.layers.moe.experts import Experts
 from workers.layers.moe.grouped_weight import GroupedWeight
 from workers.ops.router_config import RouterConfig
+from workers.ops.weighted_sum import summed
 
 H, I = 32, 24  # noqa: E741
 CPU = torch.device("cpu")
@@ -216,9 +217,9 @@ def test_sums_over_a_tokens_experts_are_rounded_once() -> None:
     experts = experts_of(torch.bfloat16)
     x, ids = randn(9, H).bfloat16(), torch.tensor([[0, 1, 2, 3]] * 9)
     weights = torch.tensor([[100.0, 0.01, 0.01, -100.0]] * 9)
-    one_by_one = [experts(x, ids[:, i : i + 1], torch.ones(9, 1)).double() for i in range(4)]
+    one_by_one = [summed(experts.summands(x, ids[:, i : i + 1], torch.ones(9, 1))).double() for i in range(4)]
     exact = sum(weights[:, i, None].double() * rows for i, rows in enumerate(one_by_one))
-    error = (experts(x, ids, weights).double() - exact).abs()
+    error = (summed(experts.summands(x, ids, weights)).double() - exact).abs()
     largest = max(float(rows.abs().max()) for rows in one_by_one) * 100
     assert (error <= exact.abs() * 2**-8 + largest * 2**-22).all()
 
@@ -269,20 +270,39 @@ def test_weights_may_stay_in_a_format_of_their_own() -> None:
     quantised.process_weights()
     plain.process_weights()
     x, ids, weights = randn(9, H), torch.arange(18).view(9, 2) % 4, torch.rand(9, 2)
-    torch.testing.assert_close(quantised(x, ids, weights), plain(x, ids, weights), rtol=1e-4, atol=1e-4)
+    found, expected = (summed(experts.summands(x, ids, weights)) for experts in (quantised, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e: e(torch.zeros(3, H), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)), "for 3 tokens"),
-        (lambda e: e(torch.zeros(2, H), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 2)), "weights of"),
-        (lambda e: e(torch.zeros(2, H), torch.full((2, 1), 4), torch.zeros(2, 1)), "from 4 to 4 of 4 experts"),
-        (lambda e: e(torch.zeros(2, H), torch.full((2, 1), -1), torch.zeros(2, 1)), "from -1 to -1 of 4 experts"),
-        (lambda e: e(torch.zeros(2, H), torch.zeros(2, 1), torch.zeros(2, 1)), "ids of torch.float32"),
-        (lambda e: e(torch.zeros(2, H + 1), torch.zeros(2, 1).long(), torch.zeros(2, 1)), r"x of .* \(2, 33\)"),
-        (lambda e: e(torch.zeros(2, H).half(), torch.zeros(2, 1).long(), torch.zeros(2, 1)), "x of torch.float16"),
-        (lambda e: e(torch.zeros(2, H), torch.zeros(2, 1).long(), torch.zeros(2, 1).half()), "needs float32"),
+        (
+            lambda e: e.summands(torch.zeros(3, H), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)),
+            "for 3 tokens",
+        ),
+        (
+            lambda e: e.summands(torch.zeros(2, H), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 2)),
+            "weights of",
+        ),
+        (lambda e: e.summands(torch.zeros(2, H), torch.full((2, 1), 4), torch.zeros(2, 1)), "from 4 to 4 of 4 experts"),
+        (
+            lambda e: e.summands(torch.zeros(2, H), torch.full((2, 1), -1), torch.zeros(2, 1)),
+            "from -1 to -1 of 4 experts",
+        ),
+        (lambda e: e.summands(torch.zeros(2, H), torch.zeros(2, 1), torch.zeros(2, 1)), "ids of torch.float32"),
+        (
+            lambda e: e.summands(torch.zeros(2, H + 1), torch.zeros(2, 1).long(), torch.zeros(2, 1)),
+            r"x of .* \(2, 33\)",
+        ),
+        (
+            lambda e: e.summands(torch.zeros(2, H).half(), torch.zeros(2, 1).long(), torch.zeros(2, 1)),
+            "x of torch.float16",
+        ),
+        (
+            lambda e: summed(e.summands(torch.zeros(2, H), torch.zeros(2, 1).long(), torch.zeros(2, 1).half())),
+            "needs float32",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(call: Callable[[Experts], Any], message: str) -> None:
