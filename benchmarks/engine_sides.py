@@ -107,6 +107,7 @@ def build_worker(
         config.attention_backend,
         load_format=config.load_format,
         phase=Phase(config.role),
+        expert_weights=config.expert_weights,
     )
     lap()
     profile = largest_batches_of(model, config, max_model_len)

@@ -109,6 +109,7 @@ def _worker_config(
         num_blocks=pool.num_blocks,
         kv_cache_bytes=int(pool.kv_cache_gb * 1e9) if pool.kv_cache_gb is not None else None,
         kv_cache_dtype=pool.kv_cache_dtype,
+        expert_weights=pool.expert_weights,
         gpu_memory_utilization=placement.gpu_memory_utilization,
         host_memory_share=host_memory_share(config, ranks),
         enforce_eager=pool.enforce_eager,

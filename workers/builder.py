@@ -22,7 +22,7 @@ from workers.handoff.share_exchange import ShareExchange
 from workers.kv_cache.sizing import allocate_kv_caches, kv_layout
 from workers.models.cache_groups import copies_of_groups
 from workers.models.causal_lm import CausalLM
-from workers.models.loader import load_model, model_bytes
+from workers.models.loader import load_model
 from workers.parallel.group import SINGLE, TensorParallelGroup
 from workers.prefill_worker import PrefillWorker
 from workers.runner.measured_steps import measure_decode, measure_prefill
@@ -126,6 +126,7 @@ def build_worker(
         measurements=Path(config.attention_measurements) if config.attention_measurements else None,
         group=group,
         max_model_len=config.max_model_len,
+        expert_weights=config.expert_weights,
     )
     kv_caches, max_model_len = _caches_and_context(config, model, group)
     runner = ModelRunner(model, kv_caches)
@@ -136,7 +137,7 @@ def build_worker(
     exchange = ShareExchange(runner.kv_caches, copies, group)
     worker = _make_worker(config, max_model_len, runner, connector, clock, graphs.captured, grammars, exchange)
     memory = graphs.memory(
-        model_bytes(type(model), model.config, model.dtype, group),
+        model.weights_bytes,
         sum(kv_cache.nbytes for kv_cache in runner.kv_caches),
     )
     step_times = worker.step_times = measure_step_times(worker, runner, config, max_model_len, group)

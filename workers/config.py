@@ -23,6 +23,7 @@ class WorkerConfig:
         num_blocks: of the KV cache; None derives it from `kv_cache_bytes`, or else from the free memory.
         kv_cache_bytes: size of the KV cache; None derives it from the free memory.
         kv_cache_dtype: auto (as the activations) or fp8.
+        expert_weights: of experts that a checkpoint holds in MXFP4: auto, mxfp4 (kept so) or dequantized.
         gpu_memory_utilization: the share of a GPU's whole memory that this worker may use, all it holds there included.
         host_memory_share: the share of the host's memory that the KV cache takes on a CPU where no size is given.
         enforce_eager: run the model without CUDA graphs.
@@ -54,6 +55,7 @@ class WorkerConfig:
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
+    expert_weights: str = "auto"
     gpu_memory_utilization: float = 0.9
     host_memory_share: float = 0.1
     enforce_eager: bool = False

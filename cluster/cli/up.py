@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-format", metavar="NAME", help="dummy draws random weights (model.load_format)")
     parser.add_argument("--kv-cache-dtype", metavar="NAME", help="auto or fp8 ({prefill,decode}.kv_cache_dtype)")
     parser.add_argument(
+        "--expert-weights", metavar="NAME", help="auto, mxfp4 or dequantized ({prefill,decode}.expert_weights)"
+    )
+    parser.add_argument(
         "--gpu-memory-utilization",
         metavar="SHARE",
         help="of a GPU, for each worker ({prefill,decode}.gpu_memory_utilization)",
@@ -113,6 +116,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
         **_of_both_pools("tensor_parallel_size", args.tensor_parallel_size),
         **_of_both_pools("attention_backend", args.attention_backend),
         **_of_both_pools("kv_cache_dtype", args.kv_cache_dtype),
+        **_of_both_pools("expert_weights", args.expert_weights),
         **_of_both_pools("gpu_memory_utilization", args.gpu_memory_utilization),
         **_of_both_pools("enforce_eager", "true" if args.enforce_eager else None),
     }

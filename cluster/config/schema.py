@@ -158,6 +158,12 @@ class PoolConfig:
     enforce_eager: bool = _setting(False, "run the model without CUDA graphs")
     block_size: int | None = _setting(None, "tokens per KV block; default: 64 on cuda, else 16", low=1, high=1024)
     kv_cache_dtype: str = _setting("auto", "auto as the model computes, fp8 for half the size", choices=("auto", "fp8"))
+    expert_weights: str = _setting(
+        "auto",
+        "experts stored in MXFP4: mxfp4 keeps them so, dequantized makes plain weights of them; auto keeps them on "
+        "NVIDIA GPUs of SM 9.0 and later for workers that decode",
+        choices=("auto", "mxfp4", "dequantized"),
+    )
     kv_cache_gb: float | None = _setting(None, "size of a worker's KV cache in GB (10^9 bytes)", above=0)
     num_blocks: int | None = _setting(None, "size of a worker's KV cache in blocks", low=1)
     max_num_seqs: int = _setting(16, "sequences in a batch", low=1)

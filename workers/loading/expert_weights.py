@@ -180,6 +180,42 @@ def interleaved_mxfp4(
     return targets
 
 
+def kept_in_mxfp4(name: str, target: WeightTarget) -> dict[str, WeightTarget]:
+    """A target that is dequantised as two that are not: `blocks` and `scales` in place of `weight`.
+
+    Args:
+        name: of the blocks in the checkpoint.
+        target: of `interleaved_mxfp4`.
+
+    Raises:
+        ConfigError: the rank's share of the inputs does not begin or end with a block.
+    """
+    source = target.quantized
+    assert source is not None
+    assert source.scales is not None
+    assert isinstance(source.storage, Mxfp4Storage)
+    begin, end = target.region[-1]
+    if begin % MXFP4_BLOCK or end % MXFP4_BLOCK:
+        raise ConfigError(f"inputs {begin} to {end} of {name} are not whole MXFP4 blocks of {MXFP4_BLOCK}")
+    storage, module = source.storage, target.parameter.removesuffix("weight")
+    kept = replace(target, quantized=None, raw=True)
+    return {
+        name: replace(
+            kept,
+            parameter=f"{module}blocks",
+            view=storage.values_shape(target.viewed),
+            region=storage.values_region(target.region),
+        ),
+        source.scales: replace(
+            kept,
+            parameter=f"{module}scales",
+            shape=source.scales_shape,
+            view=storage.scales_shape(target.viewed),
+            region=storage.scales_region(target.region),
+        ),
+    }
+
+
 def in_fp8_blocks(
     targets: Mapping[str, WeightTarget], storage: Fp8BlockStorage | None = None
 ) -> dict[str, WeightTarget]:

@@ -15,6 +15,11 @@ from workers.loading.stored_tensor import Region, StoredTensor, whole
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that weights may be stored in, as safetensors writes them."""
 
+BYTES = {"U8": torch.uint8}
+"""What is kept as it is stored."""
+
+_PLAIN = {**FLOATS, **BYTES}
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -31,7 +36,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Placement:
-    """A stored tensor, of a dtype in `FLOATS` or quantised, and where its numbers go.
+    """A stored tensor, of a dtype in `FLOATS`, in `BYTES` or quantised, and where its numbers go.
 
     Attributes:
         stored: the tensor.
@@ -67,7 +72,7 @@ class Placement:
     def values(self, region: Region) -> Runs:
         """The bytes of the numbers in a region."""
         if self.quantized is None:
-            return Runs(self.stored, self.viewed, region, FLOATS[self.stored.dtype].itemsize)
+            return Runs(self.stored, self.viewed, region, _PLAIN[self.stored.dtype].itemsize)
         storage = self.quantized.storage
         shape, region = storage.values_shape(self.viewed), storage.values_region(region)
         return Runs(self.stored, shape, region, storage.value_dtypes[self.stored.dtype].itemsize)
@@ -129,7 +134,7 @@ def pieces_of(placement: Placement, piece_bytes: int) -> Iterator[Piece]:
 def _piece(placement: Placement, region: Region, target: torch.Tensor) -> Piece:
     values, quantized = placement.values(region), placement.quantized
     if quantized is None:
-        return Piece(region, target, values, FLOATS[placement.stored.dtype])
+        return Piece(region, target, values, _PLAIN[placement.stored.dtype])
     storage, scales = quantized.storage, quantized.scales
     piece = Piece(region, target, values, storage.value_dtypes[placement.stored.dtype], storage)
     if scales is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from workers.errors import CheckpointError
-from workers.loading.pieces import FLOATS, Placement, Quantized
+from workers.loading.pieces import BYTES, FLOATS, Placement, Quantized
 from workers.loading.stored_tensor import StoredTensor
 from workers.loading.weight_target import WeightTarget
 
@@ -28,7 +28,7 @@ def placement(
     """
     place, stored = target.place(parameters[target.parameter]), found[name]
     if target.quantized is None:
-        _check_tensor(stored, target.shape, FLOATS)
+        _check_tensor(stored, target.shape, BYTES if target.raw else FLOATS)
         return Placement(stored, place, target.region, target.view)
     storage, scales = target.quantized.storage, None
     _check_tensor(stored, target.shape, storage.value_dtypes)

@@ -42,6 +42,7 @@ class WeightTarget:
         arrange: from those rows of the parameter to a view of them that has the region's shape, where the checkpoint
             holds its numbers in another order (transposed, interleaved); None: they are in the parameter's.
         quantized: None: the tensor holds its numbers themselves.
+        raw: whether it holds bytes, which are kept as they are.
     """
 
     parameter: str
@@ -53,6 +54,7 @@ class WeightTarget:
     view: tuple[int, ...] | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
     quantized: QuantizedSource | None = None
+    raw: bool = False
 
     @property
     def viewed(self) -> tuple[int, ...]:

@@ -27,10 +27,12 @@ from workers.layers.linear_methods.base import empty_parameter
 from workers.layers.linear_methods.choice import linear_method_for
 from workers.layers.lm_head import LMHead, vocab_share
 from workers.layers.moe.experts import GroupedLinear
+from workers.layers.moe.grouped_method import PLAIN, GroupedLinearMethod
 from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.residual import Norm, ResidualStream
 from workers.layers.rotation import HeadShape, Rotation, make_rotations
 from workers.layers.self_attention import LayerBatch
+from workers.loading.mxfp4_numbers import Mxfp4Numbers
 from workers.models.cache_groups import cache_groups
 from workers.models.config.attention_config import AttentionConfig
 from workers.models.config.model_config import ModelConfig
@@ -68,6 +70,7 @@ class CausalLM(nn.Module, ABC):
             `set_kv_scales`: never found by looking, because two workers that share a cache must use the same.
         group: the ranks that share the model.
         max_model_len: tokens of the longest sequence that is served; None: what the model was made for.
+        expert_method: how its experts keep their weights.
 
     Raises:
         ConfigError: the group's size does not divide the model, or the block size not the chunks that its layers
@@ -88,11 +91,12 @@ class CausalLM(nn.Module, ABC):
         kv_cache_dtype: torch.dtype | None = None,
         group: TensorParallelGroup = SINGLE,
         max_model_len: int | None = None,
+        expert_method: GroupedLinearMethod = PLAIN,
     ) -> None:
         super().__init__()
         config.check_divisible(group.size)
         self.config = config
-        self.context = LayerContext(dtype, device, group, linear_method_for(device))
+        self.context = LayerContext(dtype, device, group, linear_method_for(device), expert_method)
         self.block_size = block_size
         self.kv_cache_dtype = kv_cache_dtype
         self.max_model_len = config.context_length(max_model_len)
@@ -110,6 +114,8 @@ class CausalLM(nn.Module, ABC):
         """What its layers rotate, and the size of the heads: each kind once."""
         self.identity: KVIdentity = UNKNOWN
         """Whose keys and values it writes; known once its weights are loaded."""
+        self.weights_bytes = 0
+        """That its weights take; known once they are loaded."""
         self._rotations = make_rotations(turns, self.max_model_len, dtype, device)
         self._in_order = [
             self.make_layer(i, attention, self._rotations[turn])
@@ -187,6 +193,16 @@ class CausalLM(nn.Module, ABC):
         not to the keys and values that it brings.
         """
         return self.kv_cache_dtype != FP8 and all(builder.graph_safe_prefill for builder, _ in self._builders)
+
+    def numbers(self) -> dict[str, torch.Tensor | Mxfp4Numbers]:
+        """Parameters by name, before they are processed; what is kept quantised as the plain one that it means."""
+        found: dict[str, torch.Tensor | Mxfp4Numbers] = dict(self.named_parameters())
+        for name, module in self.named_modules():
+            if isinstance(module, GroupedLinear):
+                for own, _ in module.named_parameters():
+                    del found[f"{name}.{own}"]
+                found.update({f"{name}.{own}": numbers for own, numbers in module.numbers().items()})
+        return found
 
     def process_weights(self) -> None:
         """Bring the weights into the form that the device's kernels read; once, after this none can be loaded."""

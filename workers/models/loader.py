@@ -11,6 +11,8 @@ import torch
 from attention.platform import Platform
 from attention.spec import FP8, AttentionNeeds, Phase
 from workers.errors import CheckpointError, ConfigError
+from workers.layers.moe.grouped_method import PLAIN
+from workers.layers.moe.mxfp4 import MXFP4
 from workers.loading.checkpoint import resolve_checkpoint, stored_tensors, weight_files
 from workers.loading.gguf.header import is_gguf
 from workers.loading.gguf.tensors import gguf_form
@@ -22,6 +24,7 @@ from workers.loading.weight_stream import load_tensors
 from workers.models.attention_backend import choose_backends
 from workers.models.causal_lm import CausalLM, attention_specs
 from workers.models.config.model_config import DTYPES, ModelConfig
+from workers.models.expert_weights import keeping_mxfp4
 from workers.models.identity import kv_identity
 from workers.models.random_weights import fill_randomly
 from workers.models.registry import read_model
@@ -74,6 +77,7 @@ def load_model(
     measurements: Path | None = None,
     group: TensorParallelGroup = SINGLE,
     max_model_len: int | None = None,
+    expert_weights: str = "auto",
 ) -> CausalLM:
     """Load a model, or one rank's shard of it, of which alone the weights are read.
 
@@ -92,11 +96,13 @@ def load_model(
         measurements: where `baton backends --measure` keeps its result, which the choice of a backend follows.
         group: the ranks that share the model; this one's device is `device`. Nothing is communicated here.
         max_model_len: tokens of the longest sequence that will come; None: what the model was made for.
+        expert_weights: of experts that the checkpoint holds in MXFP4: see `keeping_mxfp4`.
 
     Raises:
         CheckpointError: the checkpoint is missing, broken, or of a kind that Baton does not run.
-        ConfigError: an unknown dtype, load format or attention backend, none that can run this model here, a model that
-            does not fit the GPU, one that the group's size does not divide, or whose positions do not reach so far.
+        ConfigError: an unknown dtype, load format, form of experts or attention backend, none that can run this model
+            here, a model that does not fit the GPU, one that the group's size does not divide, or whose positions do
+            not reach so far.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format {load_format!r} is none of {', '.join(LOAD_FORMATS)}")
@@ -111,12 +117,15 @@ def load_model(
     kinds = [AttentionNeeds(spec, resolved, block_size, phase) for spec in specs]
     backends = choose_backends(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
     weights = weight_map(model_class, config, group)
+    names = None if load_format == "dummy" else {weights.canonical(stored.name) for stored in stored_tensors(folder)}
+    kept = keeping_mxfp4(expert_weights, weights, names, resolved, device, phase)
+    method, weights = (PLAIN, weights) if kept is None else (MXFP4, kept)
     try:
-        loaded = model_class(config, backends, block_size, resolved, device, cache_dtype, group, max_model_len)
+        loaded = model_class(config, backends, block_size, resolved, device, cache_dtype, group, max_model_len, method)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(
-            f"the model's weights take {weights.num_elements * resolved.itemsize / 1e9:.1f} GB, the GPU has "
+            f"the model's weights take {weights.num_bytes(resolved) / 1e9:.1f} GB, the GPU has "
             f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
         ) from error
     with torch.inference_mode():
@@ -126,6 +135,7 @@ def load_model(
             load_weights(loaded, weights, folder, progress)
         loaded.identity = kv_identity(loaded, folder)
         loaded.process_weights()
+        loaded.weights_bytes = weights.num_bytes(resolved)
     return loaded
 
 
@@ -144,8 +154,8 @@ def weight_map(model_class: type[CausalLM], config: ModelConfig, group: TensorPa
 def model_bytes(
     model_class: type[CausalLM], config: ModelConfig, dtype: torch.dtype, group: TensorParallelGroup = SINGLE
 ) -> int:
-    """Bytes of the weights that a rank holds of a model when they are loaded in `dtype`."""
-    return dtype.itemsize * weight_map(model_class, config, group).num_elements
+    """Bytes of the weights that a rank holds of a model when they are all loaded in `dtype`."""
+    return weight_map(model_class, config, group).num_bytes(dtype)
 
 
 def load_weights(model: CausalLM, weights: WeightMap, folder: Path, progress: Progress | None = None) -> None:

@@ -7,17 +7,24 @@ import math
 
 import torch
 
+from workers.loading.quantized_storage import Mxfp4Storage
+from workers.loading.runs import region_shape
 from workers.loading.stored_tensor import Region
+from workers.loading.weight_target import QuantizedSource, WeightTarget
 from workers.models.causal_lm import CausalLM
 from workers.models.weight_map import WeightMap
 
 _DEVIATION = 0.02
+_SCALES = (119, 121)
+"""Of MXFP4, from 2^-8 to below 2^-6: numbers then have a deviation of 0.018."""
 CHUNK_ELEMENTS = 2**24
 """Drawn at once, about: what they take beside the weights is small."""
 
 
 def fill_randomly(model: CausalLM, weights: WeightMap, seed: int) -> None:
     """Draw weights from a normal distribution of deviation 0.02; norms multiply by one, biases are zeros.
+
+    What a checkpoint would hold in MXFP4 is drawn so, with numbers of about that size, whether it is kept so or not.
 
     A number depends on the seed, the tensor's name and the place in the whole tensor (and on the dtype and the kind of
     device), so that ranks hold shards of one model.
@@ -32,6 +39,10 @@ def fill_randomly(model: CausalLM, weights: WeightMap, seed: int) -> None:
                 place.fill_(0.0 if getattr(norm, "plus_one", False) else 1.0)
             elif len(target.shape) == 1 or name.endswith("bias"):
                 place.zero_()
+            elif target.raw:
+                _draw(place, target.viewed, target.region, f"{seed} {name}", generator)
+            elif target.quantized is not None and isinstance(target.quantized.storage, Mxfp4Storage):
+                _draw_mxfp4(place, target, target.quantized, seed, name, generator)
             else:
                 _draw(place, target.viewed, target.region, f"{seed} {name}", generator)
 
@@ -43,9 +54,37 @@ def _draw(place: torch.Tensor, shape: tuple[int, ...], region: Region, source: s
     step = max(1, CHUNK_ELEMENTS // math.prod(row_shape))
     for begin in range(first // step * step, last, step):
         chunk = place.new_empty(min(step, num_rows - begin), *row_shape)
-        chunk.normal_(0.0, _DEVIATION, generator=generator.manual_seed(_seed(f"{source} {begin}")))
+        generator.manual_seed(_seed(f"{source} {begin}"))
+        if chunk.dtype != torch.uint8:
+            chunk.normal_(0.0, _DEVIATION, generator=generator)
+        elif source.endswith("scales"):
+            chunk.random_(*_SCALES, generator=generator)
+        else:
+            chunk.random_(generator=generator)
         top, bottom = max(begin, first), min(begin + step, last)
         place[top - first : bottom - first] = chunk[(slice(top - begin, bottom - begin), *within)]
+
+
+def _draw_mxfp4(
+    place: torch.Tensor,
+    target: WeightTarget,
+    quantized: QuantizedSource,
+    seed: int,
+    name: str,
+    generator: torch.Generator,
+) -> None:
+    """What `_draw` makes of the blocks and the scales, as numbers; an expert at a time."""
+    storage, (first, last) = quantized.storage, target.region[0]
+    for expert in range(first, last):
+        own = ((expert, expert + 1), *target.region[1:])
+        parts = []
+        for drawn, shape, region in (
+            (name, storage.values_shape(target.viewed), storage.values_region(own)),
+            (quantized.scales, storage.scales_shape(target.viewed), storage.scales_region(own)),
+        ):
+            parts.append(torch.empty(region_shape(region), dtype=torch.uint8, device=place.device))
+            _draw(parts[-1], shape, region, f"{seed} {drawn}", generator)
+        place[expert - first].copy_(storage.dequantize(*parts, own, place.dtype)[0])
 
 
 def _seed(text: str) -> int:

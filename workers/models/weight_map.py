@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from workers.layers.lm_head import vocab_share
-from workers.loading.expert_weights import in_fp8_blocks
-from workers.loading.quantized_storage import Fp8BlockStorage
+from workers.loading.expert_weights import in_fp8_blocks, kept_in_mxfp4
+from workers.loading.quantized_storage import Fp8BlockStorage, Mxfp4Storage
 from workers.loading.stored_tensor import whole
 from workers.loading.weight_target import WeightTarget, of_layer
 from workers.models.config.attention_config import AttentionConfig
@@ -78,6 +80,23 @@ class WeightMap:
         targets = (target for targets in self.targets.values() for target in targets)
         return sum(math.prod(end - begin for begin, end in target.region) for target in targets)
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that this rank holds of all of them, in `dtype` where they are not kept as they are stored."""
+        targets = (target for targets in self.targets.values() for target in targets)
+        return sum(
+            math.prod(end - begin for begin, end in target.region) * (1 if target.raw else dtype.itemsize)
+            for target in targets
+        )
+
+    @property
+    def in_mxfp4(self) -> dict[str, list[WeightTarget]]:
+        """Tensors that checkpoints hold in MXFP4, and that are dequantised."""
+        quantized = {
+            name: [t for t in targets if t.quantized is not None and isinstance(t.quantized.storage, Mxfp4Storage)]
+            for name, targets in self.targets.items()
+        }
+        return {name: targets for name, targets in quantized.items() if targets}
+
     @property
     def scales(self) -> list[str]:
         """Names of the tensors that quantised ones are scaled with."""
@@ -134,6 +153,19 @@ class WeightMap:
         found = self.like()
         found.include(self)
         found.targets = {name: [adapt(name, each) for each in targets] for name, targets in self.targets.items()}
+        return found
+
+    def keeping_mxfp4(self) -> WeightMap:
+        """The map for a model that keeps in MXFP4 what a checkpoint holds so.
+
+        Raises:
+            ConfigError: the rank's share of something is not made of whole blocks.
+        """
+        found = self.like()
+        found.include(self)
+        for name, targets in self.in_mxfp4.items():
+            for kept in (kept_in_mxfp4(name, target) for target in targets):
+                found.targets |= {each: [place] for each, place in kept.items()}
         return found
 
     def in_fp8_blocks(self, storage: Fp8BlockStorage, names: Container[str]) -> WeightMap:

@@ -1,12 +1,12 @@
 """The experts of one layer: two grouped products with a gated activation between, and the sum over a token's experts.
 
-A product belongs to a method (after vLLM's `FusedMoEMethodBase`), which makes the parameters that a loader fills and
-turns them into what the grouped product reads: a format that stays quantised in memory is a method of its own.
+A product belongs to a method (`grouped_method.py`): a format that stays quantised in memory is one of its own.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,54 +14,11 @@ from torch import nn
 from workers.layers.activation import GatedActivation
 from workers.layers.moe.chosen_experts_sum import chosen_experts_sum, sums_chosen
 from workers.layers.moe.grouped_linear import grouped_linear
-from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
+from workers.layers.moe.grouped_method import PLAIN, GroupedLinearMethod
+from workers.layers.moe.grouped_weight import GroupedWeight
 from workers.layers.moe.token_groups import group_tokens
+from workers.loading.mxfp4_numbers import Mxfp4Numbers
 from workers.ops.weighted_sum import WeightedRows
-
-
-class GroupedLinearMethod(Protocol):
-    """How one projection of all experts keeps its weights."""
-
-    def create_weights(
-        self, module: nn.Module, shape: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Register what a loader fills, uninitialised, as parameters of `module`.
-
-        Args:
-            module: the projection.
-            shape: (E, M, K).
-            bias: whether each expert has one.
-            dtype: of activations.
-            device: where they are.
-        """
-
-    def process_weights(self, module: nn.Module) -> None:
-        """Bring the parameters, which are filled now, into the form that is multiplied with."""
-
-    def weight(self, module: nn.Module, with_bias: bool) -> GroupedWeight:
-        """What is multiplied with; it reads the parameters and copies nothing."""
-
-
-class PlainGroupedLinear:
-    """Weights in the dtype of the activations: `weight`, (E, M, K), and `bias`, (E, M)."""
-
-    def create_weights(
-        self, module: nn.Module, shape: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Register `weight`, and `bias` where there is one."""
-        module.register_parameter("weight", _empty(shape, dtype, device))
-        module.register_parameter("bias", _empty(shape[:2], dtype, device) if bias else None)
-
-    def process_weights(self, module: nn.Module) -> None:
-        """Nothing: they are multiplied with as they are."""
-
-    def weight(self, module: nn.Module, with_bias: bool) -> GroupedWeight:
-        """The parameters."""
-        weight, bias = module.get_parameter("weight"), module._parameters["bias"]
-        return PlainWeight(weight.detach(), None if bias is None or not with_bias else bias.detach())
-
-
-PLAIN = PlainGroupedLinear()
 
 
 class GroupedLinear(nn.Module):
@@ -94,6 +51,13 @@ class GroupedLinear(nn.Module):
         """Call after loading; after this no weights can be loaded."""
         self._method.process_weights(self)
         self._processed = self._method.weight(self, self._adds_bias)
+
+    def numbers(self) -> Mapping[str, nn.Parameter | Mxfp4Numbers]:
+        """Parameters by name; of such as are kept quantised what they mean, as if they were plain."""
+        kept = self._method.kept(self)
+        own = {} if kept else {"weight": self.get_parameter("weight")}
+        bias = self._parameters["bias"]
+        return {**own, **kept, **({} if bias is None else {"bias": bias})}
 
     def all_experts(self) -> GroupedWeight:
         """What `grouped_linear` multiplies with."""
@@ -196,7 +160,3 @@ class Experts(nn.Module):
             return chosen_experts_sum(inner, down, ids, out_weights, added)
         outer = grouped_linear(inner, down, groups, rows=order, out_rows="pairs", routed_before=True)
         return WeightedRows(outer, top_k, out_weights, added)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

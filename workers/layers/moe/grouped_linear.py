@@ -14,9 +14,11 @@ import torch
 
 from workers.layers.activation import GatedActivation
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
+from workers.layers.moe.mxfp4 import Mxfp4Weight
 from workers.layers.moe.token_groups import TokenGroups
 from workers.layers.moe.ways import Way, way_for
 from workers.ops.grouped_tiles import GroupedTile, without_tma
+from workers.ops.mxfp4_tiles import Mxfp4Tile, in_bfloat16
 
 Rows = Literal["tokens", "pairs", "sorted"]
 """What row n of an operand belongs to: token n, pair number n, or the n-th pair in the order of the experts."""
@@ -32,7 +34,7 @@ def grouped_linear(
     activation: GatedActivation | None = None,
     routed_before: bool = False,
     way: Way | None = None,
-    tile: GroupedTile | None = None,
+    tile: GroupedTile | Mxfp4Tile | None = None,
 ) -> torch.Tensor:
     """`x[pair] @ weight[expert of the pair].T + bias[expert of the pair]` for every pair.
 
@@ -46,7 +48,8 @@ def grouped_linear(
         routed_before: whether the groups were made before the kernel that made x: a kernel may then ask for weights
             while that one still runs.
         way: how to compute it; None: as the table of this device says.
-        tile: of the kernel, where that is the way; None: as the table of this device says.
+        tile: of the kernel, where that is the way; None: as the table of this device says. Of a weight in MXFP4 a
+            `GroupedTile` means that its numbers are multiplied in bfloat16.
 
     Returns:
         (N, M) of x's dtype.
@@ -69,6 +72,8 @@ def grouped_linear(
 def usable_ways(weight: GroupedWeight) -> tuple[Way, ...]:
     """The ways that can multiply with this weight where it is; `loop` always can."""
     ways: list[Way] = []
+    if isinstance(weight, Mxfp4Weight):
+        return ("triton", "loop") if weight.has_kernels else ("loop",)
     if isinstance(weight, PlainWeight) and weight.device.type == "cuda":
         ways.append("triton")
         if _has_grouped_mm(weight.device) and weight.dtype == torch.bfloat16 and _is_aligned(weight):
@@ -121,12 +126,18 @@ def _triton(
     out_rows: Literal["pairs", "sorted"],
     activation: GatedActivation | None,
     routed_before: bool,
-    tile: GroupedTile | None,
+    tile: GroupedTile | Mxfp4Tile | None,
 ) -> torch.Tensor:
+    if isinstance(weight, Mxfp4Weight):
+        many = in_bfloat16(groups.num_pairs, groups.num_experts) if tile is None else isinstance(tile, GroupedTile)
+        if not many:
+            return _mxfp4(x, weight, groups, rows, out_rows, activation, routed_before, tile)
+        weight = weight.dequantized()
     from workers.ops.triton.grouped_linear import grouped_tile, launch_grouped_linear
     from workers.ops.triton.grouped_tma_rows import has_tma
 
     assert isinstance(weight, PlainWeight)
+    assert not isinstance(tile, Mxfp4Tile)
     out = x.new_empty(groups.num_pairs, weight.shape[1] // (1 if activation is None else 2))
     tile = tile or grouped_tile(groups.num_pairs, weight.weight, activation is not None)
     if tile.kernel == "tma_rows" and not has_tma(weight.weight, x if rows == "sorted" else None):
@@ -143,14 +154,57 @@ def _triton(
         None if alone else groups.pairs,
         offsets=groups.offsets if tile.kernel == "tma_rows" else None,
         bias=weight.bias,
-        pairs_per_row={"sorted": 0, "pairs": 1, "tokens": groups.top_k}[rows],
+        pairs_per_row=_pairs_per_row(groups, rows),
         spread=out_rows == "pairs",
-        activation=None if activation is None else (activation.kind, activation.alpha, activation.limit),
+        activation=_constants(activation),
         num_tokens=groups.num_tokens,
         num_shared=groups.num_shared,
         routed_before=routed_before,
     )
     return out
+
+
+def _mxfp4(
+    x: torch.Tensor,
+    weight: Mxfp4Weight,
+    groups: TokenGroups,
+    rows: Rows,
+    out_rows: Literal["pairs", "sorted"],
+    activation: GatedActivation | None,
+    routed_before: bool,
+    tile: GroupedTile | Mxfp4Tile | None,
+) -> torch.Tensor:
+    """The kernel that reads MXFP4; its tiles have the weights' rows first, as those of `few_rows`."""
+    from workers.ops.triton.mxfp4_linear import launch_mxfp4_linear, mxfp4_tile
+
+    num_experts, num_outputs, _ = weight.shape
+    out = x.new_empty(groups.num_pairs, num_outputs // (1 if activation is None else 2))
+    tile = tile or mxfp4_tile(groups.num_pairs, num_experts, activation is not None, weight.device)
+    assert isinstance(tile, Mxfp4Tile)
+    alone = groups.num_tokens == 1 and "sorted" not in (rows, out_rows)
+    launch_mxfp4_linear(
+        out,
+        x,
+        weight.words,
+        weight.exponents,
+        tile,
+        groups.ids.reshape(-1) if alone else groups.tiles(tile.rows),
+        None if alone else groups.pairs,
+        bias=weight.bias,
+        pairs_per_row=_pairs_per_row(groups, rows),
+        spread=out_rows == "pairs",
+        activation=_constants(activation),
+        routed_before=routed_before,
+    )
+    return out
+
+
+def _pairs_per_row(groups: TokenGroups, rows: Rows) -> int:
+    return {"sorted": 0, "pairs": 1, "tokens": groups.top_k}[rows]
+
+
+def _constants(activation: GatedActivation | None) -> tuple[str, float, float] | None:
+    return None if activation is None else (activation.kind, activation.alpha, activation.limit)
 
 
 def _gathered(x: torch.Tensor, groups: TokenGroups, rows: Rows) -> torch.Tensor:

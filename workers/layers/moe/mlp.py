@@ -88,6 +88,7 @@ class MoEMLP(MoEBlock):
             device,
             bias=config.expert_bias,
             rank=group.rank,
+            method=context.expert_method,
             num_shared=config.num_shared,
         )
         shared = None
