@@ -65,6 +65,7 @@ def measure(args: argparse.Namespace, folder: Path, save: Callable[[dict[str, An
             role=role,
             model=str(folder),
             dtype=args.dtype,
+            expert_weights=args.expert_weights,
             load_format="dummy",
             device=args.device,
             block_size=64 if device.type == "cuda" else 16,
@@ -133,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
+    parser.add_argument(
+        "--expert-weights", choices=("auto", "mxfp4", "dequantized"), default="auto", help="of a model in MXFP4"
+    )
     parser.add_argument("--run", default="", metavar="NAME", help="of the run that results belong to")
     parser.add_argument("--note", default="", help="what else is to be known of the run")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_engine_baton.json", metavar="FILE")

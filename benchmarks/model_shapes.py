@@ -41,7 +41,10 @@ GPT_OSS_20B: dict[str, Any] = {
     "eos_token_id": 200002,
     "pad_token_id": 199999,
 }
-"""In bfloat16, not in MXFP4, which Baton would turn into bfloat16."""
+"""In bfloat16."""
+
+GPT_OSS_20B_MXFP4: dict[str, Any] = {**GPT_OSS_20B, "quantization_config": {"quant_method": "mxfp4"}}
+"""As it was published: the experts are drawn in MXFP4, and a worker that decodes keeps them so."""
 
 _DEEPSEEK: dict[str, Any] = {
     "hidden_act": "silu",
@@ -119,6 +122,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-3.1-8b": llama_8b.SHAPE,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "gpt-oss-20b": GPT_OSS_20B,
+    "gpt-oss-20b-mxfp4": GPT_OSS_20B_MXFP4,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
     "moonlight-16b-a3b": MOONLIGHT_16B_A3B,
     "deepseek-v3-stack": DEEPSEEK_V3_STACK,

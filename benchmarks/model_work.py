@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+_MXFP4_BITS = 4.25
+"""Of a weight, with its share of the scale."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What a decoder with grouped-query attention must read and compute.
@@ -22,6 +26,7 @@ class Work:
         top_k: experts of a token.
         window: how many tokens a query sees in some of the layers; None: all.
         windowed: the share of these layers.
+        expert_bits: of an expert's weight where it is not as other elements; None: it is.
     """
 
     layer_parameters: int
@@ -34,6 +39,7 @@ class Work:
     top_k: int = 0
     window: int | None = None
     windowed: float = 0.0
+    expert_bits: float | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], element_bytes: int = 2) -> Work:
@@ -60,6 +66,7 @@ class Work:
             top_k=top_k,
             window=config.get("sliding_window") if "sliding_attention" in kinds else None,
             windowed=kinds.count("sliding_attention") / layers,
+            expert_bits=_MXFP4_BITS if _in_mxfp4(config) else None,
         )
 
     @classmethod
@@ -103,7 +110,8 @@ class Work:
         Of the embedding it reads only rows.
         """
         for_all = self.layer_parameters + self.head_parameters - self.top_k * self.expert_parameters
-        weights = (for_all + self.experts_of(batch) * self.expert_parameters) * self.element_bytes
+        expert_bytes = self.element_bytes if self.expert_bits is None else self.expert_bits / 8
+        weights = for_all * self.element_bytes + self.experts_of(batch) * self.expert_parameters * expert_bytes
         return weights + batch * self._seen(context) * self.kv_bytes_per_token
 
     def decode_flops(self, batch: int, context: float) -> float:
@@ -124,3 +132,7 @@ class Work:
         """Tokens that a query attends to, on average over the layers."""
         seen = context if self.window is None else min(context, self.window)
         return (1 - self.windowed) * context + self.windowed * seen
+
+
+def _in_mxfp4(config: Mapping[str, Any]) -> bool:
+    return dict(config.get("quantization_config") or {}).get("quant_method") == "mxfp4"

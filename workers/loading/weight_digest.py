@@ -66,7 +66,8 @@ def _sums(tensor: torch.Tensor | LazyNumbers, multipliers: torch.Tensor) -> byte
         num_words = data.numel() // 8
         if num_words:
             sums.append((data[: num_words * 8].view(torch.int64) * multipliers[:num_words]).sum())
-        rest = bytes(data[num_words * 8 :].tolist())
+        if data.numel() % 8:
+            rest = bytes(data[num_words * 8 :].tolist())
     return (torch.stack(sums).cpu().numpy().astype("<i8").tobytes() if sums else b"") + rest
 
 

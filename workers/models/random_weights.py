@@ -15,8 +15,8 @@ from workers.models.causal_lm import CausalLM
 from workers.models.weight_map import WeightMap
 
 _DEVIATION = 0.02
-_SCALES = (119, 121)
-"""Of MXFP4, from 2^-8 to below 2^-6: numbers then have a deviation of 0.018."""
+_LARGER_SCALE = 120
+"""Of MXFP4; two in three are such, the others half of it: the deviation is that of other weights."""
 CHUNK_ELEMENTS = 2**24
 """Drawn at once, about: what they take beside the weights is small."""
 
@@ -58,7 +58,7 @@ def _draw(place: torch.Tensor, shape: tuple[int, ...], region: Region, source: s
         if chunk.dtype != torch.uint8:
             chunk.normal_(0.0, _DEVIATION, generator=generator)
         elif source.endswith("scales"):
-            chunk.random_(*_SCALES, generator=generator)
+            chunk.random_(0, 3, generator=generator).clamp_(max=1).add_(_LARGER_SCALE - 1)
         else:
             chunk.random_(generator=generator)
         top, bottom = max(begin, first), min(begin + step, last)
