@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 _MXFP4_BITS = 4.25
 """Of a weight, with its share of the scale."""
 

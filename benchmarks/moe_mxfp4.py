@@ -224,7 +224,8 @@ class Point:
             found["bytes"] = round(self.bytes_read(which))
             own = [us for name, us in found["us"].items() if name != "bfloat16"]
             found["of_bandwidth"] = round(self.bytes_read(which) / BANDWIDTH * 1e6 / min(own), 3) if own else 0.0
-        return {"tokens": self.num_tokens, "experts": round(self.experts, 2), **self.found}
+        found_of: dict[str, Any] = dict(self.found.items())
+        return {"tokens": self.num_tokens, "experts": round(self.experts, 2), **found_of}
 
 
 def candidates(num_tokens: int, tiles: Mapping[int, Sequence[Mxfp4Tile]]) -> list[Mxfp4Tile]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from workers.layers.linear_methods.base import LinearMethod
-from workers.layers.moe.grouped_method import PLAIN, GroupedLinearMethod
 from workers.parallel.group import TensorParallelGroup
 
 
@@ -20,11 +19,11 @@ class LayerContext:
         device: where they are.
         group: the ranks that share every layer.
         linear_method: of the projections.
-        expert_method: of the experts' projections.
+        experts_in_mxfp4: whether experts are kept so.
     """
 
     dtype: torch.dtype
     device: torch.device
     group: TensorParallelGroup
     linear_method: LinearMethod
-    expert_method: GroupedLinearMethod = PLAIN
+    experts_in_mxfp4: bool = False

@@ -27,7 +27,6 @@ from workers.layers.linear_methods.base import empty_parameter
 from workers.layers.linear_methods.choice import linear_method_for
 from workers.layers.lm_head import LMHead, vocab_share
 from workers.layers.moe.experts import GroupedLinear
-from workers.layers.moe.grouped_method import PLAIN, GroupedLinearMethod
 from workers.layers.norm import HeadNorm, RMSNorm
 from workers.layers.residual import Norm, ResidualStream
 from workers.layers.rotation import HeadShape, Rotation, make_rotations
@@ -70,7 +69,7 @@ class CausalLM(nn.Module, ABC):
             `set_kv_scales`: never found by looking, because two workers that share a cache must use the same.
         group: the ranks that share the model.
         max_model_len: tokens of the longest sequence that is served; None: what the model was made for.
-        expert_method: how its experts keep their weights.
+        experts_in_mxfp4: whether its experts are kept so.
 
     Raises:
         ConfigError: the group's size does not divide the model, or the block size not the chunks that its layers
@@ -91,12 +90,12 @@ class CausalLM(nn.Module, ABC):
         kv_cache_dtype: torch.dtype | None = None,
         group: TensorParallelGroup = SINGLE,
         max_model_len: int | None = None,
-        expert_method: GroupedLinearMethod = PLAIN,
+        experts_in_mxfp4: bool = False,
     ) -> None:
         super().__init__()
         config.check_divisible(group.size)
         self.config = config
-        self.context = LayerContext(dtype, device, group, linear_method_for(device), expert_method)
+        self.context = LayerContext(dtype, device, group, linear_method_for(device), experts_in_mxfp4)
         self.block_size = block_size
         self.kv_cache_dtype = kv_cache_dtype
         self.max_model_len = config.context_length(max_model_len)
@@ -194,14 +193,14 @@ class CausalLM(nn.Module, ABC):
         """
         return self.kv_cache_dtype != FP8 and all(builder.graph_safe_prefill for builder, _ in self._builders)
 
-    def numbers(self) -> dict[str, torch.Tensor | Mxfp4Numbers]:
+    def named_numbers(self) -> dict[str, torch.Tensor | Mxfp4Numbers]:
         """Parameters by name, before they are processed; what is kept quantised as the plain one that it means."""
         found: dict[str, torch.Tensor | Mxfp4Numbers] = dict(self.named_parameters())
         for name, module in self.named_modules():
             if isinstance(module, GroupedLinear):
                 for own, _ in module.named_parameters():
                     del found[f"{name}.{own}"]
-                found.update({f"{name}.{own}": numbers for own, numbers in module.numbers().items()})
+                found.update({f"{name}.{own}": numbers for own, numbers in module.named_numbers().items()})
         return found
 
     def process_weights(self) -> None:

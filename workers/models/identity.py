@@ -28,7 +28,7 @@ def kv_identity(model: CausalLM, folder: Path) -> KVIdentity:
     scales = [repr(scales).encode() for scales in model.kv_scales] if model.kv_cache_dtype is not None else []
     return KVIdentity(
         version=KV_VERSION,
-        weights=weight_digest(model.numbers().items()),
+        weights=weight_digest(model.named_numbers().items()),
         config=digest_of(repr(model.config).encode(), *_frequencies(model.rotated_kinds, model.max_model_len)),
         tokenizer=tokenizer_digest(folder),
         dtype=str(model.dtype).removeprefix("torch."),

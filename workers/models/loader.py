@@ -11,8 +11,6 @@ import torch
 from attention.platform import Platform
 from attention.spec import FP8, AttentionNeeds, Phase
 from workers.errors import CheckpointError, ConfigError
-from workers.layers.moe.grouped_method import PLAIN
-from workers.layers.moe.mxfp4 import MXFP4
 from workers.loading.checkpoint import resolve_checkpoint, stored_tensors, weight_files
 from workers.loading.gguf.header import is_gguf
 from workers.loading.gguf.tensors import gguf_form
@@ -119,9 +117,11 @@ def load_model(
     weights = weight_map(model_class, config, group)
     names = None if load_format == "dummy" else {weights.canonical(stored.name) for stored in stored_tensors(folder)}
     kept = keeping_mxfp4(expert_weights, weights, names, resolved, device, phase)
-    method, weights = (PLAIN, weights) if kept is None else (MXFP4, kept)
+    in_mxfp4, weights = (False, weights) if kept is None else (True, kept)
     try:
-        loaded = model_class(config, backends, block_size, resolved, device, cache_dtype, group, max_model_len, method)
+        loaded = model_class(
+            config, backends, block_size, resolved, device, cache_dtype, group, max_model_len, in_mxfp4
+        )
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ConfigError(

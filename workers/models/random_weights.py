@@ -77,14 +77,11 @@ def _draw_mxfp4(
     storage, (first, last) = quantized.storage, target.region[0]
     for expert in range(first, last):
         own = ((expert, expert + 1), *target.region[1:])
-        parts = []
-        for drawn, shape, region in (
-            (name, storage.values_shape(target.viewed), storage.values_region(own)),
-            (quantized.scales, storage.scales_shape(target.viewed), storage.scales_region(own)),
-        ):
-            parts.append(torch.empty(region_shape(region), dtype=torch.uint8, device=place.device))
-            _draw(parts[-1], shape, region, f"{seed} {drawn}", generator)
-        place[expert - first].copy_(storage.dequantize(*parts, own, place.dtype)[0])
+        regions = storage.values_region(own), storage.scales_region(own)
+        values, scales = (torch.empty(region_shape(each), dtype=torch.uint8, device=place.device) for each in regions)
+        _draw(values, storage.values_shape(target.viewed), regions[0], f"{seed} {name}", generator)
+        _draw(scales, storage.scales_shape(target.viewed), regions[1], f"{seed} {quantized.scales}", generator)
+        place[expert - first].copy_(storage.dequantize(values, scales, own, place.dtype)[0])
 
 
 def _seed(text: str) -> int:

@@ -69,7 +69,8 @@ def from_words(words: torch.Tensor) -> torch.Tensor:
     fourth = (word >> 8 & 8) | (word >> 12 & 6) | (word >> 10 & 1)
     numbers = torch.stack([first, second, third, fourth], dim=-2).flatten(-2)  # (G, M, 32)
     pairs = numbers.unflatten(-1, (MXFP4_BLOCK // 2, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8).transpose(0, 1).contiguous()
+    blocks: torch.Tensor = (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
+    return blocks.transpose(0, 1).contiguous()
 
 
 def dequantized_words(words: torch.Tensor, exponents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -85,10 +86,10 @@ def dequantized_words(words: torch.Tensor, exponents: torch.Tensor, dtype: torch
 
 def _packed(blocks: torch.Tensor) -> torch.Tensor:
     """(M, G, 16) bytes as (M, G, 8) words."""
-    numbers = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).int()
+    numbers: torch.Tensor = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).int()
     quarters = numbers.unflatten(-1, (QUARTERS, BLOCK_WORDS))
     first, second, third, fourth = quarters.unbind(-2)
-    word = (first & 8) << 12 | (first & 7) << 6
+    word: torch.Tensor = (first & 8) << 12 | (first & 7) << 6
     word |= (second & 8) << 9 | (second & 7) << 3
     word |= (third & 8) << 6 | (third & 7)
     word |= (fourth & 8) << 8 | (fourth & 6) << 12 | (fourth & 1) << 10

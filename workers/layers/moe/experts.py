@@ -52,7 +52,7 @@ class GroupedLinear(nn.Module):
         self._method.process_weights(self)
         self._processed = self._method.weight(self, self._adds_bias)
 
-    def numbers(self) -> Mapping[str, nn.Parameter | Mxfp4Numbers]:
+    def named_numbers(self) -> Mapping[str, nn.Parameter | Mxfp4Numbers]:
         """Parameters by name; of such as are kept quantised what they mean, as if they were plain."""
         kept = self._method.kept(self)
         own = {} if kept else {"weight": self.get_parameter("weight")}

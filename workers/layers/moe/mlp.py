@@ -11,6 +11,8 @@ from workers.layers.context import LayerContext
 from workers.layers.gated_mlp import GatedMLP
 from workers.layers.moe.block import MoEBlock, Router, SharedExpert
 from workers.layers.moe.experts import Experts
+from workers.layers.moe.grouped_method import PLAIN
+from workers.layers.moe.mxfp4 import MXFP4
 from workers.layers.residual import ResidualStream
 from workers.ops.router_config import RouterConfig
 
@@ -88,7 +90,7 @@ class MoEMLP(MoEBlock):
             device,
             bias=config.expert_bias,
             rank=group.rank,
-            method=context.expert_method,
+            method=MXFP4 if context.experts_in_mxfp4 else PLAIN,
             num_shared=config.num_shared,
         )
         shared = None

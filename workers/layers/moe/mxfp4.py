@@ -128,10 +128,10 @@ class Mxfp4GroupedLinear:
                     f"an MXFP4 scale of 2^{largest - 127}: kernels compute with 2^{LARGEST_SCALE - 127} at most; with "
                     "expert_weights dequantized the experts are turned into plain weights"
                 )
-        module.exponents = to_exponents(scales)  # type: ignore[assignment]
-        module.scales = None  # type: ignore[assignment]
-        module.words = to_words(blocks)  # type: ignore[assignment]
-        module.blocks = None  # type: ignore[assignment]
+        module.exponents = to_exponents(scales)
+        module.register_parameter("scales", None)
+        module.words = to_words(blocks)
+        module.register_parameter("blocks", None)
 
     def weight(self, module: nn.Module, with_bias: bool) -> Mxfp4Weight:
         """What was processed.

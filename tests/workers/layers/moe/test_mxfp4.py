@@ -233,7 +233,7 @@ def test_what_it_means_is_told_before_it_is_processed() -> None:
     blocks, scales = stored(2, 8, 64)
     projection.blocks.copy_(blocks)
     projection.scales.copy_(scales)
-    numbers = projection.numbers()
+    numbers = projection.named_numbers()
     assert set(numbers) == {"weight", "bias"}
     plain = dequantize_mxfp4(blocks, scales, torch.bfloat16)
     kept = numbers["weight"]
