@@ -209,6 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("latent_attention", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--block-size", type=int, default=64, help="tokens in a KV block; default: 64")
     parser.add_argument("--tiles", action="store_true", help="try tiles of Baton's own decode kernel")
+    parser.add_argument("--backends", nargs="+", choices=_BACKENDS, default=_BACKENDS, help="default: all")
+    parser.add_argument(
+        "--phase", choices=[str(phase) for phase in (Phase.DECODE, Phase.PREFILL)], help="only this one"
+    )
     parser.add_argument("--run", default="", metavar="NAME", help="of the run that results belong to")
     parser.add_argument("--output", type=Path, default=RESULTS / "latent_attention_h200.json", metavar="FILE")
     args = parser.parse_args(argv)
@@ -220,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = {"copy_bytes_per_s": copy_bandwidth(device), "matrix_flops_per_s": matrix_rate(device, torch.bfloat16)}
         torch.cuda.empty_cache()
         found = {"limits": limits, "rows": rows}
-        every = (measure(case, name, args.block_size, limits) for case in CASES for name in _BACKENDS)
+        cases = [case for case in CASES if args.phase in (None, str(case.phase))]
+        every = (measure(case, name, args.block_size, limits) for case in cases for name in args.backends)
         for row in try_tiles(limits, args.block_size) if args.tiles else every:
             rows.append(row)
             print(_line(row), file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""Decode of latent attention over a paged cache of latents: one query token per sequence."""
+"""Decode of latent attention over a paged cache of latents: one query token per sequence.
+
+Many heads on a Hopper GPU have a kernel of their own (`latent.hopper`), all else `latent.decode_kernel`'s.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import triton
 from attention.errors import AttentionInputError
 from attention.ops.triton.decode_kernel import reduce_kernel
 from attention.ops.triton.dependent_launch import dependent_launch
+from attention.ops.triton.latent import hopper
 from attention.ops.triton.latent.decode_kernel import latent_decode_kernel
 from attention.ops.triton.latent.tiles import choose_splits, decode_tile
 from attention.ops.triton.launch import (
@@ -75,6 +79,7 @@ def latent_decode(
     traits = device_traits(query.device)
     rank_padded, rotary_padded = (max(16, triton.next_power_of_2(size)) for size in (rank, rotary))
     itemsize, latent_size = query.element_size(), rank_padded + rotary_padded
+    on_hopper = tile is None and hopper.serves(query, rotary_query, cache, traits)
     if tile is None:
         tile = decode_tile(num_heads, latent_size, itemsize, cache.element_size(), traits)
     head_tiles = triton.cdiv(num_heads, tile.rows)
@@ -89,16 +94,28 @@ def latent_decode(
     dealing = (splits.count, splits.wanted, splits.most_tiles)
     lse_strides = (0, 0) if lse is None else lse.stride()
     with on_device(query):
-        latent_decode_kernel[(head_tiles, splits.count, batch)](
-            output, lse, partial, partial_lse, query, rotary_query, cache, block_tables, seq_lens,
-            scale * cache_scale, cache_scale, *dealing,
-            *query.stride()[:2], *rotary_query.stride()[:2], *output.stride()[:2], *lse_strides,
-            block_tables.stride(0), *cache.stride()[:2],
-            NUM_HEADS=num_heads, R=rank, R_PAD=rank_padded, P=rotary, P_PAD=rotary_padded,
-            BLOCK_SIZE=kv_cache.shape[1], BLOCK_M=tile.rows, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES,
-            DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **dependent_launch(query.device, head_tiles * splits.count * batch),
+        grid = (head_tiles, splits.count, batch)
+        outputs, queries = (output, lse, partial, partial_lse), (query, rotary_query)
+        numbers = (scale * cache_scale, cache_scale, *dealing)
+        strides = (
+            *query.stride()[:2], *rotary_query.stride()[:2], *output.stride()[:2], *lse_strides, block_tables.stride(0)
         )  # fmt: skip
+        sizes = {"NUM_HEADS": num_heads, "R": rank, "P": rotary, "BLOCK_SIZE": kv_cache.shape[1]}
+        dependent = dependent_launch(query.device, head_tiles * splits.count * batch)
+        if on_hopper:
+            from attention.ops.triton.latent.hopper_kernel import hopper_latent_decode_kernel
+
+            hopper_latent_decode_kernel[grid](
+                *outputs, *queries, *hopper.cache_tiles(cache), block_tables, seq_lens, *numbers, *strides,
+                **sizes, MIN_TILES=MIN_TILES, num_warps=4, **dependent,
+            )  # fmt: skip
+        else:
+            latent_decode_kernel[grid](
+                *outputs, *queries, cache, block_tables, seq_lens, *numbers, *strides, *cache.stride()[:2],
+                **sizes, R_PAD=rank_padded, P_PAD=rotary_padded, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
+                MIN_TILES=MIN_TILES, DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype), num_warps=tile.num_warps,
+                num_stages=tile.num_stages, **dependent,
+            )  # fmt: skip
         if splits.count > 1:
             reduce_kernel[(num_heads, batch)](
                 output, lse, partial, partial_lse, seq_lens, None, *dealing, *output.stride()[:2], *lse_strides,
