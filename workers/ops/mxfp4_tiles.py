@@ -22,6 +22,10 @@ class Mxfp4Tile:
         num_warps: warps of a program.
         prefetched: blocks of 32 inputs of the program's weights that are brought to the L2 cache before it waits,
             where its expert is known by then.
+        joined: the four quarters of a step are one product, not one each: numbers are then unpacked while those before
+            them are multiplied.
+        registers: most of a thread; 0: as many as the compiler wants. Fewer let more programs run side by side; too few
+            make it wait for each matrix instruction.
     """
 
     rows: int
@@ -31,6 +35,8 @@ class Mxfp4Tile:
     num_stages: int
     num_warps: int
     prefetched: int = 0
+    joined: bool = False
+    registers: int = 0
 
 
 Ranges = Sequence[tuple[float, Mxfp4Tile]]
