@@ -44,20 +44,12 @@ Ranges = Sequence[tuple[float, Mxfp4Tile]]
 
 _FEW = Mxfp4Tile(rows=16, outputs=64, inputs=128, bundle=1, num_stages=4, num_warps=4, prefetched=16)
 
+_SOME = Mxfp4Tile(rows=32, outputs=128, inputs=128, bundle=4, num_stages=3, num_warps=8)
+
 TILES: Mapping[bool, Ranges] = MappingProxyType(
     {
-        True: (
-            (0, _FEW),
-            (12, replace(_FEW, rows=32, bundle=4, prefetched=0)),
-            (24, replace(_FEW, rows=64, bundle=4, prefetched=0)),
-            (96, replace(_FEW, rows=128, bundle=4, num_stages=3, prefetched=0)),
-        ),
-        False: (
-            (0, _FEW),
-            (12, replace(_FEW, rows=32, bundle=4)),
-            (24, replace(_FEW, rows=64, bundle=4)),
-            (96, replace(_FEW, rows=128, outputs=128, bundle=4, num_stages=3, num_warps=8)),
-        ),
+        True: ((0, _FEW), (12, _SOME), (24, replace(_SOME, rows=64))),
+        False: ((0, _FEW), (12, replace(_SOME, num_stages=4)), (24, replace(_SOME, rows=64, outputs=256))),
     }
 )
 """Of gate and up together, and of single products. Both have the same rows everywhere: pairs are cut once."""
