@@ -2,7 +2,9 @@
 
 As in `grouped_few_rows`, the rows of the weight are those of the matrix instruction and the rows of x its columns:
 numbers that were unpacked in registers are then an operand as they are. A word has a number of each quarter of a block,
-and inputs may be summed in any order: each quarter is a product of its own with the rows' inputs of that quarter.
+and inputs may be summed in any order: each quarter is a product of its own with the rows' inputs of that quarter. Or
+the quarters are put in the order of the inputs, which moves no number to another thread: one product then, of whose
+matrix instructions the compiler lets several run while it unpacks what the next ones multiply.
 """
 # ruff: noqa: N803, N806  # compile-time constants are upper case, as is usual in Triton
 
