@@ -22,6 +22,10 @@ class Mxfp4Tile:
         num_warps: warps of a program.
         prefetched: blocks of 32 inputs of the program's weights that are brought to the L2 cache before it waits,
             where its expert is known by then.
+        joined: the four quarters of a step are one product, not one each: numbers are then unpacked while those before
+            them are multiplied.
+        registers: most of a thread; 0: as many as the compiler wants. Fewer let more programs run side by side; too few
+            make it wait for each matrix instruction.
     """
 
     rows: int
@@ -31,6 +35,8 @@ class Mxfp4Tile:
     num_stages: int
     num_warps: int
     prefetched: int = 0
+    joined: bool = False
+    registers: int = 0
 
 
 Ranges = Sequence[tuple[float, Mxfp4Tile]]
@@ -38,20 +44,12 @@ Ranges = Sequence[tuple[float, Mxfp4Tile]]
 
 _FEW = Mxfp4Tile(rows=16, outputs=64, inputs=128, bundle=1, num_stages=4, num_warps=4, prefetched=16)
 
+_SOME = Mxfp4Tile(rows=32, outputs=128, inputs=128, bundle=4, num_stages=3, num_warps=8)
+
 TILES: Mapping[bool, Ranges] = MappingProxyType(
     {
-        True: (
-            (0, _FEW),
-            (12, replace(_FEW, rows=32, bundle=4, prefetched=0)),
-            (24, replace(_FEW, rows=64, bundle=4, prefetched=0)),
-            (96, replace(_FEW, rows=128, bundle=4, num_stages=3, prefetched=0)),
-        ),
-        False: (
-            (0, _FEW),
-            (12, replace(_FEW, rows=32, bundle=4)),
-            (24, replace(_FEW, rows=64, bundle=4)),
-            (96, replace(_FEW, rows=128, outputs=128, bundle=4, num_stages=3, num_warps=8)),
-        ),
+        True: ((0, _FEW), (12, _SOME), (24, replace(_SOME, rows=64))),
+        False: ((0, _FEW), (12, replace(_SOME, num_stages=4)), (24, replace(_SOME, rows=64, outputs=256))),
     }
 )
 """Of gate and up together, and of single products. Both have the same rows everywhere: pairs are cut once."""

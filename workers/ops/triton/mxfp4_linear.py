@@ -10,11 +10,11 @@ import triton.language as tl
 from attention.ops.triton.dependent_launch import launches_dependents
 from attention.ops.triton.launch import device_traits, dot_dtype, on_device
 from workers.ops.mxfp4_tiles import Mxfp4Tile, choose_mxfp4_tile
-from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_quarters
+from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_in_order
 from workers.ops.triton.mxfp4_rows import mxfp4_rows_kernel
 
-_BLOCK_OUTPUTS, _BLOCK_INPUTS, _WARPS = 32, 256, 4
-"""Of a program that dequantises."""
+DEQUANTIZED = (32, 256, 4)
+"""Outputs, inputs (at least 128) and warps of a program that dequantises; powers of two."""
 
 
 def computes_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
@@ -93,12 +93,14 @@ def launch_mxfp4_linear(
             INPUTS=tile.inputs,
             BUNDLE=tile.bundle,
             STAGES=tile.num_stages,
+            JOINED=tile.joined,
             PREFETCHED=min(tile.prefetched, num_blocks, threads // parts),
             THREADS=threads,
             ROUTED_BEFORE=routed_before,
             DOT_DTYPE=dot_dtype(x.dtype, x.dtype),
             PDL=dependent,
             num_warps=tile.num_warps,
+            **({"maxnreg": tile.registers} if tile.registers else {}),
             **({"launch_pdl": True} if dependent else {}),
         )
 
@@ -131,18 +133,19 @@ def dequantize_mxfp4_kernel(
     exponents_ptrs = exponents_ptr + expert * (M * ALL_FOURS) + row[:, None] + fours[None, :] * M
     exponents = tl.load(exponents_ptrs, mask=inside & (fours < ALL_FOURS)[None, :], other=0)
     factors = mxfp4_factors(exponents, OUTPUTS, BLOCKS, DOT_DTYPE)
-    first, second, third, fourth = mxfp4_quarters(words, factors, DOT_DTYPE)
-    out_ptrs = out_ptr + expert * (M * K) + row[:, None].to(tl.int64) * K + (block * 32 + word % 8)[None, :]
-    tl.store(out_ptrs, first.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptrs + 8, second.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptrs + 16, third.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptrs + 24, fourth.to(out_ptr.dtype.element_ty), mask=mask)
+    numbers = mxfp4_in_order(words, factors, OUTPUTS, BLOCKS, DOT_DTYPE)
+    column = begin + tl.arange(0, INPUTS)
+    out_ptrs = out_ptr + expert * (M * K) + row[:, None].to(tl.int64) * K + column[None, :]
+    tl.store(out_ptrs, numbers.to(out_ptr.dtype.element_ty), mask=inside & (column < K)[None, :])
 
 
-def launch_dequantize_mxfp4(out: torch.Tensor, words: torch.Tensor, exponents: torch.Tensor) -> None:
-    """The numbers of all experts into (E, M, K), contiguous; the rest as of `launch_mxfp4_linear`."""
+def launch_dequantize_mxfp4(
+    out: torch.Tensor, words: torch.Tensor, exponents: torch.Tensor, shape: tuple[int, int, int] = DEQUANTIZED
+) -> None:
+    """The numbers of all experts into (E, M, K), contiguous; the rest as of `launch_mxfp4_linear` and `DEQUANTIZED`."""
     num_experts, num_outputs, num_inputs = out.shape
-    grid = (triton.cdiv(num_outputs, _BLOCK_OUTPUTS), triton.cdiv(num_inputs, _BLOCK_INPUTS), num_experts)
+    outputs, inputs, warps = shape
+    grid = (triton.cdiv(num_outputs, outputs), triton.cdiv(num_inputs, inputs), num_experts)
     with on_device(out):
         dequantize_mxfp4_kernel[grid](
             out,
@@ -150,8 +153,8 @@ def launch_dequantize_mxfp4(out: torch.Tensor, words: torch.Tensor, exponents: t
             exponents,
             M=num_outputs,
             K=num_inputs,
-            OUTPUTS=_BLOCK_OUTPUTS,
-            INPUTS=_BLOCK_INPUTS,
+            OUTPUTS=outputs,
+            INPUTS=inputs,
             DOT_DTYPE=dot_dtype(out.dtype, out.dtype),
-            num_warps=_WARPS,
+            num_warps=warps,
         )

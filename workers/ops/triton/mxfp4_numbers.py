@@ -84,3 +84,27 @@ def mxfp4_quarters(
         fourth = ((word & 0x0800) << 20) | ((word & 0x6000) << 10) | ((word & 0x0400) << 12)
         fourth = fourth.to(tl.float32, bitcast=True) * factors
     return first, second, third, fourth
+
+
+@triton.jit
+def mxfp4_in_order(
+    words: tl.tensor, factors: tl.tensor, OUTPUTS: tl.constexpr, BLOCKS: tl.constexpr, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """The numbers of words as one matrix, its columns in the order of the inputs.
+
+    In a matrix instruction's operand no number leaves its thread for it: a word's neighbours of one quarter are a
+    register, and two quarters are its two registers of a row.
+
+    Args:
+        words: (OUTPUTS, 8 * BLOCKS) int16.
+        factors: of the same shape.
+        OUTPUTS: rows.
+        BLOCKS: blocks of a row.
+        DTYPE: of the factors and the numbers.
+
+    Returns:
+        (OUTPUTS, 32 * BLOCKS).
+    """
+    first, second, third, fourth = mxfp4_quarters(words, factors, DTYPE)
+    numbers = tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(OUTPUTS, BLOCKS, 8, 4)
+    return numbers.permute(0, 1, 3, 2).reshape(OUTPUTS, BLOCKS * 32)

@@ -2,7 +2,9 @@
 
 As in `grouped_few_rows`, the rows of the weight are those of the matrix instruction and the rows of x its columns:
 numbers that were unpacked in registers are then an operand as they are. A word has a number of each quarter of a block,
-and inputs may be summed in any order: each quarter is a product of its own with the rows' inputs of that quarter.
+and inputs may be summed in any order: each quarter is a product of its own with the rows' inputs of that quarter. Or
+the quarters are put in the order of the inputs, which moves no number to another thread: one product then, of whose
+matrix instructions the compiler lets several run while it unpacks what the next ones multiply.
 """
 # ruff: noqa: N803, N806  # compile-time constants are upper case, as is usual in Triton
 
@@ -13,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.ops.triton.gated_activation import gated_activation
-from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_quarters
+from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_in_order, mxfp4_quarters
 
 
 @triton.jit
@@ -82,6 +84,7 @@ def mxfp4_rows_kernel(
     INPUTS: tl.constexpr,
     BUNDLE: tl.constexpr,
     STAGES: tl.constexpr,
+    JOINED: tl.constexpr,
     PREFETCHED: tl.constexpr,
     THREADS: tl.constexpr,
     ROUTED_BEFORE: tl.constexpr,
@@ -91,7 +94,8 @@ def mxfp4_rows_kernel(
     """One program: `OUTPUTS` of the `M` columns of one tile's result.
 
     `ALONE`: `tiles_ptr` has the pairs' experts, and every pair is a tile. `ROUTED_BEFORE`: the tiles were made before
-    the kernel ahead waited for its own predecessor, so that they can be read while it runs.
+    the kernel ahead waited for its own predecessor, so that they can be read while it runs. `JOINED`: the quarters are
+    one product with the rows' inputs in their order, which is waited for once.
     """
     GATED: tl.constexpr = KIND is not None
     PARTS: tl.constexpr = 2 if GATED else 1
@@ -140,7 +144,8 @@ def mxfp4_rows_kernel(
     word = tl.arange(0, WORDS)
     four = tl.arange(0, FOURS)
     # Of word j of a block the first number is input j, the next ones are 8 further on each.
-    x_ptrs = x_ptr + source[None, :].to(tl.int64) * stride_x + (word // 8 * 32 + word % 8)[:, None]
+    column = tl.arange(0, INPUTS) if JOINED else word // 8 * 32 + word % 8
+    x_ptrs = x_ptr + source[None, :].to(tl.int64) * stride_x + column[:, None]
     own = expert.to(tl.int64)
     words_ptrs = words_ptr + own * (WEIGHT_ROWS * (K // 4)) + feature[:, None] * 8
     words_ptrs += (word // 8 * (WEIGHT_ROWS * 8) + word % 8)[None, :]
@@ -150,32 +155,41 @@ def mxfp4_rows_kernel(
     for begin in tl.range(0, K, INPUTS, num_stages=STAGES):
         x_mask = there[None, :]
         if INPUTS_MASKED:
-            x_mask = x_mask & (begin + word // 8 * 32 < K)[:, None]
+            x_mask = x_mask & (begin + column // 32 * 32 < K)[:, None]
         within_words = begin + word // 8 * 32 < K
         within_fours = begin + four * 128 < K
-        x0 = tl.load(x_ptrs + begin, mask=x_mask, other=0.0).to(DOT_DTYPE)
-        x1 = tl.load(x_ptrs + begin + 8, mask=x_mask, other=0.0).to(DOT_DTYPE)
-        x2 = tl.load(x_ptrs + begin + 16, mask=x_mask, other=0.0).to(DOT_DTYPE)
-        x3 = tl.load(x_ptrs + begin + 24, mask=x_mask, other=0.0).to(DOT_DTYPE)
         at = begin // 32 * (WEIGHT_ROWS * 8)
-        words = _load(words_ptrs + at, inside, within_words, ROWS_MASKED, INPUTS_MASKED)
         at_four = begin // 128 * WEIGHT_ROWS
+        x0 = tl.load(x_ptrs + begin, mask=x_mask, other=0.0).to(DOT_DTYPE)
+        if not JOINED:
+            x1 = tl.load(x_ptrs + begin + 8, mask=x_mask, other=0.0).to(DOT_DTYPE)
+            x2 = tl.load(x_ptrs + begin + 16, mask=x_mask, other=0.0).to(DOT_DTYPE)
+            x3 = tl.load(x_ptrs + begin + 24, mask=x_mask, other=0.0).to(DOT_DTYPE)
+        words = _load(words_ptrs + at, inside, within_words, ROWS_MASKED, INPUTS_MASKED)
         exponents = _load(exponents_ptrs + at_four, inside, within_fours, ROWS_MASKED, FOURS_MASKED)
         factors = mxfp4_factors(exponents, OUTPUTS, BLOCKS, DOT_DTYPE)
-        w0, w1, w2, w3 = mxfp4_quarters(words, factors, DOT_DTYPE)
-        result = tl.dot(w0, x0, result, input_precision="ieee")
-        result = tl.dot(w1, x1, result, input_precision="ieee")
-        result = tl.dot(w2, x2, result, input_precision="ieee")
-        result = tl.dot(w3, x3, result, input_precision="ieee")
+        if JOINED:
+            w = mxfp4_in_order(words, factors, OUTPUTS, BLOCKS, DOT_DTYPE)
+            result = tl.dot(w, x0, result, input_precision="ieee")
+        else:
+            w0, w1, w2, w3 = mxfp4_quarters(words, factors, DOT_DTYPE)
+            result = tl.dot(w0, x0, result, input_precision="ieee")
+            result = tl.dot(w1, x1, result, input_precision="ieee")
+            result = tl.dot(w2, x2, result, input_precision="ieee")
+            result = tl.dot(w3, x3, result, input_precision="ieee")
         if GATED:
             words = _load(words_ptrs + at + M * 8, inside, within_words, ROWS_MASKED, INPUTS_MASKED)
             exponents = _load(exponents_ptrs + at_four + M, inside, within_fours, ROWS_MASKED, FOURS_MASKED)
             factors = mxfp4_factors(exponents, OUTPUTS, BLOCKS, DOT_DTYPE)
-            w0, w1, w2, w3 = mxfp4_quarters(words, factors, DOT_DTYPE)
-            up = tl.dot(w0, x0, up, input_precision="ieee")
-            up = tl.dot(w1, x1, up, input_precision="ieee")
-            up = tl.dot(w2, x2, up, input_precision="ieee")
-            up = tl.dot(w3, x3, up, input_precision="ieee")
+            if JOINED:
+                w = mxfp4_in_order(words, factors, OUTPUTS, BLOCKS, DOT_DTYPE)
+                up = tl.dot(w, x0, up, input_precision="ieee")
+            else:
+                w0, w1, w2, w3 = mxfp4_quarters(words, factors, DOT_DTYPE)
+                up = tl.dot(w0, x0, up, input_precision="ieee")
+                up = tl.dot(w1, x1, up, input_precision="ieee")
+                up = tl.dot(w2, x2, up, input_precision="ieee")
+                up = tl.dot(w3, x3, up, input_precision="ieee")
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * WEIGHT_ROWS + feature
         result += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)[:, None]
