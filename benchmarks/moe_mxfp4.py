@@ -48,52 +48,30 @@ def _tile(rows: int, outputs: int, inputs: int, stages: int, warps: int) -> Mxfp
     return Mxfp4Tile(rows, outputs, inputs, 1 if rows == 16 else 4, stages, warps)
 
 
-def _joined(rows: int, outputs: int, inputs: int, stages: int, warps: int, registers: int = 0) -> Mxfp4Tile:
-    return replace(_tile(rows, outputs, inputs, stages, warps), joined=True, registers=registers)
-
-
 GATE_UP: Mapping[int, Sequence[Mxfp4Tile]] = {
     16: (
         _tile(16, 64, 128, 3, 4),
         _tile(16, 64, 128, 4, 4),
-        _joined(16, 64, 128, 3, 4),
-        _joined(16, 64, 128, 4, 4),
-        _joined(16, 64, 128, 6, 4),
-        _joined(16, 64, 128, 4, 4, 96),
-        _joined(16, 64, 128, 3, 4, 80),
-        _joined(16, 64, 256, 3, 4),
-        _joined(16, 128, 128, 3, 8),
-        _joined(16, 128, 128, 3, 8, 80),
+        _tile(16, 64, 128, 6, 4),
+        _tile(16, 64, 256, 3, 4),
+        _tile(16, 128, 128, 3, 8),
     ),
-    32: (_tile(32, 128, 128, 3, 8), _joined(32, 64, 128, 3, 4), _joined(32, 128, 128, 3, 8)),
-    64: (
-        _tile(64, 128, 128, 3, 8),
-        _joined(64, 64, 128, 3, 4),
-        _joined(64, 128, 128, 3, 8),
-        _joined(64, 128, 128, 3, 8, 128),
-    ),
-    128: (_tile(128, 128, 128, 3, 8), _joined(128, 64, 128, 3, 4), _joined(128, 128, 128, 3, 8)),
+    32: (_tile(32, 64, 128, 3, 4), _tile(32, 128, 128, 3, 8)),
+    64: (_tile(64, 64, 128, 3, 4), _tile(64, 128, 128, 3, 8)),
+    128: (_tile(128, 64, 128, 3, 4), _tile(128, 128, 128, 3, 8)),
 }
 DOWN: Mapping[int, Sequence[Mxfp4Tile]] = {
     16: (
+        _tile(16, 64, 128, 3, 4),
         _tile(16, 64, 128, 4, 4),
+        _tile(16, 64, 128, 6, 4),
+        _tile(16, 64, 256, 3, 4),
         _tile(16, 64, 256, 4, 4),
-        _joined(16, 64, 128, 3, 4),
-        _joined(16, 64, 128, 4, 4),
-        _joined(16, 64, 128, 6, 4),
-        _joined(16, 64, 128, 4, 4, 64),
-        _joined(16, 64, 256, 3, 4),
-        _joined(16, 64, 256, 4, 4),
-        _joined(16, 128, 128, 4, 8),
+        _tile(16, 128, 128, 4, 8),
     ),
-    32: (_tile(32, 128, 128, 4, 8), _joined(32, 64, 256, 3, 4), _joined(32, 128, 128, 4, 8)),
-    64: (
-        _tile(64, 256, 128, 3, 8),
-        _joined(64, 64, 128, 4, 4),
-        _joined(64, 128, 128, 4, 8),
-        _joined(64, 256, 128, 3, 8),
-    ),
-    128: (_tile(128, 128, 128, 3, 4), _joined(128, 128, 128, 3, 8), _joined(128, 256, 128, 2, 8)),
+    32: (_tile(32, 64, 256, 3, 4), _tile(32, 128, 128, 4, 8)),
+    64: (_tile(64, 64, 128, 4, 4), _tile(64, 128, 128, 4, 8), _tile(64, 256, 128, 3, 8)),
+    128: (_tile(128, 128, 128, 3, 8), _tile(128, 256, 128, 2, 8)),
 }
 """By the rows of a tile: of gate and up together, and of the second product."""
 PREFETCHED = (0, 8, 32)
@@ -250,9 +228,8 @@ def candidates(num_tokens: int, tiles: Mapping[int, Sequence[Mxfp4Tile]]) -> lis
 
 def describe(tile: Mxfp4Tile) -> str:
     """A tile in one word."""
-    joined, ahead = "j" if tile.joined else "", f"p{tile.prefetched}" if tile.prefetched else ""
-    cap = f"r{tile.registers}" if tile.registers else ""
-    return f"{tile.rows}x{tile.outputs}x{tile.inputs}s{tile.num_stages}w{tile.num_warps}{joined}{cap}{ahead}"
+    ahead = f"p{tile.prefetched}" if tile.prefetched else ""
+    return f"{tile.rows}x{tile.outputs}x{tile.inputs}s{tile.num_stages}w{tile.num_warps}{ahead}"
 
 
 def compile_share(tokens: Sequence[int], index: int, num_shares: int) -> None:
@@ -310,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=60.0, help="no point is begun after so many seconds")
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--compile-share", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=RESULTS / "moe_mxfp4.json", metavar="FILE")
+    parser.add_argument("--output", type=Path, default=RESULTS / "moe_mxfp4_h200.json", metavar="FILE")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)

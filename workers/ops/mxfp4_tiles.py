@@ -22,10 +22,6 @@ class Mxfp4Tile:
         num_warps: warps of a program.
         prefetched: blocks of 32 inputs of the program's weights that are brought to the L2 cache before it waits,
             where its expert is known by then.
-        joined: the four quarters of a step are one product, not one each: numbers are then unpacked while those before
-            them are multiplied.
-        registers: most of a thread; 0: as many as the compiler wants. Fewer let more programs run side by side; too few
-            make it wait for each matrix instruction.
     """
 
     rows: int
@@ -35,26 +31,30 @@ class Mxfp4Tile:
     num_stages: int
     num_warps: int
     prefetched: int = 0
-    joined: bool = False
-    registers: int = 0
 
 
 Ranges = Sequence[tuple[float, Mxfp4Tile]]
 """From how many pairs of an expert on, on average, which tile is used."""
 
-_FEW = Mxfp4Tile(rows=16, outputs=64, inputs=128, bundle=1, num_stages=4, num_warps=4, prefetched=16)
-
-_SOME = Mxfp4Tile(rows=32, outputs=128, inputs=128, bundle=4, num_stages=3, num_warps=8)
+# Measured on an H200 (benchmarks/results/moe_mxfp4_h200.json).
+_FEW = Mxfp4Tile(rows=16, outputs=64, inputs=128, bundle=1, num_stages=4, num_warps=4)
+_MANY = replace(_FEW, rows=64, bundle=4, num_stages=3)
+_MANY_SINGLE = replace(_MANY, outputs=128, num_stages=4, num_warps=8)
 
 TILES: Mapping[bool, Ranges] = MappingProxyType(
     {
-        True: ((0, _FEW), (12, _SOME), (24, replace(_SOME, rows=64))),
-        False: ((0, _FEW), (12, replace(_SOME, num_stages=4)), (24, replace(_SOME, rows=64, outputs=256))),
+        True: ((0, _FEW), (12, replace(_MANY, rows=32)), (24, _MANY)),
+        False: (
+            (0, replace(_FEW, inputs=256, prefetched=8)),
+            (1, replace(_FEW, prefetched=8)),
+            (12, replace(_MANY_SINGLE, rows=32)),
+            (24, _MANY_SINGLE),
+        ),
     }
 )
 """Of gate and up together, and of single products. Both have the same rows everywhere: pairs are cut once."""
 
-MOST_QUANTIZED = 256.0
+MOST_QUANTIZED = 320.0
 """Pairs of an expert, on average, from which on a layer's experts are dequantised for a product in bfloat16."""
 
 

@@ -93,14 +93,12 @@ def launch_mxfp4_linear(
             INPUTS=tile.inputs,
             BUNDLE=tile.bundle,
             STAGES=tile.num_stages,
-            JOINED=tile.joined,
             PREFETCHED=min(tile.prefetched, num_blocks, threads // parts),
             THREADS=threads,
             ROUTED_BEFORE=routed_before,
             DOT_DTYPE=dot_dtype(x.dtype, x.dtype),
             PDL=dependent,
             num_warps=tile.num_warps,
-            **({"maxnreg": tile.registers} if tile.registers else {}),
             **({"launch_pdl": True} if dependent else {}),
         )
 

@@ -1,9 +1,8 @@
 """The kernel of a grouped product whose weights stay in MXFP4: four bits and a quarter of each are read.
 
 As in `grouped_few_rows`, the rows of the weight are those of the matrix instruction and the rows of x its columns:
-numbers that were unpacked in registers are then an operand as they are. A word has a number of each quarter of a block,
-and inputs may be summed in any order: each quarter is a product of its own with the rows' inputs of that quarter. Or
-the quarters are put in the order of the inputs, which moves no number to another thread: one product then, of whose
+numbers that were unpacked in registers are then an operand as they are. A word has a number of each quarter of a block.
+They are put in the order of the inputs, which moves no number to another thread: a step is one product then, of whose
 matrix instructions the compiler lets several run while it unpacks what the next ones multiply.
 """
 # ruff: noqa: N803, N806  # compile-time constants are upper case, as is usual in Triton
@@ -15,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.ops.triton.gated_activation import gated_activation
-from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_in_order, mxfp4_quarters
+from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_in_order
 
 
 @triton.jit
@@ -84,7 +83,6 @@ def mxfp4_rows_kernel(
     INPUTS: tl.constexpr,
     BUNDLE: tl.constexpr,
     STAGES: tl.constexpr,
-    JOINED: tl.constexpr,
     PREFETCHED: tl.constexpr,
     THREADS: tl.constexpr,
     ROUTED_BEFORE: tl.constexpr,
@@ -94,8 +92,7 @@ def mxfp4_rows_kernel(
     """One program: `OUTPUTS` of the `M` columns of one tile's result.
 
     `ALONE`: `tiles_ptr` has the pairs' experts, and every pair is a tile. `ROUTED_BEFORE`: the tiles were made before
-    the kernel ahead waited for its own predecessor, so that they can be read while it runs. `JOINED`: the quarters are
-    one product with the rows' inputs in their order, which is waited for once.
+    the kernel ahead waited for its own predecessor, so that they can be read while it runs.
     """
     GATED: tl.constexpr = KIND is not None
     PARTS: tl.constexpr = 2 if GATED else 1
@@ -143,8 +140,7 @@ def mxfp4_rows_kernel(
     inside = feature < M
     word = tl.arange(0, WORDS)
     four = tl.arange(0, FOURS)
-    # Of word j of a block the first number is input j, the next ones are 8 further on each.
-    column = tl.arange(0, INPUTS) if JOINED else word // 8 * 32 + word % 8
+    column = tl.arange(0, INPUTS)
     x_ptrs = x_ptr + source[None, :].to(tl.int64) * stride_x + column[:, None]
     own = expert.to(tl.int64)
     words_ptrs = words_ptr + own * (WEIGHT_ROWS * (K // 4)) + feature[:, None] * 8
@@ -160,36 +156,18 @@ def mxfp4_rows_kernel(
         within_fours = begin + four * 128 < K
         at = begin // 32 * (WEIGHT_ROWS * 8)
         at_four = begin // 128 * WEIGHT_ROWS
-        x0 = tl.load(x_ptrs + begin, mask=x_mask, other=0.0).to(DOT_DTYPE)
-        if not JOINED:
-            x1 = tl.load(x_ptrs + begin + 8, mask=x_mask, other=0.0).to(DOT_DTYPE)
-            x2 = tl.load(x_ptrs + begin + 16, mask=x_mask, other=0.0).to(DOT_DTYPE)
-            x3 = tl.load(x_ptrs + begin + 24, mask=x_mask, other=0.0).to(DOT_DTYPE)
+        x = tl.load(x_ptrs + begin, mask=x_mask, other=0.0).to(DOT_DTYPE)
         words = _load(words_ptrs + at, inside, within_words, ROWS_MASKED, INPUTS_MASKED)
         exponents = _load(exponents_ptrs + at_four, inside, within_fours, ROWS_MASKED, FOURS_MASKED)
         factors = mxfp4_factors(exponents, OUTPUTS, BLOCKS, DOT_DTYPE)
-        if JOINED:
-            w = mxfp4_in_order(words, factors, OUTPUTS, BLOCKS, DOT_DTYPE)
-            result = tl.dot(w, x0, result, input_precision="ieee")
-        else:
-            w0, w1, w2, w3 = mxfp4_quarters(words, factors, DOT_DTYPE)
-            result = tl.dot(w0, x0, result, input_precision="ieee")
-            result = tl.dot(w1, x1, result, input_precision="ieee")
-            result = tl.dot(w2, x2, result, input_precision="ieee")
-            result = tl.dot(w3, x3, result, input_precision="ieee")
+        weight = mxfp4_in_order(words, factors, OUTPUTS, BLOCKS, DOT_DTYPE)
+        result = tl.dot(weight, x, result, input_precision="ieee")
         if GATED:
             words = _load(words_ptrs + at + M * 8, inside, within_words, ROWS_MASKED, INPUTS_MASKED)
             exponents = _load(exponents_ptrs + at_four + M, inside, within_fours, ROWS_MASKED, FOURS_MASKED)
             factors = mxfp4_factors(exponents, OUTPUTS, BLOCKS, DOT_DTYPE)
-            if JOINED:
-                w = mxfp4_in_order(words, factors, OUTPUTS, BLOCKS, DOT_DTYPE)
-                up = tl.dot(w, x0, up, input_precision="ieee")
-            else:
-                w0, w1, w2, w3 = mxfp4_quarters(words, factors, DOT_DTYPE)
-                up = tl.dot(w0, x0, up, input_precision="ieee")
-                up = tl.dot(w1, x1, up, input_precision="ieee")
-                up = tl.dot(w2, x2, up, input_precision="ieee")
-                up = tl.dot(w3, x3, up, input_precision="ieee")
+            weight = mxfp4_in_order(words, factors, OUTPUTS, BLOCKS, DOT_DTYPE)
+            up = tl.dot(weight, x, up, input_precision="ieee")
     if bias_ptr is not None:
         bias_ptrs = bias_ptr + expert * WEIGHT_ROWS + feature
         result += tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)[:, None]

@@ -6,7 +6,6 @@ Without a GPU the kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -128,10 +127,8 @@ def test_kernel_dequantises_exactly(
 
 
 TILE = Mxfp4Tile(rows=16, outputs=32 if DEVICE.type == "cpu" else 64, inputs=128, bundle=2, num_stages=2, num_warps=4)
-FORMS = [TILE, replace(TILE, joined=True, registers=128)]
 
 
-@pytest.mark.parametrize("tile", FORMS, ids=["quarters", "joined"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("activation", [None, CLAMPED], ids=["plain", "gated"])
 @pytest.mark.parametrize(("num_tokens", "num_inputs", "num_outputs"), [(3, 96, 48), (25, 256, 64)])
@@ -142,7 +139,6 @@ def test_kernel_gathers_multiplies_and_spreads(
     num_outputs: int,
     activation: GatedActivation | None,
     biased: bool,
-    tile: Mxfp4Tile,
 ) -> None:
     """Of experts with no rows and with several tiles of them; the last outputs and inputs do not fill a tile."""
     parts = 1 if activation is None else 2
@@ -159,7 +155,7 @@ def test_kernel_gathers_multiplies_and_spreads(
             source,
             to_words(blocks),
             to_exponents(scales),
-            tile,
+            TILE,
             groups.tiles(16),
             groups.pairs,
             bias=bias,
@@ -171,11 +167,8 @@ def test_kernel_gathers_multiplies_and_spreads(
         assert_close(out, expected if spread else expected[in_order])
 
 
-@pytest.mark.parametrize("tile", FORMS, ids=["quarters", "joined"])
 @pytest.mark.parametrize("activation", [None, CLAMPED], ids=["plain", "gated"])
-def test_pairs_of_one_token_need_no_order(
-    kernels: SimpleNamespace, activation: GatedActivation | None, tile: Mxfp4Tile
-) -> None:
+def test_pairs_of_one_token_need_no_order(kernels: SimpleNamespace, activation: GatedActivation | None) -> None:
     parts, ids = 1 if activation is None else 2, some_ids(1, 6, 4)
     blocks, scales = stored(6, parts * 40, 160)
     weight, bias = dequantize_mxfp4(blocks, scales, torch.float32), randn(6, parts * 40, seed=1)
@@ -186,7 +179,7 @@ def test_pairs_of_one_token_need_no_order(
             x,
             to_words(blocks),
             to_exponents(scales),
-            tile,
+            TILE,
             ids.reshape(-1),
             None,
             bias=bias,
