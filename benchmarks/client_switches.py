@@ -155,8 +155,9 @@ CLIENT_SWITCHES = (
     Switch(
         "backlog",
         "cluster/server/grpc/serve.py",
-        '("grpc.server.max_pending_requests_hard_limit", 65_536)',
-        '("grpc.server.max_pending_requests_hard_limit", 2)',
+        '    ("grpc.server.max_pending_requests", 32_768),\n'
+        '    ("grpc.server.max_pending_requests_hard_limit", 65_536),\n',
+        "",
         "tests/cluster/server/test_front_door.py::test_a_burst_reaches_the_service",
     ),
     Switch(

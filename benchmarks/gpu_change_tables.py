@@ -15,7 +15,9 @@ _LATENT_MODELS = {
     "moonlight-16b-a3b": "moonlight-16b-a3b",
     "glm-4.7-flash": "glm-4.7-flash",
     "deepseek-v3, 6 layers": "deepseek-v3-stack",
+    "the same, decode on Hopper's own kernel": "deepseek-v3-stack_hopper",
 }
+_MIXTURES = {"gpt-oss-20b": "gpt-oss-20b", "gpt-oss-20b, decode in MXFP4": "gpt-oss-20b-mxfp4"}
 
 
 def commits(results: Path) -> str:
@@ -112,7 +114,7 @@ def gated_linear(results: Path) -> str:
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_commits": commits,
     "gpu_handoff_measured_path": handoff_measured_path,
-    "gpu_mixtures_of_experts": partial(models_alone, models={"gpt-oss-20b": "gpt-oss-20b"}),
+    "gpu_mixtures_of_experts": partial(models_alone, models=_MIXTURES),
     "gpu_latent_models": partial(models_alone, models=_LATENT_MODELS),
     "gpu_gated_linear": gated_linear,
 }

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.llama_8b import SHAPE, save_shape
@@ -168,7 +169,8 @@ def test_the_engine_benchmark_runs_end_to_end(tmp_path: Path, monkeypatch: pytes
 
     def llm(**settings: Any) -> SimpleNamespace:
         made.append(settings)
-        return SimpleNamespace(llm_engine=_FakeLLMEngine(settings["max_num_batched_tokens"]))
+        engine = _FakeLLMEngine(settings["max_num_batched_tokens"])
+        return SimpleNamespace(llm_engine=engine, apply_model=lambda function: [function(torch.nn.Linear(2, 2))])
 
     vllm = SimpleNamespace(__version__="fake", LLM=llm, SamplingParams=lambda **values: SimpleNamespace(**values))
     monkeypatch.setitem(sys.modules, "vllm", vllm)  # type: ignore[arg-type]
@@ -193,6 +195,15 @@ def test_the_engine_benchmark_runs_end_to_end(tmp_path: Path, monkeypatch: pytes
     ]  # fmt: skip
     assert all(row["steps"] == 20 for row in result["decode"])
     assert result["config"]["version"] == "fake"
+
+
+def test_random_biases_choose_no_experts() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 2))
+    weights = [layer.weight.clone() for layer in model]
+    assert vllm_engine.zero_biases(model) == 2
+    assert not model[0].bias.any()
+    assert not model[2].bias.any()
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, weights, strict=True))
 
 
 def test_the_peers_engine_imports_none_of_batons_packages() -> None:
