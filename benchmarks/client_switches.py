@@ -6,6 +6,14 @@ from benchmarks.switch import Switch
 
 CLIENT_SWITCHES = (
     Switch(
+        "all heard",
+        "cluster/gateway/suspects.py",
+        "while not self._all_heard() and",
+        "while False and",
+        "tests/cluster/gateway/test_suspects.py"
+        "::test_a_worker_that_was_lost_with_the_first_and_noticed_later_convicts_nobody",
+    ),
+    Switch(
         "suspects",
         "cluster/gateway/suspects.py",
         "self._crashes[key] = (2 if in_its_turn else max(self._count(key), 1), self._clock())",

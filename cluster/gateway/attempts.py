@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.api import EngineRequest
@@ -22,7 +23,7 @@ from cluster.gateway.dispatch import dispatch
 from cluster.gateway.observers import EngineObserver, Received
 from cluster.gateway.suspects import CLEARED_AFTER, Suspects, Turn
 from cluster.pools.pools import WorkerPools
-from cluster.pools.replica import Loss
+from cluster.pools.replica import Loss, Replica
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import NoPlacement, RoutingRequest
@@ -85,7 +86,7 @@ class Attempts:
         self._observers = observers
         self._under_way: dict[str, _UnderWay] = {}
         self._over: dict[str, Attempt] = {}
-        self._suspects = Suspects()
+        self._suspects = Suspects(watch=self._watch_all)
         self._stopping = False
 
     def __len__(self) -> int:
@@ -205,6 +206,16 @@ class Attempts:
                 each.attempt.fail(CrashingRequestError(f"{what}, as another worker was before; it is not tried again"))
             else:
                 each.attempt.fail(LostToAnotherError(what) if guilty else WorkerLostError(what))
+
+    def _watch_all(self) -> Callable[[], bool]:
+        """Whether every worker that serves now has been heard since, or is lost."""
+        heard = {replica.engine_id: replica.num_heard for replica in self._serving()}
+        return lambda: all(
+            replica.num_heard > heard[replica.engine_id] for replica in self._serving() if replica.engine_id in heard
+        )
+
+    def _serving(self) -> list[Replica]:
+        return [replica for role in ("prefill", "decode") for replica in self._pools.pool(role) if replica.serves]
 
     def stop(self) -> None:
         """End all of them, and place no more."""

@@ -5,6 +5,9 @@ would spend the attempts of all requests beside it. So all that were on a crashe
 after the other, each until it is some tokens further than it was: a second crash then is the doing of the one whose
 turn it is. It is tried no more, and for a while neither is any request of the same prompt and settings. The others lose
 nothing but time.
+
+What takes one worker along may take others, of which that is noticed later, and they would seem to have crashed in
+somebody's turn. So a turn begins only when every worker that was there at the crash has been heard again or is lost.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ CLEARED_AFTER = 4
 """Tokens that a suspect must have generated since the crash: what crashed its worker would have come back by then."""
 SETTLE_S = 0.25
 """Nobody's turn comes sooner after a crash: a node that is lost takes several workers along, noticed one by one."""
+MOST_SETTLE_S = 10.0
+"""Nobody waits longer for workers to be heard: those that stay silent are lost before."""
+_LOOK_S = 0.05
 REMEMBERED_S = 600.0
 _MOST = 1024
 
@@ -45,10 +51,13 @@ class Suspects:
 
     Args:
         clock: seconds.
+        watch: called at a crash; what it returns says whether every worker that was there then has been heard since.
     """
 
-    def __init__(self, clock: Callable[[], float] = now) -> None:
+    def __init__(self, clock: Callable[[], float] = now, watch: Callable[[], Callable[[], bool]] | None = None) -> None:
         self._clock = clock
+        self._watch = watch or (lambda: lambda: True)
+        self._all_heard = self._watch()
         self._crashes: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
         self._turn = asyncio.Lock()
         self._settled_at = 0.0
@@ -76,6 +85,8 @@ class Suspects:
         turn = Turn(self._turn)
         try:
             await asyncio.sleep(max(0.0, self._settled_at - self._clock()))
+            while not self._all_heard() and self._clock() < self._settled_at + MOST_SETTLE_S:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_S)
         except BaseException:
             turn.end()
             raise
@@ -90,7 +101,7 @@ class Suspects:
         key = key_of(request)
         self._crashes[key] = (2 if in_its_turn else max(self._count(key), 1), self._clock())
         self._crashes.move_to_end(key)
-        self._settled_at = self._clock() + SETTLE_S
+        self._settled_at, self._all_heard = self._clock() + SETTLE_S, self._watch()
         while len(self._crashes) > _MOST:
             self._crashes.popitem(last=False)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import ClassVar
 
 import pytest
 
 from cluster.errors import CrashingRequestError
-from cluster.gateway.suspects import REMEMBERED_S, SETTLE_S, Suspects, key_of
+from cluster.gateway.suspects import MOST_SETTLE_S, REMEMBERED_S, SETTLE_S, Suspects, key_of
 from cluster.inprocess_worker import InProcessWorker
 from fleet import Fleet, prompt
 from made_requests import engine_request
@@ -86,6 +87,38 @@ async def test_what_many_ask_is_not_convicted_by_a_crash_that_it_did_not_cause(m
     await fleet.until_idle()
 
 
+class NoticedLate(InProcessWorker):
+    """Dead from when its name is among the dead, as a process is of which its machine has not told yet.
+
+    None starts in place of another meanwhile.
+    """
+
+    dead: ClassVar[set[str]] = set()
+
+    async def start(self, progress):
+        while self.dead:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return await super().start(progress)
+
+    async def outputs(self):
+        async for batch in super().outputs():
+            if self.name not in self.dead:
+                yield batch
+
+
+async def test_a_worker_that_was_lost_with_the_first_and_noticed_later_convicts_nobody(make_fleet, expected):
+    fleet = await make_fleet(1, 2, worker_class=NoticedLate)
+    running = [asyncio.ensure_future(fleet.run(prompt(40, seed=i), 30)) for i in range(4)]
+    await asyncio.sleep(0.05)
+    NoticedLate.dead = {"decode-1"}
+    fleet.handle("decode-0").crash("killed by the test")
+    await asyncio.sleep(0.4)
+    NoticedLate.dead = set()
+    fleet.handle("decode-1").crash("killed by the test at the same time")
+    assert await asyncio.gather(*running) == [expected(prompt(40, seed=i), 30) for i in range(4)]
+    await fleet.until_idle()
+
+
 def request(text: int = 1, **sampling):
     return engine_request("r", prompt(20, seed=text), SamplingParams(**{"max_tokens": 4, "seed": 1, **sampling}))
 
@@ -108,6 +141,25 @@ async def test_turns_are_taken_by_suspects_alone_and_one_by_one():
     assert await second is not None
     suspects.cleared(request(2))
     assert await suspects.turn(request(2)) is None
+
+
+async def test_a_turn_waits_until_every_worker_has_been_heard(monkeypatch):
+    monkeypatch.setattr("cluster.gateway.suspects._LOOK_S", 0.0)
+    clock, heard = [0.0], [False]
+    suspects = Suspects(lambda: clock[0], lambda: lambda: heard[0])
+    for ends_by in ("hearing", "patience"):
+        suspects.crashed(request(), in_its_turn=False)
+        clock[0] += SETTLE_S
+        turn = asyncio.ensure_future(suspects.turn(request()))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not turn.done()
+        if ends_by == "hearing":
+            heard[0] = True
+        else:
+            clock[0] += MOST_SETTLE_S
+        (await turn).end()
+        heard[0] = False
 
 
 async def test_the_second_crash_is_its_own_and_is_remembered_for_a_while():
