@@ -28,7 +28,8 @@ SETTLE_S = 0.25
 """Nobody's turn comes sooner after a crash: a node that is lost takes several workers along, noticed one by one."""
 MOST_SETTLE_S = 10.0
 """Nobody waits longer for workers to be heard: those that stay silent are lost before."""
-_LOOK_S = 0.05
+LOOK_S = 0.05
+"""How often is looked whether all have been heard."""
 REMEMBERED_S = 600.0
 _MOST = 1024
 
@@ -86,7 +87,7 @@ class Suspects:
         try:
             await asyncio.sleep(max(0.0, self._settled_at - self._clock()))
             while not self._all_heard() and self._clock() < self._settled_at + MOST_SETTLE_S:  # noqa: ASYNC110
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(LOOK_S)
         except BaseException:
             turn.end()
             raise

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks import door_tables, gpu_change_tables, gpu_tables, pool_tables, router_tables, tables
+from benchmarks import (
+    door_tables,
+    gpu_change_tables,
+    gpu_kernel_tables,
+    gpu_tables,
+    pool_tables,
+    router_tables,
+    tables,
+)
 from benchmarks.disaggregation_cost import LABELS
 from benchmarks.environment import Environment
 
@@ -22,7 +30,7 @@ between
 after
 """ + "".join(
     f"<!-- table: {name} -->\n<!-- end of table -->\n"
-    for tables_of in (gpu_tables, gpu_change_tables, pool_tables, router_tables, door_tables)
+    for tables_of in (gpu_tables, gpu_change_tables, gpu_kernel_tables, pool_tables, router_tables, door_tables)
     for name in (*tables_of.TABLES, *(door_tables.FRONT_DOOR if tables_of is door_tables else ()))
 )
 

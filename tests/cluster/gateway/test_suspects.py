@@ -144,7 +144,7 @@ async def test_turns_are_taken_by_suspects_alone_and_one_by_one():
 
 
 async def test_a_turn_waits_until_every_worker_has_been_heard(monkeypatch):
-    monkeypatch.setattr("cluster.gateway.suspects._LOOK_S", 0.0)
+    monkeypatch.setattr("cluster.gateway.suspects.LOOK_S", 0.0)
     clock, heard = [0.0], [False]
     suspects = Suspects(lambda: clock[0], lambda: lambda: heard[0])
     for ends_by in ("hearing", "patience"):
