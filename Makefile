@@ -17,8 +17,9 @@ CHAT_SETTINGS ?= --set model.dtype=float32 --set prefill.kv_cache_gb=0.4 --set d
 	--temperature 0.2 --top-p 0.9
 # pytest processes side by side; tests with Ray never are
 TEST_PROCESSES ?= 4
-# Bytecode is kept, whatever the machine's setting: the tests start hundreds of processes that import the same files
-TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+# Bytecode is kept, whatever the machine's setting: the tests start hundreds of processes that import the same files. And a
+# process of tests runs hundreds of models, where a worker that keeps few of oneDNN's kernels runs one.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= ONEDNN_PRIMITIVE_CACHE_CAPACITY=1024 LRU_CACHE_CAPACITY=1024
 # The first Python here that Baton runs on; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
