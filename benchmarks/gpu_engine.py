@@ -39,6 +39,7 @@ from benchmarks.report import to_json, write_json
 from workers.config import WorkerConfig
 from workers.decode_worker import DecodeWorker
 from workers.errors import BatonError
+from workers.models.expert_weights import EXPERT_WEIGHTS
 from workers.prefill_worker import PrefillWorker
 
 _PREFILL_SEQS = 32
@@ -134,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parser.add_argument("--model", type=Path, metavar="DIR", help=MODEL_HELP)
-    parser.add_argument(
-        "--expert-weights", choices=("auto", "mxfp4", "dequantized"), default="auto", help="of a model in MXFP4"
-    )
+    parser.add_argument("--expert-weights", choices=EXPERT_WEIGHTS, default="auto", help="of a model in MXFP4")
     parser.add_argument("--run", default="", metavar="NAME", help="of the run that results belong to")
     parser.add_argument("--note", default="", help="what else is to be known of the run")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu_engine_baton.json", metavar="FILE")

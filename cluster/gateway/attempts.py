@@ -23,7 +23,7 @@ from cluster.gateway.dispatch import dispatch
 from cluster.gateway.observers import EngineObserver, Received
 from cluster.gateway.suspects import CLEARED_AFTER, Suspects, Turn
 from cluster.pools.pools import WorkerPools
-from cluster.pools.replica import Loss, Replica
+from cluster.pools.replica import Loss
 from cluster.routing.load_tracker import LoadTracker
 from cluster.routing.prefix_index import PromptPrefix
 from cluster.routing.types import NoPlacement, RoutingRequest
@@ -209,13 +209,12 @@ class Attempts:
 
     def _watch_all(self) -> Callable[[], bool]:
         """Whether every worker that serves now has been heard since, or is lost."""
-        heard = {replica.engine_id: replica.num_heard for replica in self._serving()}
+        heard = {replica.engine_id: replica.num_heard for replica in self._pools.replicas if replica.serves}
         return lambda: all(
-            replica.num_heard > heard[replica.engine_id] for replica in self._serving() if replica.engine_id in heard
+            replica.num_heard > heard[replica.engine_id]
+            for replica in self._pools.replicas
+            if replica.serves and replica.engine_id in heard
         )
-
-    def _serving(self) -> list[Replica]:
-        return [replica for role in ("prefill", "decode") for replica in self._pools.pool(role) if replica.serves]
 
     def stop(self) -> None:
         """End all of them, and place no more."""

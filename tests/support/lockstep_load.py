@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from lockstep_cluster import LockstepCluster
+from right_answers import count_completed
 from workers.errors import HandoffError
 from workers.sampling_params import SamplingParams
 
@@ -54,13 +55,7 @@ def check_load(
             cancelled.add(victim)
             cluster.abort(victim)
     cluster.run()
-    completed = 0
-    for request_id, (which, length) in asked.items():
-        got = cluster.token_ids(request_id)
-        assert got == answers[which][: len(got)]
-        if request_id not in cancelled and request_id not in cluster.failures:
-            assert len(got) == length
-            completed += 1
+    completed = count_completed(cluster, asked, answers, cancelled)
     assert preempted > 0
     assert any(isinstance(error, HandoffError) for error in cluster.failures.values())
     cluster.assert_all_blocks_free()

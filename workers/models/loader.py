@@ -115,7 +115,9 @@ def load_model(
     kinds = [AttentionNeeds(spec, resolved, block_size, phase) for spec in specs]
     backends = choose_backends(kinds, device, name=backend_name, measurements=measurements, local_prefill=local_prefill)
     weights = weight_map(model_class, config, group)
-    names = None if load_format == "dummy" else {weights.canonical(stored.name) for stored in stored_tensors(folder)}
+    names = None
+    if load_format != "dummy" and weights.in_mxfp4:
+        names = {weights.canonical(stored.name) for stored in stored_tensors(folder)}
     kept = keeping_mxfp4(expert_weights, weights, names, resolved, device, phase)
     in_mxfp4, weights = (False, weights) if kept is None else (True, kept)
     try:

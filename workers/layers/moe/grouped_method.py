@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from workers.layers.linear_methods.base import empty_parameter
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.loading.mxfp4_numbers import Mxfp4Numbers
 
@@ -48,8 +49,8 @@ class PlainGroupedLinear:
         self, module: nn.Module, shape: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Register `weight`, and `bias` where there is one."""
-        module.register_parameter("weight", _empty(shape, dtype, device))
-        module.register_parameter("bias", _empty(shape[:2], dtype, device) if bias else None)
+        module.register_parameter("weight", empty_parameter(*shape, dtype=dtype, device=device))
+        module.register_parameter("bias", empty_parameter(*shape[:2], dtype=dtype, device=device) if bias else None)
 
     def process_weights(self, module: nn.Module) -> None:
         """Nothing: they are multiplied with as they are."""
@@ -65,7 +66,3 @@ class PlainGroupedLinear:
 
 
 PLAIN = PlainGroupedLinear()
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from workers.errors import CheckpointError, ConfigError
+from workers.layers.linear_methods.base import empty_parameter
 from workers.layers.moe.grouped_weight import GroupedWeight, PlainWeight
 from workers.loading.dequantize import MXFP4_BLOCK
 from workers.loading.mxfp4_numbers import Mxfp4Numbers
@@ -109,9 +110,11 @@ class Mxfp4GroupedLinear:
         if num_inputs % MXFP4_BLOCK:
             raise ConfigError(f"MXFP4 keeps multiples of {MXFP4_BLOCK} inputs, not {num_inputs}")
         scales = (num_experts, num_outputs, num_inputs // MXFP4_BLOCK)
-        module.register_parameter("blocks", _empty((*scales, MXFP4_BLOCK // 2), torch.uint8, device))
-        module.register_parameter("scales", _empty(scales, torch.uint8, device))
-        module.register_parameter("bias", _empty(shape[:2], dtype, device) if bias else None)
+        module.register_parameter(
+            "blocks", empty_parameter(*scales, MXFP4_BLOCK // 2, dtype=torch.uint8, device=device)
+        )
+        module.register_parameter("scales", empty_parameter(*scales, dtype=torch.uint8, device=device))
+        module.register_parameter("bias", empty_parameter(*shape[:2], dtype=dtype, device=device) if bias else None)
         module.numbers_dtype = dtype  # type: ignore[assignment]
 
     def process_weights(self, module: nn.Module) -> None:
@@ -167,7 +170,3 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
     dtype = module.numbers_dtype
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

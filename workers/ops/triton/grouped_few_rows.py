@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.ops.triton.gated_activation import gated_activation
+from workers.ops.triton.pair_tiles import pair_rows, tile_and_output
 from workers.ops.triton.prefetch_rows import prefetch_rows
 
 
@@ -58,11 +59,7 @@ def grouped_few_rows_kernel(
     GATED: tl.constexpr = KIND is not None
     WEIGHT_ROWS: tl.constexpr = 2 * M if GATED else M
     COLUMNS: tl.constexpr = (M + OUTPUTS - 1) // OUTPUTS
-    bundle = tl.program_id(0) // (BUNDLE * COLUMNS)
-    in_bundle = tl.program_id(0) % (BUNDLE * COLUMNS)
-    size = tl.minimum(num_tiles - bundle * BUNDLE, BUNDLE)
-    tile = bundle * BUNDLE + in_bundle % size
-    first = in_bundle // size * OUTPUTS
+    tile, first = tile_and_output(tl.program_id(0), num_tiles, COLUMNS, OUTPUTS, BUNDLE)
     if PDL:
         if SHARED_PREFETCHED > 0:
             each = (num_tokens + ROWS - 1) // ROWS
@@ -79,21 +76,7 @@ def grouped_few_rows_kernel(
     expert = tl.load(tiles_ptr + tile).to(tl.int32)
     if expert >= NUM_EXPERTS:
         return
-    if ALONE:
-        row = tile + tl.arange(0, ROWS)
-        there = tl.arange(0, ROWS) < 1
-    else:
-        row = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, ROWS)
-        there = row < tl.load(tiles_ptr + 2 * num_tiles + tile)
-    source = row
-    destination = row
-    if ALONE:
-        source = row // PAIRS_PER_ROW
-    else:
-        if PAIRS_PER_ROW > 0:
-            source = tl.load(pairs_ptr + row, mask=there, other=0) // PAIRS_PER_ROW
-        if SPREAD:
-            destination = tl.load(pairs_ptr + row, mask=there, other=0)
+    source, destination, there = pair_rows(tile, num_tiles, tiles_ptr, pairs_ptr, ROWS, PAIRS_PER_ROW, SPREAD, ALONE)
     feature = first + tl.arange(0, OUTPUTS)
     inside = (feature < M)[:, None]
     column = tl.arange(0, INPUTS)

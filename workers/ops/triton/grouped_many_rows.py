@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from workers.ops.triton.gated_activation import gated_activation
+from workers.ops.triton.pair_tiles import pair_rows, tile_and_output
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
@@ -45,22 +46,12 @@ def grouped_many_rows_kernel(
     GATED: tl.constexpr = KIND is not None
     WEIGHT_ROWS: tl.constexpr = 2 * M if GATED else M
     COLUMNS: tl.constexpr = (M + OUTPUTS - 1) // OUTPUTS
-    bundle = tl.program_id(0) // (BUNDLE * COLUMNS)
-    in_bundle = tl.program_id(0) % (BUNDLE * COLUMNS)
-    size = tl.minimum(max_tiles - bundle * BUNDLE, BUNDLE)
-    tile = bundle * BUNDLE + in_bundle % size
+    tile, first_output = tile_and_output(tl.program_id(0), max_tiles, COLUMNS, OUTPUTS, BUNDLE)
     expert = tl.load(tiles_ptr + tile)
     if expert == NUM_EXPERTS:
         return
-    row = tl.load(tiles_ptr + max_tiles + tile) + tl.arange(0, ROWS)
-    there = row < tl.load(tiles_ptr + 2 * max_tiles + tile)
-    source = row
-    destination = row
-    if PAIRS_PER_ROW > 0:
-        source = tl.load(pairs_ptr + row, mask=there, other=0) // PAIRS_PER_ROW
-    if SPREAD:
-        destination = tl.load(pairs_ptr + row, mask=there, other=0)
-    feature = in_bundle // size * OUTPUTS + tl.arange(0, OUTPUTS)
+    source, destination, there = pair_rows(tile, max_tiles, tiles_ptr, pairs_ptr, ROWS, PAIRS_PER_ROW, SPREAD, False)
+    feature = first_output + tl.arange(0, OUTPUTS)
     inside = feature < M
     column = tl.arange(0, INPUTS)
     x_ptrs = x_ptr + source[:, None].to(tl.int64) * stride_x + column[None, :]

@@ -19,6 +19,7 @@ from attention.ops.triton.launch import device_traits
 from workers.ops.grouped_tiles import STORED_OUTPUTS, GroupedTile, staged_bytes
 from workers.ops.tensor_map import has_tensor_map
 from workers.ops.triton.gated_activation import gated_activation
+from workers.ops.triton.pair_tiles import tile_and_output
 
 _HALF_OF_WARPS = 4
 """Warps of a program that leave registers for a second one on a multiprocessor."""
@@ -34,18 +35,12 @@ def _position(
     OUTPUTS: tl.constexpr,
     BUNDLE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Of the n-th block of the result its expert, its first row, where the expert's rows end, and its first output.
-
-    `BUNDLE` tiles share their blocks of outputs in time, so that weights are read from the L2 cache.
-    """
-    bundle = index // (BUNDLE * COLUMNS)
-    in_bundle = index % (BUNDLE * COLUMNS)
-    size = tl.minimum(num_tiles - bundle * BUNDLE, BUNDLE)
-    tile = bundle * BUNDLE + in_bundle % size
+    """Of the n-th block of the result its expert, its first row, where the expert's rows end, and its first output."""
+    tile, first = tile_and_output(index, num_tiles, COLUMNS, OUTPUTS, BUNDLE)
     expert = tl.load(tiles_ptr + tile)
     row = tl.load(tiles_ptr + max_tiles + tile)
     end = tl.load(tiles_ptr + 2 * max_tiles + tile)
-    return expert, row, end, in_bundle // size * OUTPUTS
+    return expert, row, end, first
 
 
 @triton.jit

@@ -15,6 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.ops.triton.gated_activation import gated_activation
 from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_in_order
+from workers.ops.triton.pair_tiles import pair_rows, tile_and_output
+from workers.ops.triton.prefetch_rows import prefetch
 
 
 @triton.jit
@@ -32,14 +34,7 @@ def _prefetch(
     thread = tl.arange(0, THREADS)
     block = tl.minimum(thread // PARTS, BLOCKS - 1)
     row = block * WEIGHT_ROWS + thread % PARTS * M + first
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r",
-        [(words_ptr + row.to(tl.int64) * 8).to(tl.int64), tl.full([THREADS], OUTPUTS * 16, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    prefetch(words_ptr + row.to(tl.int64) * 8, OUTPUTS * 16, THREADS)
 
 
 @triton.jit
@@ -105,11 +100,7 @@ def mxfp4_rows_kernel(
     ROWS_MASKED: tl.constexpr = M % OUTPUTS != 0
     INPUTS_MASKED: tl.constexpr = K % INPUTS != 0
     FOURS_MASKED: tl.constexpr = ALL_FOURS % FOURS != 0
-    bundle = tl.program_id(0) // (BUNDLE * COLUMNS)
-    in_bundle = tl.program_id(0) % (BUNDLE * COLUMNS)
-    size = tl.minimum(num_tiles - bundle * BUNDLE, BUNDLE)
-    tile = bundle * BUNDLE + in_bundle % size
-    first = in_bundle // size * OUTPUTS
+    tile, first = tile_and_output(tl.program_id(0), num_tiles, COLUMNS, OUTPUTS, BUNDLE)
     if PDL:
         if ROUTED_BEFORE and PREFETCHED > 0:
             likely = tl.load(tiles_ptr + tile, cache_modifier=".cg").to(tl.int32)
@@ -121,21 +112,7 @@ def mxfp4_rows_kernel(
     expert = tl.load(tiles_ptr + tile).to(tl.int32)
     if expert >= NUM_EXPERTS:
         return
-    if ALONE:
-        row = tile + tl.arange(0, ROWS)
-        there = tl.arange(0, ROWS) < 1
-    else:
-        row = tl.load(tiles_ptr + num_tiles + tile) + tl.arange(0, ROWS)
-        there = row < tl.load(tiles_ptr + 2 * num_tiles + tile)
-    source = row
-    destination = row
-    if ALONE:
-        source = row // PAIRS_PER_ROW
-    else:
-        if PAIRS_PER_ROW > 0:
-            source = tl.load(pairs_ptr + row, mask=there, other=0) // PAIRS_PER_ROW
-        if SPREAD:
-            destination = tl.load(pairs_ptr + row, mask=there, other=0)
+    source, destination, there = pair_rows(tile, num_tiles, tiles_ptr, pairs_ptr, ROWS, PAIRS_PER_ROW, SPREAD, ALONE)
     feature = first + tl.arange(0, OUTPUTS)
     inside = feature < M
     word = tl.arange(0, WORDS)

@@ -8,6 +8,19 @@ import triton.language as tl
 
 
 @triton.jit
+def prefetch(ptrs: tl.tensor, BYTES: tl.constexpr, THREADS: tl.constexpr) -> None:
+    """Ask for `BYTES` behind each of (THREADS,) addresses in the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r",
+        [ptrs.to(tl.int64), tl.full([THREADS], BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def prefetch_rows(
     weight_ptr: tl.tensor,
     first: tl.tensor,
@@ -23,14 +36,7 @@ def prefetch_rows(
     row = thread % (FEATURES * PARTS)
     feature = (first + row % FEATURES + row // FEATURES * N).to(tl.int64)
     column = thread // (FEATURES * PARTS) * (BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r",
-        [(weight_ptr + feature * K + column).to(tl.int64), tl.full([THREADS], BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    prefetch(weight_ptr + feature * K + column, BYTES, THREADS)
 
 
 def prefetched_bytes(wanted: int, row_bytes: int, rows: int, threads: int) -> int:

@@ -80,7 +80,9 @@ def latent_decode(
     rank_padded, rotary_padded = (max(16, triton.next_power_of_2(size)) for size in (rank, rotary))
     itemsize, latent_size = query.element_size(), rank_padded + rotary_padded
     on_hopper = tile is None and hopper.serves(query, rotary_query, cache, traits)
-    if tile is None:
+    if on_hopper:
+        tile = hopper.TILE
+    elif tile is None:
         tile = decode_tile(num_heads, latent_size, itemsize, cache.element_size(), traits)
     head_tiles = triton.cdiv(num_heads, tile.rows)
     if num_splits is None:
@@ -107,7 +109,7 @@ def latent_decode(
 
             hopper_latent_decode_kernel[grid](
                 *outputs, *queries, *hopper.cache_tiles(cache), block_tables, seq_lens, *numbers, *strides,
-                **sizes, MIN_TILES=MIN_TILES, num_warps=4, **dependent,
+                **sizes, MIN_TILES=MIN_TILES, num_warps=tile.num_warps, **dependent,
             )  # fmt: skip
         else:
             latent_decode_kernel[grid](

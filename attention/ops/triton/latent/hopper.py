@@ -9,10 +9,10 @@ import torch
 import triton
 
 from attention.ops.triton.launch import MAX_OFFSET, DeviceTraits
+from attention.ops.triton.tuning import Tile
 
-HEADS = 64
-"""Heads of a program: it serves multiples."""
-_TILE = 64
+TILE = Tile(rows=64, keys=64, num_warps=4, num_stages=2)
+"""The kernel's: heads of a program, of which it serves multiples, and latents of a step."""
 _RANK, _ROTARY = 512, 64
 _ALIGNMENT = 16
 """Bytes that the Tensor Memory Accelerator's addresses and strides are multiples of."""
@@ -36,8 +36,8 @@ def serves(query: torch.Tensor, rotary_query: torch.Tensor, cache: torch.Tensor,
         and query.dtype in (torch.bfloat16, torch.float16)
         and cache.dtype == query.dtype
         and (query.shape[2], rotary_query.shape[2]) == (_RANK, _ROTARY)
-        and query.shape[1] % HEADS == 0
-        and block_size % _TILE == 0
+        and query.shape[1] % TILE.rows == 0
+        and block_size % TILE.keys == 0
         and _is_matrix(cache)
         and 0 < num_blocks * block_size <= MAX_OFFSET
     )
@@ -55,7 +55,7 @@ def cache_tiles(cache: torch.Tensor) -> tuple[Any, Any]:
 
     rows = cache.view(-1, cache.shape[2])
     half, rotary = (
-        TensorDescriptor.from_tensor(rows, [_TILE, width], _layout(width, cache.dtype))
+        TensorDescriptor.from_tensor(rows, [TILE.keys, width], _layout(width, cache.dtype))
         for width in (_RANK // 2, _ROTARY)
     )
     return half, rotary
@@ -65,4 +65,4 @@ def cache_tiles(cache: torch.Tensor) -> tuple[Any, Any]:
 def _layout(width: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for([_TILE, width], getattr(gl, str(dtype).removeprefix("torch.")))
+    return gl.NVMMASharedLayout.get_default_for([TILE.keys, width], getattr(gl, str(dtype).removeprefix("torch.")))
