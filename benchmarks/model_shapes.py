@@ -12,6 +12,15 @@ from typing import Any
 from benchmarks import llama_8b
 from benchmarks.published_models import PUBLISHED
 
+LLAMA_3_2_1B: dict[str, Any] = {
+    **llama_8b.SHAPE,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "rope_scaling": {**llama_8b.SHAPE["rope_scaling"], "factor": 32.0},
+    "tie_word_embeddings": True,
+}
 QWEN3_30B_A3B: dict[str, Any] = {
     **PUBLISHED["Qwen3MoeForCausalLM"].config,
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -120,6 +129,7 @@ GLM_4_7_FLASH: dict[str, Any] = {
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-3.1-8b": llama_8b.SHAPE,
+    "llama-3.2-1b": LLAMA_3_2_1B,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "gpt-oss-20b": GPT_OSS_20B,
     "gpt-oss-20b-mxfp4": GPT_OSS_20B_MXFP4,

@@ -7,6 +7,7 @@ from torch import nn
 
 from workers.layers.context import LayerContext
 from workers.layers.linear_methods.base import empty_parameter
+from workers.ops.weighted_sum import WeightedRows
 
 
 class Linear(nn.Module):
@@ -70,3 +71,7 @@ class RowParallelLinear(Linear):
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`residual + self(x)`, of a group of one, in one call where there is one; may overwrite `residual`."""
         return self.method.apply(self, x, self.bias, residual=residual)
+
+    def summands(self, x: torch.Tensor) -> WeightedRows | None:
+        """`self(x)` of a group of one as a sum yet to be computed, where that is faster; None where it is not."""
+        return self.method.apply_split(self, x, self.bias)

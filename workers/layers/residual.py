@@ -54,10 +54,12 @@ class ResidualStream:
         """Add `scale` times the product of (T, K), this rank's share of the features, with a projection."""
         if scale != 1.0:
             self.value.add_(projection(x), alpha=scale)
-        elif projection.group.size == 1:
-            self._value = projection.add_to(self.value, x)
-        else:
+        elif projection.group.size > 1:
             self.add(projection(x))
+        elif (summands := projection.summands(x)) is not None:
+            self.add(summands)
+        else:
+            self._value = projection.add_to(self.value, x)
 
     def add_products(self, *factors: tuple[RowParallelLinear, torch.Tensor]) -> None:
         """Add several products, of a parallel block (GPT-J): several ranks sum all of them in one collective."""

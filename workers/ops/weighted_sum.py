@@ -1,4 +1,5 @@
-"""The sum over a token's experts: in a fixed order, in float32, rounded once; alone, or where a norm follows.
+"""The sum over a token's experts, or over the parts of a product: in a fixed order, in float32, rounded once; alone, or
+where a norm follows.
 
 A `WeightedRows` is such a sum that nobody has computed yet. Where what comes next is a residual addition and a norm,
 one kernel does all three, and the sum is never in memory.
@@ -18,7 +19,7 @@ class WeightedRows:
     """`sum_j weights[t, j] * rows[t * k + j] + added[t]` for each token t, yet to be computed.
 
     Attributes:
-        rows: (T * k, H), contiguous.
+        rows: (T * k, H), contiguous; in float32 the sum is not rounded before it is added to something.
         top_k: k.
         weights: (T, k) float32; None: all 1.
         added: (T, H) of the dtype of `rows`, such as what shared experts computed.
@@ -44,12 +45,12 @@ def add_weighted_rms_norm(
 
     Args:
         summand: of T tokens.
-        residual: (T, H) of the rows' dtype, contiguous; changed in place.
-        weight: (H,), of that dtype, or float32.
+        residual: (T, H) of the rows' dtype, or any where that is float32, contiguous; changed in place.
+        weight: (H,), of the residual's dtype, or float32.
         eps: added to the mean square.
 
     Returns:
-        (T, H) of that dtype.
+        (T, H) of the residual's dtype.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -57,14 +58,15 @@ def add_weighted_rms_norm(
     rows, weights, added = summand.rows, summand.weights, summand.added
     _check(rows, summand.top_k, weights, added)
     shape = (rows.shape[0] // summand.top_k, rows.shape[1])
-    if residual.shape != shape or residual.dtype != rows.dtype or not residual.is_contiguous():
+    fits = rows.dtype in (residual.dtype, torch.float32)
+    if residual.shape != shape or not fits or not residual.is_contiguous():
         raise ValueError(
             f"residual of {residual.dtype} {tuple(residual.shape)} with strides {residual.stride()}: "
             f"needs a contiguous tensor of {rows.dtype} {shape}"
         )
-    if weight.shape != shape[1:] or weight.dtype not in (rows.dtype, torch.float32):
+    if weight.shape != shape[1:] or weight.dtype not in (residual.dtype, torch.float32):
         raise ValueError(
-            f"weight of {weight.dtype} {tuple(weight.shape)}: needs {shape[1:]} of {rows.dtype} or float32"
+            f"weight of {weight.dtype} {tuple(weight.shape)}: needs {shape[1:]} of {residual.dtype} or float32"
         )
     if not rows.is_cuda:
         return add_rms_norm_torch(weighted_sum_torch(rows, summand.top_k, weights, added), residual, weight, eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -22,13 +23,21 @@ from workers.ops.skinny_linear import (
     skinny_gated_linear_torch,
     skinny_linear,
     skinny_linear_torch,
+    skinny_split_linear,
+    skinny_split_linear_torch,
 )
-from workers.ops.skinny_tiles import MAX_ROWS, SM90, SkinnyTile, fits, skinny_tile
+from workers.ops.skinny_tiles import MAX_ROWS, ROWS, SM90, SM90_SPLIT, SkinnyTile, fits, skinny_tile, split_tile
+from workers.ops.weighted_sum import summed
 from workers.parallel.group import SINGLE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TILE = SkinnyTile(features=16, inputs=64, num_stages=2, num_warps=2, prefetched=128)
+SPLIT = replace(TILE, splits=3)
+MEASURED = [
+    *((shape, tile) for shape, tiles in SM90.items() for tile in tiles.values()),
+    *(((*shape, False), tile) for shape, tiles in SM90_SPLIT.items() for tile in tiles.values()),
+]
 NAN = float("nan")
 
 needs_hopper = pytest.mark.skipif(
@@ -64,11 +73,13 @@ def assert_rounded_once(actual: torch.Tensor, exact: torch.Tensor, num_inputs: i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 3, MAX_ROWS])
-def test_kernel_is_its_twin_and_rounds_once(launch: Callable[..., None], num_rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("num_rows", "room"), [(1, 16), (3, 16), (16, 16), (17, 32), (61, 64)])
+def test_kernel_is_its_twin_and_rounds_once(
+    launch: Callable[..., None], num_rows: int, room: int, dtype: torch.dtype
+) -> None:
     x, weight = randn(num_rows, 192, dtype=dtype), randn(48, 192, dtype=dtype, seed=1)
     out = torch.full((num_rows, 48), NAN, dtype=dtype, device=DEVICE)
-    launch(out, x, weight, TILE)
+    launch(out, x, weight, replace(TILE, rows=room))
     exact = x.double() @ weight.double().t()
     assert_rounded_once(out, exact, 192)
     assert_rounded_once(skinny_linear_torch(x, weight), exact, 192)
@@ -86,6 +97,32 @@ def test_bias_and_residual_are_added_before_rounding(
     assert_rounded_once(skinny_linear_torch(x, weight, bias=bias, residual=residual), exact, 128)
     launch(residual, x, weight, TILE, bias=bias, residual=residual)  # in place
     assert_rounded_once(residual, exact, 128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("num_rows", "room"), [(5, 16), (33, 64)])
+def test_parts_of_the_inputs_sum_up_to_the_product(
+    launch: Callable[..., None], num_rows: int, room: int, with_bias: bool, dtype: torch.dtype
+) -> None:
+    """Each part is float32, and nothing is rounded before the sum: a residual is added to all of it."""
+    x, weight, tile = randn(num_rows, 384, dtype=dtype), randn(32, 384, dtype=dtype, seed=1), replace(SPLIT, rows=room)
+    bias = randn(32, dtype=dtype, seed=2) if with_bias else None
+    rows = torch.full((num_rows * 3, 32), NAN, device=DEVICE)
+    launch(rows, x, weight, tile, bias=bias)
+    twin = skinny_split_linear_torch(x, weight, tile, bias)
+    assert twin.top_k == 3
+    for share in range(3):
+        columns = slice(128 * share, 128 * share + 128)
+        exact = x[:, columns].double() @ weight[:, columns].double().t()
+        exact += 0.0 if share or bias is None else bias.double()
+        assert_rounded_once(rows[share::3], exact, 128)
+        assert_rounded_once(twin.rows[share::3], exact, 128)
+    stream = ResidualStream(torch.full((num_rows, 32), 3.0, dtype=dtype, device=DEVICE))
+    stream.add(skinny_split_linear(x, weight, tile, bias))
+    exact = x.double() @ weight.double().t() + 3.0 + (0.0 if bias is None else bias.double())
+    assert summed(twin).dtype == torch.float32
+    assert_rounded_once(stream.value, exact, 384)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,9 +147,9 @@ def test_rows_of_wider_tensors_and_nothing_else_is_touched(launch: Callable[...,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_others(launch: Callable[..., None], dtype: torch.dtype) -> None:
-    x, weight = randn(MAX_ROWS, 192, dtype=dtype), randn(64, 192, dtype=dtype, seed=1)
+    x, weight = randn(ROWS[0], 192, dtype=dtype), randn(64, 192, dtype=dtype, seed=1)
     x[11] = NAN
-    together = torch.empty(MAX_ROWS, 64, dtype=dtype, device=DEVICE)
+    together = torch.empty(ROWS[0], 64, dtype=dtype, device=DEVICE)
     launch(together, x, weight, TILE)
     for rows in (slice(0, 1), slice(3, 8), slice(15, 16)):
         alone = torch.empty(rows.stop - rows.start, 64, dtype=dtype, device=DEVICE)
@@ -146,7 +183,11 @@ _X, _WEIGHT = torch.zeros(2, 64), torch.zeros(32, 64)
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: skinny_linear(torch.zeros(MAX_ROWS + 1, 64), _WEIGHT, TILE), "at most 16"),
+        (lambda: skinny_linear(torch.zeros(17, 64), _WEIGHT, TILE), "at most 16"),
+        (lambda: skinny_linear(torch.zeros(33, 64), _WEIGHT, replace(TILE, rows=32)), "at most 32"),
+        (lambda: skinny_linear(torch.zeros(2, 192), torch.zeros(32, 192), SPLIT), "leaves 3 summands"),
+        (lambda: skinny_split_linear(_X, _WEIGHT, SPLIT), "of 64 inputs"),
+        (lambda: skinny_split_linear(_X, _WEIGHT, TILE, torch.zeros(31)), "bias of"),
         (lambda: skinny_linear(torch.zeros(64, 2).t(), _WEIGHT, TILE), "x of shape"),
         (lambda: skinny_linear(_X, _WEIGHT.half(), TILE), "weight of torch.float16"),
         (lambda: skinny_linear(_X, torch.zeros(64, 32).t(), TILE), "weight of"),
@@ -167,14 +208,23 @@ def test_arguments_that_do_not_fit_are_refused(call: Callable[[], object], named
 
 def test_other_devices_keep_their_own_library() -> None:
     assert skinny_tile(1, 4096, 4096, torch.bfloat16, torch.device("cpu")) is None
+    assert split_tile(64, 4096, 4096, torch.bfloat16, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("shape", SM90)
-def test_every_measured_tile_divides_its_shape_and_fits_the_device(shape: tuple[int, int, bool]) -> None:
-    tile, (num_features, num_inputs, gated) = SM90[shape], shape
+@pytest.mark.parametrize(("shape", "tile"), MEASURED)
+def test_every_measured_tile_divides_its_shape_and_fits_the_device(
+    shape: tuple[int, int, bool], tile: SkinnyTile
+) -> None:
+    num_features, num_inputs, gated = shape
     assert fits(tile, num_features, num_inputs, gated)
     rows = tile.features * (2 if gated else 1)
-    assert tile.num_stages * (rows + MAX_ROWS) * tile.inputs * 2 <= 227 << 10
+    assert tile.num_stages * (rows + tile.rows) * tile.inputs * 2 <= 227 << 10
+
+
+def test_tables_name_tiles_by_the_rows_that_they_have_room_for() -> None:
+    for table in (SM90, SM90_SPLIT):
+        assert all(rows == tile.rows in ROWS for tiles in table.values() for rows, tile in tiles.items())
+    assert all(tile.splits == 1 for tiles in SM90.values() for tile in tiles.values())
 
 
 @needs_hopper
@@ -182,7 +232,8 @@ def test_every_measured_tile_divides_its_shape_and_fits_the_device(shape: tuple[
     ("args", "used"),
     [
         ((1, 4096, 4096, torch.bfloat16), True),
-        ((MAX_ROWS, 4096, 4096, torch.float16), True),
+        ((ROWS[0], 4096, 4096, torch.float16), True),
+        ((ROWS[0] + 1, 4096, 4096, torch.bfloat16), False),
         ((MAX_ROWS + 1, 4096, 4096, torch.bfloat16), False),
         ((0, 4096, 4096, torch.bfloat16), False),
         ((1, 4096, 4096, torch.float32), False),
@@ -198,18 +249,19 @@ def test_the_rule_on_a_hopper_gpu(args: tuple[int, int, int, torch.dtype], used:
 
 
 @needs_hopper
-@pytest.mark.parametrize("shape", SM90)
-def test_every_measured_tile_multiplies(shape: tuple[int, int, bool]) -> None:
+@pytest.mark.parametrize(("shape", "tile"), MEASURED)
+def test_every_measured_tile_multiplies(shape: tuple[int, int, bool], tile: SkinnyTile) -> None:
     num_features, num_inputs, gated = shape
-    tile = skinny_tile(3, num_features, num_inputs, torch.bfloat16, DEVICE, gated)
-    assert tile is not None
+    num_rows = tile.rows - 3
     generator = torch.Generator(DEVICE).manual_seed(0)
     weight = torch.empty(num_features, num_inputs, dtype=torch.bfloat16, device=DEVICE).normal_(generator=generator)
-    x = randn(3, num_inputs, dtype=torch.bfloat16) / num_inputs**0.5
+    x = randn(num_rows, num_inputs, dtype=torch.bfloat16) / num_inputs**0.5
     exact = torch.cat([x.double() @ rows.double().t() for rows in weight.split(8192)], dim=1)
     if gated:
         gate, up = exact.chunk(2, dim=-1)
         assert_rounded_once(skinny_gated_linear(x, weight, tile), F.silu(gate) * up, num_inputs)
+    elif tile.splits > 1:
+        assert_rounded_once(summed(skinny_split_linear(x, weight, tile)), exact, num_inputs)
     else:
         assert_rounded_once(skinny_linear(x, weight, tile), exact, num_inputs)
 
@@ -228,18 +280,21 @@ def test_layers_of_a_model_run_it_for_few_rows(bias: bool, dtype: torch.dtype) -
         parameter.normal_(0.0, 0.02, generator=torch.Generator(DEVICE).manual_seed(seed))
     assert skinny_tile(4, 6144, hidden, dtype, DEVICE) is not None
     assert skinny_tile(4, 2 * inner, hidden, dtype, DEVICE, gated=True) is not None
-    x, residual = randn(64, hidden, dtype=dtype, seed=90), randn(64, hidden, dtype=dtype, seed=91)
+    assert split_tile(64, hidden, inner, dtype, DEVICE) is not None
+    x, residual = randn(80, hidden, dtype=dtype, seed=90), randn(80, hidden, dtype=dtype, seed=91)
 
     def results(count: int) -> tuple[torch.Tensor, ...]:
         stream = ResidualStream(residual[:count].clone())
         stream.add_product(mlp.down_proj, mlp.inner(x[:count]))
-        return linear(x[:count]), stream.value, stream.normalized(norm)
+        normalized = stream.normalized(norm)
+        return linear(x[:count]), stream.value, normalized
 
-    many, few, one = results(64), results(13), results(1)
-    for a, b, c in zip(many, few, one, strict=True):
-        error = (b.float() - a[:13].float()).square().mean().sqrt()
-        assert error < 0.01 * a.float().std()
-        assert torch.equal(b[:1], c)
+    many, several, few, one = results(80), results(64), results(13), results(1)
+    for a, b, c, d in zip(many, several, few, one, strict=True):
+        for count, rows in ((64, b), (13, c)):
+            error = (rows.float() - a[:count].float()).square().mean().sqrt()
+            assert error < 0.01 * a.float().std()
+        assert torch.equal(c[:1], d)
 
 
 @needs_hopper

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from workers.ops.weighted_sum import WeightedRows
+
 
 class Projection(Protocol):
     """The module that a method works for: it holds the parameters, the method what is done with them.
@@ -62,6 +64,10 @@ class LinearMethod(ABC):
 
     def apply_gated(self, module: Projection, x: torch.Tensor) -> torch.Tensor | None:
         """`silu(x @ gate.T) * (x @ up.T)` in one kernel, gate above up in the weight; None where there is no such."""
+        return None
+
+    def apply_split(self, module: Projection, x: torch.Tensor, bias: torch.Tensor | None) -> WeightedRows | None:
+        """`x @ weight.T + bias` as summands yet to be added up, where that is faster; None where it is not."""
         return None
 
 

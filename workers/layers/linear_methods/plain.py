@@ -8,8 +8,9 @@ from torch import nn
 
 from workers.layers.linear_methods.base import LinearMethod, Projection, empty_parameter
 from workers.ops.gated_linear import gated_linear
-from workers.ops.skinny_linear import skinny_gated_linear, skinny_linear
-from workers.ops.skinny_tiles import skinny_tile
+from workers.ops.skinny_linear import skinny_gated_linear, skinny_linear, skinny_split_linear
+from workers.ops.skinny_tiles import skinny_tile, split_tile
+from workers.ops.weighted_sum import WeightedRows
 
 
 class PlainLinear(LinearMethod):
@@ -51,3 +52,10 @@ class PlainLinear(LinearMethod):
         assert weight is not None
         tile = skinny_tile(x.shape[0], *weight.shape, weight.dtype, weight.device, gated=True)
         return gated_linear(x, weight) if tile is None else skinny_gated_linear(x, weight, tile)
+
+    def apply_split(self, module: Projection, x: torch.Tensor, bias: torch.Tensor | None) -> WeightedRows | None:
+        """See `LinearMethod.apply_split`: for few rows."""
+        weight = module.weight
+        assert weight is not None
+        tile = split_tile(x.shape[0], *weight.shape, weight.dtype, weight.device)
+        return None if tile is None else skinny_split_linear(x, weight, tile, bias)

@@ -1,5 +1,5 @@
 """The kernel of `skinny_linear` and `skinny_gated_linear`."""
-# ruff: noqa: N803  # compile-time constants are upper case, as is usual in Triton
+# ruff: noqa: N803, N806  # compile-time constants are upper case, as is usual in Triton
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.ops.triton.dependent_launch import launches_dependents
 from attention.ops.triton.launch import dot_dtype, on_device
-from workers.ops.skinny_tiles import MAX_ROWS, SkinnyTile
+from workers.ops.skinny_tiles import SkinnyTile
 from workers.ops.triton.prefetch_rows import prefetch_rows, prefetched_bytes
 
 
@@ -29,6 +29,7 @@ def skinny_linear_kernel(
     K: tl.constexpr,
     GATED: tl.constexpr,
     ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
     FEATURES: tl.constexpr,
     INPUTS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -37,11 +38,16 @@ def skinny_linear_kernel(
     DOT_DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program: `FEATURES` of the `N` columns of the result, for all rows.
+    """One program: `FEATURES` of the `N` columns of the result, for all rows and one of `SPLITS` parts of the inputs.
 
-    The rows of the weight are those of the matrix instruction, the rows of x its columns.
+    The rows of the weight are those of the matrix instruction, the rows of x its columns. Row r of the result of part s
+    is row `r * SPLITS + s` of `out_ptr`.
     """
-    first = tl.program_id(0) * FEATURES
+    SHARE: tl.constexpr = K // SPLITS
+    first = tl.program_id(0) // SPLITS * FEATURES
+    split = tl.program_id(0) % SPLITS
+    weight_ptr += split * SHARE
+    x_ptr += split * SHARE
     if PDL:  # weights do not change while kernels run: they are fetched before the kernel that makes x has ended
         if PREFETCHED > 0:
             prefetch_rows(weight_ptr, first, N, K, FEATURES, 2 if GATED else 1, PREFETCHED, THREADS)
@@ -55,7 +61,7 @@ def skinny_linear_kernel(
     there = (row < num_rows)[None, :]
     result = tl.zeros([FEATURES, ROWS], tl.float32)
     up = tl.zeros([FEATURES, ROWS], tl.float32)
-    for begin in tl.range(0, K, INPUTS, num_stages=STAGES):
+    for begin in tl.range(0, SHARE, INPUTS, num_stages=STAGES):
         x = tl.load(x_ptrs + begin, mask=there, other=0.0).to(DOT_DTYPE)
         weight = tl.load(weight_ptrs + begin).to(DOT_DTYPE)
         result = tl.dot(weight, x, result, input_precision="ieee")
@@ -65,11 +71,12 @@ def skinny_linear_kernel(
     if GATED:
         result = result / (1.0 + tl.exp(-result)) * up
     if bias_ptr is not None:
-        result += tl.load(bias_ptr + feature).to(tl.float32)[:, None]
+        bias = tl.load(bias_ptr + feature).to(tl.float32)
+        result += tl.where(split == 0, bias, 0.0)[:, None]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + row[None, :] * stride_residual + feature[:, None]
         result += tl.load(residual_ptrs, mask=there, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + row[None, :] * stride_out + feature[:, None]
+    out_ptrs = out_ptr + (row * SPLITS + split)[None, :] * stride_out + feature[:, None]
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -83,15 +90,15 @@ def launch_skinny_linear(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> None:
-    """Multiply into `out`; see `workers.ops.skinny_linear` for the arguments."""
-    num_rows, num_features = out.shape
+    """Multiply into `out`, of as many rows for each of x's as the tile has splits; see `workers.ops.skinny_linear`."""
+    num_rows, num_features = x.shape[0], out.shape[1]
     if num_rows == 0:
         return
     threads = 32 * tile.num_warps
-    row_bytes = weight.shape[1] * weight.element_size()
+    row_bytes = weight.shape[1] // tile.splits * weight.element_size()
     dependent = launches_dependents(x.device)
     with on_device(x):
-        skinny_linear_kernel[(num_features // tile.features,)](
+        skinny_linear_kernel[(num_features // tile.features * tile.splits,)](
             out,
             x,
             weight,
@@ -104,7 +111,8 @@ def launch_skinny_linear(
             N=num_features,
             K=weight.shape[1],
             GATED=gated,
-            ROWS=MAX_ROWS,
+            ROWS=tile.rows,
+            SPLITS=tile.splits,
             FEATURES=tile.features,
             INPUTS=tile.inputs,
             STAGES=tile.num_stages,
