@@ -34,6 +34,8 @@ from workers.decode_worker import DecodeWorker
 from workers.prefill_worker import PrefillWorker
 
 _STEPS = 16
+_BATCHED_TOKENS = 8192
+"""Of a step of prompts, as in `benchmarks.gpu_engine`."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ def measure_decode(side: DecodeSide, point: Point, vocab_size: int) -> dict[str,
 def measure_prefill(side: PrefillSide, point: Point, vocab_size: int) -> dict[str, Any]:
     """A batch of prompts, in as many steps as it takes: all of them count as one."""
 
+    made = list(_prompts(point, vocab_size))
+
     def prompts() -> None:
-        for request_id, prompt in _prompts(point, vocab_size):
+        for request_id, prompt in made:
             side.add(request_id, prompt, 1, False)
         while side.busy:
             side.step()
@@ -170,6 +174,7 @@ def _worker(
         block_size=64,
         max_model_len=longest,
         max_num_seqs=max(point.batch for point in points),
+        max_num_batched_tokens=_BATCHED_TOKENS,
     )
     worker, _, about = build_worker(config, longest)
     print(about, file=sys.stderr)
