@@ -91,7 +91,6 @@ and 64 was chosen by that step, too."""
 SM90_SPLIT: Mapping[tuple[int, int], Tiles] = MappingProxyType(
     {
         # (rows of the weight, its columns)
-        (4096, 4096): {64: replace(_PARTS, rows=64, splits=2)},
         (4096, 14336): {64: replace(_PARTS, rows=64, splits=2)},
         (2048, 4096): {32: replace(_PARTS, rows=32, splits=4), 64: replace(_SMALL_PARTS, rows=64)},
         (2048, 2048): {

@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from workers.layers.context import LayerContext
+from workers.layers.linear import RowParallelLinear
 from workers.layers.linear_methods.onednn import OneDnnLinear, kernel_rows
+from workers.layers.residual import ResidualStream
+from workers.parallel.group import SINGLE
 
 MOST = 4096
 
@@ -72,3 +76,20 @@ print(pages() - before)
         [sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True, timeout=120, env=environment
     )
     assert int(found.stdout) < 80e6
+
+
+def test_a_packed_weight_adds_to_the_residual_stream() -> None:
+    """Where a product could be left in parts on a GPU there is none of it here."""
+    context = LayerContext(torch.float32, torch.device("cpu"), SINGLE, OneDnnLinear())
+    projection = RowParallelLinear(24, 40, True, context)
+    for parameter in projection.parameters():
+        parameter.normal_()
+    weight = projection.weight
+    assert weight is not None
+    expected = weight.clone()
+    projection.process_weights()
+    assert projection.packed is not None
+    x, value = torch.randn(3, 24), torch.randn(3, 40)
+    stream = ResidualStream(value.clone())
+    stream.add_product(projection, x)
+    torch.testing.assert_close(stream.value, value + F.linear(x, expected, projection.bias), rtol=1e-5, atol=1e-5)

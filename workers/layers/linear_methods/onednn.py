@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from workers.layers.linear_methods.base import Projection
 from workers.layers.linear_methods.plain import PlainLinear
+from workers.ops.weighted_sum import WeightedRows
 
 _KEPT_KERNELS = 256
 """How many kernels oneDNN and PyTorch's layer above it keep each. One takes about 1 MB and is for one number of rows
@@ -61,6 +62,10 @@ class OneDnnLinear(PlainLinear):
     def apply_gated(self, module: Projection, x: torch.Tensor) -> torch.Tensor | None:
         """See `LinearMethod.apply_gated`."""
         return None if module.packed is not None else super().apply_gated(module, x)
+
+    def apply_split(self, module: Projection, x: torch.Tensor, bias: torch.Tensor | None) -> WeightedRows | None:
+        """See `LinearMethod.apply_split`."""
+        return None if module.packed is not None else super().apply_split(module, x, bias)
 
 
 def kernel_rows(num_rows: int) -> int:
