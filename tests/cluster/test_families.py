@@ -12,13 +12,16 @@ from cluster.client.client import AsyncBatonClient, Connection
 from cluster.config.load import load_config
 from cluster.launch import launch
 from cluster.server.grpc.serve import start_server
+from long_tails import slow_unless
 from tiny_families import FAMILIES
 from workers.sampling_params import SamplingParams
 
 NUM_TOKENS = 8
+OF_EACH_KIND = ("llama", "gemma3", "gpt_oss", "deepseek_v2", "llama4")
+"""Dense, windows, experts, latents, chunks; all others are compared without a service, in `tests/workers`."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_unless(OF_EACH_KIND.__contains__, FAMILIES))
 async def test_concurrent_requests_equal_transformers(family, tiny_checkpoint, reference_greedy):
     """Prompts of one token and of several chunks at once; then again, with and without another end, from the caches."""
     checkpoint, rng = tiny_checkpoint(family), random.Random(family)

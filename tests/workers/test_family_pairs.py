@@ -8,10 +8,12 @@ import pytest
 
 from cached_blocks import poison_free_blocks
 from local_cluster import LocalCluster
+from long_tails import slow_unless
 from tiny_families import FAMILIES
 from workers.sampling_params import SamplingParams
 
 TOKENS = 40
+OF_EACH_KIND = ("llama", "mistral", "gemma3", "gpt_oss", "deepseek_v3", "glm4_moe_lite", "llama4", "qwen3_moe")
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -35,7 +37,10 @@ def run(cluster: LocalCluster, prompts: dict[str, list[int]]) -> int:
 
 @pytest.mark.parametrize(
     ("family", "block_size", "chunk"),
-    [(family, *((8, 13) if number % 2 else (32, 256))) for number, family in enumerate(FAMILIES)],
+    slow_unless(
+        lambda value: value[0] in OF_EACH_KIND,
+        [(family, *((8, 13) if number % 2 else (32, 256))) for number, family in enumerate(FAMILIES)],
+    ),
 )
 def test_who_makes_room_and_who_comes_again(family, block_size, chunk, tiny_checkpoint, reference_greedy):
     checkpoint = tiny_checkpoint(family)

@@ -11,6 +11,7 @@ from cached_blocks import check_cached_blocks, poison_free_blocks
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from lockstep_cluster import LockstepCluster
+from long_tails import slow_unless
 from workers.kv_cache.block_pool import blocks_for
 from workers.kv_cache.windows import first_needed_block, most_window_blocks
 from workers.messages import PrefillReport
@@ -155,7 +156,7 @@ def test_who_makes_room_comes_back_with_its_window(cluster_of, checkpoint, refer
     assert {name: cluster.token_ids(name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", slow_unless((0).__eq__, range(3)))
 def test_a_crowd_with_faults_and_aborts(seed, cluster_of, checkpoint, reference_greedy):
     """Parts late, in any order and twice, prompts on either side, requests cancelled at any moment, too few blocks."""
     rng = random.Random(seed)

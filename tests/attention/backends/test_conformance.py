@@ -23,6 +23,7 @@ from attention_inputs import LAYER, Inputs, draw
 from attention_limits import LIMITS, cases_for
 from attention_matrix import AXES
 from conformance_summary import note
+from long_tails import every_other
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLATFORM = Platform.of(DEVICE)
@@ -34,9 +35,16 @@ CASES = {
     for name in NAMES
 }
 """Every backend's cases, and why it refuses them here."""
-RUN = [
-    pytest.param(name, case, id=f"{name}-{case.id}") for name in NAMES for case, refused in CASES[name] if not refused
-]
+RUN = every_other(
+    (
+        pytest.param(name, case, id=f"{name}-{case.id}")
+        for name in NAMES
+        for case, refused in CASES[name]
+        if not refused
+    ),
+    of=lambda param: DEVICE.type == "cpu" and param.values[0] in ("FLEX_ATTENTION", "TRITON_ATTN", "TREE_ATTN"),
+)
+"""Of those that take long on a CPU the normal run takes every other case: each axis has several."""
 
 
 def usable_case(name: str) -> Case | None:

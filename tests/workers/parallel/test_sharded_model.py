@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from long_tails import slow_unless
 from rank_work import ModelRun, run_model, run_models
 from ranks import lone_rank, run_ranks
 from workers.errors import ConfigError
@@ -47,7 +48,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {}),
 }
 EXTRA = ("dummy", "bfloat16", "fp8 cache")
-SIZES = [2, 4]
+SIZES = slow_unless((2).__eq__, [2, 4])
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from attention.kv_cache import KVCacheSpec
 from attention.platform import Platform
 from cache_groups import ListedTables, unwritten_caches
+from long_tails import slow_unless
 from workers.kv_cache.tables import BlockTable, SequenceTables
 from workers.models.loader import load_model
 from workers.ops.decode_input_types import PADDING_LEN
@@ -260,7 +261,7 @@ def make_engine(checkpoint, device: str, mode: str) -> Engine:
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("ahead", slow_unless((1).__eq__, [0, 1]))
 def test_steps_continue_a_prompt_as_transformers_does(family, mode, ahead, device, tiny_checkpoint, reference_greedy):
     checkpoint = tiny_checkpoint(family)
     engine = make_engine(checkpoint, device, mode)
