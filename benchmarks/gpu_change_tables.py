@@ -12,6 +12,7 @@ GOAL_S = 0.003
 _NONE = "No result is kept yet."
 _LATENT_MODELS = {
     "deepseek-v2-lite": "deepseek-v2-lite_tma",
+    "deepseek-v2-lite, later": "deepseek-v2-lite_decode",
     "moonlight-16b-a3b": "moonlight-16b-a3b",
     "glm-4.7-flash": "glm-4.7-flash",
     "deepseek-v3, 6 layers": "deepseek-v3-stack",

@@ -14,6 +14,8 @@ from workers.errors import ConfigError
 ENGINE = {engine: f"gpu_engine_{engine}.json" for engine in ("baton", "vllm")}
 LATENT = {"baton": "gpu_engine_deepseek-v2-lite.json", "vllm": "gpu_engine_vllm_deepseek-v2-lite.json"}
 FROM_PIP = {"baton": "gpu_engine_pip_llama-3.1-8b.json", "vllm": "gpu_engine_vllm_llama-3.1-8b.json"}
+MORE_POINTS = {"baton": "gpu_engine_more_llama-3.1-8b.json", "vllm": "gpu_engine_vllm_more_llama-3.1-8b.json"}
+GPT_OSS = {"baton": "gpu_engine_gpt-oss-20b-mxfp4_prefill.json", "vllm": "gpu_engine_vllm_gpt-oss-20b.json"}
 QWEN3 = {"baton": "gpu_engine_qwen3-30b-a3b.json", "vllm": "gpu_engine_vllm_qwen3-30b-a3b.json"}
 SERVICE = {(engine, gpus): f"gpu_service_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
 START = {(engine, gpus): f"gpu_start_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
@@ -235,6 +237,8 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_engine_latent": partial(engine, files=LATENT, goals=False),
     "gpu_engine_qwen3": partial(engine, files=QWEN3, goals=False),
     "gpu_engine_from_pip": partial(engine, files=FROM_PIP, goals=False),
+    "gpu_engine_more_points": partial(engine, files=MORE_POINTS, goals=False),
+    "gpu_engine_gpt_oss": partial(engine, files=GPT_OSS, goals=False),
     "gpu_handoff": handoff,
     "gpu_second_token": second_token,
     "gpu_first_request": first_request,
