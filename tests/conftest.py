@@ -14,6 +14,9 @@ import pytest
 import torch
 
 import fuzzing  # noqa: F401  # has the profile that `--hypothesis-profile` may name
+from whole_parsing import parse_whole
+
+parse_whole()
 
 if not torch.cuda.is_available():  # read when a kernel is defined: before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 
 DEEP = "deep"
 _TIMES = 25
 _HEALTH = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
 
-# Explaining a failure reads the source of every lambda, and CPython 3.11 may fail at that ("AST constructor recursion
-# depth mismatch", a SystemError), where the test itself did not.
-settings.register_profile("unexplained", settings(phases=tuple(phase for phase in Phase if phase != Phase.explain)))
-settings.load_profile("unexplained")
 settings.register_profile(DEEP, settings(print_blob=True))
 
 
