@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
 import pytest
@@ -27,7 +27,20 @@ def _slow(value: Any) -> ParameterSet:
     return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
 
 
-def every_other(values: Iterable[T], of: Callable[[T], bool] = lambda value: True) -> list[Any]:
-    """The values of a parametrisation, every second one `slow`, of those that are asked about."""
-    numbers = iter(range(10**9))
-    return slow_unless(lambda value: not of(value) or next(numbers) % 2 == 0, values)
+def one_of_each(values: Iterable[T], kinds: Callable[[T], Iterable[Hashable]]) -> list[Any]:
+    """The values of a parametrisation, few of which show all that can be shown, and the rest `slow`.
+
+    What shows most that nothing has shown yet is taken next (the greedy cover of a set).
+
+    Args:
+        values: as for `slow_unless`.
+        kinds: of a value: all that it shows.
+    """
+    every = list(values)
+    rest = {number: frozenset(kinds(value)) for number, value in enumerate(every)}
+    kept: set[int] = set()
+    while rest:
+        number, shown = max(rest.items(), key=lambda item: len(item[1]))
+        kept.add(number)
+        rest = {other: more for other, own in rest.items() if (more := own - shown)}
+    return [value if number in kept else _slow(value) for number, value in enumerate(every)]

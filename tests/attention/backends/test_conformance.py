@@ -5,10 +5,13 @@ A backend that refuses a case must do so for a reason that its own table gives, 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Hashable, Iterator
+from dataclasses import fields, replace
+from itertools import combinations, product
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata
 from attention.errors import AttentionInputError
@@ -23,7 +26,7 @@ from attention_inputs import LAYER, Inputs, draw
 from attention_limits import LIMITS, cases_for
 from attention_matrix import AXES
 from conformance_summary import note
-from long_tails import every_other
+from long_tails import one_of_each
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLATFORM = Platform.of(DEVICE)
@@ -35,16 +38,37 @@ CASES = {
     for name in NAMES
 }
 """Every backend's cases, and why it refuses them here."""
-RUN = every_other(
+SLOW_ON_CPU = ("FLEX_ATTENTION", "TRITON_ATTN", "TREE_ATTN")
+
+
+def shown(param: ParameterSet) -> Iterator[Hashable]:
+    """Of a case: every value of every axis, all of its features together, and each with the dtype, lengths and another.
+
+    Of a backend that does not take long, or on a GPU, itself.
+    """
+    name, case = param.values
+    assert isinstance(case, Case)
+    if DEVICE.type != "cpu" or name not in SLOW_ON_CPU:
+        yield param.id
+        return
+    yield from ((name, field.name, getattr(case, field.name)) for field in fields(case))
+    features = sorted(case.needs.all_features, key=str)
+    beside = (case.dtype, case.attn_type, case.batch.phase, case.new_keys, len(set(case.query_lens)) > 1)
+    yield (name, case.attn_type, *features)
+    yield from ((name, *pair) for pair in product(features, beside))
+    yield from ((name, *pair) for pair in combinations(features, 2))
+
+
+RUN = one_of_each(
     (
         pytest.param(name, case, id=f"{name}-{case.id}")
         for name in NAMES
         for case, refused in CASES[name]
         if not refused
     ),
-    of=lambda param: DEVICE.type == "cpu" and param.values[0] in ("FLEX_ATTENTION", "TRITON_ATTN", "TREE_ATTN"),
+    kinds=shown,
 )
-"""Of those that take long on a CPU the normal run takes every other case: each axis has several."""
+"""Of those that take long on a CPU the normal run takes as many as show everything."""
 
 
 def usable_case(name: str) -> Case | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from long_tails import every_other, slow_unless
+from long_tails import slow_unless
 from tiny_families import FAMILIES, variations
 from workers.models.loader import load_model
 
@@ -23,7 +23,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 500) for _ in range(length)]
 
 
-@pytest.fixture(params=every_other(VARIATIONS, of=lambda name: name not in FAMILIES))
+@pytest.fixture(params=VARIATIONS)
 def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint) -> Path:
     family, overrides = VARIATIONS[request.param]
     return tiny_checkpoint(family, **overrides)

@@ -334,7 +334,7 @@ def conversations(draw) -> list[tuple[int | None, float, list[int]]]:
     trouble=st.booleans(),
     rng=st.randoms(use_true_random=False),
 )
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_and_cache_are_those_without_keeping(
     turns, block_size, spare_blocks, ahead, delay, trouble, rng, tiny_checkpoint
 ):
