@@ -11,7 +11,6 @@ code.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.device_timing import copy_bandwidth, matrix_rate
+from benchmarks.device_timing import copy_bandwidth, matrix_rate, release_memory
 from benchmarks.engine_points import (
     Plan,
     Point,
@@ -56,7 +55,7 @@ def measure(args: argparse.Namespace, folder: Path, save: Callable[[dict[str, An
     work = Work.of(config, dtype.itemsize)
     with torch.inference_mode():
         limits = {"copy_bytes_per_s": copy_bandwidth(device), "matrix_flops_per_s": matrix_rate(device, dtype)}
-    _release(device)
+    release_memory(device)
     print(f"limits: {limits}", file=sys.stderr)
     found: dict[str, Any] = {"limits": limits, "prefill": [], "decode": [], "start_up": {}, "workers": {}}
     for role in ("prefill", "decode"):
@@ -79,7 +78,7 @@ def measure(args: argparse.Namespace, folder: Path, save: Callable[[dict[str, An
         print(f"{role}: {about}, {start_up}", file=sys.stderr)
         _measure_role(worker, args, plan, work, found, save)
         del worker
-        _release(device)
+        release_memory(device)
     return found
 
 
@@ -121,12 +120,6 @@ def decode_limit(row: Mapping[str, Any], limits: Mapping[str, float], work: Work
     reads = work.decode_bytes(batch, context) / limits["copy_bytes_per_s"]
     seconds = max(reads, work.decode_flops(batch, context) / limits["matrix_flops_per_s"])
     return {"limit_s": seconds, "of_limit": seconds / row["mean"]}
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@ has ended (`attention/ops/triton/dependent_launch.py`) run for as long as they w
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.device_timing import release_memory
 from benchmarks.engine_points import Point
 from benchmarks.engine_sides import DecodeSide, PrefillSide, build_worker
 from benchmarks.environment import RESULTS, Environment, gpu_names
@@ -155,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 about_run = {"model": str(args.model), "gpu_names": gpu_names(), **about}
                 write_json(args.output, to_json("step_kernels", environment, about_run, {"rows": rows}))
             del worker
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory(torch.device("cuda"))
     return 0
 
 

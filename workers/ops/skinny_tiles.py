@@ -56,29 +56,29 @@ Tiles = Mapping[int, SkinnyTile]
 """By the rows that they have room for."""
 
 
-def _for_16(tile: SkinnyTile, *shapes: tuple[int, int, bool]) -> dict[tuple[int, int, bool], Tiles]:
-    return {shape: {16: tile} for shape in shapes}
+def _by_rows(*tiles: SkinnyTile) -> Tiles:
+    return {tile.rows: tile for tile in tiles}
 
+
+_OF_NARROW, _OF_WIDE, _OF_VOCABULARY = map(_by_rows, (_NARROW, _WIDE, _VOCABULARY))
 
 SM90: Mapping[tuple[int, int, bool], Tiles] = MappingProxyType(
     {
         # (rows of the weight, its columns, whether they are gate and up)
-        (28672, 4096, True): {
-            16: _GATED_WIDE,
-            32: replace(_GATED_MORE, rows=32),
-            64: replace(_GATED_MORE, rows=64),
-        },
-        **_for_16(_GATED, (16384, 2048, True), (16384, 3072, True)),
-        **_for_16(_WIDE_DEEP, (6144, 4096, False)),
-        **_for_16(_WIDE, (7168, 5120, False)),
-        **_for_16(_WIDE, (4096, 1024, False), (8192, 1024, False), (8192, 2048, False), (8192, 14336, False)),
-        **_for_16(_NARROW, (1536, 1536, False), (2048, 1536, False), (2048, 2048, False), (3648, 2048, False)),
-        **_for_16(_NARROW, (3072, 3072, False), (3072, 8192, False)),
-        **_for_16(_NARROW, (3584, 3584, False), (3584, 18944, False)),
-        **_for_16(_NARROW, *((4096, size, False) for size in (3584, 4096, 7168, 12288, 14336))),
-        **_for_16(_VOCABULARY, (128256, 2048, False), (128256, 4096, False)),
-        **_for_16(_VOCABULARY, (151936, 1536, False), (151936, 4096, False)),
-        **_for_16(_VOCABULARY, (32768, 4096, False), (64128, 4096, False), (152064, 3584, False)),
+        (28672, 4096, True): _by_rows(_GATED_WIDE, replace(_GATED_MORE, rows=32), replace(_GATED_MORE, rows=64)),
+        **dict.fromkeys([(16384, 2048, True), (16384, 3072, True)], _by_rows(_GATED)),
+        (6144, 4096, False): _by_rows(_WIDE_DEEP),
+        (7168, 5120, False): _OF_WIDE,
+        **dict.fromkeys([(4096, 1024, False), (8192, 1024, False)], _OF_WIDE),
+        **dict.fromkeys([(8192, 2048, False), (8192, 14336, False)], _OF_WIDE),
+        **dict.fromkeys([(1536, 1536, False), (2048, 1536, False), (2048, 2048, False)], _OF_NARROW),
+        (3648, 2048, False): _OF_NARROW,
+        **dict.fromkeys([(3072, 3072, False), (3072, 8192, False)], _OF_NARROW),
+        **dict.fromkeys([(3584, 3584, False), (3584, 18944, False)], _OF_NARROW),
+        **{(4096, size, False): _OF_NARROW for size in (3584, 4096, 7168, 12288, 14336)},
+        **{(128256, size, False): _OF_VOCABULARY for size in (2048, 4096)},
+        **{(151936, size, False): _OF_VOCABULARY for size in (1536, 4096)},
+        **dict.fromkeys([(32768, 4096, False), (64128, 4096, False), (152064, 3584, False)], _OF_VOCABULARY),
     }
 )
 """Products that are faster so than in cuBLAS 13 on an H200: of models of 1 to 14 billion parameters, and shares of
@@ -91,17 +91,15 @@ and 64 was chosen by that step, too."""
 SM90_SPLIT: Mapping[tuple[int, int], Tiles] = MappingProxyType(
     {
         # (rows of the weight, its columns)
-        (4096, 14336): {64: replace(_PARTS, rows=64, splits=2)},
-        (2048, 4096): {32: replace(_PARTS, rows=32, splits=4), 64: replace(_SMALL_PARTS, rows=64)},
-        (2048, 2048): {
-            32: SkinnyTile(features=32, inputs=128, num_stages=6, num_warps=4, prefetched=512, rows=32, splits=2),
-            64: replace(_SMALL_PARTS, rows=64),
-        },
-        (2880, 4096): {
-            16: replace(_PARTS, splits=4),
-            32: replace(_PARTS, rows=32, splits=4),
-            64: replace(_PARTS, rows=64, splits=2),
-        },
+        (4096, 14336): _by_rows(replace(_PARTS, rows=64, splits=2)),
+        (2048, 4096): _by_rows(replace(_PARTS, rows=32, splits=4), replace(_SMALL_PARTS, rows=64)),
+        (2048, 2048): _by_rows(
+            SkinnyTile(features=32, inputs=128, num_stages=6, num_warps=4, prefetched=512, rows=32, splits=2),
+            replace(_SMALL_PARTS, rows=64),
+        ),
+        (2880, 4096): _by_rows(
+            replace(_PARTS, splits=4), replace(_PARTS, rows=32, splits=4), replace(_PARTS, rows=64, splits=2)
+        ),
     }
 )
 """Products into the residual stream that are faster in parts, which the norm behind them sums up: few features and many
