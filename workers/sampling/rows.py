@@ -54,10 +54,8 @@ def choose(
     params = unpack(host_words)
     drawn = params.temperature > 0
     filtered = drawn & ((params.top_k > 0) | (params.top_p < 1) | (params.log_min_p > float("-inf")))
-    restricted = (params.bias_slot >= 0) | (params.masked != 0)
-    unfiltered = ~filtered & (drawn | (params.slot >= 0) | restricted)
-    rows = ChoiceRows(words, seq_lens, marks, bias, masks, bool(filtered.any()), bool(unfiltered.any()))
-    if rows.any_filtered or rows.any_unfiltered:
+    if (drawn | (params.slot >= 0) | (params.bias_slot >= 0) | (params.masked != 0)).any():
+        rows = ChoiceRows(words, seq_lens, marks, bias, masks, bool(filtered.any()))
         sample_tokens(logits, rows, token_ids)
     most = int(params.logprobs.max())
     if most == NO_LOGPROBS:

@@ -19,7 +19,6 @@ class ChoiceRows:
         masks: int32 (at least N, ⌈V / 32⌉), which tokens may come in a row that is `masked`, bit i % 32 of word
             i // 32 for token i; None: there are none.
         any_filtered: whether a row may have a filter (top-k, top-p, min-p), known to the host.
-        any_unfiltered: whether a row may have none.
     """
 
     words: torch.Tensor
@@ -28,7 +27,6 @@ class ChoiceRows:
     bias: torch.Tensor | None = None
     masks: torch.Tensor | None = None
     any_filtered: bool = True
-    any_unfiltered: bool = True
 
     @property
     def pointers(self) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -126,20 +127,77 @@ def test_kernels_choose_what_the_twin_chooses(kernels: SimpleNamespace, vocab_si
     check(kernels, randn(len(states), vocab_size, dtype=dtype, seed=vocab_size), states)
 
 
-@pytest.mark.parametrize("case", ["top_k of many", "top_p", "min_p and top_p", "top_k and top_p", "penalties"])
-def test_a_flat_row_is_searched_itself(kernels: SimpleNamespace, case: str) -> None:
-    """There are more candidates than are listed."""
-    logits = randn(1, 9000, dtype=torch.bfloat16, seed=3, scale=0.01)
-    params = {**CASES[case], "seed": 9}
-    if case == "penalties":
-        params["top_k"] = 5000
-    check(kernels, logits, [state((4, 5), **params)])
+WIDE: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 6000},
+    "top_k of all": {"top_k": 10**9},
+    "top_p": {"top_p": 0.8},
+    "top_p of almost all": {"top_p": 0.9999},
+    "hot top_p": {"top_p": 0.95, "temperature": 5.0},
+    "min_p": {"min_p": 0.01},
+    "min_p and top_p": {"top_p": 0.97, "min_p": 0.02},
+    "top_k and top_p": {"top_k": 5000, "top_p": 0.9},
+    "penalties": {"top_p": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
+    "none": {"temperature": 1.5},
+}
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.bfloat16, 0.5), (torch.bfloat16, 0.01)])
+def test_wide_rows_are_cut_by_bins(kernels: SimpleNamespace, dtype: torch.dtype, scale: float) -> None:
+    """There are more candidates than are listed, and beside them a row of few; at a scale of 0.01 all are alike."""
+    states = [state((4, 5), **case, seed=seed) for case in WIDE.values() for seed in range(2)]
+    logits = randn(len(states), 9000, dtype=dtype, seed=3, scale=scale)
+    logits[-1] *= 40
+    check(kernels, logits, states)
+
+
+@pytest.mark.parametrize("case", ["top_k", "top_p", "min_p and top_p", "penalties"])
+def test_an_edge_of_too_many_equal_tokens(kernels: SimpleNamespace, case: str) -> None:
+    """They cannot be listed, either: the row itself is searched."""
+    logits = torch.zeros(2, 9000, dtype=torch.bfloat16, device=DEVICE)
+    logits[1, 5::9] = 0.5
+    check(kernels, logits, [state((4, 5), **WIDE[case], seed=9) for _ in logits])
+
+
+@pytest.mark.parametrize("params", [{"top_p": 0.5}, {"top_p": 0.95}, {"top_k": 5000}], ids=str)
+@pytest.mark.parametrize("scale", [0.001, 0.05, 1.0])
+def test_the_edge_of_a_wide_row_is_short(kernels: SimpleNamespace, scale: float, params: dict[str, Any]) -> None:
+    logits = randn(1, 20000, scale=scale, seed=5)
+    found = kernels.candidates(logits, rows_of([state(**params)], 20000), greedy_sample_torch(logits), raw=False)
+    first, per_unit = found.bounds[0, 4:].tolist()
+    bins = ((first - logits[0]) * per_unit).clamp(0, found.weights.shape[1] - 1).ceil()
+    mass = (logits[0] - logits[0].max()).double().exp()
+    weight, needed = (mass, params["top_p"] * mass.sum()) if "top_p" in params else (mass > 0, params["top_k"])
+    order = logits[0].argsort(descending=True)
+    edge = bins[order[int((weight[order].cumsum(0) < needed).sum())]]
+    assert 0 < edge < found.weights.shape[1]
+    assert int((bins == edge).sum()) < 100
+
+
+@pytest.mark.parametrize("case", ["top_k", "top_p", "min_p", "penalties"])
+def test_a_row_that_is_wider_than_it_looks(kernels: SimpleNamespace, case: str) -> None:
+    """All of its candidates lie in few tiles, but there are more than are listed."""
+    logits = randn(2, 20000, scale=0.5)
+    logits[:, 4700:] -= 30.0
+    states = [state((4, 5), **{**WIDE[case], "seed": seed}) for seed in range(2)]
+    if case == "top_k":
+        states = [state((4, 5), top_k=30, seed=seed) for seed in range(2)]
+    check(kernels, logits, states)
+
+
+def test_of_equal_tokens_on_the_edge_of_a_wide_row_the_first_stay(kernels: SimpleNamespace) -> None:
+    """Of three thousand each with the logits 1.5, 1 and 0, the first and the lower third of the second are kept."""
+    logits = torch.tensor([1.5, 1.0, 0.0], device=DEVICE).repeat(24, 3000)
+    kept = 3000 * math.exp(1.5) + 1000 * math.e
+    top_p = kept / (kept + 2000 * math.e + 3000)
+    tokens = check(kernels, logits, [state(top_p=top_p, seed=seed) for seed in range(len(logits))])
+    assert {token % 3 for token in tokens} == {0, 1}
+    assert max(token for token in tokens if token % 3 == 1) <= 3000
 
 
 def test_few_candidates_are_listed(kernels: SimpleNamespace) -> None:
     params = [{"top_k": 20}, {"top_p": 0.9}, {"top_p": 0.9, "min_p": 0.05}, {"min_p": 0.05}]
     states = [state(**p) for p in params]
-    logits = randn(len(states), 9000, scale=4.0)
+    logits = randn(len(states), 9000, scale=8.0)
     tokens = greedy_sample_torch(logits)
     found = kernels.candidates(logits, rows_of(states, 9000), tokens, raw=False)
     probabilities = logits.softmax(-1).sort(-1, descending=True).values
@@ -207,11 +265,11 @@ def test_a_row_in_which_everything_is_masked(kernels: SimpleNamespace) -> None:
     assert tokens[3] >= 0
 
 
-def test_flags_say_which_kernels_are_needed(kernels: SimpleNamespace) -> None:
+def test_a_batch_without_filters_needs_no_candidates(kernels: SimpleNamespace) -> None:
     logits = randn(3, 500)
     free = [state(seed=1), state(temperature=0.0), state(temperature=0.0, presence_penalty=1.0)]
     check(kernels, logits, free, any_filtered=False)
-    check(kernels, logits, [state(top_k=9), state(top_p=0.5), state(temperature=0.0)], any_unfiltered=False)
+    check(kernels, logits, [state(top_k=9), state(top_p=0.5), state(temperature=0.0)])
 
 
 def test_what_a_row_gets_depends_on_nothing_else(kernels: SimpleNamespace) -> None:

@@ -57,6 +57,12 @@ def filters_of(words_ptr: tl.tensor, row: tl.tensor, RAW: tl.constexpr) -> tl.te
 
 
 @triton.jit
+def is_filtered(top_k: tl.tensor, top_p: tl.tensor, log_min_p: tl.tensor) -> tl.tensor:
+    """Whether these, of `filters_of`, drop any token."""
+    return (top_k > 0) | (top_p < 1.0) | (log_min_p > float("-inf"))
+
+
+@triton.jit
 def is_drawn(words_ptr: tl.tensor, row: tl.tensor) -> tl.tensor:
     """Whether the row is not greedy."""
     return tl.load(words_ptr + row * _WORDS + _TEMPERATURE).to(tl.float32, bitcast=True) > 0.0
@@ -138,6 +144,14 @@ def order_key(score: tl.tensor) -> tl.tensor:
 def mass_of(relative: tl.tensor) -> tl.tensor:
     """`token_mass`."""
     return (tl.exp(relative) * _UNITS).to(tl.int64)
+
+
+@triton.jit
+def nucleus_mass(total: tl.tensor, top_p: tl.tensor) -> tl.tensor:
+    """The least mass that reaches this part of all, and of one token."""
+    exact = total.to(tl.float64) * top_p.to(tl.float64)
+    needed = exact.to(tl.int64)
+    return tl.maximum(needed + (needed.to(tl.float64) < exact).to(tl.int64), 1)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workers.sampling.ops.triton.rows import gumbel, mass_of, order_key, scores_of
+from workers.sampling.ops.triton.rows import gumbel, mass_of, nucleus_mass, order_key, scores_of
 
 
 @triton.jit
@@ -20,30 +20,29 @@ def search_and_draw(
     LISTED: tl.constexpr,
     SPAN: tl.constexpr,
 ) -> tl.tensor:
-    """The row's token, from the candidates that are listed or from the whole row.
+    """The row's token and its value with noise, from the candidates that are listed or from the whole row.
 
     `source` is of `row_scores`; `where` is (list, number of candidates); `how` is (largest score, 1 / temperature, low
     bits of an order key that say nothing); `keep` is (least score of a candidate, ln(min-p), top-k, top-p, mass of what
-    min-p leaves, which counts where there is no top-k); `key` is the row's noise.
+    min-p leaves, which counts where there is no top-k, weight of the likelier tokens that are kept and not searched
+    here); `key` is the row's noise. The token is `V`, its value minus infinity, if none is left.
 
     Finds the least order key that the filters leave: the largest key from which on there are k tokens, then the
     largest with enough mass. FlashInfer and vLLM search for pivots likewise, among floating-point probabilities
     (https://flashinfer.ai/2025/03/10/sampling.html; Qrita); keys and masses here are integers and every step ends at
     a key that is there, so that the search is short and its result that of sorting.
     """
-    lowest, log_min_p, top_k, top_p, total = keep
+    lowest, log_min_p, top_k, top_p, total, beside = keep
     low = (order_key(lowest) >> how[2]).to(tl.int64)
     if log_min_p > float("-inf"):
         low = tl.maximum(low, _least_key(how, log_min_p, low))
     last_id = V
     if top_k > 0:
-        low = _search(source, where, how, low, top_k.to(tl.int64), False, LISTED, SPAN)
+        low = _search(source, where, how, low, top_k.to(tl.int64) - beside, False, LISTED, SPAN)
         if top_p < 1.0:
             total, _, _ = _weigh(source, where, how, low, True, LISTED, SPAN)
     if top_p < 1.0:
-        exact = total.to(tl.float64) * top_p.to(tl.float64)
-        needed = exact.to(tl.int64)
-        needed = tl.maximum(needed + (needed.to(tl.float64) < exact).to(tl.int64), 1)
+        needed = nucleus_mass(total, top_p) - beside
         low = _search(source, where, how, low, needed, True, LISTED, SPAN)
         above, _, _ = _weigh(source, where, how, low + 1, True, LISTED, SPAN)
         each = tl.maximum(mass_of(_relative(_score_of_key(low, how[2]), how)), 1)
@@ -217,4 +216,5 @@ def _draw(
         best_id = tl.where(better, token_id, best_id)
         best = tl.where(better, value, best)
         begin += SPAN
-    return tl.min(tl.where(best == tl.max(best, axis=0), best_id, V), axis=0)
+    value = tl.max(best, axis=0)
+    return value, tl.min(tl.where(best == value, best_id, V), axis=0)

@@ -11,7 +11,7 @@ from attention.ops.triton.launch import on_device
 from workers.sampling.ops import row_params
 from workers.sampling.ops.choice_rows import ChoiceRows
 from workers.sampling.ops.logprob_types import TopLogprobs
-from workers.sampling.ops.triton.candidates import CAPACITY, find_candidates
+from workers.sampling.ops.triton.candidates import BOUNDS, CAPACITY, find_candidates
 from workers.sampling.ops.triton.rows import is_asking
 
 _SPAN, _NUM_WARPS = 1024, 8
@@ -33,13 +33,14 @@ def top_logprobs_kernel(
     most: tl.tensor,
     V: tl.constexpr,
     CAPACITY: tl.constexpr,
+    BOUNDS: tl.constexpr,
     SPAN: tl.constexpr,
 ) -> None:
     """One program: a row's log-probabilities, of the chosen token and of the `most` likeliest or as many as wanted."""
     row = tl.program_id(0).to(tl.int64)
     if is_asking(words_ptr, tokens_ptr, row, True):
         logits = logits_ptr + row * stride
-        norm = tl.load(bounds_ptr + row * 4) + tl.load(bounds_ptr + row * 4 + 3)
+        norm = tl.load(bounds_ptr + row * BOUNDS) + tl.load(bounds_ptr + row * BOUNDS + 3)
         tl.store(chosen_ptr + row, tl.load(logits + tl.load(tokens_ptr + row)).to(tl.float32) - norm)
         wanted = tl.minimum(tl.load(words_ptr + row * _WORDS + _LOGPROBS), most)
         listed = False
@@ -94,6 +95,7 @@ def launch_top_logprobs(logits: torch.Tensor, words: torch.Tensor, tokens: torch
             *(*result, found.bounds, found.counts, found.token_ids, logits, logits.stride(0), words, tokens, most),
             V=vocab_size,
             CAPACITY=CAPACITY,
+            BOUNDS=BOUNDS,
             SPAN=min(_SPAN, triton.next_power_of_2(vocab_size)),
             num_warps=_NUM_WARPS,
         )
