@@ -48,19 +48,33 @@ def _tile(rows: int, outputs: int, inputs: int, stages: int, warps: int) -> Mxfp
     return Mxfp4Tile(rows, outputs, inputs, 1 if rows == 16 else 4, stages, warps)
 
 
+def _staying(rows: int, stages: int, programs: int) -> Mxfp4Tile:
+    return Mxfp4Tile(rows, 64, 128, 1, stages, 4, 0, programs)
+
+
 GATE_UP: Mapping[int, Sequence[Mxfp4Tile]] = {
+    8: (_staying(8, 4, 4), _staying(8, 5, 4), _staying(8, 3, 5), _staying(8, 4, 5), _staying(8, 3, 6)),
     16: (
         _tile(16, 64, 128, 3, 4),
         _tile(16, 64, 128, 4, 4),
         _tile(16, 64, 128, 6, 4),
         _tile(16, 64, 256, 3, 4),
         _tile(16, 128, 128, 3, 8),
+        _staying(16, 3, 4),
+        _staying(16, 4, 4),
     ),
-    32: (_tile(32, 64, 128, 3, 4), _tile(32, 128, 128, 3, 8)),
+    32: (
+        _tile(32, 64, 128, 3, 4),
+        _tile(32, 128, 128, 3, 8),
+        _staying(32, 3, 2),
+        _staying(32, 4, 2),
+        _staying(32, 3, 3),
+    ),
     64: (_tile(64, 64, 128, 3, 4), _tile(64, 128, 128, 3, 8)),
     128: (_tile(128, 64, 128, 3, 4), _tile(128, 128, 128, 3, 8)),
 }
 DOWN: Mapping[int, Sequence[Mxfp4Tile]] = {
+    8: (_staying(8, 3, 4), _staying(8, 4, 3), _staying(8, 4, 4), _staying(8, 5, 4), _staying(8, 4, 8)),
     16: (
         _tile(16, 64, 128, 3, 4),
         _tile(16, 64, 128, 4, 4),
@@ -68,8 +82,16 @@ DOWN: Mapping[int, Sequence[Mxfp4Tile]] = {
         _tile(16, 64, 256, 3, 4),
         _tile(16, 64, 256, 4, 4),
         _tile(16, 128, 128, 4, 8),
+        _staying(16, 3, 4),
+        _staying(16, 4, 4),
     ),
-    32: (_tile(32, 64, 256, 3, 4), _tile(32, 128, 128, 4, 8)),
+    32: (
+        _tile(32, 64, 256, 3, 4),
+        _tile(32, 128, 128, 4, 8),
+        _staying(32, 3, 3),
+        _staying(32, 4, 3),
+        _staying(32, 3, 4),
+    ),
     64: (_tile(64, 64, 128, 4, 4), _tile(64, 128, 128, 4, 8), _tile(64, 256, 128, 3, 8)),
     128: (_tile(128, 128, 128, 3, 8), _tile(128, 256, 128, 2, 8)),
 }
@@ -222,14 +244,21 @@ class Point:
 def candidates(num_tokens: int, tiles: Mapping[int, Sequence[Mxfp4Tile]]) -> list[Mxfp4Tile]:
     """Tiles to try for so many tokens."""
     mean = num_tokens * TOP_K / NUM_EXPERTS
-    limits = {16: (0.0, 40.0), 32: (4.0, 80.0), 64: (8.0, 1e9), 128: (30.0, 1e9), 256: (100.0, 1e9)}
-    return [tile for rows, (begin, end) in limits.items() if begin <= mean < end for tile in tiles.get(rows, ())]
+    limits = {8: (0.3, 12.0), 16: (0.0, 40.0), 32: (4.0, 80.0), 64: (8.0, 1e9), 128: (30.0, 1e9), 256: (100.0, 1e9)}
+    return [
+        tile
+        for rows, (begin, end) in limits.items()
+        if begin <= mean < end
+        for tile in tiles.get(rows, ())
+        if num_tokens > 1 or not tile.staying  # of one token, pairs are not sorted
+    ]
 
 
 def describe(tile: Mxfp4Tile) -> str:
     """A tile in one word."""
     ahead = f"p{tile.prefetched}" if tile.prefetched else ""
-    return f"{tile.rows}x{tile.outputs}x{tile.inputs}s{tile.num_stages}w{tile.num_warps}{ahead}"
+    staying = f"c{tile.staying}" if tile.staying else ""
+    return f"{tile.rows}x{tile.outputs}x{tile.inputs}s{tile.num_stages}w{tile.num_warps}{ahead}{staying}"
 
 
 def compile_share(tokens: Sequence[int], index: int, num_shares: int) -> None:

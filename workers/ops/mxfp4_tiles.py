@@ -13,6 +13,8 @@ import torch
 class Mxfp4Tile:
     """One launch's shape; all but `num_stages` powers of two, `rows` at least 16 and `inputs` at least 64.
 
+    Where programs stay, `rows` may be 8, `outputs` are 64, `inputs` 128, `bundle` 1 and `num_warps` 4.
+
     Attributes:
         rows: pairs that a program multiplies.
         outputs: of an expert's outputs; of gate and up each, where there are both.
@@ -22,6 +24,8 @@ class Mxfp4Tile:
         num_warps: warps of a program.
         prefetched: blocks of 32 inputs of the program's weights that are brought to the L2 cache before it waits,
             where its expert is known by then.
+        staying: programs of a multiprocessor that stay, and take one block of the result after the other; 0: a program
+            for each block.
     """
 
     rows: int
@@ -31,6 +35,7 @@ class Mxfp4Tile:
     num_stages: int
     num_warps: int
     prefetched: int = 0
+    staying: int = 0
 
 
 Ranges = Sequence[tuple[float, Mxfp4Tile]]
@@ -54,11 +59,22 @@ TILES: Mapping[bool, Ranges] = MappingProxyType(
 )
 """Of gate and up together, and of single products. Both have the same rows everywhere: pairs are cut once."""
 
+_STAYING_FEW = replace(_FEW, rows=8, staying=4)
+_STAYING = replace(_FEW, staying=4)
+
+STAYING: Mapping[bool, Ranges] = MappingProxyType(
+    {
+        True: ((0, replace(_STAYING_FEW, staying=5)), (6, _STAYING), *TILES[True][1:]),
+        False: ((0, _STAYING_FEW), (6, _STAYING), *TILES[False][2:]),
+    }
+)
+"""Likewise, where the kernel whose programs stay runs."""
+
 MOST_QUANTIZED = 320.0
 """Pairs of an expert, on average, from which on a layer's experts are dequantised for a product in bfloat16."""
 
 
-def choose_mxfp4_tile(num_pairs: int, num_experts: int, gated: bool, shared_memory: int) -> Mxfp4Tile:
+def choose_mxfp4_tile(num_pairs: int, num_experts: int, gated: bool, shared_memory: int, staying: bool) -> Mxfp4Tile:
     """The table's tile, with as deep a pipeline as the shared memory of a program holds.
 
     Args:
@@ -66,9 +82,10 @@ def choose_mxfp4_tile(num_pairs: int, num_experts: int, gated: bool, shared_memo
         num_experts: E.
         gated: whether the weights are gate and up.
         shared_memory: bytes.
+        staying: whether programs may stay.
     """
-    mean = num_pairs / num_experts
-    return mxfp4_fitted([tile for begin, tile in TILES[gated] if mean >= begin][-1], gated, shared_memory)
+    mean, ranges = num_pairs / num_experts, (STAYING if staying else TILES)[gated]
+    return mxfp4_fitted([tile for begin, tile in ranges if mean >= begin][-1], gated, shared_memory)
 
 
 def mxfp4_fitted(tile: Mxfp4Tile, gated: bool, shared_memory: int) -> Mxfp4Tile:

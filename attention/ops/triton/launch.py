@@ -21,6 +21,9 @@ MAX_HEAD_SIZE = 256
 MAX_OFFSET = 2**31 - 1
 """What 32-bit offsets reach."""
 
+_GLUON = ("3.6.", "3.7.")
+"""Versions of Triton whose Gluon compiles the kernels that are written in it; run with 3.6."""
+
 _DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -73,6 +76,11 @@ def device_traits(device: torch.device) -> DeviceTraits:
     shared_memory = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     arch = f"sm{properties.major}{properties.minor}"
     return DeviceTraits(arch, properties.multi_processor_count, shared_memory, capability >= (8, 9))
+
+
+def compiles_gluon(traits: DeviceTraits) -> bool:
+    """Whether kernels in Gluon run on a device: they are for Hopper's instructions, and for few versions of Triton."""
+    return traits.arch == "sm90" and triton.__version__.startswith(_GLUON)
 
 
 def dot_dtype(query: torch.dtype, cache: torch.dtype) -> Any:

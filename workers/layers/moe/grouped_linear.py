@@ -179,9 +179,9 @@ def _mxfp4(
 
     num_experts, num_outputs, _ = weight.shape
     out = x.new_empty(groups.num_pairs, num_outputs // (1 if activation is None else 2))
-    tile = tile or mxfp4_tile(groups.num_pairs, num_experts, activation is not None, weight.device)
-    assert isinstance(tile, Mxfp4Tile)
     alone = groups.num_tokens == 1 and "sorted" not in (rows, out_rows)
+    tile = tile or mxfp4_tile(groups.num_pairs, num_experts, activation is not None, x, alone)
+    assert isinstance(tile, Mxfp4Tile)
     launch_mxfp4_linear(
         out,
         x,

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from attention.ops.triton.dependent_launch import launches_dependents
-from attention.ops.triton.launch import device_traits, dot_dtype, on_device
+from attention.ops.triton.launch import compiles_gluon, device_traits, dot_dtype, on_device
 from workers.ops.mxfp4_tiles import Mxfp4Tile, choose_mxfp4_tile
 from workers.ops.triton.mxfp4_numbers import mxfp4_factors, mxfp4_in_order
 from workers.ops.triton.mxfp4_rows import mxfp4_rows_kernel
 
 DEQUANTIZED = (32, 256, 4)
 """Outputs, inputs (at least 128) and warps of a program that dequantises; powers of two."""
+
+_FEWEST_TILES = 64
+"""Fewer are counted as fast, by the same compiled kernel."""
 
 
 def computes_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
@@ -24,9 +29,19 @@ def computes_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def mxfp4_tile(num_pairs: int, num_experts: int, gated: bool, device: torch.device) -> Mxfp4Tile:
-    """The table's tile for N pairs."""
-    return choose_mxfp4_tile(num_pairs, num_experts, gated, device_traits(device).shared_memory)
+def mxfp4_tile(num_pairs: int, num_experts: int, gated: bool, x: torch.Tensor, alone: bool) -> Mxfp4Tile:
+    """The table's tile for N pairs.
+
+    Args:
+        num_pairs: N.
+        num_experts: E.
+        gated: whether the weights are gate and up.
+        x: as `launch_mxfp4_linear` takes it.
+        alone: whether every pair is a tile, and none is sorted.
+    """
+    traits = device_traits(x.device)
+    staying = not alone and compiles_gluon(traits) and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    return choose_mxfp4_tile(num_pairs, num_experts, gated, traits.shared_memory, staying)
 
 
 def launch_mxfp4_linear(
@@ -64,42 +79,49 @@ def launch_mxfp4_linear(
     num_pairs, num_outputs = out.shape
     if num_pairs == 0 or num_outputs == 0:
         return
-    num_tiles = tiles.shape[-1]
+    num_tiles, num_experts, num_inputs = tiles.shape[-1], words.shape[0], x.shape[1]
     kind, alpha, limit = activation or (None, 0.0, 0.0)
-    dependent, threads = launches_dependents(x.device), 32 * tile.num_warps
-    parts, num_blocks = 1 if activation is None else 2, words.shape[1]
+    dependent = launches_dependents(x.device)
+    arguments = (out, x, words, exponents, bias, pairs, tiles, num_tiles, x.stride(0))
+    options: dict[str, Any] = {
+        "NUM_EXPERTS": num_experts,
+        "M": num_outputs,
+        "K": num_inputs,
+        "PAIRS_PER_ROW": pairs_per_row,
+        "SPREAD": spread,
+        "KIND": kind,
+        "ALPHA": alpha,
+        "LIMIT": limit,
+        "ROWS": tile.rows,
+        "OUTPUTS": tile.outputs,
+        "ROUTED_BEFORE": routed_before,
+        "PDL": dependent,
+        "num_warps": tile.num_warps,
+        **({"launch_pdl": True} if dependent else {}),
+    }
+    blocks = num_tiles * triton.cdiv(num_outputs, tile.outputs)
     with on_device(x):
-        mxfp4_rows_kernel[(num_tiles * triton.cdiv(num_outputs, tile.outputs),)](
-            out,
-            x,
-            words,
-            exponents,
-            bias,
-            pairs,
-            tiles,
-            num_tiles,
-            x.stride(0),
-            NUM_EXPERTS=words.shape[0],
-            M=num_outputs,
-            K=x.shape[1],
-            PAIRS_PER_ROW=pairs_per_row,
-            SPREAD=spread,
+        if tile.staying:
+            from workers.ops.triton.mxfp4_few_rows import INPUTS, mxfp4_few_rows_kernel
+
+            mxfp4_few_rows_kernel[(min(blocks, tile.staying * device_traits(x.device).num_sms),)](
+                *arguments,
+                STAGES=max(2, min(tile.num_stages, num_inputs // INPUTS.value)),
+                TILES=max(_FEWEST_TILES, triton.next_power_of_2(num_tiles)),
+                **options,
+            )
+            return
+        threads, parts = 32 * tile.num_warps, 1 if activation is None else 2
+        mxfp4_rows_kernel[(blocks,)](
+            *arguments,
             ALONE=pairs is None,
-            KIND=kind,
-            ALPHA=alpha,
-            LIMIT=limit,
-            ROWS=tile.rows,
-            OUTPUTS=tile.outputs,
             INPUTS=tile.inputs,
             BUNDLE=tile.bundle,
             STAGES=tile.num_stages,
-            PREFETCHED=min(tile.prefetched, num_blocks, threads // parts),
+            PREFETCHED=min(tile.prefetched, words.shape[1], threads // parts),
             THREADS=threads,
-            ROUTED_BEFORE=routed_before,
             DOT_DTYPE=dot_dtype(x.dtype, x.dtype),
-            PDL=dependent,
-            num_warps=tile.num_warps,
-            **({"launch_pdl": True} if dependent else {}),
+            **options,
         )
 
 

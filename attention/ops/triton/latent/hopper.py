@@ -6,9 +6,8 @@ import functools
 from typing import Any
 
 import torch
-import triton
 
-from attention.ops.triton.launch import MAX_OFFSET, DeviceTraits
+from attention.ops.triton.launch import MAX_OFFSET, DeviceTraits, compiles_gluon
 from attention.ops.triton.tuning import Tile
 
 TILE = Tile(rows=64, keys=64, num_warps=4, num_stages=2)
@@ -16,8 +15,6 @@ TILE = Tile(rows=64, keys=64, num_warps=4, num_stages=2)
 _RANK, _ROTARY = 512, 64
 _ALIGNMENT = 16
 """Bytes that the Tensor Memory Accelerator's addresses and strides are multiples of."""
-_TRITON = ("3.6.", "3.7.")
-"""Versions whose Gluon compiles the kernel; run with 3.6."""
 
 
 def serves(query: torch.Tensor, rotary_query: torch.Tensor, cache: torch.Tensor, traits: DeviceTraits) -> bool:
@@ -31,8 +28,7 @@ def serves(query: torch.Tensor, rotary_query: torch.Tensor, cache: torch.Tensor,
     """
     num_blocks, block_size, _ = cache.shape
     return (
-        traits.arch == "sm90"
-        and triton.__version__.startswith(_TRITON)
+        compiles_gluon(traits)
         and query.dtype in (torch.bfloat16, torch.float16)
         and cache.dtype == query.dtype
         and (query.shape[2], rotary_query.shape[2]) == (_RANK, _ROTARY)

@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,6 +21,7 @@ from workers.layers.moe.mxfp4 import MXFP4, Mxfp4Weight
 from workers.layers.moe.token_groups import group_tokens
 from workers.loading.dequantize import dequantize_mxfp4
 from workers.ops.mxfp4_tiles import MOST_QUANTIZED, TILES, Mxfp4Tile, choose_mxfp4_tile, in_bfloat16
+from workers.ops.mxfp4_tiles import STAYING as STAYING_TILES
 from workers.ops.mxfp4_words import (
     dequantized_words,
     from_exponents,
@@ -127,11 +129,18 @@ def test_kernel_dequantises_exactly(
 
 
 TILE = Mxfp4Tile(rows=16, outputs=32 if DEVICE.type == "cpu" else 64, inputs=128, bundle=2, num_stages=2, num_warps=4)
+HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+STAYING = Mxfp4Tile(rows=16, outputs=64, inputs=128, bundle=1, num_stages=4, num_warps=4, staying=2)
+KERNELS = [TILE, *([STAYING, replace(STAYING, rows=8, staying=1, num_stages=3)] if HOPPER else [])]
+"""Both kernels, where both run."""
 
 
+@pytest.mark.parametrize("tile", KERNELS, ids=lambda tile: f"{tile.rows} rows, {tile.staying} stay")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("activation", [None, CLAMPED], ids=["plain", "gated"])
-@pytest.mark.parametrize(("num_tokens", "num_inputs", "num_outputs"), [(3, 96, 48), (25, 256, 64)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_inputs", "num_outputs"), [(3, 96, 48), (25, 256, 64), *([(300, 672, 1000)] if HOPPER else [])]
+)
 def test_kernel_gathers_multiplies_and_spreads(
     kernels: SimpleNamespace,
     num_tokens: int,
@@ -139,6 +148,7 @@ def test_kernel_gathers_multiplies_and_spreads(
     num_outputs: int,
     activation: GatedActivation | None,
     biased: bool,
+    tile: Mxfp4Tile,
 ) -> None:
     """Of experts with no rows and with several tiles of them; the last outputs and inputs do not fill a tile."""
     parts = 1 if activation is None else 2
@@ -155,8 +165,8 @@ def test_kernel_gathers_multiplies_and_spreads(
             source,
             to_words(blocks),
             to_exponents(scales),
-            TILE,
-            groups.tiles(16),
+            tile,
+            groups.tiles(tile.rows),
             groups.pairs,
             bias=bias,
             pairs_per_row=pairs_per_row,
@@ -266,16 +276,19 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         Mxfp4Weight(words, exponents, torch.bfloat16, torch.zeros(2, 8, device=DEVICE))
 
 
-def test_tables_have_a_tile_for_every_number_of_pairs() -> None:
-    for num_pairs in (1, 4, 64, 1024, 4096, 100000):
+@pytest.mark.parametrize("staying", [False, True])
+def test_tables_have_a_tile_for_every_number_of_pairs(staying: bool) -> None:
+    for num_pairs in (1, 4, 64, 256, 1024, 4096, 100000):
         rows = set()
         for gated in (True, False):
-            tile = choose_mxfp4_tile(num_pairs, 32, gated, 227 << 10)
+            tile = choose_mxfp4_tile(num_pairs, 32, gated, 227 << 10, staying)
             assert tile.inputs % 128 == 0
             assert tile.num_stages >= 1
+            assert tile.rows >= (8 if tile.staying else 16)
+            assert staying or not tile.staying
             rows.add(tile.rows)
         assert len(rows) == 1, "pairs are cut once"
-    for ranges in TILES.values():
+    for ranges in (STAYING_TILES if staying else TILES).values():
         assert [begin for begin, _ in ranges] == sorted({begin for begin, _ in ranges})
         assert ranges[0][0] == 0
     assert in_bfloat16(int(32 * MOST_QUANTIZED), 32)
