@@ -1,4 +1,4 @@
-"""The decode kernel of latent attention for Hopper: where it is taken, and on such a GPU what it computes."""
+"""The decode kernels of latent attention for Hopper: where they are taken, and on such a GPU what they compute."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from attention.ops.triton.latent import few_heads
 from attention.ops.triton.latent.decode import latent_decode
 from attention.ops.triton.latent.hopper import serves
 from attention.ops.triton.launch import DeviceTraits
@@ -55,12 +56,38 @@ def test_all_else_has_not(given: Any, traits: DeviceTraits) -> None:
     assert not serves(*given, traits)
 
 
+def test_few_heads_have_theirs() -> None:
+    for heads in (1, 16):
+        for dtype in (torch.bfloat16, torch.float16):
+            query, rotary, cache = tensors(heads, 32, dtype)
+            assert few_heads.serves(query, rotary, cache, H200)
+            assert few_heads.serves(query, rotary, cache.to(torch.float8_e4m3fn), H200)
+
+
+@pytest.mark.parametrize(
+    ("given", "traits"),
+    [
+        (tensors(heads=17), H200),
+        (tensors(heads=16, block_size=16), H200),
+        (tensors(heads=16, dtype=torch.float32), H200),
+        (tensors(heads=16, rank=256), H200),
+        ((*tensors(heads=16)[:2], tensors(dtype=torch.float16)[2]), H200),
+        ((*tensors(heads=16)[:2], torch.empty(4, 64, 580, dtype=torch.bfloat16)[..., :576]), H200),
+        ((*tensors(heads=16)[:2], torch.empty(4 * 64 * 576 + 4, dtype=torch.bfloat16)[4:].view(4, 64, 576)), H200),
+        (tensors(heads=16), replace(H200, arch="sm100")),
+    ],
+)
+def test_all_else_has_not_theirs(given: Any, traits: DeviceTraits) -> None:
+    assert not few_heads.serves(*given, traits)
+
+
 def test_an_unknown_triton_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.__version__", "4.0.0")
     assert not serves(*tensors(), H200)
+    assert not few_heads.serves(*tensors(heads=16), H200)
 
 
-def poisoned_batch(lens: list[int], heads: int, block_size: int, dtype: torch.dtype) -> Any:
+def poisoned_batch(lens: list[int], heads: int, block_size: int, dtype: torch.dtype, fp8: bool = False) -> Any:
     """Queries and a cache in which all that belongs to no sequence is no number."""
     generator = torch.Generator("cuda").manual_seed(len(lens))
     counts = [-(-n // block_size) for n in lens]
@@ -73,19 +100,29 @@ def poisoned_batch(lens: list[int], heads: int, block_size: int, dtype: torch.dt
             size = min(block_size, n - j * block_size)
             cache[block, :size] = torch.randn(size, R + P, device="cuda", generator=generator).to(dtype)
     wide = torch.randn(heads, len(lens), R + P, device="cuda", generator=generator).to(dtype).transpose(0, 1)
-    return wide[..., :R], wide[..., R:], cache, tables
+    return wide[..., :R], wide[..., R:], cache.to(torch.float8_e4m3fn) if fp8 else cache, tables
 
 
 @on_hopper
 @pytest.mark.parametrize("splits", [1, 3, None])
 @pytest.mark.parametrize(
-    ("heads", "block_size", "dtype"),
-    [(128, 64, torch.bfloat16), (64, 128, torch.bfloat16), (128, 64, torch.float16)],
+    ("heads", "block_size", "dtype", "fp8"),
+    [
+        (128, 64, torch.bfloat16, False),
+        (64, 128, torch.bfloat16, False),
+        (128, 64, torch.float16, False),
+        (16, 64, torch.bfloat16, False),
+        (5, 32, torch.float16, False),
+        (16, 64, torch.bfloat16, True),
+        (12, 32, torch.float16, True),
+    ],
 )
-def test_the_kernel_against_float64(heads: int, block_size: int, dtype: torch.dtype, splits: int | None) -> None:
+def test_the_kernels_against_float64(
+    heads: int, block_size: int, dtype: torch.dtype, fp8: bool, splits: int | None
+) -> None:
     lens = [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 320, 700, 1000, 9000]
-    query, rotary, cache, tables = poisoned_batch(lens, heads, block_size, dtype)
-    assert serves(query, rotary, cache, H200)
+    query, rotary, cache, tables = poisoned_batch(lens, heads, block_size, dtype, fp8)
+    assert (serves if heads > 16 else few_heads.serves)(query, rotary, cache, H200)
     output = torch.full((len(lens), heads, R), float("nan"), device="cuda", dtype=dtype)
     lse = torch.full((len(lens), heads), float("nan"), device="cuda")
     seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
@@ -96,16 +133,17 @@ def test_the_kernel_against_float64(heads: int, block_size: int, dtype: torch.dt
     assert not output[0].any()
     assert lse[0].eq(float("-inf")).all()
     for i, n in enumerate(lens[1:], 1):
-        latents = 0.5 * cache[tables[i, : -(-n // block_size)].long()].flatten(0, 1)[:n].double()
+        latents = 0.5 * cache[tables[i, : -(-n // block_size)].long()].double().flatten(0, 1)[:n]
         scores = torch.cat((query[i], rotary[i]), dim=-1).double() @ latents.T * SCALE
         torch.testing.assert_close(lse[i].double(), scores.logsumexp(-1), rtol=1e-4, atol=2e-3)
         torch.testing.assert_close(output[i].double(), scores.softmax(-1) @ latents[:, :R], rtol=2e-2, atol=1e-2)
 
 
 @on_hopper
-def test_the_kernel_in_a_graph_serves_other_lengths() -> None:
-    query, rotary, cache, tables = poisoned_batch([300, 65, 1], 128, 64, torch.bfloat16)
-    output = torch.empty(3, 128, R, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_kernel_in_a_graph_serves_other_lengths(heads: int) -> None:
+    query, rotary, cache, tables = poisoned_batch([300, 65, 1], heads, 64, torch.bfloat16)
+    output = torch.empty(3, heads, R, device="cuda", dtype=torch.bfloat16)
     lens = torch.tensor([0, 0, 0], dtype=torch.int32, device="cuda")
 
     def attend(out: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Decode of latent attention over a paged cache of latents: one query token per sequence.
 
-Many heads on a Hopper GPU have a kernel of their own (`latent.hopper`), all else `latent.decode_kernel`'s.
+On a Hopper GPU many heads have a kernel of their own (`latent.hopper`), and few (`latent.few_heads`); all else has
+`latent.decode_kernel`'s.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import triton
 from attention.errors import AttentionInputError
 from attention.ops.triton.decode_kernel import reduce_kernel
 from attention.ops.triton.dependent_launch import dependent_launch
-from attention.ops.triton.latent import hopper
+from attention.ops.triton.latent import few_heads, hopper
 from attention.ops.triton.latent.decode_kernel import latent_decode_kernel
-from attention.ops.triton.latent.tiles import choose_splits, decode_tile
+from attention.ops.triton.latent.tiles import choose_splits, decode_places, decode_tile
 from attention.ops.triton.launch import (
     check_device,
     check_indices,
@@ -24,7 +25,7 @@ from attention.ops.triton.launch import (
     kernel_view,
     on_device,
 )
-from attention.ops.triton.tuning import MIN_TILES, Splits, Tile, check_splits
+from attention.ops.triton.tuning import MAX_SPLITS, MIN_TILES, Splits, Tile, check_splits
 
 
 def latent_decode(
@@ -79,16 +80,24 @@ def latent_decode(
     traits = device_traits(query.device)
     rank_padded, rotary_padded = (max(16, triton.next_power_of_2(size)) for size in (rank, rotary))
     itemsize, latent_size = query.element_size(), rank_padded + rotary_padded
-    on_hopper = tile is None and hopper.serves(query, rotary_query, cache, traits)
-    if on_hopper:
+    of_many = tile is None and hopper.serves(query, rotary_query, cache, traits)
+    of_few = tile is None and few_heads.serves(query, rotary_query, cache, traits)
+    if of_many:
         tile = hopper.TILE
+    elif of_few:
+        tile = few_heads.tile_of(cache)
     elif tile is None:
         tile = decode_tile(num_heads, latent_size, itemsize, cache.element_size(), traits)
     head_tiles = triton.cdiv(num_heads, tile.rows)
-    if num_splits is None:
-        splits = choose_splits(batch * head_tiles, max_seq_len, tile, latent_size, itemsize, traits)
+    min_tiles, most_splits = MIN_TILES, MAX_SPLITS
+    if of_few:
+        min_tiles, most_splits = few_heads.FEWEST_KEYS[cache.element_size()] // tile.keys, few_heads.MOST_SPLITS
+        places = few_heads.places(batch, cache.element_size(), traits)
     else:
-        splits = Splits(num_splits, num_splits, 1 << 30)
+        places = decode_places(tile, latent_size, itemsize, traits)
+    splits = Splits(num_splits or 1, num_splits or 1, 1 << 30)
+    if num_splits is None:
+        splits = choose_splits(batch * head_tiles, max_seq_len, tile, places, min_tiles, most_splits)
     partial = partial_lse = None
     if splits.count > 1:
         partial = torch.empty(batch, num_heads, splits.count, rank, dtype=torch.float32, device=query.device)
@@ -104,24 +113,33 @@ def latent_decode(
         )  # fmt: skip
         sizes = {"NUM_HEADS": num_heads, "R": rank, "P": rotary, "BLOCK_SIZE": kv_cache.shape[1]}
         dependent = dependent_launch(query.device, head_tiles * splits.count * batch)
-        if on_hopper:
+        if of_many:
             from attention.ops.triton.latent.hopper_kernel import hopper_latent_decode_kernel
 
             hopper_latent_decode_kernel[grid](
                 *outputs, *queries, *hopper.cache_tiles(cache), block_tables, seq_lens, *numbers, *strides,
-                **sizes, MIN_TILES=MIN_TILES, num_warps=tile.num_warps, **dependent,
+                **sizes, MIN_TILES=min_tiles, num_warps=tile.num_warps, **dependent,
+            )  # fmt: skip
+        elif of_few:
+            from attention.ops.triton.latent.few_heads_kernel import few_heads_latent_decode_kernel
+
+            words = cache.view(torch.int16)
+            few_heads_latent_decode_kernel[grid](
+                *outputs, *queries, words, block_tables, seq_lens, *numbers, *strides, *words.stride()[:2],
+                **sizes, KEYS=tile.keys, STAGES=tile.num_stages, MIN_TILES=min_tiles, FP8=cache.element_size() == 1,
+                num_warps=tile.num_warps, **dependent,
             )  # fmt: skip
         else:
             latent_decode_kernel[grid](
                 *outputs, *queries, cache, block_tables, seq_lens, *numbers, *strides, *cache.stride()[:2],
                 **sizes, R_PAD=rank_padded, P_PAD=rotary_padded, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-                MIN_TILES=MIN_TILES, DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype), num_warps=tile.num_warps,
+                MIN_TILES=min_tiles, DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype), num_warps=tile.num_warps,
                 num_stages=tile.num_stages, **dependent,
             )  # fmt: skip
         if splits.count > 1:
             reduce_kernel[(num_heads, batch)](
                 output, lse, partial, partial_lse, seq_lens, None, *dealing, *output.stride()[:2], *lse_strides,
-                NUM_HEADS=num_heads, D=rank, D_PAD=rank_padded, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES,
+                NUM_HEADS=num_heads, D=rank, D_PAD=rank_padded, BLOCK_N=tile.keys, MIN_TILES=min_tiles,
                 SPLITS_PAD=triton.next_power_of_2(splits.count), num_warps=_reduce_warps(splits.count, rank_padded),
                 **dependent_launch(query.device, num_heads * batch),
             )  # fmt: skip

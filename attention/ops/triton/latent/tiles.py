@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from attention.ops.triton.launch import DeviceTraits
-from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, Splits, Tile, shrunk
+from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, Splits, Tile, shrunk
 
 # (bytes of an element of the queries, of the cache): tiles by how many heads are side by side. Measured on an H200
 # (benchmarks/results/latent_tiles_h200.json).
@@ -73,8 +73,13 @@ def prefill_tile(
     return shrunk(tile, num_bytes, traits.shared_memory)
 
 
+def decode_places(tile: Tile, latent_size: int, itemsize: int, traits: DeviceTraits) -> int:
+    """How many programs of the decode kernel a device holds at once; as of `decode_tile`, and the device."""
+    return traits.num_sms * max(1, traits.shared_memory // _decode_bytes(tile, latent_size, itemsize))
+
+
 def choose_splits(
-    num_programs: int, max_seq_len: int, tile: Tile, latent_size: int, itemsize: int, traits: DeviceTraits
+    num_programs: int, max_seq_len: int, tile: Tile, places: int, min_tiles: int, most_splits: int
 ) -> Splits:
     """How sequences are dealt out so that few of the device's places stay empty; see `tuning.Splits`.
 
@@ -82,13 +87,12 @@ def choose_splits(
         num_programs: sequences times tiles of heads.
         max_seq_len: tokens of the longest sequence.
         tile: of the kernel.
-        latent_size: as of `decode_tile`.
-        itemsize: bytes of an element of the queries.
-        traits: the device.
+        places: programs that the device holds at once.
+        min_tiles: tiles of keys that are worth a program.
+        most_splits: of a sequence, where it is not too long for so few.
     """
-    places = traits.num_sms * max(1, traits.shared_memory // _decode_bytes(tile, latent_size, itemsize))
-    useful = max(1, -(-max_seq_len // (tile.keys * MIN_TILES)))
-    wanted = min(places // num_programs, MAX_SPLITS) if 2 * num_programs <= places else _even(num_programs, places)
+    useful = max(1, -(-max_seq_len // (tile.keys * min_tiles)))
+    wanted = min(places // num_programs, most_splits) if 2 * num_programs <= places else _even(num_programs, places)
     wanted = max(1, min(wanted, useful))
     count = max(wanted, min(-(-max_seq_len // MAX_SPLIT_KEYS), MAX_SPLITS))
     return Splits(count, wanted, MAX_SPLIT_KEYS // tile.keys)
