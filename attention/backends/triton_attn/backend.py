@@ -29,6 +29,10 @@ POWERS_OF_TWO = Sizes(only=tuple(2**i for i in range(11)))
 """Block sizes that the Triton kernels accept."""
 
 
+_MOST_COUNTED = 1024
+"""Sequences of a batch whose parts are counted; larger ones leave them to a second kernel."""
+
+
 class Kernel(Enum):
     """Which kernel a batch runs with."""
 
@@ -51,6 +55,7 @@ class TritonAttnMetadata(AttentionMetadata):
         mask: see `paged_prefill`; None without masks.
         mask_offsets: (B,) int64, where each sequence's part of it begins.
         alibi_slopes: (Hq,) float32 on the batch's device.
+        counters: of `paged_decode`, for the layers of a batch in turn.
     """
 
     kernel: Kernel
@@ -59,6 +64,7 @@ class TritonAttnMetadata(AttentionMetadata):
     mask: torch.Tensor | None = None
     mask_offsets: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
+    counters: torch.Tensor | None = None
 
 
 class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
@@ -70,6 +76,7 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)
         self._slopes = slopes_tensor(spec, device)
+        self._counters = torch.zeros(_MOST_COUNTED * spec.num_kv_heads, dtype=torch.int32, device=device)
 
     def build(self, common: CommonAttentionMetadata) -> TritonAttnMetadata:
         """See `AttentionMetadataBuilder.build`."""
@@ -82,7 +89,8 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
                 raise AttentionInputError(f"TRITON_ATTN applies masks over a KV cache, {self.spec.attn_type} has none")
             mask, offsets, window = flat_mask(common, window)
         kernel = self._choose(common) if mask is None else Kernel.PAGED
-        return TritonAttnMetadata(common, kernel, self.spec.causal, window, mask, offsets, self._slopes)
+        counters = self._counters if common.num_seqs <= _MOST_COUNTED else None
+        return TritonAttnMetadata(common, kernel, self.spec.causal, window, mask, offsets, self._slopes, counters)
 
     def _choose(self, common: CommonAttentionMetadata) -> Kernel:
         if not self.spec.attn_type.cached:
@@ -94,7 +102,7 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
 
 
 class TritonAttnImpl(AttentionImpl):
-    """Stores with one kernel and attends with another (two in decode, which merges its splits)."""
+    """Stores with one kernel and attends with another, or with two in decode, of which the second merges splits."""
 
     def forward(
         self,
@@ -151,7 +159,8 @@ class TritonAttnImpl(AttentionImpl):
             from attention.ops.triton.decode import paged_decode
 
             paged_decode(
-                query, kv_cache, common.block_tables, common.seq_lens, common.max_seq_len, output, **factors
+                query, kv_cache, common.block_tables, common.seq_lens, common.max_seq_len, output,
+                counters=metadata.counters, **factors,
             )  # fmt: skip
         else:
             from attention.ops.triton.prefill import paged_prefill

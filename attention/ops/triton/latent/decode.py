@@ -140,7 +140,8 @@ def latent_decode(
             reduce_kernel[(num_heads, batch)](
                 output, lse, partial, partial_lse, seq_lens, None, *dealing, *output.stride()[:2], *lse_strides,
                 NUM_HEADS=num_heads, D=rank, D_PAD=rank_padded, BLOCK_N=tile.keys, MIN_TILES=min_tiles,
-                SPLITS_PAD=triton.next_power_of_2(splits.count), num_warps=_reduce_warps(splits.count, rank_padded),
+                SPLITS_PAD=triton.next_power_of_2(splits.count), ALONE_WRITTEN=False,
+                num_warps=_reduce_warps(splits.count, rank_padded),
                 **dependent_launch(query.device, num_heads * batch),
             )  # fmt: skip
 
