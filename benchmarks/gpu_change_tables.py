@@ -18,7 +18,7 @@ _LATENT_MODELS = {
     "deepseek-v3, 6 layers": "deepseek-v3-stack",
     "the same, decode on Hopper's own kernel": "deepseek-v3-stack_hopper",
 }
-_MIXTURES = {"gpt-oss-20b": "gpt-oss-20b", "gpt-oss-20b, decode in MXFP4": "gpt-oss-20b-mxfp4"}
+_MIXTURES = {"gpt-oss-20b": "gpt-oss-20b"}
 
 
 def commits(results: Path) -> str:

@@ -16,6 +16,8 @@ LATENT = {"baton": "gpu_engine_deepseek-v2-lite.json", "vllm": "gpu_engine_vllm_
 FROM_PIP = {"baton": "gpu_engine_pip_llama-3.1-8b.json", "vllm": "gpu_engine_vllm_llama-3.1-8b.json"}
 MORE_POINTS = {"baton": "gpu_engine_more_llama-3.1-8b.json", "vllm": "gpu_engine_vllm_more_llama-3.1-8b.json"}
 GPT_OSS = {"baton": "gpu_engine_gpt-oss-20b-mxfp4_prefill.json", "vllm": "gpu_engine_vllm_gpt-oss-20b.json"}
+STAYING = {"baton": "gpu_engine_staying_llama-3.1-8b.json", "vllm": "gpu_engine_vllm_staying_llama-3.1-8b.json"}
+GPT_OSS_DECODE = {"baton": "gpu_engine_gpt-oss-20b-mxfp4.json", "vllm": "gpu_engine_vllm_gpt-oss-20b_decode.json"}
 QWEN3 = {"baton": "gpu_engine_qwen3-30b-a3b.json", "vllm": "gpu_engine_vllm_qwen3-30b-a3b.json"}
 SERVICE = {(engine, gpus): f"gpu_service_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
 START = {(engine, gpus): f"gpu_start_{engine}_{gpus}gpu.json" for engine in ("baton", "vllm") for gpus in (1, 2)}
@@ -238,6 +240,8 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "gpu_engine_qwen3": partial(engine, files=QWEN3, goals=False),
     "gpu_engine_from_pip": partial(engine, files=FROM_PIP, goals=False),
     "gpu_engine_more_points": partial(engine, files=MORE_POINTS, goals=False),
+    "gpu_engine_staying": partial(engine, files=STAYING, goals=False),
+    "gpu_engine_gpt_oss_decode": partial(engine, files=GPT_OSS_DECODE, goals=False),
     "gpu_engine_gpt_oss": partial(engine, files=GPT_OSS, goals=False),
     "gpu_handoff": handoff,
     "gpu_second_token": second_token,

@@ -59,7 +59,8 @@ TILES: Mapping[bool, Ranges] = MappingProxyType(
 )
 """Of gate and up together, and of single products. Both have the same rows everywhere: pairs are cut once."""
 
-_STAYING_FEW = replace(_FEW, rows=8, staying=4)
+# As many programs as a multiprocessor holds. Of fewer, placed while the kernel ahead ends, some would get too many.
+_STAYING_FEW = replace(_FEW, rows=8, staying=8)
 _STAYING = replace(_FEW, staying=4)
 
 STAYING: Mapping[bool, Ranges] = MappingProxyType(

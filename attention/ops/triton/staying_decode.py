@@ -51,10 +51,11 @@ def serves(query: torch.Tensor, kv_cache: torch.Tensor, traits: DeviceTraits) ->
 
 
 def deal(num_pairs: int, max_seq_len: int, num_sms: int) -> tuple[Splits, int]:
-    """Splits after which no multiprocessor has no piece, and few have one more than others.
+    """Splits after which every multiprocessor has two pieces, and few have one more than others.
 
-    One piece at a time keeps a multiprocessor reading. Where there is one for each without splits, only long sequences
-    are split: what it takes to put pieces together is more than what the last ones are waited for.
+    One piece at a time keeps a multiprocessor reading, but programs that are placed while the kernel ahead ends lie two
+    on one and none on another: only of two each is none idle. Where there is a piece for each without splits, only long
+    sequences are split: to put pieces together takes longer than the last ones are waited for.
 
     Args:
         num_pairs: sequences times KV heads.
@@ -69,7 +70,7 @@ def deal(num_pairs: int, max_seq_len: int, num_sms: int) -> tuple[Splits, int]:
 
     def used(splits: int) -> float:
         pieces = num_pairs * splits
-        return pieces / (num_sms * -(-pieces // num_sms))
+        return pieces / (num_sms * max(_PROGRAMS, -(-pieces // num_sms)))
 
     every = range(1, useful + 1)
     wanted = next((splits for splits in every if used(splits) >= _FULL), max(every, key=used))

@@ -91,8 +91,8 @@ def latent_decode(
     head_tiles = triton.cdiv(num_heads, tile.rows)
     min_tiles, most_splits = MIN_TILES, MAX_SPLITS
     if of_few:
-        min_tiles, most_splits = few_heads.FEWEST_KEYS[cache.element_size()] // tile.keys, few_heads.MOST_SPLITS
-        places = few_heads.places(batch, cache.element_size(), traits)
+        min_tiles = few_heads.fewest_keys(batch, cache.element_size(), traits) // tile.keys
+        most_splits, places = few_heads.MOST_SPLITS, few_heads.places(traits)
     else:
         places = decode_places(tile, latent_size, itemsize, traits)
     splits = Splits(num_splits or 1, num_splits or 1, 1 << 30)

@@ -19,13 +19,13 @@ _TILES: Mapping[int, Tile] = MappingProxyType(
     }
 )
 """The kernel's, by the bytes of a number of the cache: heads of a program, and latents of a step."""
-FEWEST_KEYS: Mapping[int, int] = MappingProxyType({2: 64, 1: 128})
-"""Of a split, likewise: what a program costs before its first tile is worth no fewer."""
 MOST_SPLITS = 32
 """Of a sequence: more take longer to be put together than they save."""
 _RANK, _ROTARY = 512, 64
 _FEWEST_TOKENS = 32
 """Of a block."""
+_PROGRAMS = 2
+"""Of a multiprocessor: what its registers hold, and its shared memory."""
 _ALIGNMENT = 16
 """Bytes that addresses and strides are multiples of: a thread copies so many."""
 
@@ -58,17 +58,20 @@ def serves(query: torch.Tensor, rotary_query: torch.Tensor, cache: torch.Tensor,
     )
 
 
-def places(batch: int, cache_itemsize: int, traits: DeviceTraits) -> int:
-    """How many of the kernel's programs sequences are dealt out to.
+def places(traits: DeviceTraits) -> int:
+    """How many of the kernel's programs a device holds at once."""
+    return _PROGRAMS * traits.num_sms
 
-    A multiprocessor holds two. Two pay where they wait for what they compute, or sequences are few and hence long.
+
+def fewest_keys(batch: int, cache_itemsize: int, traits: DeviceTraits) -> int:
+    """Keys that are worth a split: what a program costs before its first tile, and the fewer sequences, the less.
 
     Args:
         batch: sequences.
         cache_itemsize: bytes of a number of the cache.
         traits: the device.
     """
-    return traits.num_sms * (2 if cache_itemsize == 1 or 8 * batch <= traits.num_sms else 1)
+    return 64 if cache_itemsize == 2 and 8 * batch <= traits.num_sms else 128
 
 
 def _is_aligned(cache: torch.Tensor) -> bool:
