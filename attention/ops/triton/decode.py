@@ -18,6 +18,7 @@ from attention.ops.triton.launch import (
     kernel_view,
     on_device,
 )
+from attention.ops.triton.split_parts import make_parts
 from attention.ops.triton.tuning import MIN_TILES, Splits, check_splits, choose_splits, decode_tile
 
 
@@ -63,7 +64,7 @@ def paged_decode(
         num_splits: programs that share a sequence's keys; 1 writes the output at once, more need a second kernel.
             None chooses by the batch and the device.
         counters: int32, B * Hkv or more zeros that no other call uses at the same time; all zero again afterwards. With
-            them, some launches need no second kernel.
+            them, Hopper GPUs compute plain attention by `staying_decode`'s kernel.
 
     Raises:
         AttentionInputError: arguments that do not fit each other or the kernel.
@@ -79,51 +80,43 @@ def paged_decode(
         return
     cache = kernel_view(kv_cache)
     traits = device_traits(query.device)
+    plain = sliding_window is None and soft_cap is None and alibi_slopes is None and sinks is None
+    if plain and counters is not None and staying_decode.serves(query, cache, traits):
+        staying_decode.launch_staying_decode(
+            query, cache, block_tables, seq_lens, max_seq_len, output, counters, scale * k_scale, v_scale, lse,
+            num_splits,
+        )  # fmt: skip
+        return
     group = num_heads // num_kv_heads
     head_size_padded = max(16, triton.next_power_of_2(head_size))
-    plain = sliding_window is None and soft_cap is None and alibi_slopes is None and sinks is None
-    staying = plain and staying_decode.serves(query, cache, traits)
     tile = decode_tile(
         triton.next_power_of_2(group), head_size_padded, query.element_size(), cache.element_size(), traits
     )
     head_tiles = num_kv_heads * -(-group // tile.rows)
-    keys, min_tiles = tile.keys, MIN_TILES
-    longest = max_seq_len if sliding_window is None else min(max_seq_len, sliding_window)
-    splits = choose_splits(batch * head_tiles, longest, tile, traits)
-    if staying:
-        splits, min_tiles = staying_decode.deal(batch * num_kv_heads, max_seq_len, traits.num_sms)
-        keys = staying_decode.KEYS
-    if num_splits is not None:
+    if num_splits is None:
+        longest = max_seq_len if sliding_window is None else min(max_seq_len, sliding_window)
+        splits = choose_splits(batch * head_tiles, longest, tile, traits)
+    else:
         splits = Splits(num_splits, num_splits, 1 << 30)
-    partial = partial_lse = None
-    if splits.count > 1:
-        partial = torch.empty(batch, num_heads, splits.count, head_size, dtype=torch.float32, device=query.device)
-        partial_lse = torch.empty(batch, num_heads, splits.count, dtype=torch.float32, device=query.device)
-    dealt = (splits.count, splits.wanted, splits.most_tiles)
+    partial, partial_lse = make_parts(batch, num_heads, splits.count, head_size, query.device)
+    dealing = (splits.count, splits.wanted, splits.most_tiles)
     lse_strides = (0, 0) if lse is None else lse.stride()
     with on_device(query):
-        if staying:
-            staying_decode.launch_staying_decode(
-                query, cache, block_tables, seq_lens, output, lse, partial, partial_lse, counters, splits, min_tiles,
-                scale * k_scale, v_scale,
-            )  # fmt: skip
-        else:
-            decode_kernel[(head_tiles, splits.count, batch)](
-                output, lse, partial, partial_lse, query, cache[:, 0], cache[:, 1], block_tables, seq_lens,
-                alibi_slopes, sinks, scale * k_scale, v_scale, soft_cap, sliding_window, *dealt,
-                query.stride(0), query.stride(1), output.stride(0), output.stride(1), *lse_strides,
-                block_tables.stride(0), kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(3),
-                NUM_HEADS=num_heads, GROUP=group, D=head_size, D_PAD=head_size_padded, BLOCK_SIZE=kv_cache.shape[2],
-                BLOCK_M=tile.rows, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES,
-                DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype), num_warps=tile.num_warps,
-                num_stages=tile.num_stages, **dependent_launch(query.device, head_tiles * splits.count * batch),
-            )  # fmt: skip
-        if splits.count > 1 and not (staying and counters is not None):
+        decode_kernel[(head_tiles, splits.count, batch)](
+            output, lse, partial, partial_lse, query, cache[:, 0], cache[:, 1], block_tables, seq_lens,
+            alibi_slopes, sinks, scale * k_scale, v_scale, soft_cap, sliding_window, *dealing,
+            query.stride(0), query.stride(1), output.stride(0), output.stride(1), *lse_strides,
+            block_tables.stride(0), kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(3),
+            NUM_HEADS=num_heads, GROUP=group, D=head_size, D_PAD=head_size_padded, BLOCK_SIZE=kv_cache.shape[2],
+            BLOCK_M=tile.rows, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES, DOT_DTYPE=dot_dtype(query.dtype, kv_cache.dtype),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **dependent_launch(query.device, head_tiles * splits.count * batch),
+        )  # fmt: skip
+        if splits.count > 1:
             reduce_kernel[(num_heads, batch)](
-                output, lse, partial, partial_lse, seq_lens, sliding_window, *dealt,
+                output, lse, partial, partial_lse, seq_lens, sliding_window, *dealing,
                 output.stride(0), output.stride(1), *lse_strides,
-                NUM_HEADS=num_heads, D=head_size, D_PAD=head_size_padded,
-                BLOCK_N=keys, MIN_TILES=min_tiles,
-                SPLITS_PAD=triton.next_power_of_2(splits.count), ALONE_WRITTEN=staying, num_warps=4,
+                NUM_HEADS=num_heads, D=head_size, D_PAD=head_size_padded, BLOCK_N=tile.keys, MIN_TILES=MIN_TILES,
+                SPLITS_PAD=triton.next_power_of_2(splits.count), num_warps=4,
                 **dependent_launch(query.device, num_heads * batch),
             )  # fmt: skip

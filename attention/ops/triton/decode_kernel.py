@@ -207,13 +207,9 @@ def reduce_kernel(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
-    ALONE_WRITTEN: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program: merge the splits of one query head of one sequence by their log-sum-exp. Grid (Hq, B).
-
-    `ALONE_WRITTEN`: the output of a sequence that is not split is written already.
-    """
+    """One program: merge the splits of one query head of one sequence by their log-sum-exp. Grid (Hq, B)."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -222,8 +218,6 @@ def reduce_kernel(
     _, _, used = split_range(
         tl.load(seq_lens_ptr + seq), window, 0, num_splits, wanted_splits, most_tiles, BLOCK_N, MIN_TILES
     )
-    if ALONE_WRITTEN and used <= 1:
-        return
     splits = tl.arange(0, SPLITS_PAD)
     present = splits < tl.maximum(used, 1)  # the first split always writes
     columns = tl.arange(0, D_PAD)

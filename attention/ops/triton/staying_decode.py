@@ -6,7 +6,8 @@ import torch
 import triton
 
 from attention.ops.triton.dependent_launch import dependent_launch
-from attention.ops.triton.launch import DeviceTraits, compiles_gluon, device_traits
+from attention.ops.triton.launch import DeviceTraits, compiles_gluon, device_traits, on_device
+from attention.ops.triton.split_parts import make_parts
 from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, Splits
 
 KEYS = 64
@@ -21,7 +22,9 @@ MOST_SEQUENCES = 1024
 """Whose lengths every warp holds."""
 _FEWEST_PADDED = 32
 _ALIGNMENT = 16
-"""Bytes that addresses and strides are multiples of: a thread copies so many."""
+"""Bytes that addresses are multiples of: a thread copies so many."""
+_STRIDES = 16
+"""Numbers that strides are multiples of: what Triton compiles for."""
 _MIN_TILES_OF_MANY = 16
 _FULL = 0.85
 """The share of a device's places that is as good as all."""
@@ -36,7 +39,6 @@ def serves(query: torch.Tensor, kv_cache: torch.Tensor, traits: DeviceTraits) ->
         traits: the device.
     """
     batch, num_heads, head_size = query.shape
-    strides = (stride * kv_cache.element_size() for stride in kv_cache.stride()[:4])
     return (
         compiles_gluon(traits)
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -46,7 +48,7 @@ def serves(query: torch.Tensor, kv_cache: torch.Tensor, traits: DeviceTraits) ->
         and kv_cache.shape[2] % KEYS == 0
         and batch <= MOST_SEQUENCES
         and kv_cache.data_ptr() % _ALIGNMENT == 0
-        and all(stride % _ALIGNMENT == 0 for stride in strides)
+        and all(stride % _STRIDES == 0 for stride in kv_cache.stride()[:4])
     )
 
 
@@ -80,34 +82,50 @@ def deal(num_pairs: int, max_seq_len: int, num_sms: int) -> tuple[Splits, int]:
 
 def launch_staying_decode(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    cache: torch.Tensor,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
+    max_seq_len: int,
     output: torch.Tensor,
-    lse: torch.Tensor | None,
-    partial: torch.Tensor | None,
-    partial_lse: torch.Tensor | None,
-    counters: torch.Tensor | None,
-    splits: Splits,
-    min_tiles: int,
+    counters: torch.Tensor,
     scale: float,
     v_scale: float,
+    lse: torch.Tensor | None,
+    num_splits: int | None,
 ) -> None:
-    """Attend; `paged_decode` checks the arguments, which are its own, and makes the parts."""
+    """Attend, where it serves; `paged_decode` checks the arguments, which are its own.
+
+    Args:
+        query: (B, Hq, D).
+        cache: (num_blocks, 2, block_size, Hkv, D).
+        block_tables: (B, max_blocks) int32.
+        seq_lens: (B,) int32.
+        max_seq_len: the longest sequence.
+        output: (B, Hq, D), written.
+        counters: int32, B * Hkv or more zeros.
+        scale: multiplies the products of queries and stored keys.
+        v_scale: what stored values are multiplied with.
+        lse: (B, Hq) fp32, written.
+        num_splits: of a sequence; None deals them out.
+    """
     from attention.ops.triton.staying_decode_kernel import staying_decode_kernel
 
     batch, num_heads, head_size = query.shape
-    _, _, block_size, num_kv_heads, _ = kv_cache.shape
+    _, _, block_size, num_kv_heads, _ = cache.shape
     num_sms = device_traits(query.device).num_sms
+    splits, min_tiles = deal(batch * num_kv_heads, max_seq_len, num_sms)
+    if num_splits is not None:
+        splits = Splits(num_splits, num_splits, 1 << 30)
     num_programs = min(_PROGRAMS * num_sms, batch * num_kv_heads * splits.count)
     lse_strides = (0, 0) if lse is None else lse.stride()
-    staying_decode_kernel[(num_programs,)](
-        output, lse, partial, partial_lse, counters, query, kv_cache[:, 0], kv_cache[:, 1], block_tables, seq_lens,
-        batch, scale, v_scale, splits.count, splits.wanted, splits.most_tiles,
-        query.stride(0), query.stride(1), output.stride(0), output.stride(1), *lse_strides,
-        block_tables.stride(0), kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(3),
-        NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, D=head_size, BLOCK_SIZE=block_size,
-        BATCH_PADDED=max(_FEWEST_PADDED, triton.next_power_of_2(batch)), STAGES=_STAGES,
-        MIN_TILES=min_tiles,
-        num_warps=4, **dependent_launch(query.device, num_programs),
-    )  # fmt: skip
+    with on_device(query):
+        staying_decode_kernel[(num_programs,)](
+            output, lse, *make_parts(batch, num_heads, splits.count, head_size, query.device), counters,
+            query, cache[:, 0], cache[:, 1], block_tables, seq_lens, batch, scale, v_scale,
+            splits.count, splits.wanted, splits.most_tiles,
+            query.stride(0), query.stride(1), output.stride(0), output.stride(1), *lse_strides,
+            block_tables.stride(0), cache.stride(0), cache.stride(2), cache.stride(3),
+            NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, D=head_size, BLOCK_SIZE=block_size,
+            BATCH_PADDED=max(_FEWEST_PADDED, triton.next_power_of_2(batch)), STAGES=_STAGES, MIN_TILES=min_tiles,
+            num_warps=4, **dependent_launch(query.device, num_programs),
+        )  # fmt: skip

@@ -240,9 +240,9 @@ def staying_decode_kernel(
 ) -> None:
     """One program: every n-th piece, n programs being launched.
 
-    A sequence of one piece has its output written. Of several, the program that ends the last one puts them together
-    where there are `counters_ptr` (B * Hkv,) int32, all zero, which it leaves so; else `decode_kernel.reduce_kernel`
-    does. What is given is as of `decode_kernel.decode_kernel`; `BATCH_PADDED` is a power of two.
+    A sequence of one piece has its output written. Of several, the program that ends the last one puts them together:
+    `counters_ptr` (B * Hkv,) int32 says how many have ended, and is all zero before and afterwards. What else is given
+    is as of `decode_kernel.decode_kernel`; `BATCH_PADDED` is a power of two.
     """
     KV_HEADS: gl.constexpr = NUM_HEADS // GROUP
     FEW: gl.constexpr = GROUP if GROUP < 8 else 8
@@ -350,19 +350,18 @@ def staying_decode_kernel(
                     *(more, total_more, acc_more, v_scale, parts, largest_parts, total_parts),
                     *(partial_ptr + slot * D, num_splits * D, partial_lse_ptr, slot, num_splits, 1.0, GROUP - FEW, D),
                 )
-            if counters_ptr is not None:
-                counter_ptr = counters_ptr + own * KV_HEADS + kv_head
-                gl.thread_barrier()  # what all threads have written is released by the one that counts
-                if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
-                    gl.store(counter_ptr, 0)
+            counter_ptr = counters_ptr + own * KV_HEADS + kv_head
+            gl.thread_barrier()  # what all threads have written is released by the one that counts
+            if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
+                gl.store(counter_ptr, 0)
+                _merge(
+                    *(partial_ptr, partial_lse_ptr, begin_slot, num_splits, num_pieces, target, stride_oh),
+                    *(lse_ptr, lse_offset, stride_lh, FEW, D),
+                )
+                if GROUP > _EIGHT:
                     _merge(
-                        *(partial_ptr, partial_lse_ptr, begin_slot, num_splits, num_pieces, target, stride_oh),
-                        *(lse_ptr, lse_offset, stride_lh, FEW, D),
+                        *(partial_ptr, partial_lse_ptr, begin_slot + _EIGHT * num_splits, num_splits, num_pieces),
+                        *(target + _EIGHT * stride_oh, stride_oh),
+                        *(lse_ptr, lse_offset + _EIGHT * stride_lh, stride_lh, GROUP - FEW, D),
                     )
-                    if GROUP > _EIGHT:
-                        _merge(
-                            *(partial_ptr, partial_lse_ptr, begin_slot + _EIGHT * num_splits, num_splits, num_pieces),
-                            *(target + _EIGHT * stride_oh, stride_oh),
-                            *(lse_ptr, lse_offset + _EIGHT * stride_lh, stride_lh, GROUP - FEW, D),
-                        )
         item += programs

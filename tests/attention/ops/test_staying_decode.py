@@ -86,7 +86,6 @@ def poisoned_batch(lens: list[int], kv_heads: int, size: int, block_size: int, d
 
 
 @on_hopper
-@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("splits", [1, 3, 11, None])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "block_size", "dtype"),
@@ -99,7 +98,7 @@ def poisoned_batch(lens: list[int], kv_heads: int, size: int, block_size: int, d
     ],
 )
 def test_the_kernel_against_float64(
-    heads: int, kv_heads: int, size: int, block_size: int, dtype: torch.dtype, splits: int | None, counted: bool
+    heads: int, kv_heads: int, size: int, block_size: int, dtype: torch.dtype, splits: int | None
 ) -> None:
     cache, tables = poisoned_batch(LENS, kv_heads, size, block_size, dtype)
     query = torch.randn(heads, len(LENS), size, device="cuda").to(dtype).transpose(0, 1)
@@ -107,12 +106,12 @@ def test_the_kernel_against_float64(
     output = torch.full((len(LENS), heads, size), float("nan"), device="cuda", dtype=dtype)
     lse = torch.full((len(LENS), heads), float("nan"), device="cuda")
     seq_lens = torch.tensor(LENS, dtype=torch.int32, device="cuda")
-    counters = torch.zeros(len(LENS) * kv_heads, dtype=torch.int32, device="cuda") if counted else None
+    counters = torch.zeros(len(LENS) * kv_heads, dtype=torch.int32, device="cuda")
     paged_decode(
         query, cache, tables, seq_lens, max(LENS), output, scale=0.3, k_scale=0.5, v_scale=2.0, lse=lse,
         num_splits=splits, counters=counters,
     )  # fmt: skip
-    assert counters is None or not counters.any()
+    assert not counters.any()
     for i, n in enumerate(LENS):
         if n == 0:
             assert not output[i].any()

@@ -25,6 +25,7 @@ from attention.ops.triton.launch import (
     kernel_view,
     on_device,
 )
+from attention.ops.triton.split_parts import make_parts
 from attention.ops.triton.tuning import MAX_SPLITS, MIN_TILES, Splits, Tile, check_splits
 
 
@@ -98,10 +99,7 @@ def latent_decode(
     splits = Splits(num_splits or 1, num_splits or 1, 1 << 30)
     if num_splits is None:
         splits = choose_splits(batch * head_tiles, max_seq_len, tile, places, min_tiles, most_splits)
-    partial = partial_lse = None
-    if splits.count > 1:
-        partial = torch.empty(batch, num_heads, splits.count, rank, dtype=torch.float32, device=query.device)
-        partial_lse = torch.empty(batch, num_heads, splits.count, dtype=torch.float32, device=query.device)
+    partial, partial_lse = make_parts(batch, num_heads, splits.count, rank, query.device)
     dealing = (splits.count, splits.wanted, splits.most_tiles)
     lse_strides = (0, 0) if lse is None else lse.stride()
     with on_device(query):
@@ -140,8 +138,7 @@ def latent_decode(
             reduce_kernel[(num_heads, batch)](
                 output, lse, partial, partial_lse, seq_lens, None, *dealing, *output.stride()[:2], *lse_strides,
                 NUM_HEADS=num_heads, D=rank, D_PAD=rank_padded, BLOCK_N=tile.keys, MIN_TILES=min_tiles,
-                SPLITS_PAD=triton.next_power_of_2(splits.count), ALONE_WRITTEN=False,
-                num_warps=_reduce_warps(splits.count, rank_padded),
+                SPLITS_PAD=triton.next_power_of_2(splits.count), num_warps=_reduce_warps(splits.count, rank_padded),
                 **dependent_launch(query.device, num_heads * batch),
             )  # fmt: skip
 

@@ -27,7 +27,9 @@ _FEWEST_TOKENS = 32
 _PROGRAMS = 2
 """Of a multiprocessor: what its registers hold, and its shared memory."""
 _ALIGNMENT = 16
-"""Bytes that addresses and strides are multiples of: a thread copies so many."""
+"""Bytes that addresses are multiples of: a thread copies so many."""
+_STRIDES = 32
+"""Bytes that strides are multiples of: what Triton compiles for."""
 
 
 def tile_of(cache: torch.Tensor) -> Tile:
@@ -76,7 +78,7 @@ def fewest_keys(batch: int, cache_itemsize: int, traits: DeviceTraits) -> int:
 
 def _is_aligned(cache: torch.Tensor) -> bool:
     strides = (stride * cache.element_size() for stride in cache.stride()[:2])
-    return cache.data_ptr() % _ALIGNMENT == 0 and all(stride % _ALIGNMENT == 0 for stride in strides)
+    return cache.data_ptr() % _ALIGNMENT == 0 and all(stride % _STRIDES == 0 for stride in strides)
 
 
 def _is_in_pairs(queries: torch.Tensor) -> bool:
