@@ -153,7 +153,6 @@ def decide_kernel(
                     keep = (lowest, log_min_p, top_k, top_p, mass, above)
                     value, token_id = search_and_draw(source, where, how, keep, key, V, True, LIST_SPAN)
                 else:  # more are equal, or nearly, than can be listed
-                    in_pieces = False
                     keep = (lowest, log_min_p, top_k, top_p, mass, tl.zeros((), tl.int64))
                     value, token_id = search_and_draw(source, (listed_ptr, V), how, keep, key, V, False, SPAN)
         if in_pieces:

@@ -70,14 +70,16 @@ def levels_of(
         wanted = (1.0 - top_p) * total
         fewest, most = wanted / _MASS_ASIDE, wanted * _MASS_ASIDE
         floor = tl.maximum(floor, _MASSLESS)
-    first, last = floor + 0.0, floor + 0.0  # the highest below which there is no more than that
-    first_end, last_end = floor * 0.0, floor * 0.0
+    # Between the lowest level with more below it than that, and the highest with less: tokens that are equal and weigh
+    # as much as all of the span lie inside.
+    first, first_low = floor * 0.0, floor + 0.0
+    last, last_high = floor + 0.0, floor * 0.0
     for _ in range(_HALVINGS):
-        middle, last_middle = 0.5 * (first + first_end), 0.5 * (last + last_end)
-        fits = tl.sum(tl.where(relative < middle, weight, 0.0), axis=0) <= most
-        last_fits = tl.sum(tl.where(relative < last_middle, weight, 0.0), axis=0) <= fewest
-        first, first_end = tl.where(fits, middle, first), tl.where(fits, first_end, middle)
-        last, last_end = tl.where(last_fits, last_middle, last), tl.where(last_fits, last_end, last_middle)
+        middle, last_middle = 0.5 * (first + first_low), 0.5 * (last + last_high)
+        more = tl.sum(tl.where(relative < middle, weight, 0.0), axis=0) > most
+        less = tl.sum(tl.where(relative < last_middle, weight, 0.0), axis=0) <= fewest
+        first, first_low = tl.where(more, middle, first), tl.where(more, first_low, middle)
+        last, last_high = tl.where(less, last_middle, last), tl.where(less, last_high, last_middle)
     depth = tl.maximum((first - last) / coldness, 1e-30)
     return largest + first / coldness, (LEVELS - 1) / depth
 
