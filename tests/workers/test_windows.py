@@ -32,10 +32,31 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [rng.randrange(3, 512) for _ in range(length)]
 
 
-@pytest.fixture(params=list(MODELS))
-def checkpoint(request, tiny_checkpoint):
+@pytest.fixture(
+    params=slow_unless(
+        lambda param: param.id in ("mistral-one step ahead", "qwen2-step by step"),
+        [
+            pytest.param((name, ahead), id=f"{name}-{words}")
+            for name in MODELS
+            for ahead, words in enumerate(("step by step", "one step ahead"))
+        ],
+    )
+)
+def model_and_steps(request):
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(model_and_steps, tiny_checkpoint):
     """A model whose layers all have a window, and one of two cache groups."""
-    return tiny_checkpoint(request.param, **MODELS[request.param])
+    name, _ = model_and_steps
+    return tiny_checkpoint(name, **MODELS[name])
+
+
+@pytest.fixture
+def steps_ahead(model_and_steps) -> int:
+    """How many steps workers keep in flight."""
+    return model_and_steps[1]
 
 
 @pytest.fixture

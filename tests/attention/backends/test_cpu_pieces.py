@@ -12,6 +12,7 @@ from attention.metadata import build_metadata
 from attention.selection.registry import get_backend
 from attention.spec import FP8, AttentionSpec
 from attention_reference import attend
+from long_tails import slow_unless
 from paged_case import paged_case, shuffled_tables
 
 WIDE = AttentionSpec(8, 8, 256, 1 / 16)
@@ -36,7 +37,13 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("lens", [LENS, ((1, 700),)], ids=["mixed", "one"])
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize(
+    "features",
+    slow_unless(
+        lambda param: param.id in ("plain", "narrow", "all"),
+        [pytest.param(features, id=name) for name, features in FEATURES.items()],
+    ),
+)
 @pytest.mark.parametrize("name", ["CPU_ATTN", "TORCH_SDPA"])
 def test_pieces_merge(name: str, features: dict[str, object], lens: tuple[tuple[int, int], ...]) -> None:
     spec = replace(WIDE, **features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from workers.models.registry import read_model
 from workers.parallel.group import SINGLE
 
 TinyCheckpoint = Callable[..., Path]
-Jobs = dict[str, tuple[Path, dict[str, Any]]]
+Job = Callable[[str], tuple[Path, dict[str, Any]]]
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2-biased": ("deepseek_v2", {"attention_bias": True}),
@@ -47,59 +48,102 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied-biased": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     "qwen3_moe": ("qwen3_moe", {}),
 }
-EXTRA = ("dummy", "bfloat16", "fp8 cache")
+OF_EACH_KIND = (
+    "cohere2-untied-biased",
+    "deepseek_v2-biased",
+    "gemma3",
+    "gpt_oss",
+    "llama",
+    "llama-biased-mha",
+    "llama-mqa",
+    "llama4-interleaved",
+    "qwen2-tied-uneven",
+    "qwen2_moe-some-dense",
+)
+"""Norms behind and beside a block, latents, experts with a shared one and without, keys that ranks share, biases that
+one rank adds, embeddings that are the head; the normal run has these."""
+OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "dummy": ("llama", {"dtype": "float32", "load_format": "dummy", "seed": 3}),
+    "bfloat16": ("llama", {"dtype": "bfloat16"}),
+    "fp8 cache": ("llama", {"dtype": "float32", "kv_cache_dtype": "fp8"}),
+}
+"""Ways in which one of VARIATIONS can be run otherwise: how that goes with others is no matter of ranks."""
 SIZES = slow_unless((2).__eq__, [2, 4])
+RUNS = {
+    "kinds": (*OF_EACH_KIND, *OTHERWISE),
+    "rest": tuple(name for name in VARIATIONS if name not in OF_EACH_KIND),
+}
+"""What ranks run one after the other before they end."""
+WHO = [pytest.param((size, run), id=f"{size}-{run}") for size in (2, 4) for run in RUNS]
+"""How many ranks run what."""
+TOGETHER = slow_unless(lambda param: param.id == "2-kinds", WHO)
+NAMED = slow_unless(
+    lambda param: param.values[0] == (2, "kinds"),
+    [
+        pytest.param(who.values[0], name, id=f"{who.values[0][0]}-{name}")
+        for who in WHO
+        for name in RUNS[who.values[0][1]]
+    ],
+)
 
 
 @pytest.fixture(scope="module")
-def jobs(tiny_checkpoint: TinyCheckpoint) -> Jobs:
-    """Every model to run: those of VARIATIONS in float32, and the ways in which one can be run otherwise."""
-    jobs: Jobs = {
-        name: (tiny_checkpoint(family, **overrides), {"dtype": "float32"})
-        for name, (family, overrides) in VARIATIONS.items()
-    }
-    llama = jobs["llama"][0]
-    jobs["dummy"] = (jobs["qwen3"][0], {"dtype": "float32", "load_format": "dummy", "seed": 3})
-    jobs["bfloat16"] = (llama, {"dtype": "bfloat16"})
-    jobs["fp8 cache"] = (llama, {"dtype": "float32", "kv_cache_dtype": "fp8"})
-    return jobs
+def job(tiny_checkpoint: TinyCheckpoint) -> Job:
+    """Of a name: the model to run, and how; those of VARIATIONS in float32."""
+
+    def made(name: str) -> tuple[Path, dict[str, Any]]:
+        variation, settings = OTHERWISE.get(name, (name, {"dtype": "float32"}))
+        family, overrides = VARIATIONS[variation]
+        return tiny_checkpoint(family, **overrides), settings
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def alone(jobs: Jobs) -> dict[str, ModelRun]:
-    return {name: run_model(SINGLE, folder, **settings) for name, (folder, settings) in jobs.items()}
+def alone(job: Job) -> Callable[[str], ModelRun]:
+    """Of a name: what one rank says."""
+
+    @functools.cache
+    def run(name: str) -> ModelRun:
+        folder, settings = job(name)
+        return run_model(SINGLE, folder, **settings)
+
+    return run
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def together(request: pytest.FixtureRequest, jobs: Jobs) -> list[dict[str, ModelRun]]:
-    """What each rank said."""
-    return run_ranks(request.param, run_models, jobs)
+@pytest.fixture(scope="module")
+def together(request: pytest.FixtureRequest, job: Job) -> list[dict[str, ModelRun]]:
+    """What each rank said, of a size and one of RUNS."""
+    size, run = request.param
+    return run_ranks(size, run_models, {name: job(name) for name in RUNS[run]})
 
 
-@pytest.mark.parametrize("name", [*VARIATIONS, "dummy", "fp8 cache"])
-def test_ranks_say_what_one_says(alone: dict[str, ModelRun], together: list[dict[str, ModelRun]], name: str) -> None:
-    expected, spread = alone[name], alone[name].logits.std()
+@pytest.mark.parametrize(("together", "name"), NAMED, indirect=["together"], scope="module")
+def test_ranks_say_what_one_says(
+    alone: Callable[[str], ModelRun], together: list[dict[str, ModelRun]], name: str
+) -> None:
+    if name == "bfloat16":
+        agreement = torch.nn.functional.cosine_similarity(together[0][name].logits, alone(name).logits)
+        assert float(agreement.min()) > 0.99
+        return
+    expected, spread = alone(name), alone(name).logits.std()
     atol = 0.05 if name == "fp8 cache" else 2e-5  # one rounding of a stored key differs, and is worth so much
     torch.testing.assert_close(together[0][name].logits / spread, expected.logits / spread, rtol=1e-5, atol=atol)
     if name != "fp8 cache":
         assert together[0][name].tokens == expected.tokens
 
 
-def test_half_precision_stays_close(alone: dict[str, ModelRun], together: list[dict[str, ModelRun]]) -> None:
-    agreement = torch.nn.functional.cosine_similarity(together[0]["bfloat16"].logits, alone["bfloat16"].logits)
-    assert float(agreement.min()) > 0.99
-
-
-@pytest.mark.parametrize("name", [*VARIATIONS, *EXTRA])
+@pytest.mark.parametrize(("together", "name"), NAMED, indirect=["together"], scope="module")
 def test_ranks_agree_to_the_bit(together: list[dict[str, ModelRun]], name: str) -> None:
     for run in together[1:]:
         assert torch.equal(run[name].logits, together[0][name].logits)
         assert run[name].tokens == together[0][name].tokens
 
 
-def test_a_cache_holds_a_ranks_heads(alone: dict[str, ModelRun], together: list[dict[str, ModelRun]]) -> None:
-    for name, run in alone.items():
-        each = max(1, run.num_kv_heads // len(together))
+@pytest.mark.parametrize("together", TOGETHER, indirect=True)
+def test_a_cache_holds_a_ranks_heads(alone: Callable[[str], ModelRun], together: list[dict[str, ModelRun]]) -> None:
+    for name in together[0]:
+        each = max(1, alone(name).num_kv_heads // len(together))
         assert [rank[name].num_kv_heads for rank in together] == [each] * len(together)
 
 
@@ -108,7 +152,7 @@ def test_a_cache_holds_a_ranks_heads(alone: dict[str, ModelRun], together: list[
 def test_gpus_say_what_one_says(tiny_checkpoint: TinyCheckpoint, size: int) -> None:
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} CUDA devices")
-    jobs: Jobs = {name: (tiny_checkpoint(name), {"dtype": "float32"}) for name in ("llama", "qwen2", "qwen3")}
+    jobs = {name: (tiny_checkpoint(name), {"dtype": "float32"}) for name in ("llama", "qwen2", "qwen3")}
     (expected,) = run_ranks(1, run_models, jobs, device="cuda")
     ranks = run_ranks(size, run_models, jobs, device="cuda")
     for name, run in expected.items():

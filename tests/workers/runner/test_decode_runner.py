@@ -259,8 +259,12 @@ def make_engine(checkpoint, device: str, mode: str) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    slow_unless(
+        lambda v: v != ("llama", "in sizes"), [(family, mode) for family in ("llama", "mistral") for mode in MODES]
+    ),
+)
 @pytest.mark.parametrize("ahead", slow_unless((1).__eq__, [0, 1]))
 def test_steps_continue_a_prompt_as_transformers_does(family, mode, ahead, device, tiny_checkpoint, reference_greedy):
     checkpoint = tiny_checkpoint(family)
