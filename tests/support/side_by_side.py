@@ -13,18 +13,20 @@ from xdist.scheduler import LoadScopeScheduling
 
 _RAY = "pytest.mark.ray"
 _LONG = (
-    "cluster/gateway/test_engine.py",
-    "workers/models/test_families.py",
     "attention/backends/test_conformance.py",
-    "attention/ops/test_triton_ops.py",
-    "workers/scheduling/test_sequence_blocks.py",
-    "workers/sampling/ops/test_sample_tokens.py",
-    "workers/test_pair.py",
-    "cluster/cli/test_up.py",
-    "cluster/cli/test_doctor.py",
     "workers/test_windows.py",
+    "workers/test_pair.py",
+    "workers/models/test_families.py",
     "workers/parallel/test_sharded_model.py",
-    "cluster/pools/test_scaling.py",
+    "workers/scheduling/test_sequence_blocks.py",
+    "workers/runner/test_decode_runner.py",
+    "workers/test_faults.py",
+    "workers/test_family_pairs.py",
+    "workers/sampling/ops/test_sample_tokens.py",
+    "cluster/cli/test_doctor.py",
+    "cluster/test_families.py",
+    "cluster/gateway/test_engine.py",
+    "attention/ops/test_triton_ops.py",
 )
 """Files that take longest: if they came last, one process would be busy with them while the others are idle."""
 
