@@ -29,6 +29,8 @@ LN_2 = gl.constexpr(_LN_2.value)
 LOG2_E = gl.constexpr(_LOG2_E.value)
 _LOWEST = gl.constexpr(-1.0e30)
 """What the largest score is taken for before there is one: no infinity, of which differences were no number."""
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+"""Triton 3.7 has another name for it than 3.6."""
 
 
 @gluon.jit
@@ -351,7 +353,7 @@ def staying_decode_kernel(
                     *(partial_ptr + slot * D, num_splits * D, partial_lse_ptr, slot, num_splits, 1.0, GROUP - FEW, D),
                 )
             counter_ptr = counters_ptr + own * KV_HEADS + kv_head
-            gl.thread_barrier()  # what all threads have written is released by the one that counts
+            _barrier()  # what all threads have written is released by the one that counts
             if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_pieces - 1:
                 gl.store(counter_ptr, 0)
                 _merge(
