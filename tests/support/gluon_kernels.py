@@ -1,4 +1,4 @@
-"""Compiles every kernel in Gluon for SM 9.0, which needs no GPU. A process of its own: Triton must not interpret in it."""
+"""Compiles every kernel in Gluon for SM 9.0, without a GPU. Run as a process in which Triton does not interpret."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata
 from attention.capability import FLOATS, HOPPER, X86, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
+from attention.ops.triton.split_parts import make_counters
 from attention.platform import DeviceKind, Platform
 from attention.spec import AttentionNeeds, AttentionSpec, AttentionType, Feature
 
@@ -27,10 +28,6 @@ TRITON_DEVICES = (
 
 POWERS_OF_TWO = Sizes(only=tuple(2**i for i in range(11)))
 """Block sizes that the Triton kernels accept."""
-
-
-_MOST_COUNTED = 1024
-"""Sequences of a batch whose parts are counted; larger ones leave them to a second kernel."""
 
 
 class Kernel(Enum):
@@ -76,7 +73,7 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, block_size: int, device: torch.device) -> None:
         super().__init__(spec, dtype, block_size, device)
         self._slopes = slopes_tensor(spec, device)
-        self._counters = torch.zeros(_MOST_COUNTED * spec.num_kv_heads, dtype=torch.int32, device=device)
+        self._counters = make_counters(spec.num_kv_heads, device)
 
     def build(self, common: CommonAttentionMetadata) -> TritonAttnMetadata:
         """See `AttentionMetadataBuilder.build`."""
@@ -89,8 +86,8 @@ class TritonAttnMetadataBuilder(AttentionMetadataBuilder):
                 raise AttentionInputError(f"TRITON_ATTN applies masks over a KV cache, {self.spec.attn_type} has none")
             mask, offsets, window = flat_mask(common, window)
         kernel = self._choose(common) if mask is None else Kernel.PAGED
-        counters = self._counters if common.num_seqs <= _MOST_COUNTED else None
-        return TritonAttnMetadata(common, kernel, self.spec.causal, window, mask, offsets, self._slopes, counters)
+        own = self._slopes, self._counters
+        return TritonAttnMetadata(common, kernel, self.spec.causal, window, mask, offsets, *own)
 
     def _choose(self, common: CommonAttentionMetadata) -> Kernel:
         if not self.spec.attn_type.cached:

@@ -19,7 +19,7 @@ from attention.ops.triton.launch import (
     on_device,
 )
 from attention.ops.triton.split_parts import make_parts
-from attention.ops.triton.tuning import MIN_TILES, Splits, check_splits, choose_splits, decode_tile
+from attention.ops.triton.tuning import MIN_TILES, check_splits, choose_splits, decode_tile, given_splits
 
 
 def paged_decode(
@@ -97,7 +97,7 @@ def paged_decode(
         longest = max_seq_len if sliding_window is None else min(max_seq_len, sliding_window)
         splits = choose_splits(batch * head_tiles, longest, tile, traits)
     else:
-        splits = Splits(num_splits, num_splits, 1 << 30)
+        splits = given_splits(num_splits)
     partial, partial_lse = make_parts(batch, num_heads, splits.count, head_size, query.device)
     dealing = (splits.count, splits.wanted, splits.most_tiles)
     lse_strides = (0, 0) if lse is None else lse.stride()

@@ -83,6 +83,15 @@ def compiles_gluon(traits: DeviceTraits) -> bool:
     return traits.arch == "sm90" and triton.__version__.startswith(_GLUON)
 
 
+def copies_rows(rows: torch.Tensor) -> bool:
+    """Whether threads can copy 16 bytes of these rows at once: aligned, by strides that Triton compiles for.
+
+    Triton distinguishes strides that are multiples of 16: here of 16-bit words, in which such kernels count.
+    """
+    strides = (stride * rows.element_size() for stride in rows.stride()[:-1])
+    return rows.data_ptr() % 16 == 0 and all(stride % 32 == 0 for stride in strides)
+
+
 def dot_dtype(query: torch.dtype, cache: torch.dtype) -> Any:
     """The Triton type of a dot's operands: the queries', but fp16 for bf16 queries over an FP8 cache.
 

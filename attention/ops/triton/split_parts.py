@@ -1,8 +1,16 @@
-"""Memory for what the splits of a decode kernel leave to be put together."""
+"""Memory for what the splits of a decode kernel leave to be put together, and for how many have."""
 
 from __future__ import annotations
 
 import torch
+
+MOST_COUNTED = 1024
+"""Sequences of a batch of which the splits that have ended are counted."""
+
+
+def make_counters(num_kv_heads: int, device: torch.device) -> torch.Tensor:
+    """Of each sequence and KV head: int32 (`MOST_COUNTED` * Hkv,), zeros."""
+    return torch.zeros(MOST_COUNTED * num_kv_heads, dtype=torch.int32, device=device)
 
 
 def make_parts(

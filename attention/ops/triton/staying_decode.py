@@ -6,9 +6,9 @@ import torch
 import triton
 
 from attention.ops.triton.dependent_launch import dependent_launch
-from attention.ops.triton.launch import DeviceTraits, compiles_gluon, device_traits, on_device
-from attention.ops.triton.split_parts import make_parts
-from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, Splits
+from attention.ops.triton.launch import DeviceTraits, compiles_gluon, copies_rows, device_traits, on_device
+from attention.ops.triton.split_parts import MOST_COUNTED, make_parts
+from attention.ops.triton.tuning import MAX_SPLIT_KEYS, MAX_SPLITS, MIN_TILES, Splits, given_splits
 
 KEYS = 64
 """Of a tile."""
@@ -18,13 +18,7 @@ _PROGRAMS = 2
 _HEAD_SIZES = (64, 128)
 _MOST_HEADS = 16
 """Query heads of a KV head."""
-MOST_SEQUENCES = 1024
-"""Whose lengths every warp holds."""
 _FEWEST_PADDED = 32
-_ALIGNMENT = 16
-"""Bytes that addresses are multiples of: a thread copies so many."""
-_STRIDES = 16
-"""Numbers that strides are multiples of: what Triton compiles for."""
 _MIN_TILES_OF_MANY = 16
 _FULL = 0.85
 """The share of a device's places that is as good as all."""
@@ -46,9 +40,8 @@ def serves(query: torch.Tensor, kv_cache: torch.Tensor, traits: DeviceTraits) ->
         and head_size in _HEAD_SIZES
         and num_heads // kv_cache.shape[3] <= _MOST_HEADS
         and kv_cache.shape[2] % KEYS == 0
-        and batch <= MOST_SEQUENCES
-        and kv_cache.data_ptr() % _ALIGNMENT == 0
-        and all(stride % _STRIDES == 0 for stride in kv_cache.stride()[:4])
+        and batch <= MOST_COUNTED
+        and copies_rows(kv_cache)
     )
 
 
@@ -115,7 +108,7 @@ def launch_staying_decode(
     num_sms = device_traits(query.device).num_sms
     splits, min_tiles = deal(batch * num_kv_heads, max_seq_len, num_sms)
     if num_splits is not None:
-        splits = Splits(num_splits, num_splits, 1 << 30)
+        splits = given_splits(num_splits)
     num_programs = min(_PROGRAMS * num_sms, batch * num_kv_heads * splits.count)
     lse_strides = (0, 0) if lse is None else lse.stride()
     with on_device(query):

@@ -184,6 +184,11 @@ class Splits:
     most_tiles: int
 
 
+def given_splits(num_splits: int) -> Splits:
+    """As many as are asked for, however long they are."""
+    return Splits(num_splits, num_splits, 1 << 30)
+
+
 def check_splits(num_splits: int | None) -> None:
     """Refuse a number of splits that is asked for and cannot be had.
 

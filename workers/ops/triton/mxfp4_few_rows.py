@@ -15,10 +15,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.ops.triton import gated_activation as activations
+from workers.ops.triton import mxfp4_numbers
 
 INPUTS = gl.constexpr(128)
 """Of a step. A tile of other sizes has another layout in shared memory."""
 gated_activation = gluon.jit(activations.gated_activation.fn)
+quarters = gluon.jit(mxfp4_numbers.quarters.fn)
 
 
 @gluon.jit
@@ -37,35 +39,7 @@ def _numbers(
     block = gl.arange(0, BLOCKS * 8, gl.SliceLayout(0, OPERAND)) // 8
     bits = ((exponents[:, None] >> (8 * block)[None, :]) & 255) << 7
     factors = bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
-    first, second, third, fourth = gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 n<4>, t, u;
-        and.b32 n0, $4, 0x81C081C0;
-        shl.b32 t, $4, 3;
-        and.b32 n1, t, 0x81C081C0;
-        shl.b32 t, $4, 6;
-        and.b32 n2, t, 0x81C081C0;
-        shr.u32 t, $4, 6;
-        and.b32 n3, t, 0x01800180;
-        shl.b32 t, $4, 4;
-        and.b32 t, t, 0x80008000;
-        shr.u32 u, $4, 4;
-        and.b32 u, u, 0x00400040;
-        or.b32 n3, n3, t;
-        or.b32 n3, n3, u;
-        mul.rn.bf16x2 $0, n0, $5;
-        mul.rn.bf16x2 $1, n1, $5;
-        mul.rn.bf16x2 $2, n2, $5;
-        mul.rn.bf16x2 $3, n3, $5;
-        }
-        """,
-        "=r,=r,=r,=r,r,r",
-        [words, factors],
-        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
+    first, second, third, fourth = quarters(words, factors, gl.bfloat16)
     numbers = gl.join(gl.join(first, third), gl.join(second, fourth)).reshape(OUTPUTS, BLOCKS, 8, 4)
     numbers = numbers.permute(0, 1, 3, 2).reshape(OUTPUTS, BLOCKS * 32)
     return gl.convert_layout(numbers, OPERAND, assert_trivial=True)

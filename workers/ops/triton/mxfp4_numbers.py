@@ -35,7 +35,7 @@ def mxfp4_factors(exponents: tl.tensor, OUTPUTS: tl.constexpr, BLOCKS: tl.conste
 
 
 @triton.jit
-def _quarters(
+def quarters(
     words: tl.tensor, factors: tl.tensor, DTYPE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The four numbers of each word, exact.
@@ -105,6 +105,6 @@ def mxfp4_in_order(
     Returns:
         (OUTPUTS, 32 * BLOCKS).
     """
-    first, second, third, fourth = _quarters(words, factors, DTYPE)
+    first, second, third, fourth = quarters(words, factors, DTYPE)
     numbers = tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(OUTPUTS, BLOCKS, 8, 4)
     return numbers.permute(0, 1, 3, 2).reshape(OUTPUTS, BLOCKS * 32)

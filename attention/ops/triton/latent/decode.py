@@ -26,7 +26,7 @@ from attention.ops.triton.launch import (
     on_device,
 )
 from attention.ops.triton.split_parts import make_parts
-from attention.ops.triton.tuning import MAX_SPLITS, MIN_TILES, Splits, Tile, check_splits
+from attention.ops.triton.tuning import MAX_SPLITS, MIN_TILES, Tile, check_splits, given_splits
 
 
 def latent_decode(
@@ -96,9 +96,10 @@ def latent_decode(
         most_splits, places = few_heads.MOST_SPLITS, few_heads.places(traits)
     else:
         places = decode_places(tile, latent_size, itemsize, traits)
-    splits = Splits(num_splits or 1, num_splits or 1, 1 << 30)
     if num_splits is None:
         splits = choose_splits(batch * head_tiles, max_seq_len, tile, places, min_tiles, most_splits)
+    else:
+        splits = given_splits(num_splits)
     partial, partial_lse = make_parts(batch, num_heads, splits.count, rank, query.device)
     dealing = (splits.count, splits.wanted, splits.most_tiles)
     lse_strides = (0, 0) if lse is None else lse.stride()

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-from attention.ops.triton.launch import DeviceTraits, compiles_gluon
+from attention.ops.triton.launch import DeviceTraits, compiles_gluon, copies_rows
 from attention.ops.triton.tuning import Tile
 
 MOST_HEADS = 16
@@ -26,10 +26,6 @@ _FEWEST_TOKENS = 32
 """Of a block."""
 _PROGRAMS = 2
 """Of a multiprocessor: what its registers hold, and its shared memory."""
-_ALIGNMENT = 16
-"""Bytes that addresses are multiples of: a thread copies so many."""
-_STRIDES = 32
-"""Bytes that strides are multiples of: what Triton compiles for."""
 
 
 def tile_of(cache: torch.Tensor) -> Tile:
@@ -55,7 +51,7 @@ def serves(query: torch.Tensor, rotary_query: torch.Tensor, cache: torch.Tensor,
         and (query.shape[2], rotary_query.shape[2]) == (_RANK, _ROTARY)
         and query.shape[1] <= MOST_HEADS
         and cache.shape[1] % _FEWEST_TOKENS == 0
-        and _is_aligned(cache)
+        and copies_rows(cache)
         and all(_is_in_pairs(queries) for queries in (query, rotary_query))
     )
 
@@ -74,11 +70,6 @@ def fewest_keys(batch: int, cache_itemsize: int, traits: DeviceTraits) -> int:
         traits: the device.
     """
     return 64 if cache_itemsize == 2 and 8 * batch <= traits.num_sms else 128
-
-
-def _is_aligned(cache: torch.Tensor) -> bool:
-    strides = (stride * cache.element_size() for stride in cache.stride()[:2])
-    return cache.data_ptr() % _ALIGNMENT == 0 and all(stride % _STRIDES == 0 for stride in strides)
 
 
 def _is_in_pairs(queries: torch.Tensor) -> bool:
