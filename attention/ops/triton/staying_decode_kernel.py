@@ -15,8 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from attention.ops.triton.tiles import LN_2 as _LN_2
-from attention.ops.triton.tiles import LOG2_E as _LOG2_E
+from attention.ops.triton.gluon_tiles import LN_2, LOG2_E, LOWEST, places_of
 
 ROWS = gl.constexpr(16)
 KEYS = gl.constexpr(64)
@@ -25,10 +24,6 @@ _WARPS = gl.constexpr(4)
 _OWN_KEYS = gl.constexpr(16)
 _EIGHT = gl.constexpr(8)
 """Rows that a thread's registers have one of."""
-LN_2 = gl.constexpr(_LN_2.value)
-LOG2_E = gl.constexpr(_LOG2_E.value)
-_LOWEST = gl.constexpr(-1.0e30)
-"""What the largest score is taken for before there is one: no infinity, of which differences were no number."""
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """Triton 3.7 has another name for it than 3.6."""
 
@@ -82,9 +77,7 @@ def _copy_tile(
 ) -> None:
     """Send for `KEYS` rows; zeros come for those that there are not."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // D, D // 8], [_WARPS, 1, 1], [2, 1, 0])
-    warp = gl.arange(0, _WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
-    key = gl.arange(0, _OWN_KEYS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
-    column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    warp, key, column = places_of(_WARPS, _OWN_KEYS, D, LAYOUT)
     key = warp * _OWN_KEYS + key
     async_copy.async_copy_global_to_shared(target, ptr + key * stride + column, mask=key < num_valid)
 
@@ -94,9 +87,7 @@ def _load_queries(
     ptr: gl.tensor, stride: gl.tensor, GROUP: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr
 ) -> gl.tensor:
     """Queries (4, 16, D), the same for every warp; zeros for heads that there are not."""
-    warp = gl.arange(0, _WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
-    head = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
-    column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    warp, head, column = places_of(_WARPS, ROWS, D, LAYOUT)
     return gl.load(ptr + head * stride + column + warp * 0, mask=head < GROUP, other=0.0)
 
 
@@ -174,7 +165,7 @@ def _merge(
     number = gl.arange(0, PIECES, gl.SliceLayout(1, ROW))[:, None]
     row = gl.arange(0, _EIGHT, gl.SliceLayout(0, ROW))[None, :]
     column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, OUT)))[None, :][:, None, :]
-    most = gl.full([_EIGHT], _LOWEST, gl.float32, gl.SliceLayout(0, ROW))
+    most = gl.full([_EIGHT], LOWEST, gl.float32, gl.SliceLayout(0, ROW))
     divisor = gl.zeros([_EIGHT], gl.float32, gl.SliceLayout(0, ROW))
     merged = gl.zeros([_EIGHT, D], gl.float32, gl.SliceLayout(0, OUT))
     for first in range(0, num_pieces, PIECES):
@@ -284,7 +275,7 @@ def staying_decode_kernel(
         own = own.to(gl.int64)
         queries = q_ptr + own * stride_qt + kv_head * GROUP * stride_qh
         q = _load_queries(queries, stride_qh, GROUP, D, QUERY)
-        largest = gl.full([_WARPS, ROWS], _LOWEST, gl.float32, ROW)
+        largest = gl.full([_WARPS, ROWS], LOWEST, gl.float32, ROW)
         total = gl.zeros([_WARPS, ROWS], gl.float32, ROW)
         acc = gl.zeros([_WARPS, ROWS, D], gl.float32, MMA)
         start = begin
@@ -310,8 +301,7 @@ def staying_decode_kernel(
             place = used % STAGES
             products = gl.zeros([_WARPS, ROWS, _OWN_KEYS], gl.float32, MMA)
             products = mma_v2(q, keys.index(place).permute((0, 2, 1)).load(KEY), products)
-            warp = gl.arange(0, _WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None][:, :, None]
-            key = gl.arange(0, _OWN_KEYS, gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, :][:, None, :]
+            warp, _, key = places_of(_WARPS, ROWS, _OWN_KEYS, MMA)
             scores = gl.where(start + warp * _OWN_KEYS + key < end, products * factor, float("-inf"))
             now = gl.maximum(largest, gl.max(scores, 2))
             weights = gl.exp2(scores - now[:, :, None])

@@ -19,16 +19,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.ops.triton import decode_kernel
-from attention.ops.triton.tiles import LN_2 as _LN_2
-from attention.ops.triton.tiles import LOG2_E as _LOG2_E
+from attention.ops.triton.gluon_tiles import LN_2, LOG2_E, LOWEST, places_of
 
 HEADS = gl.constexpr(16)
 _HALVES = gl.constexpr(2)
 """Of a latent and of a rotary key, each in two warps. A latent's has two pieces."""
-LN_2 = gl.constexpr(_LN_2.value)
-LOG2_E = gl.constexpr(_LOG2_E.value)
-_LOWEST = gl.constexpr(-1.0e30)
-"""What the largest score is taken for before there is one: no infinity, of which differences were no number."""
 
 split_range = gluon.jit(decode_kernel.split_range.fn)
 
@@ -74,9 +69,7 @@ def _copy_words(
 ) -> None:
     """Send for `COLUMNS` words of each half of a tile's tokens; zeros come for tokens that there are not."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // COLUMNS, COLUMNS // 8], [1, 4, 1], [2, 1, 0])
-    half = gl.arange(0, _HALVES, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
-    token = gl.arange(0, KEYS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    half, token, column = places_of(_HALVES, KEYS, COLUMNS, LAYOUT)
     ptrs = ptr + token * stride_slot + half * stride_half + column
     async_copy.async_copy_global_to_shared(target, ptrs, mask=token < num_valid)
 
@@ -113,9 +106,7 @@ def _columns(
     LAYOUT: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:
     """Addresses (2, 16, `COLUMNS`) of every `STEP`-th column of each half of each head, and the heads."""
-    half = gl.arange(0, _HALVES, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
-    head = gl.arange(0, HEADS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    half, head, column = places_of(_HALVES, HEADS, COLUMNS, LAYOUT)
     return ptr + head * stride + (half * stride_half + column) * STEP, head
 
 
@@ -304,7 +295,7 @@ def few_heads_latent_decode_kernel(
         pe, pe_odd = _scaled(pe, pe_odd, 32768.0 / limit, DTYPE)
         scale = scale * (limit / 32768.0)
     factor = scale * LOG2_E
-    largest = gl.full([1, HEADS], _LOWEST, gl.float32, ROW)
+    largest = gl.full([1, HEADS], LOWEST, gl.float32, ROW)
     total = gl.zeros([1, HEADS], gl.float32, ROW)
     acc = gl.zeros([_HALVES, HEADS, PIECE], gl.float32, MMA)
     acc2 = acc

@@ -24,15 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from attention.ops.triton import decode_kernel
-from attention.ops.triton.tiles import LN_2 as _LN_2
-from attention.ops.triton.tiles import LOG2_E as _LOG2_E
+from attention.ops.triton.gluon_tiles import LN_2, LOG2_E, LOWEST
 
 HEADS = gl.constexpr(64)
 TILE = gl.constexpr(64)
-LN_2 = gl.constexpr(_LN_2.value)
-LOG2_E = gl.constexpr(_LOG2_E.value)
-_LOWEST = gl.constexpr(-1.0e30)
-"""What the largest score is taken for before there is one: no infinity, of which differences were no number."""
 
 split_range = gluon.jit(decode_kernel.split_range.fn)
 
@@ -209,7 +204,7 @@ def _score_and_weigh_left(
     _copy_queries(q_ptr + R // 2, stride_qh, q_right, R // 2)
     _copy_queries(pe_ptr, stride_ph, q_rope, P)
     fence_async_shared()
-    largest = gl.full([HEADS], _LOWEST, gl.float32, ROW)
+    largest = gl.full([HEADS], LOWEST, gl.float32, ROW)
     total = gl.zeros([HEADS], gl.float32, ROW)
     acc = gl.zeros([HEADS, R // 2], gl.float32, OUTPUT)
     for tile in range(num_tiles - 1):
