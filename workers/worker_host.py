@@ -112,7 +112,7 @@ class WorkerHost:
             built = build_worker(
                 config,
                 connector,
-                group=join_group(0, size, seat.address, config.device),
+                group=join_group(0, size, seat.address, config.device, held=channel.held_address),
                 clock=clock,
                 load_progress=progress,
                 capture_progress=capture_progress,

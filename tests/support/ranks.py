@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from forked import FORKED
-from workers.parallel.group import TensorParallelGroup, free_address, join_group
+from workers.parallel.group import TensorParallelGroup, hold_address, join_group
 
 Work = Callable[..., Any]
 """A function of a module that can be imported; called with the group and what was given beside."""
@@ -26,16 +27,18 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised (its traceback is the message), ended without a result, or took too long.
     """
-    address = free_address()
+    address, held = hold_address()
     ends: dict[Connection, int] = {}
     processes = []
     for rank in range(size):
         ours, theirs = FORKED.Pipe(duplex=False)
-        process = FORKED.Process(target=_run, args=(theirs, rank, size, address, device, work, args), daemon=True)
+        place = (address, held if rank == 0 else None)
+        process = FORKED.Process(target=_run, args=(theirs, rank, size, place, device, work, args), daemon=True)
         process.start()
         theirs.close()
         ends[ours] = rank
         processes.append(process)
+    held.close()
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
     try:
@@ -68,10 +71,19 @@ def _result(end: Connection, rank: int, may_die: int | None) -> Any:
     return value
 
 
-def _run(end: Connection, rank: int, size: int, address: str, device: str, work: Work, args: tuple[Any, ...]) -> None:
+def _run(
+    end: Connection,
+    rank: int,
+    size: int,
+    place: tuple[str, socket.socket | None],
+    device: str,
+    work: Work,
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
     try:
-        group = join_group(rank, size, address, f"cuda:{rank}" if device == "cuda" else device)
+        address, held = place
+        group = join_group(rank, size, address, f"cuda:{rank}" if device == "cuda" else device, held=held)
         answer = (True, work(group, *args))
         group.close()
     except BaseException:

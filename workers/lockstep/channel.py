@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.parallel.errors import TensorParallelError
-from workers.parallel.rendezvous import free_address
+from workers.parallel.rendezvous import hold_address
 
 _INPUTS, _REPORTS = "inputs", "reports"
 _END = pickle.dumps(None)
@@ -63,7 +63,9 @@ class LeadChannel:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(path)
         self._server.listen(2 * size)
-        key, address = secrets.token_bytes(32), free_address()
+        key = secrets.token_bytes(32)
+        address, self.held_address = hold_address()
+        """The socket that keeps the seats' address for the lead's `join_group`, however long that takes to come."""
         self.seats = tuple(Seat(rank, size, address, path, key) for rank in range(size))
         """One for every rank."""
         self._inputs: dict[int, Connection] = {}
@@ -125,6 +127,7 @@ class LeadChannel:
         """Tell the followers to end."""
         self._closing = True
         self._server.close()
+        self.held_address.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         for connection in self.connections:
             with contextlib.suppress(OSError):

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from workers.parallel.errors import TensorParallelError
-from workers.parallel.rendezvous import free_address, meet
+from workers.parallel.rendezvous import hold_address, meet
 
-__all__ = ["COLLECTIVE_TIMEOUT_S", "SINGLE", "TensorParallelGroup", "free_address", "join_group"]
+__all__ = ["COLLECTIVE_TIMEOUT_S", "SINGLE", "TensorParallelGroup", "hold_address", "join_group"]
 
 _T = TypeVar("_T")
 
@@ -146,7 +146,12 @@ SINGLE = TensorParallelGroup.single()
 
 
 def join_group(
-    rank: int, size: int, address: str, device: torch.device | str, timeout_s: float = 60.0
+    rank: int,
+    size: int,
+    address: str,
+    device: torch.device | str,
+    timeout_s: float = 60.0,
+    held: socket.socket | None = None,
 ) -> TensorParallelGroup:
     """Meet the other ranks of a worker: NCCL between GPUs, gloo between CPUs and for `agree_min`.
 
@@ -156,13 +161,14 @@ def join_group(
     Args:
         rank: this one, 0 to size - 1.
         size: ranks; with 1 nobody is met.
-        address: tcp://host:port on loopback, the same for all ranks, where nobody listens yet; see `free_address`.
+        address: tcp://host:port on loopback, the same for all ranks, see `hold_address`.
         device: this rank's, such as "cpu" or "cuda:1".
         timeout_s: seconds until all ranks must be here.
+        held: rank 0's socket, which holds the address until then; the group's from now on.
 
     Raises:
-        ValueError: a rank or an address that makes no sense.
-        TensorParallelError: a rank did not come in time, came twice, or the address is taken.
+        ValueError: a rank or an address that makes no sense, or rank 0 without the socket.
+        TensorParallelError: a rank did not come in time, or came twice.
     """
     device = torch.device(device)
     if not 0 <= rank < size:
@@ -171,7 +177,7 @@ def join_group(
         return TensorParallelGroup.single(device)
     if dist.is_initialized():
         raise TensorParallelError(f"rank {rank} of {size}: this process is in a group already")
-    store = meet(rank, size, address, timeout_s)
+    store = meet(rank, size, address, timeout_s, held)
     interface = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
     on_gpu = device.type == "cuda"

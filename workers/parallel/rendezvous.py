@@ -17,23 +17,39 @@ _GAVE_UP = "gave-up"
 _HEARD = "heard"
 
 
-def free_address() -> str:
-    """An address on loopback that nobody listens on at the moment, for `join_group`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+def hold_address() -> tuple[str, socket.socket]:
+    """An address on loopback for `join_group`, and the socket that holds it for rank 0.
+
+    The socket is bound and does not listen: nobody else is given its port, neither to listen at nor for a connection of
+    their own, and a rank that comes before rank 0 is turned away and comes again.
+    """
+    held = socket.socket()
+    held.bind(("127.0.0.1", 0))
+    return f"tcp://127.0.0.1:{held.getsockname()[1]}", held
 
 
-def meet(rank: int, size: int, address: str, timeout_s: float) -> Store:
+def meet(rank: int, size: int, address: str, timeout_s: float, held: socket.socket | None = None) -> Store:
     """The store of a group, once all of its ranks have come. Rank 0 keeps it, and everybody else's ends with it.
 
+    Args:
+        rank: this one.
+        size: of the group.
+        address: where it meets.
+        timeout_s: seconds until all must be here.
+        held: rank 0's, see `hold_address`; it is the store's from now on.
+
     Raises:
-        ValueError: an address that makes no sense.
-        TensorParallelError: a rank did not come in time, came twice, or the address is taken.
+        ValueError: an address that makes no sense, or rank 0 without the socket that holds it.
+        TensorParallelError: a rank did not come in time, or came twice.
     """
     host, port = _loopback(address)
+    if (rank == 0) != (held is not None):
+        raise ValueError(f"rank {rank} of {size}: rank 0, and nobody else, brings the socket that holds {address}")
     deadline = time.monotonic() + timeout_s
-    store = (_listen if rank == 0 else _connect)(host, port, rank, size, deadline, timeout_s)
+    if held is not None:
+        store = _listen(held, port, size, deadline)
+    else:
+        store = _connect(host, port, rank, size, deadline, timeout_s)
     try:
         if store.add(_key(rank), 1) > 1:
             raise TensorParallelError(f"rank {rank} of {size} came to {address} twice")
@@ -50,13 +66,10 @@ def _loopback(address: str) -> tuple[str, int]:
     return "127.0.0.1", parts.port
 
 
-def _listen(host: str, port: int, rank: int, size: int, deadline: float, timeout_s: float) -> Store:
-    """Rank 0's: on a socket made here, because a store that makes its own listens on every interface."""
-    try:
-        listener = socket.create_server((host, port), backlog=2 * size)
-    except OSError as error:
-        raise TensorParallelError(f"rank 0 of {size} cannot listen at tcp://{host}:{port}: {error.strerror}") from error
-    return _store(host, port, size, deadline, listener.detach())
+def _listen(held: socket.socket, port: int, size: int, deadline: float) -> Store:
+    """Rank 0's: on a socket that was made here, because a store that makes its own listens on every interface."""
+    held.listen(2 * size)
+    return _store("127.0.0.1", port, size, deadline, held.detach())
 
 
 def _connect(host: str, port: int, rank: int, size: int, deadline: float, timeout_s: float) -> Store:

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rank_work import call_collectives, lose_a_rank
 from ranks import run_ranks
 from workers.errors import BatonError
 from workers.parallel.errors import TensorParallelError
-from workers.parallel.group import SINGLE, TensorParallelGroup, free_address, join_group
+from workers.parallel.group import SINGLE, TensorParallelGroup, hold_address, join_group
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -65,13 +66,13 @@ def test_a_rank_that_dies_is_an_error_to_the_others() -> None:
         assert on_host.startswith(f"rank {rank} of 3: agree_min failed: ")
 
 
-def errors_of(ranks: list[int], size: int, address: str, timeout_s: float) -> list[str]:
+def errors_of(ranks: list[int], size: int, address: str, held: socket.socket, timeout_s: float) -> list[str]:
     """What each of some ranks of a group hears that is never complete, and that they hear it in time."""
     errors: list[str | None] = [None] * len(ranks)
 
     def join(i: int) -> None:
         try:
-            join_group(ranks[i], size, address, "cpu", timeout_s)
+            join_group(ranks[i], size, address, "cpu", timeout_s, held if ranks[i] == 0 else None)
         except TensorParallelError as error:
             errors[i] = str(error)
 
@@ -87,31 +88,42 @@ def errors_of(ranks: list[int], size: int, address: str, timeout_s: float) -> li
 
 
 def test_a_missing_rank_is_named_to_all_who_came() -> None:
-    address = free_address()
+    address, held = hold_address()
     problem = f"rank 1, 4 did not come to {address} within 0.5 s"
-    assert errors_of([0, 2, 3], 5, address, 0.5) == [f"rank {rank} of 5: {problem}" for rank in (0, 2, 3)]
+    assert errors_of([0, 2, 3], 5, address, held, 0.5) == [f"rank {rank} of 5: {problem}" for rank in (0, 2, 3)]
 
 
 def test_without_rank_0_nobody_meets() -> None:
-    address = free_address()
-    assert errors_of([1], 2, address, 0.3) == [f"rank 1 of 2: rank 0 did not come to {address} within 0.3 s"]
+    address, held = hold_address()
+    assert errors_of([1], 2, address, held, 0.3) == [f"rank 1 of 2: rank 0 did not come to {address} within 0.3 s"]
     assert issubclass(TensorParallelError, BatonError)
 
 
 def test_a_rank_comes_once() -> None:
-    address = free_address()
-    errors = errors_of([0, 1, 1], 3, address, 0.5)
+    address, held = hold_address()
+    errors = errors_of([0, 1, 1], 3, address, held, 0.5)
     assert f"rank 1 of 3 came to {address} twice" in errors[1:]
     assert errors[0] == f"rank 0 of 3: rank 2 did not come to {address} within 0.5 s"
 
 
-def test_an_address_that_is_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(
-            TensorParallelError, match=f"rank 0 of 2 cannot listen at {address}: Address already in use"
-        ):
-            join_group(0, 2, address, "cpu", 5.0)
+def test_nobody_else_gets_the_address_before_rank_0_listens() -> None:
+    address, held = hold_address()
+    place = (urlsplit(address).hostname, urlsplit(address).port)
+    with held, socket.socket() as other:
+        with pytest.raises(ConnectionRefusedError):
+            other.connect(place)
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(place)
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("0.0.0.0", place[1]))
+
+
+def test_only_rank_0_brings_the_socket() -> None:
+    address, held = hold_address()
+    with held:
+        for rank, brought in ((0, None), (1, held)):
+            with pytest.raises(ValueError, match=f"rank {rank} of 2: rank 0, and nobody else, brings the socket"):
+                join_group(rank, 2, address, "cpu", 5.0, brought)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:80", "tcp://10.0.0.1:80", "tcp://127.0.0.1", "http://127.0.0.1:80", ""])
@@ -123,4 +135,4 @@ def test_only_loopback_will_do(address: str) -> None:
 @pytest.mark.parametrize(("rank", "size"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_rank_that_cannot_be(rank: int, size: int) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} of {size} ranks"):
-        join_group(rank, size, free_address(), "cpu", 5.0)
+        join_group(rank, size, "tcp://127.0.0.1:80", "cpu", 5.0)
