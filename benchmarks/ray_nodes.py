@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.free_port import free_port
 from benchmarks.marked_processes import MARKER, running
 
 _START_TIMEOUT_S = 60
@@ -132,9 +132,7 @@ def ray_nodes(head_address: str, resources: Mapping[str, float]) -> Iterator[Ray
         resources: of the head.
     """
     with tempfile.TemporaryDirectory(prefix="nodes", ignore_cleanup_errors=True) as folder:
-        with socket.socket() as probe:
-            probe.bind((head_address, 0))
-            address = f"{head_address}:{probe.getsockname()[1]}"
+        address = f"{head_address}:{free_port()}"
         joining = {
             "RAY_worker_niceness": "0",
             "RAY_AUTH_MODE": "token",

@@ -11,7 +11,8 @@ from benchmarks.faults.cells import FREEZE_S, Cell
 from benchmarks.faults.clients import Clients, Tally
 from benchmarks.faults.harms import runs
 from benchmarks.faults.ports import listening_ports
-from benchmarks.faults.stage import Stage, free_port
+from benchmarks.faults.stage import Stage
+from benchmarks.free_port import free_port
 
 _LOOK_INTERVAL_S = 0.02
 _PATIENCE_S = 120.0

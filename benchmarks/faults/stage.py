@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
@@ -21,6 +20,7 @@ from benchmarks.faults.harms import reset_connections, runs, send
 from benchmarks.faults.ports import free_ports
 from benchmarks.faults.served import Served, served
 from benchmarks.faults.wider_recall import make_wider_recall
+from benchmarks.free_port import free_port
 from benchmarks.ray_nodes import RayNodes, ray_nodes
 
 HEAD, HURT = "127.0.0.17", "127.0.0.18"
@@ -172,13 +172,6 @@ def _ports(target: str) -> dict[str, tuple[int, int]]:
         names, endpoints = ["prefill-0", "prefill-0-rank1", "decode-0", "decode-0-rank1"], 2
     firsts = [_FIRST_PORT + _PORTS_APART * number for number in range(len(names))]
     return {name: (first, first + 2 * endpoints - 2) for name, first in zip(names, firsts, strict=True)}
-
-
-def free_port() -> int:
-    """One that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import socket
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, Environment
+from benchmarks.free_port import free_port
 from benchmarks.gpu_handoff import add_arguments, config_of, measure
 from benchmarks.model_shapes import model_folder
 from benchmarks.peers.openai_client import DisaggregatedClient, Endpoint, OpenAIClient
@@ -81,14 +81,6 @@ def environ_of(args: argparse.Namespace, device: str, number: int) -> dict[str, 
         own = args.kernel_cache.resolve() / str(number)  # two that compile the same at once do not meet in one folder
         environ |= {variable: str(own / name) for variable, name in _CACHES.items()}
     return environ
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def healthy(endpoint: Endpoint) -> str | None:

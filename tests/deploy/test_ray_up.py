@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.free_port import free_port
 from cluster.api import WorkerStatus
 from cluster.client.client import BatonClient, Connection
 from cluster.recall import EXAMPLE
 from loopback_machines import Machines, loopback_machines, running
 from private_openssh import NoOpensshError, Openssh
-from ray_up import ROOT, Launcher, free_port, launcher, mode, prepare_machine
+from ray_up import ROOT, Launcher, launcher, mode, prepare_machine
 from workers.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(420)]
@@ -77,7 +78,7 @@ def machines(folder: Path, ssh_tools: Openssh) -> Iterator[Machines]:
 @pytest.fixture(scope="module")
 def cluster(folder: Path, machines: Machines, ssh_tools: Openssh) -> Iterator[Cluster]:
     """`ray up`, then at once `ray exec … baton up`: its workers wait until their nodes have joined."""
-    port = str(free_port(HEAD))
+    port = str(free_port())
     replace = {
         "cluster_name: baton": f"cluster_name: baton-{folder.name}",
         "192.168.1.10": HEAD,

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.free_port import free_port
 from loopback_machines import MARKER, running
 
 _HEAD_ADDRESS = "127.0.0.6"
@@ -36,9 +36,7 @@ def fake_cloud(node_types: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[
         The address to join, and the environment in which to do so: the token, and where this Ray keeps its files.
     """
     with tempfile.TemporaryDirectory(prefix="fake", ignore_cleanup_errors=True) as folder:
-        with socket.socket() as probe:
-            probe.bind((_HEAD_ADDRESS, 0))
-            address = f"{_HEAD_ADDRESS}:{probe.getsockname()[1]}"
+        address = f"{_HEAD_ADDRESS}:{free_port()}"
         joining = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(), "RAY_TMPDIR": folder}
         file = Path(folder) / "cluster.json"
         file.write_text(json.dumps(_cluster_file(address, node_types)))

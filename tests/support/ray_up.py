@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -112,13 +111,6 @@ def launcher(folder: Path, replace: Mapping[str, str], machines: Machines, tools
 def mode(path: Path) -> int:
     """Permission bits of a file."""
     return stat.S_IMODE(path.stat().st_mode)
-
-
-def free_port(address: str) -> int:
-    """A port of `address` that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 def stop_ray(home: str) -> None:
