@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -147,6 +149,9 @@ def installed_packages() -> dict[str, str]:
 
 
 def _triton_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter. Triton takes long to import, and is not where nothing can say so."""
+    if "triton" not in sys.modules and "TRITON_INTERPRET" not in os.environ:
+        return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

@@ -16,6 +16,7 @@ from workers.loading.config_reader import read_json
 
 if TYPE_CHECKING:
     import tokenizers
+    from transformers import PreTrainedConfig
 
 _ADDED_AT = ("add_bos_token", "add_eos_token")
 
@@ -35,7 +36,7 @@ def load_tokenizers(folder: Path) -> tuple[Any, tokenizers.Tokenizer]:
 
     given = {"trust_remote_code": False, "local_files_only": True}
     try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(str(folder), **given)
+        hf_tokenizer = AutoTokenizer.from_pretrained(str(folder), config=_plain_config(folder), **given)
         by_file = hf_tokenizer
         if type(hf_tokenizer) is not TokenizersBackend:
             by_file = TokenizersBackend.from_pretrained(str(folder), **given)
@@ -46,6 +47,27 @@ def load_tokenizers(folder: Path) -> tuple[Any, tokenizers.Tokenizer]:
     if not hf_tokenizer.is_fast:
         raise CheckpointError(f"{path}: loads as {type(hf_tokenizer).__name__}, which is not a fast tokenizer")
     return hf_tokenizer, own
+
+
+def _plain_config(folder: Path) -> PreTrainedConfig | None:
+    """What of the model's configuration the choice of a tokenizer's class hangs on; None: on the configuration's class.
+
+    Where tokenizer_config.json names the class, transformers asks for the model's type alone, to put names right that
+    are known to be wrong. Its configuration of that type imports half of transformers and of PyTorch's compiler.
+    """
+    paths = [folder / name for name in ("tokenizer_config.json", "config.json")]
+    if not all(path.is_file() for path in paths):
+        return None
+    stated, model = map(read_json, paths)
+    if not isinstance(stated.get("tokenizer_class"), str) or not isinstance(model.get("model_type"), str):
+        return None
+    from transformers import PreTrainedConfig
+
+    config = PreTrainedConfig(name_or_path=str(folder))
+    config.model_type = model["model_type"]
+    if "model_name" in model:
+        config.model_name = model["model_name"]
+    return config
 
 
 def _restore_ends(own: tokenizers.Tokenizer, by_file: Any, folder: Path) -> None:

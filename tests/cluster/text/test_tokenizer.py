@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from cluster.conversation.messages import ChatMessage
 from cluster.text.length_bound import LengthBound, length_bound
 from cluster.text.tokenizer import Tokenizer
+from cluster.text.tokenizer_files import load_tokenizers
 from workers.errors import CheckpointError, InvalidRequestError
 
 SaveTokenizer = Callable[..., Path]
@@ -229,7 +231,7 @@ def test_ten_megabytes_are_refused_with_both_numbers(byte_level_tokenizer: Token
     byte_level_tokenizer.check_length("a" * 2048 * bound.bytes_per_token, 2048)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     text=st.one_of(
         st.text(max_size=60),
@@ -315,3 +317,25 @@ def test_one_unknown_token_per_character_is_bounded() -> None:
     bound = length_bound(tokenizer)
     assert bound == LengthBound(4)
     assert not bound.exceeds("😀" * 10, len(tokenizer.encode("😀" * 10).ids))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "qwen2", "mixtral", "a_type_of_its_own"])
+@pytest.mark.parametrize(
+    "named", ["LlamaTokenizerFast", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "NoSuchClass", None]
+)
+def test_the_class_is_the_one_that_transformers_takes(
+    saved_tokenizer: SaveTokenizer, model_type: str, named: str | None
+) -> None:
+    folder = saved_tokenizer()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    try:
+        expected = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError):
+        with pytest.raises(CheckpointError):
+            load_tokenizers(folder)
+        return
+    ours, _ = load_tokenizers(folder)
+    assert type(ours) is type(expected)
+    assert ours("one two three").input_ids == expected("one two three").input_ids
