@@ -16,7 +16,7 @@ FIND_CHAT_MODEL := from importlib.metadata import files; print(next(f.locate() f
 CHAT_SETTINGS ?= --set model.dtype=float32 --set prefill.kv_cache_gb=0.4 --set decode.kv_cache_gb=0.4 \
 	--temperature 0.2 --top-p 0.9
 # pytest processes side by side; tests with Ray never are
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 3
 # Bytecode is kept, whatever the machine's setting: the tests start hundreds of processes that import the same files. And a
 # process of tests runs hundreds of models, where a worker that keeps few of oneDNN's kernels runs one.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= ONEDNN_PRIMITIVE_CACHE_CAPACITY=1024 LRU_CACHE_CAPACITY=1024

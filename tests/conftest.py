@@ -63,9 +63,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """In pytest-xdist's processes all that do not run Ray let it go before: its workers have to start in time."""
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1":
-        from interpreted_kernels import patch_once_per_launch
+        from interpreted_kernels import hasten
 
-        patch_once_per_launch()
+        hasten()
     if hasattr(item.config, "workerinput") and item.get_closest_marker("ray") is None and os.nice(0) < _NICE:
         os.nice(_NICE)
 

@@ -21,7 +21,8 @@ FOREIGN = frozenset(
         "torch._dynamo",
         "torch.fx._symbolic_trace",
         "torch.fx._symbolic_trace._is_fx_tracing_flag",
-        "interpreter._patch_lang",  # of Triton, whose interpreter does the same work at every call of a function
+        "interpreter._patch_lang",
+        "interpreter._get_np_dtype",  # of Triton, whose interpreter does the same work at every call of a function
         "ray.autoscaler._private.resource_demand_scheduler._default_utilization_scorer",
     }
 )

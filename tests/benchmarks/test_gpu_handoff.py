@@ -22,6 +22,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
     output, before = tmp_path / "result.json", descendants(os.getpid())
     settings = ("handoff.connector=local", "prefill.num_blocks=32", "decode.num_blocks=64", "decode.device=cpu")

@@ -164,6 +164,7 @@ def test_the_tables(tmp_path: Path) -> None:
     assert "TTFT p50" not in pool_tables.losing_case(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_split_is_started_planned_and_measured(tmp_path: Path) -> None:
     settings = ("handoff.connector=local", "prefill.num_blocks=64", "decode.num_blocks=64", "decode.device=cpu")
     output = tmp_path / "result.json"

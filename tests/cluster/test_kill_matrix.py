@@ -28,6 +28,7 @@ async def check(cells: list[Cell]) -> None:
         assert result["right"] >= 16
 
 
+@pytest.mark.slow
 async def test_workers_cut_off_amid_a_handoff() -> None:
     await check([Cell("both", "reset", "while", "new")])
 

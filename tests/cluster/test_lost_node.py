@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.timeout(360)]
 
 HEAD, DOOMED, SPARE = "127.0.0.7", "127.0.0.8", "127.0.0.9"
 ROOM = {"prefill": 1.0, "decode": 1.0}
-SERVED_S, PATIENCE_S = 150.0, 90.0
+SERVED_S, PATIENCE_S, BREAK_S = 150.0, 90.0, 0.5
 MAX_TOKENS = 48
 
 
@@ -59,9 +59,11 @@ class Load:
         self.retried += attempts > 1
 
     async def keep_asking(self, first: int) -> None:
+        """With breaks, which leave processors to what starts meanwhile."""
         number = first
         while not self.enough:
             await self.ask(number)
+            await asyncio.sleep(BREAK_S)
             number += 1
 
 

@@ -224,6 +224,7 @@ async def test_groups_grow_and_shrink_under_load(mixed):
     await mixed.until_idle()
 
 
+@pytest.mark.slow
 async def test_killed_workers_are_replaced_and_nothing_is_lost(mixed):
     """For a moment no pair is left that fits: the requests wait until there is one."""
     before = {w.engine_id for w in await mixed.client.workers()}

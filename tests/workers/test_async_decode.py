@@ -161,8 +161,8 @@ def test_every_block_has_one_owner_under_random_ends(seed, pair, tiny_checkpoint
     expected: dict[str, list[int]] = {}
     cancelled: set[str] = set()
     preempted = 0
-    for number in range(120):
-        name, text = f"r{number}", prompt(rng.randint(1, 50), number % 20)
+    for number in range(60):
+        name, text = f"r{number}", prompt(rng.randint(1, 50), number % 10)
         answer = reference_greedy(checkpoint, text, 24)[: rng.randint(1, 24)]
         stop = rng.random() < 0.5
         last = answer.index(answer[-1]) + 1 if stop else len(answer)

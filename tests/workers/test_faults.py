@@ -142,7 +142,7 @@ def test_a_failed_part_fails_its_request_alone(seed, tiny_checkpoint, local_clus
     cluster.assert_all_blocks_free()
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
 def test_many_handoffs_with_random_cancels(count, tiny_checkpoint, local_cluster, reference_greedy):
     """No block is lost, no answer is wrong: every request ends with a prefix of the right tokens."""
     checkpoint = tiny_checkpoint("llama", num_hidden_layers=2)

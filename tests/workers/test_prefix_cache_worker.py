@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cached_blocks import check_cached_blocks, poison_free_blocks
+from fuzzing import fuzzed
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from made_requests import worker_request
@@ -183,7 +184,7 @@ def families(draw) -> list[list[int]]:
     delay=st.sampled_from([0, 4, 20]),
     rng=st.randoms(use_true_random=False),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzzed(12)
 def test_tokens_and_cache_are_those_without_a_cache(
     prompts, block_size, spare_blocks, budget, ahead, delay, rng, tiny_checkpoint
 ):

@@ -38,17 +38,16 @@ CASES = {
     for name in NAMES
 }
 """Every backend's cases, and why it refuses them here."""
-SLOW_ON_CPU = ("FLEX_ATTENTION", "TRITON_ATTN", "TREE_ATTN")
 
 
 def shown(param: ParameterSet) -> Iterator[Hashable]:
     """Of a case: every value of every axis, all of its features together, and each with the dtype, lengths and another.
 
-    Of a backend that does not take long, or on a GPU, itself.
+    On a GPU itself.
     """
     name, case = param.values
     assert isinstance(case, Case)
-    if DEVICE.type != "cpu" or name not in SLOW_ON_CPU:
+    if DEVICE.type != "cpu":
         yield param.id
         return
     yield from ((name, field.name, getattr(case, field.name)) for field in fields(case))
@@ -68,7 +67,7 @@ RUN = one_of_each(
     ),
     kinds=shown,
 )
-"""Of those that take long on a CPU the normal run takes as many as show everything."""
+"""On a CPU the normal run takes as many as show everything."""
 
 
 def usable_case(name: str) -> Case | None:

@@ -81,6 +81,7 @@ def test_host_memory_is_measured():
     assert answer["versions"]["ucx"]
 
 
+@pytest.mark.slow
 @pytest.mark.nixl
 def test_tcp_is_told_loudly():
     code, answer = doctor("--gpus", "none", UCX_TLS="tcp")

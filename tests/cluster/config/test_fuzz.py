@@ -125,7 +125,7 @@ def settings_said(draw: st.DrawFn) -> tuple[Said, dict[str, Any]]:
     return said, meant
 
 
-@fuzzed(120)
+@fuzzed(50)
 @given(settings_said())
 def test_what_is_said_is_in_force_and_the_last_word_counts(tmp_path: Path, said_and_meant) -> None:
     said, meant = said_and_meant
@@ -175,7 +175,7 @@ entries = st.dictionaries(
 )
 
 
-@fuzzed(120)
+@fuzzed(50)
 @example(b"server: {port: 1}\nserver: {auth_token: secret}\n", {}, {})
 @example(b"server: {auth_token: secret, port: 7, auth_token: }\n", {}, {})
 @example(b"server: {auth_token_file: ~nobody/token}\n", {}, {})
@@ -225,7 +225,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, text: str) -> None
         load_config(path, {})
 
 
-@fuzzed(100)
+@fuzzed(50)
 @given(settings_said(), st.data())
 def test_one_wrong_value_among_good_ones_refuses_all_by_its_name(tmp_path: Path, said_and_meant, data) -> None:
     said, _ = said_and_meant

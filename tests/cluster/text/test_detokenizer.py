@@ -70,7 +70,7 @@ def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
     return [vocab[symbols[byte]] for byte in data]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=texts, sizes=cuts)
 def test_text_comes_back_in_pieces(byte_level_tokenizer: Tokenizer, text: str, sizes: list[int]) -> None:
     token_ids = byte_level_tokenizer.encode(text)
@@ -80,7 +80,7 @@ def test_text_comes_back_in_pieces(byte_level_tokenizer: Tokenizer, text: str, s
     assert "".join(out).count(REPLACEMENT) == text.count(REPLACEMENT)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), sizes=cuts)
 def test_any_tokens_give_the_decoded_text(
     any_tokenizer: Tokenizer, any_reference: PreTrainedTokenizerBase, data: st.DataObject, sizes: list[int]
@@ -99,7 +99,7 @@ def test_any_tokens_give_the_decoded_text(
     assert "".join(out) == expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     data=st.lists(st.one_of(st.binary(max_size=3), texts.map(str.encode), st.just(b"a")), max_size=10).map(b"".join),
     sizes=cuts,

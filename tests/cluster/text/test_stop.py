@@ -32,14 +32,14 @@ def feed(stops: list[str], parts: list[str]) -> tuple[list[str], bool]:
 letters = st.text(alphabet="ab😀", max_size=6)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(parts=st.lists(letters, max_size=10), stops=st.lists(letters.filter(bool), max_size=4))
 def test_equals_a_search_in_the_whole_text(parts: list[str], stops: list[str]) -> None:
     out, found = feed(stops, parts)
     assert ("".join(out), found) == cut_at_stop("".join(parts), stops)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="ab", max_size=30), stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=5)))
 def test_holds_back_exactly_what_may_begin_a_stop_string(text: str, stops: list[str]) -> None:
     matcher, shown = StopStrings(stops), ""

@@ -133,10 +133,10 @@ class HandoffMachine(RuleBasedStateMachine):
 
 
 TestHandoffMachine = HandoffMachine.TestCase
-TestHandoffMachine.settings = fuzzed(50, stateful_step_count=40)
+TestHandoffMachine.settings = fuzzed(25, stateful_step_count=40)
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(st.data())
 def test_whatever_the_two_say_to_each_other_ends_and_every_block_comes_back(data: st.DataObject) -> None:
     """Also what is not so: who lies of its own cache can only harm that, and nothing gets stuck."""

@@ -18,6 +18,7 @@ from kv_transfer.layout import GroupLayout, KVLayout
 from kv_transfer.local_connector import LocalConnector
 from kv_transfer.push_connector import PushConnector
 from kv_transfer.transports.local import Faults, LocalFabric, LocalTransport
+from long_tails import slow_unless
 
 LAYERS, NUM_BLOCKS = 2, 24
 LAYOUT = KVLayout((GroupLayout("full", tuple(range(LAYERS)), 1, 1, 1, "float32"),))
@@ -259,7 +260,7 @@ class Sender:
     held: dict[bytes, tuple[float, list[int]]] = field(default_factory=dict)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", slow_unless((3).__gt__, range(6)))
 def test_thousands_of_handoffs_never_touch_a_block_of_another(seed):
     """Each handoff writes its own number; a block given to a handoff holds nothing else until it is given back."""
     rng = random.Random(seed)

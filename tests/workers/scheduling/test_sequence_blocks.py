@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cached_blocks import check_cached_blocks, poison_free_blocks
+from fuzzing import fuzzed
 from kv_transfer.transports.local import Faults
 from local_cluster import LocalCluster
 from lockstep_cluster import LockstepCluster
@@ -334,7 +335,7 @@ def conversations(draw) -> list[tuple[int | None, float, list[int]]]:
     trouble=st.booleans(),
     rng=st.randoms(use_true_random=False),
 )
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzzed(10)
 def test_answers_and_cache_are_those_without_keeping(
     turns, block_size, spare_blocks, ahead, delay, trouble, rng, tiny_checkpoint
 ):

@@ -142,7 +142,7 @@ WIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.bfloat16, 0.5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.bfloat16, 0.01)])
 def test_wide_rows_are_cut_by_bins(kernels: SimpleNamespace, dtype: torch.dtype, scale: float) -> None:
     """There are more candidates than are listed, and beside them a row of few; at a scale of 0.01 all are alike."""
     states = [state((4, 5), **case, seed=seed) for seed, case in enumerate(WIDE.values())]
@@ -184,7 +184,7 @@ def test_a_row_that_is_wider_than_it_looks(kernels: SimpleNamespace, case: str) 
 
 def test_of_equal_tokens_on_the_edge_of_a_wide_row_the_first_stay(kernels: SimpleNamespace) -> None:
     """Of three thousand each with the logits 1.5, 1 and 0, the first and the lower third of the second are kept."""
-    logits = torch.tensor([1.5, 1.0, 0.0], device=DEVICE).repeat(12, 3000)
+    logits = torch.tensor([1.5, 1.0, 0.0], device=DEVICE).repeat(6, 3000)
     kept = 3000 * math.exp(1.5) + 1000 * math.e
     top_p = kept / (kept + 2000 * math.e + 3000)
     tokens = check(kernels, logits, [state(top_p=top_p, seed=seed) for seed in range(len(logits))])
