@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from attention.backend import AttentionMetadataBuilder
-from attention.backends.common.batch_split import gather_kv
+from attention.backends.common.batch_split import gather_kv, kv_rows
 from attention.backends.flash_attn import FlashAttnMetadataBuilder, force_flash_attn_version, key_slots
 from attention.backends.flash_attn.versions import Provider
 from attention.platform import Platform
@@ -148,8 +148,8 @@ class Bench:
         inputs = Inputs(case, spec, self.dtype, self.device)
         offsets = torch.zeros_like(inputs.batch.cu_seqlens_q)
         torch.cumsum(inputs.batch.seq_lens, 0, out=offsets[1:])
-        slots = key_slots(inputs.batch, offsets, case.block_size)
-        calls = [lambda cache=cache: gather_kv(cache, slots) for cache in inputs.caches]
+        rows = kv_rows(key_slots(inputs.batch, offsets, case.block_size), case.block_size)
+        calls = [lambda cache=cache: gather_kv(cache, rows) for cache in inputs.caches]
         return time_calls(calls, self.device, graph=True).seconds
 
     def _row(self, case: Case, way: Way, spec: AttentionSpec, inputs: Inputs) -> dict[str, Any]:

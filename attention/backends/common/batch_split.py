@@ -99,12 +99,29 @@ def token_slots(common: CommonAttentionMetadata, block_size: int) -> torch.Tenso
     return blocks * block_size + positions % block_size
 
 
-def gather_kv(kv_cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of these slots, copied out of the cache: each (S, Hkv, D), of the cache's dtype."""
-    _, _, block_size, heads, head_size = kv_cache.shape
+def kv_rows(slots: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Where `gather_kv` finds keys and values; the same in all layers, so a step's are made once.
+
+    Args:
+        slots: (S,) int64.
+        block_size: tokens in a block.
+
+    Returns:
+        (2 * S,) int64: the `key_rows` of the slots, then the rows of their values.
+    """
     keys = key_rows(slots, block_size)
-    gathered = take_rows(token_rows(kv_cache), torch.cat((keys, keys + block_size)))
-    key, value = gathered.view(2, -1, heads, head_size).unbind(0)
+    return torch.cat((keys, keys + block_size))
+
+
+def gather_kv(kv_cache: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values copied out of the cache: each (S, Hkv, D), of the cache's dtype.
+
+    Args:
+        kv_cache: one layer's.
+        rows: (2 * S,) int64, see `kv_rows`.
+    """
+    heads, head_size = kv_cache.shape[3:]
+    key, value = take_rows(token_rows(kv_cache), rows).view(2, -1, heads, head_size).unbind(0)
     return key, value
 
 

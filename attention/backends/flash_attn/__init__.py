@@ -18,7 +18,7 @@ from attention.backend import (
     AttentionMetadataBuilder,
     refuse_masks,
 )
-from attention.backends.common.batch_split import gather_kv, token_slots
+from attention.backends.common.batch_split import gather_kv, kv_rows, token_slots
 from attention.backends.flash_attn.calls import Call
 from attention.backends.flash_attn.gathering import should_gather
 from attention.backends.flash_attn.trial import compile_kernels
@@ -49,7 +49,7 @@ class FlashAttnMetadata(AttentionMetadata):
         provider: whose kernel runs.
         fresh: whether every sequence brings all of its tokens, so that nothing is read from a cache.
         cu_seqlens_k: (B + 1,) int32, where each sequence's keys begin.
-        slots: (sum of seq_lens,) int64, slots of all keys, sequence after sequence; None: nothing is gathered.
+        rows: (2 * sum of seq_lens,) int64, where all keys and values lie, see `kv_rows`; None: nothing is gathered.
         page_size: tokens in a page, as the kernel is told.
         page_tables: (B, max_pages) int32, pages of each sequence, see `paged_views`; None: it reads no cache.
     """
@@ -57,7 +57,7 @@ class FlashAttnMetadata(AttentionMetadata):
     provider: Provider
     fresh: bool
     cu_seqlens_k: torch.Tensor
-    slots: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     page_size: int = 0
     page_tables: torch.Tensor | None = None
 
@@ -90,8 +90,8 @@ class FlashAttnMetadataBuilder(AttentionMetadataBuilder):
         torch.cumsum(common.seq_lens, 0, out=cu_seqlens_k[1:])
         page_size = self._page_size(provider)
         if page_size is None or should_gather(provider.gather_from, common, self.spec, self.dtype):
-            slots = key_slots(common, cu_seqlens_k, self.block_size)
-            return FlashAttnMetadata(common, provider, False, cu_seqlens_k, slots)
+            rows = kv_rows(key_slots(common, cu_seqlens_k, self.block_size), self.block_size)
+            return FlashAttnMetadata(common, provider, False, cu_seqlens_k, rows)
         tables = page_tables(common.block_tables, self.block_size // page_size)
         return FlashAttnMetadata(common, provider, False, cu_seqlens_k, None, page_size, tables)
 
@@ -173,8 +173,10 @@ class FlashAttnImpl(AttentionImpl):
             raise AttentionInputError("keys and values are neither given nor in a cache")
         if metadata.page_tables is not None:
             return paged_views(kv_cache, metadata.page_size)
-        slots = token_slots(metadata.common, kv_cache.shape[2]) if metadata.slots is None else metadata.slots
-        keys, values = gather_kv(kv_cache, slots)
+        rows, block_size = metadata.rows, kv_cache.shape[2]
+        if rows is None:
+            rows = kv_rows(token_slots(metadata.common, block_size), block_size)
+        keys, values = gather_kv(kv_cache, rows)
         return keys.to(query.dtype), values.to(query.dtype)
 
     def _alibi(self, device: torch.device) -> torch.Tensor | None:

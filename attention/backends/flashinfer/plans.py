@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from attention.backend import KVScales
-from attention.backends.common.batch_split import gather_kv, token_slots
+from attention.backends.common.batch_split import gather_kv, kv_rows, token_slots
 from attention.errors import AttentionInputError
 from attention.metadata import CommonAttentionMetadata
 
@@ -136,7 +136,8 @@ class RaggedPrefill:
         key, value = tensors.key, tensors.value
         if key is None or value is None:
             cache = tensors.cache()
-            key, value = gather_kv(cache, token_slots(self.common, cache.shape[2]))
+            block_size = cache.shape[2]
+            key, value = gather_kv(cache, kv_rows(token_slots(self.common, block_size), block_size))
         wants_lse = tensors.sinks is not None
         lse = self.planned.run(tensors.output, wants_lse, tensors.query, key, value)
         put_sinks(tensors, lse)

@@ -24,7 +24,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
-from attention.backends.common.batch_split import BatchSplit, DecodePart, PrefillPart, gather_kv, put, split_batch, take
+from attention.backends.common.batch_split import (
+    BatchSplit,
+    DecodePart,
+    PrefillPart,
+    gather_kv,
+    kv_rows,
+    put,
+    split_batch,
+    take,
+)
 from attention.backends.pallas.kernels import PallasKernels, kernels_for
 from attention.capability import Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
@@ -101,7 +110,7 @@ class PallasImpl(AttentionImpl):
         part: PrefillPart,
         output: torch.Tensor,
     ) -> None:
-        keys, values = gather_kv(kv_cache, part.slots)
+        keys, values = gather_kv(kv_cache, kv_rows(part.slots, kv_cache.shape[2]))
         group = self.spec.num_heads // self.spec.num_kv_heads
         attended = []
         queries = take(query, part.tokens).split(list(part.query_lens))

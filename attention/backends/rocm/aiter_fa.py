@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
-from attention.backends.common.batch_split import BatchSplit, PrefillPart, gather_kv, put, split_batch, take
+from attention.backends.common.batch_split import BatchSplit, PrefillPart, gather_kv, kv_rows, put, split_batch, take
 from attention.backends.common.libraries import load_library
 from attention.capability import HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
@@ -147,7 +147,7 @@ class AiterImpl(AttentionImpl):
         if part.whole and key is not None and value is not None:
             keys, values = take(key, part.tokens), take(value, part.tokens)
         else:
-            keys, values = gather_kv(kv_cache, part.slots)
+            keys, values = gather_kv(kv_cache, kv_rows(part.slots, kv_cache.shape[2]))
         direct = output if part.tokens is None and output.is_contiguous() else None
         attended = self._aiter.flash_attn_varlen_func(
             take(query, part.tokens),

@@ -16,7 +16,16 @@ from typing import Any, cast
 import torch
 
 from attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, refuse_masks
-from attention.backends.common.batch_split import BatchSplit, DecodePart, PrefillPart, gather_kv, put, split_batch, take
+from attention.backends.common.batch_split import (
+    BatchSplit,
+    DecodePart,
+    PrefillPart,
+    gather_kv,
+    kv_rows,
+    put,
+    split_batch,
+    take,
+)
 from attention.backends.triton_attn.backend import POWERS_OF_TWO
 from attention.capability import FLOATS, HALVES, Capabilities, DeviceSupport, Sizes
 from attention.errors import AttentionInputError
@@ -95,7 +104,7 @@ class RocmFlashImpl(AttentionImpl):
         if part.whole and key is not None and value is not None and not self.spec.fp8_cache:
             keys, values = take(key, part.tokens), take(value, part.tokens)
         else:
-            keys, values = gather_kv(kv_cache, part.slots)
+            keys, values = gather_kv(kv_cache, kv_rows(part.slots, kv_cache.shape[2]))
             if self.spec.fp8_cache:
                 keys = dequantize(keys, self.kv_scales.k).to(query.dtype)
                 values = dequantize(values, self.kv_scales.v).to(query.dtype)

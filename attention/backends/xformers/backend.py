@@ -18,7 +18,7 @@ from attention.backend import (
     AttentionMetadataBuilder,
     refuse_masks,
 )
-from attention.backends.common.batch_split import gather_kv, token_slots
+from attention.backends.common.batch_split import gather_kv, kv_rows, token_slots
 from attention.backends.common.libraries import load_library
 from attention.backends.flash_attn import key_slots
 from attention.capability import FLOATS, HOPPER, Capabilities, DeviceSupport, Sizes
@@ -37,11 +37,11 @@ class XFormersMetadata(AttentionMetadata):
 
     Attributes:
         bias: which tokens see which, an `xformers.ops.fmha.attn_bias.AttentionBias`.
-        slots: (sum of seq_lens,) int64, slots of all keys; None: the batch brings all of them.
+        rows: (2 * sum of seq_lens,) int64, where all keys and values lie, see `kv_rows`; None: the batch brings them.
     """
 
     bias: Any
-    slots: torch.Tensor | None
+    rows: torch.Tensor | None
 
 
 class XFormersMetadataBuilder(AttentionMetadataBuilder):
@@ -56,12 +56,12 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder):
         refuse_masks(common, XFormersBackend.capabilities.features, XFormersBackend.name)
         decoder = self.spec.attn_type is AttentionType.DECODER
         fresh = decoder and not self.spec.fp8_cache and common.query_lens == common.context_lens
-        slots = None
+        rows = None
         if self.spec.attn_type.cached and not fresh:
             offsets = torch.zeros_like(common.cu_seqlens_q)
             torch.cumsum(common.seq_lens, 0, out=offsets[1:])
-            slots = key_slots(common, offsets, self.block_size)
-        return XFormersMetadata(common, self._bias(common), slots)
+            rows = kv_rows(key_slots(common, offsets, self.block_size), self.block_size)
+        return XFormersMetadata(common, self._bias(common), rows)
 
     def _bias(self, common: CommonAttentionMetadata) -> Any:
         if not common.num_seqs:
@@ -106,11 +106,13 @@ class XFormersImpl(AttentionImpl):
         output = torch.empty_like(query, memory_format=torch.contiguous_format) if output is None else output
         if query.shape[0] == 0:
             return output
-        if metadata.slots is not None or key is None or value is None:
+        rows = metadata.rows
+        if rows is not None or key is None or value is None:
             if kv_cache is None:
                 raise AttentionInputError("keys and values are neither given nor in a cache")
-            slots = token_slots(metadata.common, kv_cache.shape[2]) if metadata.slots is None else metadata.slots
-            key, value = (tensor.to(query.dtype) for tensor in gather_kv(kv_cache, slots))
+            if rows is None:
+                rows = kv_rows(token_slots(metadata.common, kv_cache.shape[2]), kv_cache.shape[2])
+            key, value = (tensor.to(query.dtype) for tensor in gather_kv(kv_cache, rows))
         fp8 = self.spec.fp8_cache
         scale = self.spec.scale * self.kv_scales.k if fp8 else self.spec.scale
         attended = self._attend(query, key, value, metadata.bias, scale)

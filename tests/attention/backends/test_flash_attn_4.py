@@ -276,7 +276,7 @@ class TestGathering:
         cache[1:10].copy_(torch.randn(9, 2, 16, 2, 16))
         builder = FlashAttnMetadataBuilder(SPEC, torch.float32, 16, CPU)
         metadata = builder.build(common)
-        assert (metadata.slots is not None) == (gather_from == 100)
+        assert (metadata.rows is not None) == (gather_from == 100)
         output = FlashAttnImpl(SPEC).forward(query, key, value, cache, metadata)
         keys, values = (cache[1:10, half].flatten(0, 1)[:137] for half in (0, 1))
         wanted = reference_attention(SPEC, query, keys, values)
