@@ -18,7 +18,7 @@ from otlp_collector import collector
 pytestmark = [pytest.mark.ray, pytest.mark.nixl, pytest.mark.slow]
 
 
-async def test_spans_of_both_workers_are_below_the_gateways_and_add_up_to_the_clients_first_token(tmp_path):
+async def test_spans_of_both_workers_are_below_the_gateways_and_add_up_to_the_first_token(tmp_path):
     with collector() as (endpoint, spans):
         settings = {
             "tracing.enabled": True,
@@ -47,8 +47,10 @@ async def test_spans_of_both_workers_are_below_the_gateways_and_add_up_to_the_cl
         assert (own["prefill"].parent, own["decode"].parent) == (root.id, root.id)
         assert (own["prefill"].instance, own["decode"].instance) == ("prefill-0", "decode-0")
         assert own["kv_transfer"].attributes["bytes"].int_value == report.kv_bytes > 0
-        way = ("tokenize", "queue", "dispatch", "prefill.queue", "prefill.compute", "first_token.return")
-        assert sum(own[name].seconds for name in way) == pytest.approx(came - began, abs=0.002)
+        way = ("queue", "dispatch", "prefill.queue", "prefill.compute", "first_token.return")
+        until_first_token = sum(own[name].seconds for name in way)
+        assert until_first_token == pytest.approx(report.ttft_s, abs=0.002)
+        assert own["tokenize"].seconds + until_first_token <= came - began + 0.002
         assert "baton.clock_shift_s" not in own["prefill"].attributes, "one machine has one clock"
     for name in ("prefill-0", "decode-0"):
         assert '"request_id": "chat-1"' in (tmp_path / "logs" / f"{name}.log").read_text()
